@@ -1,0 +1,50 @@
+"""PaliGemma-VLA: episodes in, a robot policy out.
+
+Importing the package is light; torch is loaded when something that needs it is touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paligemma_vla.config import VLAConfig, load_config
+    from paligemma_vla.data.loader import VLADataset
+    from paligemma_vla.data.writer import EpisodeWriter
+    from paligemma_vla.model import FlowmatchingActionHead, PaliGemmaVLM, VLAModel
+    from paligemma_vla.policy import Policy
+
+_EXPORTS = {
+    "Policy": "paligemma_vla.policy",
+    "VLAConfig": "paligemma_vla.config",
+    "load_config": "paligemma_vla.config",
+    "VLADataset": "paligemma_vla.data.loader",
+    "EpisodeWriter": "paligemma_vla.data.writer",
+    "VLAModel": "paligemma_vla.model",
+    "PaliGemmaVLM": "paligemma_vla.model",
+    "FlowmatchingActionHead": "paligemma_vla.model",
+}
+__all__ = [
+    "EpisodeWriter",
+    "FlowmatchingActionHead",
+    "PaliGemmaVLM",
+    "Policy",
+    "VLAConfig",
+    "VLADataset",
+    "VLAModel",
+    "load_config",
+]
+__version__ = metadata.version("paligemma-vla")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'paligemma_vla' has no attribute '{name}'")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("paligemma-vla", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "pillow")
+    return {name: metadata.version(name) for name in names}

@@ -1,0 +1,82 @@
+"""`paligemma-vla COMMAND`: dispatch, and the promise that a user never sees a traceback unless asked for.
+
+Exit status: 0 only on success, 2 on a usage or input error, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from paligemma_vla.errors import VLAError
+
+COMMANDS = {
+    "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
+    "stats": "compute normalisation statistics",
+    "train": "train a policy",
+    "evaluate": "compare a policy's actions with recorded episodes",
+    "collect": "record scripted demonstrations in a simulator",
+    "rollout": "run a policy in a simulator and count successes",
+    "data": "look at episode files",
+    "tiny": "write a random tiny PaliGemma with tokenizer",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `paligemma-vla`."""
+    parser = argparse.ArgumentParser(prog="paligemma-vla", description="Episodes in, a robot policy out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    wanted = next((word for word in argv if word in COMMANDS), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == wanted:  # the others' imports are not paid for
+            module = import_module(f"paligemma_vla.cli.{name}")
+            module.add_arguments(command)
+            _add_common(command)
+            command.set_defaults(run=module.main)
+    args = parser.parse_args(argv)
+    return guarded(args.run, args)
+
+
+def script(name: str, argv: Sequence[str] | None = None, entry: str = "main") -> int:
+    """Entry point of the scripts named in the specification (`main_train.py`, ...): one command under its own name."""
+    module = import_module(f"paligemma_vla.cli.{name}")
+    parser = argparse.ArgumentParser(description=COMMANDS[name].capitalize() + ".")
+    module.add_arguments(parser)
+    _add_common(parser)
+    return guarded(getattr(module, entry), parser.parse_args(argv))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command; an error becomes one message and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except VLAError as error:
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except BrokenPipeError:
+        return 0
+    except Exception as error:  # the last resort: a defect of ours, still without a traceback
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

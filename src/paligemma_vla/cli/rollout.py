@@ -1,0 +1,69 @@
+"""`paligemma-vla rollout`: success rates of a checkpoint in a simulator."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    from paligemma_vla.evaluation.envs import Resets
+    from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts
+
+    parser.add_argument("--checkpoint_path", metavar="P", help="needed unless --policy random")
+    parser.add_argument("--env", default="metaworld", help="simulator (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help="for example drawer-open drawer-close")
+    parser.add_argument("--episodes", type=int, required=True, metavar="N", help="per task")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="for rollout.json and videos/")
+    parser.add_argument("--seed", type=int, default=0, help="of starts and instructions (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", choices=get_args(Prompts), default="own", help="whose instructions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resets", choices=get_args(Resets), default="demo", help="how episodes start (default: %(default)s)"
+    )
+    parser.add_argument("--num_steps", type=int, metavar="N", help="Euler steps (default: the checkpoint's)")
+    parser.add_argument("--execute", type=int, metavar="M", help="actions taken of each chunk (default: half the horizon)")
+    parser.add_argument(
+        "--image", choices=get_args(ImageSource), default="camera", help="grey is a control: it hides the scene"
+    )
+    parser.add_argument("--policy", choices=get_args(Actor), default="checkpoint", help="random is a control")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument(
+        "--image_size", type=int, default=64, metavar="PX", help="of the observations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_videos", type=int, default=1, help="successes, and failures, filmed per task (default: %(default)s)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluate, and print a table; returns the exit status."""
+    from paligemma_vla.evaluation.rollout import RolloutConfig, rollout
+
+    config = RolloutConfig(
+        seed=args.seed,
+        prompts=args.prompts,
+        resets=args.resets,
+        image=args.image,
+        policy=args.policy,
+        num_steps=args.num_steps,
+        execute=args.execute,
+        tasks=tuple(args.tasks),
+        episodes=args.episodes,
+        max_videos=args.max_videos,
+        output_dir=args.output_dir,
+    )
+    result = rollout(config, args.checkpoint_path, env=args.env, workers=args.workers, image_size=args.image_size)
+    lines: list[str] = []
+    for task, entry in result.tasks.items():
+        low, high = entry["ci95"]
+        count = f"{entry['successes']}/{entry['episodes']}"
+        lines.append(f"{task:28s} {count:>9s} {entry['rate']:.2f}  [{low:.2f}, {high:.2f}]")
+    lines.append(f"{'mean':28s} {'':9s} {result.mean_success:.2f}  -> {args.output_dir / 'rollout.json'}")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0

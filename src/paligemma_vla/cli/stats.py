@@ -1,0 +1,38 @@
+"""Compute normalisation statistics (S1.2)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from tqdm import tqdm
+
+from paligemma_vla.config import load_config
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.data.loader import source_paths
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config_path", required=True, help="configuration that names the training data")
+    parser.add_argument("--output_path", required=True, help="JSON file to write")
+    parser.add_argument("--train_data_override", help="file, folder or glob instead of data.train_parquet_files")
+
+
+def main(args: argparse.Namespace) -> int:
+    override = {"data.train_parquet_files": args.train_data_override} if args.train_data_override else {}
+    config = load_config(args.config_path, override)
+    where = "--train_data_override" if override else "data.train_parquet_files"
+    with tqdm(unit=" rows", desc="statistics", dynamic_ncols=True) as bar:
+        statistics = compute_statistics(source_paths(config.data.train_parquet_files), where, bar.update)
+    statistics.save(args.output_path)
+    logger.info(
+        "%s: %d rows of %d file(s), state %d, action %d dimensions",
+        args.output_path,
+        statistics.state.count,
+        len(statistics.datasets),
+        len(statistics.state.min),
+        len(statistics.action.min),
+    )
+    return 0

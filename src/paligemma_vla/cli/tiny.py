@@ -1,0 +1,39 @@
+"""Write a random tiny PaliGemma with its tokenizer, in Hugging Face format."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the images in pixels")
+    parser.add_argument("--patch_size", type=int, default=16, help="side of a patch; divides image_size")
+    parser.add_argument("--width", type=int, default=128, help="width of both towers")
+    parser.add_argument("--vision_layers", type=int, default=3)
+    parser.add_argument("--text_layers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(args: argparse.Namespace) -> int:
+    from paligemma_vla.errors import ConfigError
+    from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
+
+    if args.image_size % args.patch_size or args.width % 8:
+        raise ConfigError(
+            f"tiny: got --image_size {args.image_size} --patch_size {args.patch_size} --width {args.width}, expected a whole "
+            f"number of patches and a width divisible by 8"
+        )
+    spec = TinySpec(
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        width=args.width,
+        vision_layers=args.vision_layers,
+        text_layers=args.text_layers,
+        seed=args.seed,
+    )
+    logger.info("%s: written; use it with --model_path_override", write_tiny_paligemma(args.output_dir, spec))
+    return 0

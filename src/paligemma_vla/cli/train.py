@@ -1,0 +1,136 @@
+"""Train a policy: the command behind main_train.py, main_train_ddp.py and `paligemma-vla train`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from paligemma_vla.config import VLAConfig, load_config, parse_assignments
+from paligemma_vla.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# flag -> config key
+OVERRIDES = {
+    "epochs": "training.epochs",
+    "batch_size": "data.batch_size",
+    "lr": "optimizer.lr",
+    "experiment_name": "training.experiment_name",
+    "train_data_override": "data.train_parquet_files",
+    "val_data_override": "data.val_parquet_files",
+    "model_path_override": "model.vlm_config.model_name_or_path",
+    "wandb_project_name": "wandb.project",
+    "wandb_entity": "wandb.entity",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config_path", required=True, help="YAML configuration")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch_size", type=int, help="total, over all processes and accumulation")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--experiment_name")
+    parser.add_argument("--train_data_override", help="file, folder or glob of training episodes")
+    parser.add_argument("--val_data_override", help="file, folder or glob of validation episodes")
+    parser.add_argument("--model_path_override", help="backbone: hub id or folder")
+    parser.add_argument("--resume_checkpoint", help="path of a checkpoint, or auto: the run's newest that verifies")
+    parser.add_argument("--use_wandb", action="store_true")
+    parser.add_argument("--wandb_project_name")
+    parser.add_argument("--wandb_entity")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. data.num_workers=4")
+    parser.add_argument("--nproc", type=int, help="processes on this machine (default: 1; main_train_ddp.py: one per GPU)")
+
+
+def resolve_config(args: argparse.Namespace) -> VLAConfig:
+    """The configuration file with the flags applied; --set wins."""
+    overrides: dict[str, Any] = {}
+    for flag, key in OVERRIDES.items():
+        value = getattr(args, flag)
+        if value is not None:
+            overrides[key] = value
+    if args.use_wandb:
+        overrides["wandb.enabled"] = True
+    return load_config(args.config_path, {**overrides, **parse_assignments(args.set)})
+
+
+def main(args: argparse.Namespace) -> int:
+    """Start here, or in `--nproc` processes, or join the group torchrun started."""
+    config = resolve_config(args)
+    if args.nproc is not None and args.nproc < 1:
+        raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
+    if "LOCAL_RANK" in os.environ or (args.nproc or 1) == 1:
+        return train(config, args)
+    from paligemma_vla.training.distributed import launch
+
+    return launch(_worker, args, args.nproc)
+
+
+def main_ddp(args: argparse.Namespace) -> int:
+    """As `main`, one process per GPU unless --nproc says otherwise."""
+    if args.nproc is None and "LOCAL_RANK" not in os.environ:
+        import torch
+
+        on_gpu = args.device in (None, "cuda")
+        args.nproc = max(1, torch.cuda.device_count()) if on_gpu else 1
+    return main(args)
+
+
+def _worker(args: argparse.Namespace) -> int:
+    """One process of a launch: its errors are told by rank 0, or by the launcher."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    return int(record(train)(resolve_config(args), args))
+
+
+def train(config: VLAConfig, args: argparse.Namespace) -> int:
+    """Train in this process."""
+    from paligemma_vla.training.distributed import join
+    from paligemma_vla.training.trainer import Trainer
+
+    distributed = join(args.device)
+    if not distributed.main:
+        logging.getLogger().setLevel(logging.WARNING)
+    resume = find_resume(config, args.resume_checkpoint)
+    if distributed.main:
+        prepare_run_dir(config, resume is not None)
+    distributed.barrier()
+    metrics = Trainer(config, distributed, resume).run()
+    if distributed.main:
+        summary = "  ".join(f"{name} {value:.5f}" for name, value in metrics.items() if isinstance(value, float))
+        logger.info("finished; %s\ncheckpoints in %s", summary, config.run_dir / "checkpoints")
+    distributed.close()
+    return 0
+
+
+def find_resume(config: VLAConfig, wanted: str | None) -> Path | None:
+    """The checkpoint to go on from. `auto` finds none in a fresh run, and then starts it."""
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        path = Path(wanted)
+        if not path.is_file():
+            raise CheckpointError(f"--resume_checkpoint {path}: no such file")
+        return path
+    from paligemma_vla.training.checkpoint import newest_checkpoint
+
+    return newest_checkpoint(config.run_dir / "checkpoints")
+
+
+def prepare_run_dir(config: VLAConfig, resuming: bool) -> None:
+    """Create the run's folder with config and log. A finished run of the same name is moved aside, never overwritten."""
+    run_dir = config.run_dir
+    if not resuming and (run_dir / "checkpoints").exists():
+        aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir.rename(aside)
+        logger.info("%s held an earlier run; it was moved to %s (--resume_checkpoint auto would go on with it)", run_dir, aside)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml())
+    handler = logging.FileHandler(run_dir / "logs" / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)

@@ -1,0 +1,353 @@
+"""The configuration: YAML in, one typed, frozen, strict object out.
+
+Every fault is reported at once, each with its dotted path and the nearest known name. What a run resolved to is written back
+by `to_yaml`, complete, into the run's folder and into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from paligemma_vla.errors import ConfigError, closest
+
+PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
+FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+ClassPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class DataSource(Section):
+    path: str = Field(description="File, folder or glob of Parquet files.")
+    weight: float = Field(1.0, gt=0, description="Share of the samples drawn from here, relative to the other sources.")
+
+
+ParquetFiles = str | Annotated[tuple[str | DataSource, ...], Field(strict=False, min_length=1)]
+
+
+class AugmentationConfig(Section):
+    enabled: bool = Field(True, description="Random crop/shift and colour in training; evaluation never augments.")
+    crop_scale: float = Field(0.95, gt=0.1, le=1, description="Side of the random crop, as a share of the image side.")
+    brightness: Fraction = Field(0.2, description="Largest relative change of brightness.")
+    contrast: Fraction = Field(0.2, description="Largest relative change of contrast.")
+    saturation: Fraction = Field(0.2, description="Largest relative change of saturation.")
+
+
+class DataConfig(Section):
+    train_parquet_files: ParquetFiles = Field(description="File, folder, glob, list of these, or [{path, weight}].")
+    val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
+    val_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of episodes held out when val_parquet_files is null; 0: no validation."
+    )
+    normalization_stats_path: str = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
+    normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
+    state_dim: Positive = Field(7, description="Numbers in the state column.")
+    max_seq_len: Positive = Field(1, description="Frames in a window that ends at the current step; the model sees its last.")
+    prompt_max_len: Positive = Field(64, description="Longest instruction in tokens, `<bos>` and newline included.")
+    prompt_overflow: Literal["error", "truncate"] = Field("error", description="What to do with a longer instruction.")
+    image_resize: Literal["stretch", "pad"] = Field("stretch", description="stretch as PaliGemma does, or pad to a square.")
+    pad_action_dim: bool = Field(
+        False, description="Accept data with fewer action numbers than per_action_dim: padded, and left out of the loss."
+    )
+    batch_size: Positive = Field(32, description="Samples per optimiser step, over all processes and accumulation.")
+    num_workers: NonNegative = Field(2, description="Loader processes per training process; 0: load in place.")
+    prefetch_factor: Positive = Field(2, description="Batches each worker prepares ahead.")
+    pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
+    cache_mb: NonNegative = Field(256, description="Still-compressed row groups kept in memory, per loader process, MB.")
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+
+
+class VLMConfig(Section):
+    backbone: ClassPath = Field(PALIGEMMA, description="`package.module:Class`: images + prompts -> (B, T, E).")
+    model_name_or_path: str = Field(description="Hub id (google/paligemma-3b-pt-224) or a local folder.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    use_aux_camera: bool = Field(False, description="Use image_2 as well.")
+    num_cameras: Positive | None = Field(None, description="More cameras than two; null: 2 with use_aux_camera, else 1.")
+    freeze_vision_tower: bool = Field(False, description="SigLIP and its projector keep their weights.")
+    freeze_language_model: bool = Field(False, description="Gemma keeps its weights.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type; weights are kept in float32.")
+    attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, ~30 % slower.")
+
+    @property
+    def cameras(self) -> int:
+        """Number of cameras the model looks at."""
+        return self.num_cameras if self.num_cameras is not None else 1 + self.use_aux_camera
+
+
+class ActionHeadConfig(Section):
+    head: ClassPath = Field(FLOW_HEAD, description="`package.module:Class` with `loss` and `get_action`.")
+    use_state_input: bool = Field(True, description="Give the head the robot's state.")
+    horizon: Positive = Field(8, description="Actions in a chunk (K).")
+    per_action_dim: Positive = Field(7, description="Numbers in one action (A).")
+    action_dim: Positive | None = Field(None, description="horizon * per_action_dim; may be left out.")
+    embed_dim: Positive = Field(1024, description="Width of the head; need not equal the backbone's.")
+    num_layers: Positive = Field(8, description="Transformer blocks.")
+    num_heads: Positive = Field(8, description="Attention heads; must divide embed_dim.")
+    mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of a block's MLP, relative to embed_dim.")
+    num_inference_timesteps: Positive = Field(50, description="Euler steps when sampling.")
+    num_flow_samples: Positive = Field(1, description="(t, noise) draws per context in training (M).")
+    detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_action_dim(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("action_dim") is None:
+            product = raw.get("horizon", 8), raw.get("per_action_dim", 7)
+            if all(isinstance(v, int) for v in product):
+                raw = {**raw, "action_dim": product[0] * product[1]}
+        return raw
+
+
+class ModelConfig(Section):
+    vlm_config: VLMConfig
+    action_head_config: ActionHeadConfig = Field(default_factory=ActionHeadConfig)
+
+
+class StageConfig(Section):
+    train: Literal["head", "all"] = Field(description="head: the backbone is frozen; all: everything not frozen in vlm_config.")
+    steps: Positive | None = Field(None, description="Optimiser steps of this stage; null (last stage only): to the end.")
+
+
+class TrainingConfig(Section):
+    epochs: Positive = Field(10, description="Passes over the training samples.")
+    max_steps: Positive | None = Field(None, description="End after this many optimiser steps, schedule included.")
+    seed: NonNegative = Field(0, description="Order, augmentation, flow time and noise are functions of it and the position.")
+    grad_clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Moving average of the weights, used by validation and Policy; 0: off.")
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field((), description="E.g. head first, then all.")
+    log_interval: Positive = Field(10, description="Optimiser steps between log lines.")
+    validate_every_n_steps: Positive | None = Field(None, description="null: at the end of each epoch.")
+    val_max_samples: Positive = Field(2048, description="Validation samples for the loss, spread over the set.")
+    val_action_samples: NonNegative = Field(256, description="Validation samples whose actions are sampled and compared.")
+    best_metric: Literal["val/epoch_loss", "val/action_mae"] = Field("val/epoch_loss", description="What best means (lower).")
+    save_every_n_epochs: Positive = Field(1, description="Epochs between numbered checkpoints.")
+    checkpoint_dir: str = Field("experiments", description="Folder that holds the runs.")
+    experiment_name: str = Field("default", pattern=r"^[\w.\-]+$", description="Folder of this run.")
+    stop_after_epoch: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
+    stop_after_step: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events into the run's folder.")
+
+
+class OptimizerConfig(Section):
+    type: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0, description="Rate of the action head.")
+    vlm_lr: float | None = Field(None, gt=0, description="Rate of the backbone; null: the same.")
+    weight_decay: float = Field(0.01, ge=0, description="On matrices; never on norms, biases and embeddings.")
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+
+
+class SchedulerConfig(Section):
+    type: Literal["cosine", "constant"] = "cosine"
+    T_max: float | None = Field(None, gt=0, description="Length of the cosine in epochs; null: the whole run.")
+    warmup_steps: NonNegative = Field(0, description="Optimiser steps of linear warm-up.")
+    min_lr_ratio: Fraction = Field(0.0, description="Rate at the end of the cosine, relative to lr.")
+
+
+class WandbConfig(Section):
+    enabled: bool = Field(False, description="Also set by --use_wandb.")
+    project: str = "VLA_Project_DDP"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class VLAConfig(Section):
+    """The whole configuration; sections as in the specification."""
+
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    lr_scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+
+    def to_yaml(self) -> str:
+        """The complete configuration; `load_config` reads it back to an equal object."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120))
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.training.checkpoint_dir) / self.training.experiment_name
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.value[number][0].start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML; a fault raises `ConfigError` with file, line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn `["a.b=1", "c=x"]` (the --set flag) into {"a.b": 1, "c": "x"}; values are YAML."""
+    overrides = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment}: expected dotted.key=value, e.g. --set optimizer.lr=3e-4")
+        overrides[key.strip()] = parse_yaml(value, f"--set {assignment}")
+    return overrides
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> VLAConfig:
+    """Read and check a configuration file.
+
+    overrides: {dotted key: value}, applied before checking (command-line flags).
+    Raises `ConfigError` with every fault at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: got {type(raw).__name__}, expected a mapping with the sections data, model, training, ...")
+    return config_from_dict(raw, overrides, where=str(path))
+
+
+def config_from_dict(raw: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, where: str = "config") -> VLAConfig:
+    """Check a configuration given as nested dictionaries; see `load_config`."""
+    merged: dict[str, Any] = _copy(raw)
+    for dotted, value in (overrides or {}).items():
+        *parents, leaf = dotted.split(".")
+        section = merged
+        for name in parents:
+            child = section.get(name)
+            section[name] = child if isinstance(child, dict) else {}
+            section = section[name]
+        section[leaf] = value
+    try:
+        config = VLAConfig.model_validate(merged)
+    except ValidationError as error:
+        faults = _describe(error) + _contradictions_despite(merged, error)
+    else:
+        faults = _contradictions(config)
+        if not faults:
+            return config
+    raise ConfigError(f"{where}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n  " + "\n  ".join(faults))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return value
+
+
+def _describe(error: ValidationError) -> list[str]:
+    faults: dict[str, str] = {}
+    for item in error.errors():
+        names = [str(part) for part in item["loc"]]
+        path = ".".join(name for name in names if not re.match(r"^(str|tuple\[|DataSource|function-)", name))
+        if item["type"] == "extra_forbidden":
+            faults[path] = f"{path}: unknown key{closest(names[-1], _known_keys(names[:-1]))}"
+        elif item["type"] == "missing":
+            faults[path] = f"{path}: missing; it has no default"
+        else:
+            got = repr(item["input"])
+            text = f"got {got if len(got) < 80 else got[:77] + '...'}, expected: {_lower(item['msg'])}"
+            faults.setdefault(path, f"{path}: {text}")
+    # A union (str or list of str or ...) is reported once per member: the fault furthest inside is the one that helps.
+    return [text for path, text in faults.items() if not any(other.startswith(f"{path}.") for other in faults)]
+
+
+def _contradictions_despite(raw: dict[str, Any], error: ValidationError) -> list[str]:
+    """Contradictions between the keys that are right, so that they are reported together with the keys that are wrong."""
+    pruned = _copy(raw)
+    for item in error.errors():
+        section = pruned
+        for part in item["loc"][:-1]:
+            if not isinstance(section.get(part), dict):
+                break
+            section = section[part]
+        section.pop(item["loc"][-1] if section is not pruned or len(item["loc"]) == 1 else item["loc"][0], None)
+    try:
+        return _contradictions(VLAConfig.model_validate(pruned))
+    except ValidationError:
+        return []
+
+
+def _lower(message: str) -> str:
+    message = re.sub(r"^(Value error, |Input should be )", "", message)
+    return message[:1].lower() + message[1:]
+
+
+def _known_keys(parents: list[str]) -> list[str]:
+    """Names known under a dotted path, by walking the section classes."""
+    model: Any = VLAConfig
+    for name in parents:
+        if isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
+            model = model.model_fields[name].annotation
+        elif name == "DataSource":
+            model = DataSource
+        elif name.isdigit():
+            model = StageConfig
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _contradictions(config: VLAConfig) -> list[str]:
+    """Faults that no single key shows."""
+    head, data, training = config.model.action_head_config, config.data, config.training
+    vlm = config.model.vlm_config
+    faults = []
+    product = head.horizon * head.per_action_dim
+    if head.action_dim != product:
+        faults.append(
+            f"model.action_head_config.action_dim: got {head.action_dim}, expected horizon * per_action_dim = "
+            f"{head.horizon} * {head.per_action_dim} = {product}; delete it, or fix horizon"
+        )
+    if head.embed_dim % (2 * head.num_heads):
+        faults.append(
+            f"model.action_head_config.num_heads: got {head.num_heads}, expected embed_dim ({head.embed_dim}) to be a "
+            f"multiple of 2 * num_heads"
+        )
+    if vlm.num_cameras == 1 and vlm.use_aux_camera:
+        faults.append("model.vlm_config.num_cameras: got 1 with use_aux_camera: true; delete one of the two")
+    if data.batch_size % training.gradient_accumulation_steps:
+        faults.append(
+            f"training.gradient_accumulation_steps: got {training.gradient_accumulation_steps}, expected a divisor of "
+            f"data.batch_size ({data.batch_size})"
+        )
+    for number, stage in enumerate(training.stages):
+        if (stage.steps is None) != (number == len(training.stages) - 1):
+            faults.append(f"training.stages.{number}.steps: every stage but the last gives its steps, the last gives none")
+    if vlm.freeze_vision_tower and vlm.freeze_language_model and any(s.train == "all" for s in training.stages):
+        faults.append("training.stages: the whole backbone is frozen in vlm_config, so a stage cannot train all")
+    return faults

@@ -1,0 +1,296 @@
+"""VLADataset: every time step of every episode is a sample; samples to batches; batches through worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from paligemma_vla import flow, schema
+from paligemma_vla.config import AugmentationConfig, DataSource, VLAConfig
+from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader
+from paligemma_vla.data.images import decode_image, jitter_colour, random_crop
+from paligemma_vla.data.sampling import SampleRef, derive_seed
+from paligemma_vla.errors import DataError, VLAError
+from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec
+
+Batch = dict[str, Any]
+
+
+class Item(TypedDict, total=False):
+    """One sample; shapes as in a batch, without B. Further cameras follow as image_2 .. image_N."""
+
+    image_1: Tensor
+    image_mask: Tensor
+    raw_prompt_text: str
+    input_ids: Tensor
+    vlm_attention_mask: Tensor
+    state: Tensor
+    action: Tensor
+    action_mask: Tensor
+    flow_time: Tensor
+    flow_noise: Tensor
+    position: int
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What a sample is made of; taken from the configuration by `from_config`.
+
+    augmentation: None in evaluation. stream: name of the random stream, so that validation draws apart from training.
+    """
+
+    cameras: int
+    horizon: int
+    per_action_dim: int
+    flow_samples: int
+    max_seq_len: int
+    seed: int
+    augmentation: AugmentationConfig | None
+    stream: str
+    pad_action_dim: bool
+    cache_bytes: int
+
+    @classmethod
+    def from_config(cls, config: VLAConfig, training: bool) -> SampleOptions:
+        head, data = config.model.action_head_config, config.data
+        return cls(
+            cameras=config.model.vlm_config.cameras,
+            horizon=head.horizon,
+            per_action_dim=head.per_action_dim,
+            flow_samples=head.num_flow_samples,
+            max_seq_len=data.max_seq_len,
+            seed=config.training.seed,
+            augmentation=data.augmentation if training and data.augmentation.enabled else None,
+            stream="training" if training else "validation",
+            pad_action_dim=data.pad_action_dim,
+            cache_bytes=data.cache_mb * 2**20,
+        )
+
+
+class VLADataset(Dataset[Item]):
+    """Samples of a set of episode files (S2.1).
+
+    A sample is the window of `max_seq_len` frames that ends at step t of an episode. Of its images only the last is decoded,
+    since that is what the model uses (D6). Its label is `action[t : t + horizon]`, padded past the episode's end, with
+    `action_mask` False there (D7).
+
+    parquet_files: file, folder, glob, list, or an `EpisodeIndex`. processor: hub id or folder of the backbone, or a
+    `Preprocessor`. Raises `DataError` or `ModelError` when they do not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        parquet_files: str | Sequence[str] | EpisodeIndex,
+        processor: str | Preprocessor,
+        config: VLAConfig,
+        training: bool = False,
+    ) -> None:
+        self.index = parquet_files if isinstance(parquet_files, EpisodeIndex) else EpisodeIndex.build(parquet_files)
+        self.preprocessor = processor if isinstance(processor, Preprocessor) else build_preprocessor(config, processor)
+        self.options = SampleOptions.from_config(config, training)
+        check_fit(self.index, self.preprocessor, config)
+        self.reader = EpisodeReader(self.index, self.options.cameras, self.options.cache_bytes)
+        self._ends = np.cumsum(self.index.length, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.index.steps
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Episode number and step in it of a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        episode = int(np.searchsorted(self._ends, index, side="right"))
+        return episode, int(index - (self._ends[episode] - self.index.length[episode]))
+
+    def __getitem__(self, ref: int | SampleRef) -> Item:
+        """One sample; an int stands at the position of the same number."""
+        ref = ref if isinstance(ref, tuple) else SampleRef(ref, ref)
+        options, pre = self.options, self.preprocessor
+        episode, step = self.locate(ref.index)
+        file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
+        rows, place = self.reader.group_of(file, row)
+        where = f"{self.index.paths[file]}: row {row}"
+        prompt = rows.prompt[place].as_py()
+        if not isinstance(prompt, str):
+            raise DataError(f"{where}, column prompt: got null, expected an instruction")
+        images, present = self._images(rows.images, place, where, ref)
+        try:
+            input_ids, attention_mask = pre.prompts.encode([prompt], present[None])
+        except DataError as error:
+            raise DataError(f"{where}, column prompt: {error}") from error
+        action, action_mask = self._chunk(file, row, int(self.index.length[episode]) - step)
+        generator = torch.Generator().manual_seed(derive_seed(options.seed, f"{options.stream} flow", ref.position))
+        chunk = (options.horizon, options.per_action_dim)
+        item: dict[str, Any] = {
+            **{schema.image_key(n + 1): torch.from_numpy(image) for n, image in enumerate(images)},
+            "image_mask": torch.from_numpy(present),
+            "raw_prompt_text": prompt,
+            "input_ids": torch.from_numpy(input_ids[0]),
+            "vlm_attention_mask": torch.from_numpy(attention_mask[0]),
+            "state": torch.from_numpy(pre.state.normalize(rows.state[place])),
+            "action": torch.from_numpy(action.reshape(-1)),
+            "action_mask": torch.from_numpy(action_mask & ref.valid),
+            "flow_time": flow.draw_time((options.flow_samples,), generator),
+            "flow_noise": flow.draw_noise((options.flow_samples, *chunk), generator),
+            "position": ref.position,
+        }
+        return item  # type: ignore[return-value]
+
+    def __getitems__(self, refs: list[SampleRef]) -> list[Item] | VLAError:
+        """A micro-batch, called by torch's fetcher. An error a user should read is returned, not raised: raised in a worker
+        it would reach the user wrapped in two tracebacks."""
+        try:
+            return [self[ref] for ref in refs]
+        except VLAError as error:
+            return error
+
+    def _images(self, columns: Sequence[Any], place: int, where: str, ref: SampleRef) -> tuple[list[Any], Any]:
+        """Images of one row, (3, H, W) uint8 per camera, and which cameras are present (N,)."""
+        spec, augmentation = self.preprocessor.image, self.options.augmentation
+        present = np.array([column is not None and column[place].is_valid for column in columns])
+        if not present[0]:
+            raise DataError(f"{where}, column image_1_bytes: got null, expected an image; only further cameras may be absent")
+        rng = None
+        if augmentation is not None:
+            rng = np.random.default_rng(derive_seed(self.options.seed, "augmentation", ref.position))
+        images = []
+        for camera, column in enumerate(columns):
+            if not present[camera]:
+                images.append(np.zeros((3, spec.size, spec.size), np.uint8))
+                continue
+            name = schema.image_column(camera + 1)
+            image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
+            if augmentation is None or rng is None:
+                images.append(spec.apply(image))
+            else:
+                pixels = spec.apply(image, random_crop(image, augmentation.crop_scale, rng))
+                images.append(jitter_colour(pixels, augmentation, rng))
+        return images, present
+
+    def _chunk(self, file: int, row: int, remaining: int) -> tuple[Any, Any]:
+        """Normalised actions (K, A) from `row` on, and which of them are real (K, A)."""
+        horizon, width = self.options.horizon, self.options.per_action_dim
+        real = min(horizon, remaining)
+        values = self.preprocessor.action.normalize(self.reader.actions(file, row, row + real))
+        action = np.zeros((horizon, width), np.float32)
+        mask = np.zeros((horizon, width), bool)
+        action[:real, : values.shape[1]] = values
+        action[real:, : values.shape[1]] = values[-1]
+        mask[:real, : values.shape[1]] = True
+        return action, mask
+
+
+def check_fit(index: EpisodeIndex, preprocessor: Preprocessor, config: VLAConfig) -> None:
+    """Data against configuration and statistics. Raises `DataError` with every mismatch at once."""
+    head, layout = config.model.action_head_config, index.layout
+    cameras = config.model.vlm_config.cameras
+    faults = []
+    if layout.state_dim != config.data.state_dim:
+        faults.append(f"data.state_dim: got {config.data.state_dim}, expected {layout.state_dim} as in column state")
+    if layout.action_dim > head.per_action_dim or (layout.action_dim < head.per_action_dim and not config.data.pad_action_dim):
+        faults.append(
+            f"model.action_head_config.per_action_dim: got {head.per_action_dim}, expected {layout.action_dim} as in column "
+            f"action (data.pad_action_dim: true pads narrower data)"
+        )
+    if layout.cameras < cameras:
+        faults.append(
+            f"model.vlm_config: expects {cameras} cameras, the data has {layout.cameras}; add columns (null where a camera "
+            f"is absent), or set use_aux_camera: false"
+        )
+    for name, got, expected in [
+        ("state", preprocessor.state.dimension, layout.state_dim),
+        ("action", preprocessor.action.dimension, layout.action_dim),
+    ]:
+        if got != expected:
+            faults.append(
+                f"data.normalization_stats_path: statistics of {got} {name} dimensions, the data has {expected}; compute "
+                f"them for this data"
+            )
+    if faults:
+        raise DataError("\n  ".join([f"{index.paths[0]}: data and configuration do not fit", *faults]))
+
+
+def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None) -> Preprocessor:
+    """The preprocessor of a configuration: the backbone's tokenizer and image settings, and the statistics file."""
+    data, vlm = config.data, config.model.vlm_config
+    prompts, image = load_prompt_and_image_spec(
+        model_name_or_path or vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
+    )
+    return Preprocessor(prompts, image, DatasetStatistics.load(data.normalization_stats_path), data.normalization)
+
+
+class Collator:
+    """List of items to a batch; the keys are in INTERFACES. Prompts are laid out for the cameras this batch has."""
+
+    def __init__(self, prompts: PromptEncoder) -> None:
+        self.prompts = prompts
+
+    def __call__(self, items: list[Item] | VLAError) -> Batch | VLAError:
+        if isinstance(items, VLAError):
+            return items
+        batch: Batch = {}
+        for key, value in items[0].items():
+            if isinstance(value, Tensor) and key not in ("input_ids", "vlm_attention_mask"):
+                batch[key] = torch.stack([item[key] for item in items])  # type: ignore[literal-required]
+        batch["raw_prompt_text"] = [item["raw_prompt_text"] for item in items]
+        batch["position"] = torch.tensor([item["position"] for item in items])
+        ids, mask = self.prompts.encode(batch["raw_prompt_text"], batch["image_mask"].numpy())
+        batch["input_ids"], batch["vlm_attention_mask"] = torch.from_numpy(ids), torch.from_numpy(mask)
+        return batch
+
+
+def build_loader(
+    dataset: VLADataset, sampler: Iterable[list[SampleRef]], config: VLAConfig, pin_memory: bool
+) -> DataLoader[Any]:
+    """A torch DataLoader over micro-batches; iterate it through `batches`, which raises what a worker met.
+
+    Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
+    """
+    workers = config.data.num_workers
+    return DataLoader(
+        dataset,
+        batch_sampler=_AsSampler(sampler),
+        num_workers=workers,
+        collate_fn=Collator(dataset.preprocessor.prompts),
+        pin_memory=pin_memory and config.data.pin_memory,
+        prefetch_factor=config.data.prefetch_factor if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_one_thread,
+    )
+
+
+class _AsSampler(Sampler[list[SampleRef]]):
+    def __init__(self, source: Iterable[list[SampleRef]]) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:
+    """Batches of a loader; raises the `VLAError` that a worker met."""
+    for batch in loader:
+        if isinstance(batch, VLAError):
+            raise batch
+        yield batch
+
+
+def source_paths(files: str | Sequence[str | DataSource]) -> list[str]:
+    """Paths of a `train_parquet_files` entry, without weights."""
+    if isinstance(files, str):
+        return [files]
+    return [entry.path if isinstance(entry, DataSource) else entry for entry in files]

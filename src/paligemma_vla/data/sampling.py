@@ -1,0 +1,150 @@
+"""Which sample stands at which position of a run.
+
+Position = step * total batch + slot, for the whole run and all processes together. Everything random about a sample (which
+one it is, its augmentation, its flow time and noise) is a function of (seed, position), so a run depends on neither the
+number of workers nor of processes, and a resume is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+def derive_seed(seed: int, stream: str, position: int) -> int:
+    """A 63-bit seed for one purpose (`stream`) at one position."""
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, position) + stream.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def permute(index: Indices, size: int, key: int) -> Indices:
+    """A pseudo-random permutation of range(size), evaluated at `index` without holding it in memory.
+
+    A Feistel network over the next power of four, walked until the value falls into range (Black and Rogaway 2002).
+    """
+    half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = [np.uint64(derive_seed(key, "round", number)) for number in range(6)]
+    value = index.astype(np.uint64)
+    outside = np.ones(len(value), bool)
+    while outside.any():
+        left, right = value[outside] >> np.uint64(half), value[outside] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        value[outside] = (left << np.uint64(half)) | right
+        outside = value >= np.uint64(size)
+    return value.astype(np.int64)
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+class SampleRef(NamedTuple):
+    """One slot of a batch. `valid` is False for a filler that keeps a process in step and counts for nothing."""
+
+    position: int
+    index: int
+    valid: bool = True
+
+
+class SampleOrder:
+    """The order of a run over one or several weighted data sets laid end to end.
+
+    sizes: samples per data set. weights: share of each; None: in proportion to size, so an epoch sees every sample once.
+    With weights an epoch is as long as the sets together, and each set is gone through in passes of its own.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self.sizes = np.asarray(sizes, np.int64)
+        self.epoch_size = int(self.sizes.sum())
+        share = np.asarray(sizes if weights is None else weights, np.float64)
+        self.quota = _apportion(share / share.sum(), self.epoch_size)
+        self.steps_per_epoch = -(-self.epoch_size // batch_size)
+
+    def batch(self, step: int) -> tuple[Indices, Indices]:
+        """Positions and sample indices of optimiser step `step` (from 0); the last batch of an epoch may be smaller."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = step_in_epoch * self.batch_size
+        slots = np.arange(min(self.batch_size, self.epoch_size - first), dtype=np.int64)
+        place = permute(first + slots, self.epoch_size, derive_seed(self.seed, "epoch", epoch))
+        return step * self.batch_size + slots, self._samples(epoch, place)
+
+    def _samples(self, epoch: int, place: Indices) -> Indices:
+        ends = np.cumsum(self.quota)
+        source = np.searchsorted(ends, place, side="right")
+        samples = np.empty_like(place)
+        for number in np.unique(source):
+            chosen = source == number
+            # The how-many-th draw from this set since the run began; each pass over the set has an order of its own.
+            draw = epoch * self.quota[number] + place[chosen] - (ends[number] - self.quota[number])
+            rounds, rest = np.divmod(draw, self.sizes[number])
+            for turn in np.unique(rounds):
+                here = rounds == turn
+                key = derive_seed(self.seed, f"pass of set {number}", int(turn))
+                rest[here] = permute(rest[here], int(self.sizes[number]), key)
+            samples[chosen] = rest + self.sizes[:number].sum()
+        return samples
+
+
+def _apportion(shares: NDArray[np.float64], total: int) -> Indices:
+    """Whole numbers that add up to `total`, by largest remainder."""
+    exact = shares * total
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: total - whole.sum()]] += 1
+    return whole
+
+
+def share_out(positions: Indices, indices: Indices, parts: int) -> list[list[SampleRef]]:
+    """Cut one batch into `parts` consecutive slices (processes x accumulation), each with at least one entry."""
+    slices = []
+    for chosen in np.array_split(np.arange(len(positions)), parts):
+        refs = [SampleRef(int(positions[i]), int(indices[i])) for i in chosen]
+        slices.append(refs or [SampleRef(int(positions[0]), int(indices[0]), valid=False)])
+    return slices
+
+
+class RunSampler:
+    """Micro-batches of one process for optimiser steps [start, stop): `accumulation` lists of references per step."""
+
+    def __init__(self, order: SampleOrder, start: int, stop: int, rank: int, world_size: int, accumulation: int) -> None:
+        self.order, self.start, self.stop = order, start, stop
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        for step in range(self.start, self.stop):
+            slices = share_out(*self.order.batch(step), self.world_size * self.accumulation)
+            yield from slices[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
+
+
+class ValidationSampler:
+    """The same `samples` indices every time, spread evenly over a set of `size`; one process takes every world_size-th batch.
+
+    A sample's position is its index, so its flow time and noise never change (D8).
+    """
+
+    def __init__(self, size: int, samples: int, batch_size: int, rank: int, world_size: int) -> None:
+        chosen = np.unique(np.linspace(0, size - 1, min(samples, size)).round().astype(np.int64))
+        batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+        self.batches = batches[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[SampleRef]]:
+        for batch in self.batches:
+            yield [SampleRef(int(index), int(index)) for index in batch]

@@ -1,0 +1,217 @@
+"""EpisodeWriter: the only way this project writes episodes.
+
+A folder holds shards `<prefix>-00000.parquet, ...`. The shard being filled lives in a hidden journal (an Arrow stream, one
+record batch per episode), so a kill loses at most the episode being written; opening the folder again recovers the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from paligemma_vla import schema
+from paligemma_vla.errors import DataError
+from paligemma_vla.schema import DatasetMetadata, Episode
+
+ROWS_PER_GROUP = 32
+EPISODES_KEY = b"episodes"
+IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+
+
+def arrow_schema(cameras: int, state_dim: int, action_dim: int, metadata: DatasetMetadata) -> pa.Schema:
+    """Schema of an episode file (S1.1): `cameras` image columns, state (P,), action (A,), prompt, three flags."""
+    columns = [pa.field(schema.image_column(n + 1), pa.binary()) for n in range(cameras)]
+    columns += [
+        pa.field(schema.STATE, pa.list_(pa.float32(), state_dim), nullable=False),
+        pa.field(schema.ACTION, pa.list_(pa.float32(), action_dim), nullable=False),
+        pa.field(schema.PROMPT, pa.string(), nullable=False),
+        *(pa.field(flag, pa.bool_(), nullable=False) for flag in schema.FLAGS),
+    ]
+    return pa.schema(columns, metadata={schema.METADATA_KEY: metadata.to_json().encode()})
+
+
+class EpisodeWriter:
+    """Write episodes into a folder, shard by shard.
+
+    output_dir: created when missing. metadata: stored in every file. prefix: of the file names; a folder may hold several.
+    episodes_per_file: when a shard is closed. The first episode fixes the number of cameras and the dimensions.
+
+    `episodes_written` counts what the folder already holds under this prefix, so a killed collection can go on from there.
+    Raises `DataError` for an episode that does not fit; nothing of it is written then.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, metadata: DatasetMetadata, prefix: str = "episodes", episodes_per_file: int = 64
+    ) -> None:
+        self.output_dir, self.metadata, self.prefix = Path(output_dir), metadata, prefix
+        self.episodes_per_file = episodes_per_file
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._journal: pa.OSFile | None = None
+        self._stream: pa.RecordBatchStreamWriter | None = None
+        self._schema: pa.Schema | None = None
+        self._in_shard = 0
+        shards = sorted(self.output_dir.glob(f"{prefix}-?????.parquet"))
+        self._shard = len(shards)
+        self.episodes_written = sum(_episodes_in(path) for path in shards)
+        if shards:
+            self._schema = pq.read_schema(shards[0])
+        self._recover()
+
+    def __enter__(self) -> EpisodeWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def write(self, episode: Episode) -> None:
+        """Append one episode; on return it survives a kill of the process."""
+        batch = self._batch(episode)
+        if self._stream is None:
+            self._journal = pa.OSFile(str(self._journal_path), "wb")
+            self._stream = pa.ipc.new_stream(self._journal, batch.schema)
+        self._stream.write_batch(batch)
+        self.episodes_written += 1
+        self._in_shard += 1
+        if self._in_shard >= self.episodes_per_file:
+            self._close_shard()
+
+    def close(self) -> None:
+        """Turn what the journal holds into a Parquet file."""
+        if self._stream is not None:
+            self._close_shard()
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.output_dir / f".{self.prefix}-{self._shard:05d}.arrows"
+
+    def _batch(self, episode: Episode) -> pa.RecordBatch:
+        where = f"{self.output_dir}: episode {self.episodes_written} of '{self.prefix}'"
+        check_episode(episode, where)
+        length, cameras = episode.length, len(episode.images)
+        wanted = arrow_schema(cameras, episode.state.shape[1], episode.action.shape[1], self.metadata)
+        if self._schema is None:
+            self._schema = wanted
+        if not self._schema.equals(wanted):
+            raise DataError(
+                f"{where}: columns differ from the episodes already written\n  got      {_columns(wanted)}\n"
+                f"  expected {_columns(self._schema)}\n  write it into another folder or under another prefix"
+            )
+        flags = np.zeros((3, length), bool)
+        flags[0, 0] = flags[1, -1] = True
+        flags[2, -1] = episode.is_terminal
+        arrays = [pa.array(images, pa.binary()) for images in episode.images]
+        for values in (episode.state, episode.action):
+            flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
+        arrays.append(pa.array([episode.prompt] * length, pa.string()))
+        arrays += [pa.array(flag) for flag in flags]
+        return pa.RecordBatch.from_arrays(arrays, schema=wanted)
+
+    def _close_shard(self) -> None:
+        assert self._stream is not None and self._journal is not None
+        self._stream.close()
+        self._journal.close()
+        self._stream = self._journal = None
+        self._publish(_read_journal(self._journal_path))
+        self._in_shard = 0
+
+    def _publish(self, batches: list[pa.RecordBatch]) -> None:
+        """Write a shard to a temporary name, then rename it, then drop the journal: a kill in between loses nothing."""
+        final = self.output_dir / f"{self.prefix}-{self._shard:05d}.parquet"
+        temporary = final.with_suffix(".tmp")
+        shard_schema = batches[0].schema.with_metadata(
+            {**batches[0].schema.metadata, EPISODES_KEY: str(len(batches)).encode()}
+        )
+        images = [name for name in shard_schema.names if name.startswith("image_")]
+        plain = [name for name in shard_schema.names if name not in images]
+        writer = pq.ParquetWriter(
+            temporary,
+            shard_schema,
+            # Image bytes are compressed already; statistics over them would only swell the footer.
+            compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(_leaves(shard_schema, plain), "ZSTD")},
+            use_dictionary=[schema.PROMPT],
+            write_statistics=_leaves(shard_schema, plain),
+        )
+        with writer:
+            for batch in batches:
+                writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROWS_PER_GROUP)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(final)
+        self._journal_path.unlink(missing_ok=True)
+        self._shard += 1
+
+    def _recover(self) -> None:
+        """Take over the journal of a killed run; drop one whose shard was already published."""
+        for stale in self.output_dir.glob(f".{self.prefix}-?????.arrows"):
+            if stale != self._journal_path:
+                stale.unlink()
+        if self._journal_path.exists():
+            batches = _read_journal(self._journal_path)
+            if batches:
+                self._schema = batches[0].schema
+                self.episodes_written += len(batches)
+                self._publish(batches)
+            else:
+                self._journal_path.unlink()
+
+
+def check_episode(episode: Episode, where: str) -> None:
+    """Raise `DataError` unless the episode's columns agree in length, are finite, and hold JPEG or PNG images."""
+    length = episode.length
+    faults = []
+    if length == 0:
+        faults.append("got 0 steps, expected at least 1")
+    if not episode.images:
+        faults.append("images: got no camera, expected at least 1")
+    for name, values in ((schema.STATE, episode.state), (schema.ACTION, episode.action)):
+        if values.ndim != 2 or len(values) != length:
+            faults.append(f"{name}: got shape {values.shape}, expected ({length}, dimensions)")
+        elif not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            faults.append(f"{name}: step {row}, dimension {column} is {values[row, column]}, expected a finite number")
+    for number, images in enumerate(episode.images):
+        column = schema.image_column(number + 1)
+        if len(images) != length:
+            faults.append(f"{column}: got {len(images)} images, expected {length}")
+        for step, image in enumerate(images):
+            if image is not None and not image.startswith(IMAGE_MAGIC):
+                faults.append(f"{column}: step {step} is neither JPEG nor PNG")
+                break
+    if not episode.prompt.strip():
+        faults.append("prompt: got an empty instruction")
+    if faults:
+        raise DataError("\n  ".join([f"{where} cannot be written", *faults]))
+
+
+def _read_journal(path: Path) -> list[pa.RecordBatch]:
+    """Whole record batches of a journal; a torn tail (killed while writing) is left out."""
+    batches = []
+    with pa.memory_map(str(path)) as source:
+        try:
+            for batch in pa.ipc.open_stream(source):
+                batches.append(batch)
+        except (pa.ArrowInvalid, OSError):
+            pass
+    return batches
+
+
+def _episodes_in(path: Path) -> int:
+    metadata = pq.read_schema(path).metadata or {}
+    if EPISODES_KEY not in metadata:
+        raise DataError(f"{path}: was not written by EpisodeWriter; write into another folder or under another prefix")
+    return int(metadata[EPISODES_KEY])
+
+
+def _leaves(shard_schema: pa.Schema, names: list[str]) -> list[str]:
+    """Parquet's own column paths: a list column's numbers sit at `<name>.list.element`."""
+    return [f"{name}.list.element" if pa.types.is_fixed_size_list(shard_schema.field(name).type) else name for name in names]
+
+
+def _columns(shard_schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in shard_schema)

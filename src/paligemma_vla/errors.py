@@ -1,0 +1,46 @@
+"""Exceptions a user meets. Each message says where, what was got, what was expected, and the remedy.
+
+The command line turns a `VLAError` into one message and exit status 2; anything else is a defect of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VLAError(Exception):
+    """Base of every error caused by what the user gave: configuration, data, checkpoint or surroundings."""
+
+
+class ConfigError(VLAError):
+    """A configuration, or a command line, that cannot be run."""
+
+
+class DataError(VLAError):
+    """Episodes or statistics that cannot be used; the message names file, row and column where there is one."""
+
+
+class CheckpointError(VLAError):
+    """A checkpoint that is missing, damaged, or does not fit."""
+
+
+class ModelError(VLAError):
+    """A backbone or head that cannot be built or loaded."""
+
+
+class SimulatorError(VLAError):
+    """A simulator, or its graphics, that cannot run here."""
+
+
+class TrainingError(VLAError):
+    """A run that had to stop (out of memory, a lost rank); the message carries the remedy."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest known name, or the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

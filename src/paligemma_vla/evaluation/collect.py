@@ -1,0 +1,215 @@
+"""Demonstrations by a simulator's scripted expert, written as episodes.
+
+What makes them worth imitating (numbers in `CollectConfig`): half of them start with the hand away from home; noise that
+is correlated in time is executed while the expert's clean action is stored, so the data shows how to come back; where the
+task allows it, some start done already, so that "close" is learnt for what is closed, too, and the instruction, not the
+picture, says what to do.
+
+An episode is a function of (seed, task, index): neither the number of workers nor a kill in between changes anything.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from paligemma_vla import schema
+from paligemma_vla.data.writer import EpisodeWriter
+from paligemma_vla.errors import SimulatorError
+from paligemma_vla.evaluation.envs import Environment, make_environment
+from paligemma_vla.evaluation.workers import WorkerPool
+from paligemma_vla.schema import Episode, Observation, image_key
+
+log = logging.getLogger(__name__)
+
+SEED_DOMAIN = 1  # `rollout` has another, so no evaluation starts where a demonstration of the same seed did
+MAX_ATTEMPTS = 20
+JPEG_QUALITY = 90
+SETTINGS_KEY = "collection"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to collect, and how.
+
+    episodes: kept per task.   workers: processes; 0 is this process.   image_size: pixels.
+    noise_share: of episodes that are disturbed.   noise_scale: range of the noise's standard deviation (action units).
+    noise_memory: correlation of the noise from one step to the next.   steps_after_success: recorded beyond it.
+    done_every: one in so many episodes starts done, where the task can (0: none), and lasts at least done_steps.
+    """
+
+    env: str
+    tasks: tuple[str, ...]
+    episodes: int
+    output_dir: Path
+    seed: int = 0
+    workers: int = 1
+    image_size: int = 64
+    noise_share: float = 0.7
+    noise_scale: tuple[float, float] = (0.15, 0.5)
+    noise_memory: float = 0.9
+    steps_after_success: int = 8
+    done_every: int = 6
+    done_steps: int = 80
+
+    def settings(self) -> str:
+        """Everything that decides what an episode holds, as one line; stored with the episodes."""
+        return repr({k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")})
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An episode and how many attempts it took until the expert succeeded."""
+
+    episode: Episode
+    attempts: int
+
+
+@dataclass(frozen=True)
+class CollectSummary:
+    """What a call of `collect` added. expert_success: kept episodes per attempt, for each task."""
+
+    episodes: int
+    frames: int
+    expert_success: dict[str, float]
+    seconds: float
+
+
+def collect(config: CollectConfig) -> CollectSummary:
+    """Collect demonstrations of every task into one folder, one file prefix per task; goes on where a killed call stopped.
+
+    Raises `SimulatorError` for an unknown environment or task, a task its expert cannot solve, or a folder that holds
+    episodes of these tasks collected with other settings.
+    """
+    started = time.monotonic()
+    env = make_environment(config.env, config.image_size)
+    tasks = tuple(dict.fromkeys(env.canonical(task) for task in config.tasks))
+    metadata = env.spec.to_metadata({SETTINGS_KEY: config.settings()})
+    env.close()
+    episodes = frames = 0
+    rates: dict[str, float] = {}
+    progress = tqdm(total=config.episodes * len(tasks), unit="episode", desc="demonstrations", disable=None)
+    with WorkerPool(config.workers) as pool, progress:
+        for task in tasks:
+            _refuse_other_settings(config, task)
+            with EpisodeWriter(config.output_dir, metadata, prefix=task) as writer:
+                there = writer.episodes_written
+                progress.update(min(there, config.episodes))
+                attempts = 0
+                jobs = ((config, task, index) for index in range(there, config.episodes))
+                for demonstration in pool.map(_work, jobs):
+                    writer.write(demonstration.episode)
+                    attempts += demonstration.attempts
+                    episodes, frames = episodes + 1, frames + demonstration.episode.length
+                    progress.update()
+            if attempts:
+                rates[task] = (config.episodes - there) / attempts
+    summary = CollectSummary(episodes, frames, rates, time.monotonic() - started)
+    log.info("%d episodes, %d frames in %.1f s; expert success %s", episodes, frames, summary.seconds, rates)
+    return summary
+
+
+def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) -> Demonstration:
+    """Let the expert solve `task` once more: episode number `index`, attempt after attempt until one succeeds."""
+    # Two in a row start done, so that one of them starts away from home and one does not.
+    done = config.done_every > 0 and (index // 2) % config.done_every == config.done_every - 1
+    start_done, start_away = done and env.can_start_done(task), index % 2 == 1
+    for attempt in range(MAX_ATTEMPTS):
+        rng = np.random.default_rng([SEED_DOMAIN, config.seed, zlib.crc32(task.encode()), index, attempt])
+        first = env.reset(task, int(rng.integers(2**31)), start_away=start_away, start_done=start_done)
+        prompts = env.prompts(task, "own")
+        prompt = prompts[rng.integers(len(prompts))]
+        steps = range(config.done_steps if start_done else 0, env.max_steps(task))
+        recorded = _follow_expert(env, config, first, steps, rng)
+        if recorded is not None:
+            return Demonstration(_episode(env, *recorded, prompt), attempt + 1)
+    raise SimulatorError(f"{config.env} task '{task}': its expert failed {MAX_ATTEMPTS} times in a row at episode {index}")
+
+
+def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """JPEG bytes of (H, W, 3) uint8 RGB; colour is kept at full resolution, as small pictures need it."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def correlated_noise(rng: np.random.Generator, config: CollectConfig, dims: int) -> Iterator[NDArray[np.float64]]:
+    """Endless AR(1) noise (dims,): n' = m n + sqrt(1 - m^2) e, whose standard deviation stays that of e."""
+    scale = rng.uniform(*config.noise_scale) if rng.random() < config.noise_share else 0.0
+    memory = config.noise_memory
+    noise = rng.normal(0.0, scale, dims)
+    while True:
+        yield noise
+        noise = memory * noise + np.sqrt(1 - memory**2) * rng.normal(0.0, scale, dims)
+
+
+def _follow_expert(
+    env: Environment, config: CollectConfig, first: Observation, steps: range, rng: np.random.Generator
+) -> tuple[list[Observation], list[NDArray[np.float32]]] | None:
+    """Follow the noisy expert from the first observation, for at least `steps.start` and at most `steps.stop` steps.
+
+    Returns what was seen and the clean actions that belonged to it, until `steps_after_success` beyond the first success;
+    None when there was no success.
+    """
+    seen, actions = [first], []
+    noises = correlated_noise(rng, config, env.spec.action_dim - 1)
+    solved_at: int | None = None
+    for step in range(steps.stop):
+        action = env.expert_action()
+        actions.append(action)
+        executed = action.copy()
+        # The gripper is left alone: opening it by chance would drop things, which no correction recovers.
+        executed[:-1] += next(noises)
+        result = env.step(np.clip(executed, env.spec.action_low, env.spec.action_high))
+        if result.success and solved_at is None:
+            solved_at = step
+        if solved_at is not None and step + 1 >= max(solved_at + 1 + config.steps_after_success, steps.start):
+            break
+        if not result.done:
+            seen.append(env.observe())
+    return None if solved_at is None else (seen, actions)
+
+
+def _episode(env: Environment, seen: list[Observation], actions: list[NDArray[np.float32]], prompt: str) -> Episode:
+    keys = [image_key(number + 1) for number in range(len(env.spec.cameras))]
+    images = [[encode_jpeg(cast(dict[str, Any], view)[key]) for view in seen] for key in keys]
+    states = np.stack([view["state"] for view in seen])  # (length, P)
+    return Episode(
+        [list(camera) for camera in images], states, np.stack(actions).astype(np.float32), prompt, is_terminal=True
+    )
+
+
+def _refuse_other_settings(config: CollectConfig, task: str) -> None:
+    """A folder must not mix episodes of one task from two settings; it would be a data set that no command makes."""
+    for path in sorted(Path(config.output_dir).glob(f"{task}-?????.parquet"))[:1]:
+        stored = (pq.read_schema(path).metadata or {}).get(schema.METADATA_KEY, b"{}")
+        settings = schema.DatasetMetadata.from_json(stored, str(path)).extra.get(SETTINGS_KEY)
+        if settings != config.settings():
+            raise SimulatorError(
+                f"{path}: episodes collected with other settings\n  got      {settings}\n  expected {config.settings()}\n"
+                "  collect into another folder, or delete these files"
+            )
+
+
+@lru_cache(maxsize=1)
+def _environment(name: str, image_size: int) -> Environment:
+    """The simulator of this process, kept from job to job."""
+    return make_environment(name, image_size)
+
+
+def _work(job: tuple[CollectConfig, str, int]) -> Demonstration:
+    config, task, index = job
+    return demonstrate(_environment(config.env, config.image_size), config, task, index)

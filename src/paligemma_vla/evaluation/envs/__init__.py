@@ -1,0 +1,165 @@
+"""The small interface behind which every simulator stands, and the registry that builds one by name.
+
+A new simulator is one file beside this one: a class that satisfies `Environment`, and one line in `_REGISTRY`. Its heavy
+imports stay inside that file, so that this module costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.errors import SimulatorError, closest
+from paligemma_vla.schema import DatasetMetadata, Observation
+
+Resets = Literal["demo", "stock"]
+PromptKind = Literal["own", "unseen"]
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What an environment shows and expects; compared with a policy's metadata before time is spent.
+
+    cameras: a name per camera, in the order image_1, image_2, ...   image_size: height = width, pixels.
+    action_low / action_high: range of each action number.   control_hz: `step` calls per simulated second.
+    max_steps: the longest that an episode of any task lasts; `Environment.max_steps` has the limit of one task.
+    """
+
+    robot: str
+    cameras: tuple[str, ...]
+    image_size: int
+    image_orientation: str
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    action_convention: str
+    control_hz: float
+    max_steps: int
+
+    @property
+    def state_dim(self) -> int:
+        return len(self.state_names)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_names)
+
+    def to_metadata(self, extra: dict[str, str] | None = None) -> DatasetMetadata:
+        """The metadata of episodes recorded here; `extra` is stored with it."""
+        return DatasetMetadata(
+            robot=self.robot,
+            cameras=self.cameras,
+            state_names=self.state_names,
+            action_names=self.action_names,
+            control_hz=self.control_hz,
+            image_orientation=self.image_orientation,
+            action_convention=self.action_convention,
+            extra=extra or {},
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step led to. There is no image in it: rendering is the slow part, so `observe` does it when it is wanted.
+
+    success: the task is solved in this very state (it does not end the episode).   done: the step limit is reached.
+    """
+
+    success: bool
+    done: bool
+
+
+class Environment(Protocol):
+    """A simulator with several tasks, a scripted expert for each, and instructions for them.
+
+    One task is loaded at a time, by `reset`. Everything after `reset` is a function of its arguments and of the actions.
+    """
+
+    @property
+    def spec(self) -> EnvSpec: ...
+
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks, in a fixed order."""
+        ...
+
+    def canonical(self, task: str) -> str:
+        """The name that `tasks` uses for `task`; raises `SimulatorError` when there is none."""
+        ...
+
+    def opposite(self, task: str) -> str | None:
+        """The task that undoes this one in the same scene, if there is one."""
+        ...
+
+    def prompts(self, task: str, kind: PromptKind) -> tuple[str, ...]:
+        """Instructions for a task: `own` are for training, `unseen` are held out (empty when the task has none)."""
+        ...
+
+    def max_steps(self, task: str) -> int:
+        """Steps after which an episode of this task is over."""
+        ...
+
+    def can_start_done(self, task: str) -> bool:
+        """Whether `reset(..., start_done=True)` is possible for this task."""
+        ...
+
+    def reset(
+        self, task: str, seed: int, resets: Resets = "demo", *, start_away: bool = False, start_done: bool = False
+    ) -> Observation:
+        """Begin an episode; returns the first observation (`image_1 ...` and `state`, no prompt).
+
+        resets: `stock` is the simulator's own distribution; `demo` this project's, which tells nothing about the task.
+        start_away: the hand starts somewhere else than home.   start_done: the task starts solved already.
+        """
+        ...
+
+    def step(self, action: NDArray[np.floating]) -> StepResult:
+        """Apply one action (A,), clipped to the spec's range. Raises `SimulatorError` when the episode is over."""
+        ...
+
+    def observe(self) -> Observation:
+        """Render and return the present observation (no prompt)."""
+        ...
+
+    def expert_action(self) -> NDArray[np.float32]:
+        """The scripted expert's action (A,) in the present state, clipped to the spec's range."""
+        ...
+
+    def render(self, size: int) -> NDArray[np.uint8]:
+        """The first camera's picture at another size: (size, size, 3) uint8 RGB."""
+        ...
+
+    def snapshot(self) -> object:
+        """The present state, complete and picklable: what `restore` takes, in this or in another process."""
+        ...
+
+    def restore(self, snapshot: object) -> None:
+        """Go back to a state that `snapshot` returned."""
+        ...
+
+    def close(self) -> None:
+        """Free the graphics contexts."""
+        ...
+
+
+def _metaworld(image_size: int) -> Environment:
+    from paligemma_vla.evaluation.envs.metaworld import MetaWorldEnvironment
+
+    return MetaWorldEnvironment(image_size)
+
+
+_REGISTRY: dict[str, Callable[[int], Environment]] = {"metaworld": _metaworld}
+
+
+def make_environment(name: str, image_size: int = 64) -> Environment:
+    """Build the environment called `name`, with square images of `image_size` pixels.
+
+    Raises `SimulatorError` for an unknown name, a package that is not installed, or missing graphics.
+    """
+    if name not in _REGISTRY:
+        raise SimulatorError(f"environment: got '{name}'{closest(name, _REGISTRY)}")
+    return _REGISTRY[name](image_size)

@@ -1,0 +1,225 @@
+"""MetaWorld 3 (a Sawyer arm over a table, MuJoCo physics) behind the `Environment` interface: its 50 tasks and experts.
+
+The policy is shown one picture and where its own hand is; never where the object or the goal is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.errors import SimulatorError, closest
+from paligemma_vla.evaluation.envs import EnvSpec, PromptKind, Resets, StepResult
+from paligemma_vla.evaluation.envs import metaworld_prompts as language
+from paligemma_vla.evaluation.envs.metaworld_resets import SCENES, ModelPositions, draw_start, move_hand_away
+from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
+from paligemma_vla.schema import Observation
+
+# MetaWorld's own `corner` cameras come upside down, and look at the arm rather than at what it works on.
+VIEW = View(lookat=(0.02, 0.70, 0.12), distance=1.05, azimuth=135.0, elevation=-40.0)
+STATE_DIM = 4  # of MetaWorld's 39 observed numbers, these say nothing about object and goal
+DEMO_MAX_STEPS, MAX_STEPS = 200, 500  # MetaWorld refuses a 501st step
+
+SPEC = EnvSpec(
+    robot="metaworld-sawyer",
+    cameras=("table",),
+    image_size=64,
+    image_orientation="upright",
+    state_names=("hand_x", "hand_y", "hand_z", "gripper_open"),
+    action_names=("delta_x", "delta_y", "delta_z", "gripper"),
+    action_low=(-1.0,) * 4,
+    action_high=(1.0,) * 4,
+    action_convention="hand target moves by 1 cm per unit in x, y, z (metres in the world frame); gripper +1 = close",
+    control_hz=80.0,
+    max_steps=MAX_STEPS,
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A complete state: MuJoCo's numbers, where the episode has put things in the model, and MetaWorld's own variables."""
+
+    task: str
+    physics: NDArray[np.float64]
+    positions: ModelPositions
+    variables: dict[str, Any]
+    observed: NDArray[np.float64]
+
+
+class _Task:
+    """One MetaWorld task in memory: simulator, expert, cameras by size."""
+
+    def __init__(self, name: str, simulator: Any, expert: Any) -> None:
+        self.name, self.simulator, self.expert = name, simulator, expert
+        self.cameras: dict[int, OffscreenCamera] = {}
+        self.pristine = ModelPositions.of(simulator.model)
+        # Environments built directly ignore `reset(seed=)`; these make `seed()` count, and show some experts their goal.
+        simulator._freeze_rand_vec, simulator.seeded_rand_vec = False, True
+        simulator._set_task_called, simulator._partially_observable = True, False
+        del simulator.sawyer_observation_space  # cached; it would clip the goal that the expert sees to zero
+
+    def camera(self, size: int) -> OffscreenCamera:
+        if size not in self.cameras:
+            self.cameras[size] = OffscreenCamera(self.simulator.model, size, VIEW)
+        return self.cameras[size]
+
+    def variables(self) -> dict[str, Any]:
+        """MetaWorld's plain attributes (targets, counters, last observations), copied."""
+        kept = (bool, int, float, np.ndarray, type(None))
+        return {name: _copied(value) for name, value in vars(self.simulator).items() if type(value) in kept}
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+class MetaWorldEnvironment:
+    """`Environment` over MetaWorld. Use it from one thread: MuJoCo's graphics contexts belong to the thread that made them.
+
+    Goals are marked in MetaWorld by sites, which are not drawn. In tasks such as `reach` and `push` nothing else shows the
+    goal, so there no policy can do better than guess it.
+
+    image_size: of `observe`, pixels. Raises `SimulatorError` when MetaWorld or graphics are missing.
+    """
+
+    def __init__(self, image_size: int = 64) -> None:
+        self._spec = replace(SPEC, image_size=image_size)
+        ensure_backend()
+        try:
+            import mujoco
+            from metaworld.env_dict import ENV_CLS_MAP
+            from metaworld.policies import ENV_POLICY_MAP
+        except ImportError as error:
+            raise SimulatorError(
+                f'MetaWorld cannot be imported ({error}); install it: pip install "paligemma-vla[metaworld]"'
+            ) from error
+        self._mujoco: Any = mujoco
+        self._classes: Any = ENV_CLS_MAP
+        self._experts: Any = ENV_POLICY_MAP
+        self._loaded: dict[str, _Task] = {}
+        self._current: _Task | None = None
+        self._observed: NDArray[np.float64] = np.zeros(0)
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self._spec
+
+    def tasks(self) -> tuple[str, ...]:
+        return language.TASKS
+
+    def canonical(self, task: str) -> str:
+        name = task.removesuffix("-v3")
+        if name not in language.TASKS:
+            raise SimulatorError(f"metaworld task: got '{task}'{closest(name, language.TASKS)}")
+        return name
+
+    def opposite(self, task: str) -> str | None:
+        return language.OPPOSITES.get(self.canonical(task))
+
+    def prompts(self, task: str, kind: PromptKind) -> tuple[str, ...]:
+        return language.prompts(self.canonical(task), kind)
+
+    def max_steps(self, task: str) -> int:
+        return DEMO_MAX_STEPS if self.canonical(task) in SCENES else MAX_STEPS
+
+    def can_start_done(self, task: str) -> bool:
+        scene = SCENES.get(self.canonical(task))
+        return scene is not None and scene.travel is not None
+
+    def reset(
+        self, task: str, seed: int, resets: Resets = "demo", *, start_away: bool = False, start_done: bool = False
+    ) -> Observation:
+        """See `Environment.reset`. The tasks without a `demo` distribution start from MetaWorld's own with either value."""
+        name = self.canonical(task)
+        if start_done and not (resets == "demo" and self.can_start_done(name)):
+            raise SimulatorError(f"metaworld task '{name}' cannot start done with {resets} resets")
+        loaded = self._load(name)
+        simulator, scene = loaded.simulator, SCENES.get(name)
+        # MetaWorld leaves the last episode's object in the model, where the hand meets it on its way home.
+        loaded.pristine.apply(simulator.model)
+        self._mujoco.mj_resetData(simulator.model, simulator.data)
+        simulator._freeze_rand_vec = False
+        simulator.seed(seed)
+        rng = np.random.default_rng(seed)
+        if resets == "demo" and scene is not None:
+            draw_start(simulator, scene, rng, start_done)
+        else:
+            simulator.reset()
+        # MetaWorld moves bodies after its last forward pass: without this, picture and expert see the previous place.
+        self._mujoco.mj_forward(simulator.model, simulator.data)
+        if start_away:
+            move_hand_away(simulator, rng)
+        simulator._prev_obs = simulator._get_curr_obs_combined_no_goal()
+        self._observed = simulator._get_obs()
+        self._current = loaded
+        return self.observe()
+
+    def step(self, action: NDArray[np.floating]) -> StepResult:
+        task = self._task()
+        limit = self.max_steps(task.name)
+        if task.simulator.curr_path_length >= limit:
+            raise SimulatorError(f"metaworld task '{task.name}': the episode is over after {limit} steps; call reset")
+        clipped = np.clip(np.asarray(action, np.float32), self._spec.action_low, self._spec.action_high)
+        self._observed, _, _, _, info = task.simulator.step(clipped)
+        return StepResult(success=bool(info["success"]), done=task.simulator.curr_path_length >= limit)
+
+    def solved(self) -> bool:
+        """MetaWorld's success test in the present state, without a step."""
+        _, info = self._task().simulator.evaluate_state(self._observed, np.zeros(self._spec.action_dim))
+        return bool(info["success"])
+
+    def observe(self) -> Observation:
+        state = self._observed[:STATE_DIM].astype(np.float32)  # (4,)
+        return {"image_1": self.render(self._spec.image_size), "state": state}
+
+    def expert_action(self) -> NDArray[np.float32]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what we do next
+            action: NDArray[np.float32] = self._task().expert.get_action(self._observed)
+        return np.clip(action, self._spec.action_low, self._spec.action_high).astype(np.float32)
+
+    def render(self, size: int) -> NDArray[np.uint8]:
+        task = self._task()
+        return task.camera(size).render(task.simulator.data)
+
+    def snapshot(self) -> Snapshot:
+        task = self._task()
+        model, data, kind = task.simulator.model, task.simulator.data, self._mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.zeros(self._mujoco.mj_stateSize(model, kind))
+        self._mujoco.mj_getState(model, data, physics, kind)
+        return Snapshot(task.name, physics, ModelPositions.of(model), task.variables(), self._observed.copy())
+
+    def restore(self, snapshot: object) -> None:
+        assert isinstance(snapshot, Snapshot), f"restore: got {type(snapshot).__name__}, expected what snapshot() returned"
+        task = self._current = self._load(snapshot.task)
+        model, data = task.simulator.model, task.simulator.data
+        snapshot.positions.apply(model)
+        kind = self._mujoco.mjtState.mjSTATE_INTEGRATION
+        self._mujoco.mj_setState(model, data, snapshot.physics, kind)
+        self._mujoco.mj_forward(model, data)
+        # The forward pass leaves a warm start of its own behind, from which the solver would go on slightly differently.
+        self._mujoco.mj_setState(model, data, snapshot.physics, kind)
+        for name, value in snapshot.variables.items():
+            setattr(task.simulator, name, _copied(value))
+        self._observed = snapshot.observed.copy()
+
+    def close(self) -> None:
+        for task in self._loaded.values():
+            for camera in task.cameras.values():
+                camera.close()
+        self._loaded.clear()
+        self._current = None
+
+    def _load(self, name: str) -> _Task:
+        if name not in self._loaded:
+            simulator, expert = self._classes[f"{name}-v3"](), self._experts[f"{name}-v3"]()
+            self._loaded[name] = _Task(name, simulator, expert)
+        return self._loaded[name]
+
+    def _task(self) -> _Task:
+        assert self._current is not None, "call reset first"
+        return self._current

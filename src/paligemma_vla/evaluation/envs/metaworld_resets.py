@@ -1,0 +1,121 @@
+"""How an episode of a MetaWorld task begins when nothing but the instruction may tell what to do.
+
+MetaWorld starts the two tasks of a pair differently: other ranges of places, the drawer shut for one and out for the other.
+A policy could then read the task off the picture. Here both tasks of a pair draw the place from one box, the union of
+MetaWorld's two, and drawer and window start anywhere along their travel where the task is not solved yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Range = tuple[float, float]
+
+STOCK_SHARE = 1 / 3  # of demo resets that start at MetaWorld's own point of the travel, so that it is learnt as well
+HOME_STEPS = 50  # simulator steps in which MetaWorld brings the hand home
+AWAY_LOW, AWAY_HIGH = (-0.25, 0.40, 0.10), (0.25, 0.65, 0.40)  # metres: where a displaced hand may begin
+AWAY_LEAST, AWAY_TRIES = 0.06, 20
+OBJECT_AT_REST = 1e-3  # metres or radians that an object may move while the hand is being placed
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Where along its slide (metres) a part may start: `unsolved` and `done` ranges of a task, and MetaWorld's point."""
+
+    joint: str
+    stock: float
+    unsolved: Range
+    done: Range
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The box of places (x, y, z in metres) shared by the two tasks of a pair, and the travel of a sliding part."""
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+    travel: Travel | None = None
+
+
+FAUCET = Scene((-0.1, 0.8, 0.0), (0.1, 0.85, 0.0))
+WINDOW_BOX = ((-0.1, 0.7, 0.16), (0.1, 0.9, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
+DRAWER_BOX = ((-0.1, 0.9, 0.0), (0.1, 0.9, 0.0))
+
+# The ranges keep 1 cm from the point where the success test turns (`test_demo_starts_are_unsolved` measures it).
+SCENES: dict[str, Scene] = {
+    "faucet-open": FAUCET,
+    "faucet-close": FAUCET,
+    "window-open": Scene(*WINDOW_BOX, Travel("window_slide", stock=0.0, unsolved=(0.0, 0.18), done=(0.195, 0.2))),
+    "window-close": Scene(*WINDOW_BOX, Travel("window_slide", stock=0.2, unsolved=(0.05, 0.2), done=(0.0, 0.03))),
+    "drawer-open": Scene(*DRAWER_BOX, Travel("goal_slidey", stock=0.0, unsolved=(-0.15, 0.0), done=(-0.1606, -0.1604))),
+    "drawer-close": Scene(*DRAWER_BOX, Travel("goal_slidey", stock=-0.15, unsolved=(-0.16, -0.04), done=(-0.02, 0.0))),
+}
+
+
+@dataclass(frozen=True)
+class ModelPositions:
+    """Places that MetaWorld writes into the MuJoCo model itself, where resetting the data does not reach them."""
+
+    bodies: NDArray[np.float64]
+    sites: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, model: Any) -> ModelPositions:
+        return cls(model.body_pos.copy(), model.site_pos.copy())
+
+    def apply(self, model: Any) -> None:
+        model.body_pos[:], model.site_pos[:] = self.bodies, self.sites
+
+
+def draw_start(simulator: Any, scene: Scene, rng: np.random.Generator, done: bool) -> None:
+    """Place the object, and set its sliding part, for one demo episode.
+
+    The place goes in where MetaWorld keeps the random vector of a task, so its own reset derives target and success from
+    it. Rewards, which it normalises by its own start, are not meaningful afterwards; nothing here uses them.
+    """
+    simulator._last_rand_vec = rng.uniform(scene.low, scene.high)
+    simulator._freeze_rand_vec = True
+    simulator.reset()
+    if scene.travel is not None:
+        joint = simulator.data.joint(scene.travel.joint)
+        joint.qpos[:], joint.qvel[:] = _draw_travel(scene.travel, rng, done), 0.0
+
+
+def _draw_travel(travel: Travel, rng: np.random.Generator, done: bool) -> float:
+    if done:
+        # Half of them at the very end: there MetaWorld starts the opposite task.
+        end = max(travel.done, key=lambda point: abs(point - np.mean(travel.unsolved)))
+        return float(end if rng.random() < 0.5 else rng.uniform(*travel.done))
+    return float(travel.stock if rng.random() < STOCK_SHARE else rng.uniform(*travel.unsolved))
+
+
+def move_hand_away(simulator: Any, rng: np.random.Generator) -> None:
+    """Let the episode begin with the hand, open, at a random place that is not home; the object stays untouched.
+
+    A place that the hand cannot reach without pushing the object is drawn again; the hand stays home if all are.
+    """
+    import mujoco
+
+    model, data = simulator.model, simulator.data
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    before = np.zeros(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, before, kind)
+    robot_joints = 9  # seven of the arm, two fingers; what follows belongs to the object
+    objects = data.qpos[robot_joints:].copy()
+    low, high = np.maximum(AWAY_LOW, simulator.mocap_low), np.minimum(AWAY_HIGH, simulator.mocap_high)
+    for _ in range(AWAY_TRIES):
+        place = rng.uniform(low, high)
+        if np.linalg.norm(place - simulator.hand_init_pos) < AWAY_LEAST:
+            continue
+        for _ in range(HOME_STEPS):
+            data.mocap_pos[0], data.mocap_quat[0] = place, (1, 0, 1, 0)
+            simulator.do_simulation([-1, 1], simulator.frame_skip)
+        if np.abs(data.qpos[robot_joints:] - objects).max(initial=0.0) < OBJECT_AT_REST:
+            break
+        mujoco.mj_setState(model, data, before, kind)
+    data.qpos[robot_joints:] = objects
+    mujoco.mj_forward(model, data)

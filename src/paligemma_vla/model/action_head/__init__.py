@@ -1,0 +1,1 @@
+"""Action heads: context and state to a chunk of actions."""

@@ -1,0 +1,233 @@
+"""FlowmatchingActionHead: a transformer over action tokens that predicts the velocity of a flow from noise to actions.
+
+Each block: self-attention among the action tokens, cross-attention to context and state, an MLP, all modulated by the flow
+time (adaLN-zero, Peebles and Xie 2023). The keys and values of context and state do not depend on the flow time, so they are
+projected once per observation and shared by all Euler steps, and in training by all M (t, noise) draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paligemma_vla import flow
+from paligemma_vla.config import ActionHeadConfig
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class FlowOutput(NamedTuple):
+    """What training mode returns: velocity and target (B, M, K, A), and the parts of their masked mean squared error."""
+
+    velocity: Tensor
+    target: Tensor
+    loss_sum: Tensor
+    valid_count: Tensor
+
+
+@dataclass(frozen=True)
+class ProjectedContext:
+    """Keys and values (B, heads, T + 1, D / heads) of every block, and the mask (B, 1, 1, T + 1) of what may be attended."""
+
+    keys_values: list[KeyValue]
+    mask: Tensor
+
+
+class TimeEmbedding(nn.Module):
+    """Flow time in [0, 1] to (..., D): sines and cosines with periods from 0.004 to 4, then a small MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.half = width // 2
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        exponents = torch.linspace(math.log(4e-3), math.log(4.0), self.half, device=time.device)
+        angle = 2 * math.pi * time.float()[..., None] / exponents.exp()
+        embedded: Tensor = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        return embedded
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP; shift, scale and gate of each come from the conditioning vector."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        hidden = int(mlp_ratio * width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.modulation = nn.Linear(width, 9 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def project_context(self, context: Tensor) -> KeyValue:
+        """Context (B, T, D) to keys and values (B, heads, T, D / heads)."""
+        key, value = self.key_value(context).chunk(2, dim=-1)
+        return self._split(key), self._split(value)
+
+    def forward(self, x: Tensor, condition: Tensor, context: KeyValue, mask: Tensor) -> Tensor:
+        """x (B, M, K, D), condition (B or 1, M or 1, D) to (B, M, K, D)."""
+        batch, draws, steps, width = x.shape
+        parts = self.modulation(condition)[..., None, :].chunk(9, dim=-1)  # each (B, M, 1, D)
+        shift, scale, gate = parts[0::3], parts[1::3], parts[2::3]
+
+        query, key, value = self.qkv(self._modulated(x, shift[0], scale[0])).flatten(0, 1).chunk(3, dim=-1)  # (B M, K, D)
+        mixed = F.scaled_dot_product_attention(self._split(query), self._split(key), self._split(value))
+        x = x + gate[0] * self.self_out(self._join(mixed)).view(x.shape)
+
+        # All M draws of a sample look at one context, so they stand side by side as queries: nothing is copied.
+        query = self.query(self._modulated(x, shift[1], scale[1])).view(batch, draws * steps, width)
+        mixed = F.scaled_dot_product_attention(self._split(query), *context, attn_mask=mask)
+        x = x + gate[1] * self.cross_out(self._join(mixed)).view(x.shape)
+
+        out: Tensor = x + gate[2] * self.mlp(self._modulated(x, shift[2], scale[2]))
+        return out
+
+    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(x)
+        return normalised * (1 + scale) + shift
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
+
+    def _join(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)  # (B, T, D)
+
+
+class FlowmatchingActionHead(nn.Module):
+    """Flow-matching action head (S4, S5, S6).
+
+    config: `model.action_head_config`. context_dim: width E of the backbone's context. state_dim: numbers in the state (P).
+    Actions are normalised throughout: (B, K, A), or flat (B, K * A) as a batch carries them.
+    """
+
+    def __init__(self, config: ActionHeadConfig, context_dim: int, state_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embed_dim
+        self.action_encoder = nn.Linear(config.per_action_dim, width)
+        self.position = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
+        self.time_embedding = TimeEmbedding(width)
+        self.context_norm = nn.LayerNorm(context_dim)
+        self.context_proj = nn.Linear(context_dim, width)
+        if config.use_state_input:
+            self.state_encoder = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.velocity = nn.Linear(width, config.per_action_dim)
+        for layer in (self.final_modulation, self.velocity):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def project_context(
+        self, fused_tokens: Tensor, context_mask: Tensor | None = None, state: Tensor | None = None
+    ) -> ProjectedContext:
+        """Everything that does not depend on the flow time, once per observation.
+
+        fused_tokens (B, T, E); context_mask (B, T), True where there is a token (None: everywhere); state (B, P).
+        """
+        context = self.context_proj(self.context_norm(fused_tokens))
+        if context_mask is None:
+            context_mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+        mask = context_mask.bool()
+        if self.config.use_state_input:
+            if state is None:
+                raise ValueError("state: got None, expected (B, P); use_state_input is true")
+            context = torch.cat([context, self.state_encoder(state)[:, None].to(context.dtype)], dim=1)
+            mask = F.pad(mask, (0, 1), value=True)
+        keys_values = [block.project_context(context) for block in self.blocks]
+        return ProjectedContext(keys_values, mask[:, None, None, :])
+
+    def predict_velocity(
+        self,
+        action: Tensor,
+        time: Tensor | float,
+        context: ProjectedContext | Tensor,
+        context_mask: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity at a point of the flow (S4.2): same shape as `action`, (B, K, A) or (B, M, K, A), float32.
+
+        time: a number, (B,) or (B, M), in [0, 1]. context: what `project_context` gave, or fused tokens (B, T, E) with mask
+        and state.
+        """
+        if isinstance(context, Tensor):
+            context = self.project_context(context, context_mask, state)
+        draws = action if action.dim() == 4 else action[:, None]  # (B, M, K, A)
+        time = torch.as_tensor(time, dtype=torch.float32, device=action.device)
+        condition = F.silu(self.time_embedding(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1)))
+        x = self.action_encoder(draws) + self.position
+        for block, key_value in zip(self.blocks, context.keys_values, strict=True):
+            x = block(x, condition, key_value, context.mask)
+        shift, scale = self.final_modulation(condition)[..., None, :].chunk(2, dim=-1)
+        velocity: Tensor = self.velocity(self.final_norm(x) * (1 + scale) + shift)
+        return velocity.float().view(action.shape)
+
+    def loss(
+        self,
+        fused_tokens: Tensor,
+        actions_gt: Tensor,
+        state: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        action_mask: Tensor | None = None,
+        flow_time: Tensor | None = None,
+        flow_noise: Tensor | None = None,
+    ) -> FlowOutput:
+        """The training objective (S4.2): at M random points of each sample's path, squared error of the velocity.
+
+        actions_gt (B, K * A) or (B, K, A); action_mask (B, K, A), None: all valid; flow_time (B, M) and flow_noise
+        (B, M, K, A), None: drawn here from torch's global generator.
+        """
+        chunk = (self.config.horizon, self.config.per_action_dim)
+        action = actions_gt.view(-1, 1, *chunk).float()  # (B, 1, K, A)
+        if flow_time is None:
+            flow_time = flow.draw_time((len(action), self.config.num_flow_samples)).to(action.device)
+        if flow_noise is None:
+            flow_noise = flow.draw_noise((*flow_time.shape, *chunk)).to(action.device)
+        if action_mask is None:
+            action_mask = torch.ones_like(action[:, 0], dtype=torch.bool)
+        context = self.project_context(fused_tokens, context_mask, state)
+        velocity = self.predict_velocity(flow.interpolate(flow_noise, action, flow_time), flow_time, context)
+        target = flow.velocity_target(flow_noise, action)
+        return FlowOutput(velocity, target, *flow.masked_squared_error(velocity, target, action_mask[:, None]))
+
+    def sample(
+        self, context: Tensor, context_mask: Tensor | None, state: Tensor | None, noise: Tensor, num_steps: int
+    ) -> Tensor:
+        """Integrate from noise (B, K, A) to actions (B, K, A) in `num_steps` Euler steps; deterministic given the noise."""
+        projected = self.project_context(context, context_mask, state)
+        return flow.euler(lambda action, time: self.predict_velocity(action, time, projected), noise, num_steps)
+
+    def get_action(
+        self,
+        fused_tokens: Tensor,
+        state: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Sample actions (B, K, A), normalised (S6.1). noise: None draws Uniform(-1, 1) from torch's global generator."""
+        if noise is None:
+            shape = (len(fused_tokens), self.config.horizon, self.config.per_action_dim)
+            noise = flow.draw_noise(shape).to(fused_tokens.device)
+        return self.sample(fused_tokens, context_mask, state, noise, num_steps or self.config.num_inference_timesteps)
+
+    def forward(
+        self, fused_tokens: Tensor, state: Tensor | None = None, actions_gt: Tensor | None = None
+    ) -> FlowOutput | Tensor:
+        """Training mode with `actions_gt`, sampling without (S4.1)."""
+        if actions_gt is None:
+            return self.get_action(fused_tokens, state)
+        return self.loss(fused_tokens, actions_gt, state)

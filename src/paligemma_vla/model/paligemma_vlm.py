@@ -1,0 +1,126 @@
+"""PaliGemmaVLM: cameras and instruction to the fused context, through PaliGemma without its language-model head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PaliGemmaConfig, PaliGemmaModel
+
+from paligemma_vla.config import VLMConfig
+from paligemma_vla.errors import ModelError
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder, not_loadable
+
+
+class PaliGemmaVLM(nn.Module):
+    """SigLIP and Gemma as one encoder: images + prompts -> (B, T, E).
+
+    config: `model.vlm_config`. prompts, image: how the checkpoint wants its inputs. backbone_config: build this architecture
+    without weights (they come from a checkpoint of ours) instead of loading `model_name_or_path`.
+    Raises `ModelError` when the model cannot be loaded.
+    """
+
+    def __init__(
+        self, config: VLMConfig, prompts: PromptEncoder, image: ImageSpec, backbone_config: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.prompts = config, prompts
+        self.backbone = _load(config) if backbone_config is None else _build(config, backbone_config)
+        self.register_buffer("pixel_mean", torch.tensor(image.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
+        self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
+        if config.activation_checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def hidden_size(self) -> int:
+        """Width E of the context."""
+        return int(self.backbone.config.text_config.hidden_size)
+
+    def backbone_dict(self) -> dict[str, Any]:
+        """The architecture, as plain data for the checkpoint."""
+        return dict(self.backbone.config.to_dict())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `freeze_vision_tower` and `freeze_language_model` leave free."""
+        frozen: set[nn.Parameter] = set()
+        if self.config.freeze_vision_tower:
+            frozen.update(p for module in self.vision_modules for p in module.parameters())
+        if self.config.freeze_language_model:
+            frozen.update(self.backbone.language_model.parameters())
+        return [p for p in self.backbone.parameters() if p not in frozen]
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        prompts: Sequence[str],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the context (B, T, E) and its mask (B, T), True where there is a token.
+
+        images: per camera (B, 3, H, W), uint8 as in a batch, or float already normalised. prompts: B instructions, encoded
+        here unless input_ids (B, T) and attention_mask (B, T) are given. image_mask (B, N): which cameras are present.
+        """
+        device = self.pixel_mean.device
+        if image_mask is None:
+            image_mask = torch.ones(len(images[0]), len(images), dtype=torch.bool)
+        if input_ids is None:
+            ids, mask = self.prompts.encode(prompts, image_mask.cpu().numpy())
+            input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
+        if attention_mask is None:
+            raise ValueError("vlm_attention_mask: got None with input_ids, expected (B, T)")
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device).bool()
+        output = self.backbone(
+            input_ids=input_ids,
+            pixel_values=self._pixels(images, image_mask),
+            attention_mask=attention_mask.long(),
+            # Counted over real tokens only, so an absent camera or padding shifts nothing; from 1, as in pretraining.
+            position_ids=attention_mask.long().cumsum(dim=1).clamp(min=1),
+            # All prefix: without it transformers masks causally or not depending on kernel and padding.
+            token_type_ids=torch.zeros_like(input_ids),
+            use_cache=False,
+        )
+        return output.last_hidden_state, attention_mask
+
+    def _pixels(self, images: Sequence[Tensor], image_mask: Tensor) -> Tensor:
+        """Present images, sample by sample in camera order, normalised: (number of images, 3, H, W)."""
+        device = self.pixel_mean.device
+        stacked = torch.stack([image.to(device, non_blocking=True) for image in images], dim=1)  # (B, N, 3, H, W)
+        pixels = stacked.flatten(0, 1)
+        if not bool(image_mask.all()):
+            pixels = pixels[image_mask.flatten().to(device)]
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
+        return pixels
+
+
+def _load(config: VLMConfig) -> PaliGemmaModel:
+    """Load weights in float32: the masters that the optimiser updates; `dtype` is the compute type (autocast)."""
+    try:
+        model, report = PaliGemmaModel.from_pretrained(
+            config.model_name_or_path,
+            revision=config.revision,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(not_loadable(config.model_name_or_path, error)) from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = ", ".join(sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[:5])
+        raise ModelError(f"{config.model_name_or_path}: weights missing or of another shape ({missing}); is it a PaliGemma?")
+    return model
+
+
+def _build(config: VLMConfig, backbone_config: dict[str, Any]) -> PaliGemmaModel:
+    architecture = PaliGemmaConfig.from_dict(backbone_config)
+    architecture.dtype = torch.float32
+    if config.attn_implementation is not None:
+        architecture._attn_implementation = config.attn_implementation
+    return PaliGemmaModel(architecture)

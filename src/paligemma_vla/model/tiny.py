@@ -1,0 +1,105 @@
+"""A tiny random PaliGemma with its own tokenizer, in Hugging Face format.
+
+It is loaded through the very path that `google/paligemma-3b-pt-224` takes, so the demonstration and the tests exercise that
+path without a download.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GemmaConfig,
+    GemmaTokenizer,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    SiglipVisionConfig,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+CORPUS = """
+open close push pull slide turn rotate twist shut move press lift pick place put grasp reach insert stack wipe pour take
+drop grab release raise lower drag
+the a an robot arm gripper hand please should now to from into onto in on off up down left right and with until it is fully all way
+faucet tap window drawer door handle button lever box cube block cup bowl plate mug bottle spoon towel table shelf lid peg hole
+red green blue yellow white black small big top bottom front back side first second
+open the drawer close the drawer slide the window open push the window shut turn the faucet on turn the tap off
+pick up the red cube and place it in the bowl put the cup on the table
+"""
+
+
+@dataclass(frozen=True)
+class TinySpec:
+    """Sizes of a tiny PaliGemma. The defaults are the demonstration's: 16 image tokens, 1 M parameters."""
+
+    image_size: int = 64
+    patch_size: int = 16
+    vision_layers: int = 3
+    text_layers: int = 2
+    width: int = 128
+    heads: int = 4
+    vocabulary: int = 512
+    seed: int = 0
+
+
+def train_tokenizer(vocabulary: int) -> GemmaTokenizer:
+    """Train a byte-fallback BPE with Gemma's special tokens on a small corpus of instructions."""
+    learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    learner.pre_tokenizer = pre_tokenizers.Split(pattern="▁", behavior="merged_with_next")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "\n"],
+        initial_alphabet=["▁"],
+        show_progress=False,
+    )
+    lines = [line.replace(" ", "▁") for line in CORPUS.strip().splitlines()]
+    learner.train_from_iterator(lines * 4, trainer)
+    model = json.loads(learner.to_str())["model"]
+    return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+
+
+def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -> Path:
+    """Write config, random weights and processor into `output_dir`; returns it. The same spec gives the same weights."""
+    spec = spec or TinySpec()
+    output_dir = Path(output_dir)
+    images = SiglipImageProcessorPil(size={"height": spec.image_size, "width": spec.image_size})
+    images.image_seq_length = (spec.image_size // spec.patch_size) ** 2
+    processor = PaliGemmaProcessor(image_processor=images, tokenizer=train_tokenizer(spec.vocabulary))
+    # The processor has just added <image> and some 1,150 loc/seg tokens: only now is the vocabulary's size known.
+    vocabulary = len(processor.tokenizer)
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=spec.width,
+            intermediate_size=4 * spec.width,
+            num_hidden_layers=spec.vision_layers,
+            num_attention_heads=spec.heads,
+            image_size=spec.image_size,
+            patch_size=spec.patch_size,
+            vision_use_head=False,
+        ),
+        text_config=GemmaConfig(
+            hidden_size=spec.width,
+            intermediate_size=4 * spec.width,
+            num_hidden_layers=spec.text_layers,
+            num_attention_heads=spec.heads,
+            num_key_value_heads=1,
+            head_dim=spec.width // spec.heads,
+            vocab_size=vocabulary,
+        ),
+        image_token_index=processor.image_token_id,
+        vocab_size=vocabulary,
+        projection_dim=spec.width,
+        hidden_size=spec.width,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = PaliGemmaForConditionalGeneration(config)
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    return output_dir

@@ -1,0 +1,167 @@
+"""VLAModel: backbone and action head; one `forward` for training and sampling."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.errors import ModelError
+from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
+
+
+def resolve_class(path: str, key: str) -> Any:
+    """The class behind `package.module:Class`; raises `ModelError` naming the config key."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"{key}: cannot find '{path}' ({error}); expected package.module:Class") from error
+
+
+class VLAModel(nn.Module):
+    """`paligemma_vlm` + `action_head` (S3).
+
+    config: the whole configuration. prompts, image: the backbone's input settings; None reads them from the backbone.
+    backbone_config: build this architecture without loading pretrained weights (they come from a checkpoint of ours).
+    """
+
+    def __init__(
+        self,
+        config: VLAConfig,
+        prompts: PromptEncoder | None = None,
+        image: ImageSpec | None = None,
+        backbone_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        vlm, head = config.model.vlm_config, config.model.action_head_config
+        if prompts is None or image is None:
+            prompts, image = load_prompt_and_image_spec(
+                vlm.model_name_or_path,
+                vlm.revision,
+                config.data.prompt_max_len,
+                config.data.prompt_overflow,
+                config.data.image_resize,
+            )
+        backbone = resolve_class(vlm.backbone, "model.vlm_config.backbone")
+        action_head = resolve_class(head.head, "model.action_head_config.head")
+        self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
+        self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
+        self.compute_dtype = getattr(torch, vlm.dtype)
+        self.detach_context = head.detach_context
+        self.set_stage("all")
+
+    def set_stage(self, train: str) -> None:
+        """Choose what learns: `head` alone, or `all` that the configuration does not freeze."""
+        free: set[nn.Parameter] = set()
+        # A detached context gives the backbone no gradient: saying so keeps every trainable parameter in use (D9).
+        if train == "all" and not self.detach_context:
+            free = set(self.paligemma_vlm.trainable_parameters())
+        for parameter in self.paligemma_vlm.parameters():
+            parameter.requires_grad_(parameter in free)
+        self.backbone_learns = bool(free)
+
+    def get_vl_embeddings(
+        self,
+        image_1_batch: Tensor,
+        raw_prompt_texts_batch: Sequence[str],
+        vlm_attention_mask_batch: Tensor | None = None,
+        image_2_batch: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """The fused context (B, T, E); arguments as in `forward`."""
+        return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
+
+    def _context(
+        self,
+        image_1_batch: Tensor,
+        prompts: Sequence[str],
+        attention_mask: Tensor | None,
+        image_2_batch: Tensor | None,
+        further_images: Sequence[Tensor] = (),
+        input_ids: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        images = [image_1_batch, *([] if image_2_batch is None else [image_2_batch]), *further_images]
+        # (B, S, C, H, W): the last frame is what the model uses (S3.2).
+        images = [image[:, -1] if image.dim() == 5 else image for image in images]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_learns):
+            context, mask = self.paligemma_vlm(images, prompts, input_ids, attention_mask, image_mask)
+        return context, mask
+
+    def forward(
+        self,
+        image_1_batch: Tensor,
+        raw_prompt_texts_batch: Sequence[str],
+        vlm_attention_mask_batch: Tensor | None = None,
+        state_batch: Tensor | None = None,
+        image_2_batch: Tensor | None = None,
+        actions_gt_seq: Tensor | None = None,
+        *,
+        further_images: Sequence[Tensor] = (),
+        input_ids: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        action_mask: Tensor | None = None,
+        flow_time: Tensor | None = None,
+        flow_noise: Tensor | None = None,
+        num_steps: int | None = None,
+    ) -> FlowOutput | Tensor:
+        """Training objective with `actions_gt_seq`, sampled actions without (S3.2, S4.1).
+
+        image_n_batch: (B, 3, H, W) uint8, float when already normalised, or (B, S, 3, H, W), of which the last frame is used.
+        raw_prompt_texts_batch: B instructions, encoded here unless input_ids and vlm_attention_mask_batch (B, T) are given.
+        state_batch (B, P) normalised. actions_gt_seq (B, K * A) or (B, K, A) normalised, with action_mask (B, K, A).
+        further_images: cameras 3 .. N. image_mask (B, N): which cameras are present. flow_time (B, M), flow_noise
+        (B, M, K, A): drawn here when missing; in sampling flow_noise is the start, (B, 1, K, A). num_steps: Euler steps.
+
+        Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
+        """
+        device_type = image_1_batch.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.compute_dtype is torch.bfloat16):
+            context, mask = self._context(
+                image_1_batch,
+                raw_prompt_texts_batch,
+                vlm_attention_mask_batch,
+                image_2_batch,
+                further_images,
+                input_ids,
+                image_mask,
+            )
+            if self.detach_context:
+                context = context.detach()
+            if actions_gt_seq is None:
+                noise = None if flow_noise is None else flow_noise[:, 0]
+                actions: Tensor = self.action_head.get_action(context, state_batch, mask, noise, num_steps)
+                return actions
+            output: FlowOutput = self.action_head.loss(
+                context, actions_gt_seq, state_batch, mask, action_mask, flow_time, flow_noise
+            )
+            return output
+
+
+def arguments_from_batch(batch: dict[str, Any], sample: bool = False, num_steps: int | None = None) -> dict[str, Any]:
+    """Keyword arguments for `VLAModel.forward` from a batch of the loader; with `sample` those that sample actions."""
+    arguments = {
+        "image_1_batch": batch["image_1"],
+        "raw_prompt_texts_batch": batch["raw_prompt_text"],
+        "vlm_attention_mask_batch": batch["vlm_attention_mask"],
+        "state_batch": batch["state"],
+        "image_2_batch": batch.get("image_2"),
+        "further_images": [batch[f"image_{n}"] for n in range(3, batch["image_mask"].shape[1] + 1)],
+        "input_ids": batch["input_ids"],
+        "image_mask": batch["image_mask"],
+        "flow_noise": batch["flow_noise"],
+    }
+    if sample:
+        return {**arguments, "num_steps": num_steps}
+    return {
+        **arguments,
+        "actions_gt_seq": batch["action"],
+        "action_mask": batch["action_mask"],
+        "flow_time": batch["flow_time"],
+    }

@@ -1,0 +1,214 @@
+"""Normalisation: statistics of state and action, their JSON, and the one normaliser of the project.
+
+All kinds are affine, `normalised = (value - center) / scale` per dimension, so inverting is exact:
+
+    min_max     [min, max]  -> [-1, 1]            quantile    [q01, q99] -> [-1, 1]
+    mean_std    mean -> 0, one standard deviation -> 1
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.errors import DataError
+
+VERSION = 1
+LOW, HIGH = 0.01, 0.99
+FIELDS = ("min", "max", "mean", "std", "q01", "q99")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of one column over `count` rows; every array has one entry per dimension, float64."""
+
+    min: NDArray[np.float64]
+    max: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    q01: NDArray[np.float64]
+    q99: NDArray[np.float64]
+    count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name).tolist() for name in FIELDS}, "count": self.count}
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str) -> Statistics:
+        if not isinstance(raw, Mapping):
+            raise DataError(f"{where}: got {type(raw).__name__}, expected an object with {', '.join(FIELDS)}, count")
+        missing = [name for name in (*FIELDS, "count") if name not in raw]
+        if missing:
+            raise DataError(f"{where}: missing {', '.join(missing)}; compute the statistics again")
+        try:
+            arrays = {name: np.asarray(raw[name], np.float64) for name in FIELDS}
+            count = int(raw["count"])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: expected lists of numbers ({error}); compute the statistics again") from error
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1 or not all(np.isfinite(a).all() for a in arrays.values()):
+            raise DataError(f"{where}: expected finite lists of one length; compute the statistics again")
+        return cls(**arrays, count=count)
+
+
+class Accumulator:
+    """Statistics of one column in a single streaming pass, mergeable, exact.
+
+    Exact quantiles need only the tails: of `total` rows (known beforehand from the file footers), the q01 lies among the
+    smallest hundredth and the q99 among the largest, so two percent of the numbers are kept.
+    """
+
+    def __init__(self, dimension: int, total: int) -> None:
+        self.keep = math.ceil(LOW * total) + 2
+        self.count = 0
+        self.min = np.full(dimension, np.inf)
+        self.max = np.full(dimension, -np.inf)
+        self.mean = np.zeros(dimension)
+        self.squares = np.zeros(dimension)  # sum of squared deviations from the mean
+        self.low = np.empty((0, dimension), np.float32)
+        self.high = np.empty((0, dimension), np.float32)
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Take in rows (R, dimension)."""
+        part = Accumulator.__new__(Accumulator)
+        wide = values.astype(np.float64)
+        part.count, part.min, part.max = len(values), wide.min(0), wide.max(0)
+        part.mean = wide.mean(0)
+        part.squares = ((wide - part.mean) ** 2).sum(0)
+        part.low = part.high = values
+        self.merge(part)
+
+    def merge(self, other: Accumulator) -> None:
+        """Take in what another accumulator has seen (Chan et al. 1979 for the variance)."""
+        total = self.count + other.count
+        if other.count == 0:
+            return
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.squares = self.squares + other.squares + delta**2 * (self.count * other.count / total)
+        self.min, self.max = np.minimum(self.min, other.min), np.maximum(self.max, other.max)
+        self.low = _smallest(np.concatenate([self.low, other.low]), self.keep)
+        self.high = -_smallest(-np.concatenate([self.high, other.high]), self.keep)
+        self.count = total
+
+    def result(self) -> Statistics:
+        """Statistics of all rows seen. Raises `DataError` when there were none."""
+        if self.count == 0:
+            raise DataError("statistics: got 0 rows, expected at least one")
+        position = LOW * (self.count - 1)
+        below, above = np.sort(self.low, axis=0), -np.sort(-self.high, axis=0)
+        return Statistics(
+            min=self.min,
+            max=self.max,
+            mean=self.mean,
+            std=np.sqrt(self.squares / self.count),
+            q01=_interpolate(below, position),
+            q99=_interpolate(above, position),
+            count=self.count,
+        )
+
+
+def _smallest(values: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
+    return np.partition(values, keep - 1, axis=0)[:keep] if len(values) > keep else values
+
+
+def _interpolate(ordered: NDArray[np.float32], position: float) -> NDArray[np.float64]:
+    """Linear interpolation between order statistics, as `numpy.quantile` does."""
+    lower = int(position)
+    upper = min(lower + 1, len(ordered) - 1)
+    share = position - lower
+    return ordered[lower].astype(np.float64) * (1 - share) + ordered[upper].astype(np.float64) * share
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """What `normalization_stats.json` holds: state, action, and the data they were computed from."""
+
+    state: Statistics
+    action: Statistics
+    datasets: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "state": self.state.to_dict(),
+            "action": self.action.to_dict(),
+            "datasets": list(self.datasets),
+        }
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DatasetStatistics:
+        """Read the JSON; raises `DataError` naming the file and what is wrong with it."""
+        try:
+            raw = json.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: no such statistics file; write it with\n  python utils/calculate_normalization_stats.py "
+                f"--config_path CONFIG --output_path {path}"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as JSON ({error}); compute the statistics again") from error
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str) -> DatasetStatistics:
+        if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
+            raise DataError(f"{where}: expected statistics of version {VERSION}; compute them again")
+        return cls(
+            Statistics.from_dict(raw.get("state"), f"{where}: state"),
+            Statistics.from_dict(raw.get("action"), f"{where}: action"),
+            tuple(raw.get("datasets", ())),
+        )
+
+
+class Normalizer:
+    """Normalise and invert one column: `(value - center) / scale` per dimension, in float32.
+
+    A constant dimension has no scale of its own: it maps to 0 and back to its value (scale 1). A dimension whose quantile
+    range is less than a hundredth of its full range (a gripper that hardly moves) would blow up under `quantile`; it is
+    scaled by its full range instead, which is logged by name.
+    """
+
+    def __init__(self, statistics: Statistics, kind: str, name: str) -> None:
+        low, high = statistics.min, statistics.max
+        if kind == "mean_std":
+            center, scale = statistics.mean, statistics.std
+        else:
+            if kind == "quantile":
+                narrow = (statistics.q99 - statistics.q01) < 0.01 * (high - low)
+                for dimension in np.flatnonzero(narrow):
+                    logger.warning("%s[%d]: 98 %% of its values lie in 1 %% of its range; min_max is used", name, dimension)
+                low, high = np.where(narrow, low, statistics.q01), np.where(narrow, high, statistics.q99)
+            center, scale = (low + high) / 2, (high - low) / 2
+        constant = scale <= 1e-7 * np.maximum(1.0, np.abs(center))
+        self.center = np.where(constant, statistics.mean, center).astype(np.float32)
+        self.scale = np.where(constant, 1.0, scale).astype(np.float32)
+
+    @property
+    def dimension(self) -> int:
+        return len(self.center)
+
+    def normalize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Real units (..., dimension) to normalised."""
+        return ((values - self.center) / self.scale).astype(np.float32)
+
+    def denormalize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalised (..., dimension) to real units."""
+        return (values * self.scale + self.center).astype(np.float32)

@@ -1,0 +1,149 @@
+"""Policy: raw observation in, raw action chunk out. The one path that evaluation, serving and robots use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from paligemma_vla import flow, schema
+from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.errors import DataError
+from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.training.checkpoint import load_checkpoint
+
+
+class Policy:
+    """A trained model with the preprocessing it was trained with.
+
+    Made by `from_checkpoint`. `metadata` says what it expects and returns: cameras, dimensions, horizon, control rate, names,
+    image orientation, versions.
+    """
+
+    def __init__(
+        self, model: VLAModel, preprocessor: Preprocessor, config: VLAConfig, metadata: DatasetMetadata, versions: dict[str, str]
+    ) -> None:
+        self.model, self.preprocessor, self.config = model.eval(), preprocessor, config
+        self.device = next(model.parameters()).device
+        head = config.model.action_head_config
+        self.metadata: dict[str, Any] = {
+            "cameras": [schema.image_key(n + 1) for n in range(config.model.vlm_config.cameras)],
+            "camera_names": list(metadata.cameras),
+            "image_size": preprocessor.image.size,
+            "image_orientation": metadata.image_orientation,
+            "state_dim": preprocessor.state.dimension,
+            "state_names": list(metadata.state_names),
+            "action_dim": preprocessor.action.dimension,
+            "action_names": list(metadata.action_names),
+            "action_convention": metadata.action_convention,
+            "horizon": head.horizon,
+            "num_inference_timesteps": head.num_inference_timesteps,
+            "control_hz": metadata.control_hz,
+            "robot": metadata.robot,
+            "versions": versions,
+        }
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str = "cpu") -> Policy:
+        """Load a `.pth.tar` of this project; it needs nothing else. Uses the averaged weights when the run kept them.
+
+        Raises `CheckpointError` when the file is missing, damaged or not a checkpoint.
+        """
+        saved = load_checkpoint(path)
+        config = config_from_dict(saved["config"], where=f"{path}: config")
+        preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(path))
+        model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=saved["backbone"])
+        weights = saved["state_dict"]
+        if saved["ema"] is not None:
+            weights = {**weights, **saved["ema"]["average"]}
+        model.load_state_dict(weights)
+        model.requires_grad_(False)
+        metadata = DatasetMetadata.from_json(saved["metadata"], str(path))
+        return cls(model.to(torch.device(device)), preprocessor, config, metadata, saved["versions"])
+
+    def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
+        """Answer one observation.
+
+        observation: `image_1 .. image_N` (H, W, 3) uint8 RGB, any size; cameras after the first may be left out. `state` (P,)
+        in real units. `prompt`. seed: of the initial noise; None draws a fresh one. num_steps: Euler steps; None: the
+        configuration's. Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong observation.
+        """
+        return {"actions": self.infer_batch([observation], [seed], num_steps)[0]}
+
+    @torch.inference_mode()
+    def infer_batch(
+        self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int | None], num_steps: int | None = None
+    ) -> NDArray[np.float32]:
+        """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments as in `infer`."""
+        names = self.metadata["cameras"]
+        for observation in observations:
+            self._check(observation)
+        present = np.array([[name in observation for name in names] for observation in observations])
+        images = [
+            torch.from_numpy(np.stack([self._pixels(observation.get(name)) for observation in observations])).to(self.device)
+            for name in names
+        ]
+        prompts = [observation["prompt"] for observation in observations]
+        ids, mask = self.preprocessor.prompts.encode(prompts, present)
+        state = self.preprocessor.state.normalize(np.stack([np.asarray(o["state"], np.float32) for o in observations]))
+        noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
+        actions = self.model(
+            image_1_batch=images[0],
+            raw_prompt_texts_batch=prompts,
+            vlm_attention_mask_batch=torch.from_numpy(mask),
+            state_batch=torch.from_numpy(state).to(self.device),
+            image_2_batch=images[1] if len(images) > 1 else None,
+            further_images=images[2:],
+            input_ids=torch.from_numpy(ids),
+            image_mask=torch.from_numpy(present),
+            flow_noise=noise,
+            num_steps=num_steps,
+        )
+        return self.preprocessor.action.denormalize(actions[..., : self.preprocessor.action.dimension].cpu().numpy())
+
+    def _noise(self, seed: int | None) -> torch.Tensor:
+        head = self.config.model.action_head_config
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(derive_seed(seed, "policy noise", 0))
+        return flow.draw_noise((1, head.horizon, head.per_action_dim), generator)  # (M = 1, K, A)
+
+    def _pixels(self, image: Any) -> NDArray[np.uint8]:
+        if image is None:
+            return np.zeros((3, self.preprocessor.image.size, self.preprocessor.image.size), np.uint8)
+        return self.preprocessor.image.apply(Image.fromarray(image))
+
+    def _check(self, observation: Mapping[str, Any]) -> None:
+        """Raise `DataError` with everything that is wrong about an observation."""
+        names, dimension = self.metadata["cameras"], self.metadata["state_dim"]
+        faults = []
+        for name in names:
+            image = observation.get(name)
+            if image is None:
+                if name == names[0]:
+                    faults.append(f"{name}: missing; got {', '.join(observation)}")
+            elif not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+                faults.append(f"{name}: got {got}, expected a uint8 array (H, W, 3)")
+        state = np.asarray(observation.get("state", ()))
+        if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
+            faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
+        if not isinstance(observation.get("prompt"), str):
+            faults.append(f"prompt: got {type(observation.get('prompt')).__name__}, expected a string")
+        faults += [f"{k}: not a camera of this policy; it has {', '.join(names)}" for k in observation if _is_stray(k, names)]
+        if faults:
+            raise DataError("observation:\n  " + "\n  ".join(faults))
+
+
+def _is_stray(key: str, names: Sequence[str]) -> bool:
+    return key.startswith("image_") and key not in names

@@ -1,0 +1,188 @@
+"""From what a person or a file gives to what the model takes: the one copy that loader, model and `Policy` call.
+
+Prompt to tokens, image to pixels, state and actions to normalised numbers and back. A `Preprocessor` is plain data plus
+these functions: it goes into the checkpoint as a dictionary and comes back equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from paligemma_vla.errors import DataError, ModelError
+from paligemma_vla.normalization import DatasetStatistics, Normalizer
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How the backbone wants its images: square side in pixels, and `(pixel / 255 - mean) / std` per channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = int(Image.Resampling.BICUBIC)
+    resize: str = "stretch"
+
+    def apply(self, image: Image.Image, box: Box | None = None) -> NDArray[np.uint8]:
+        """Resize an RGB image to (3, size, size) uint8; `box` (left, top, right, bottom) crops first.
+
+        `stretch` is what PaliGemma's own processor does; `pad` keeps the aspect and fills with black.
+        """
+        if self.resize == "pad" and image.width != image.height:
+            image = _pad_to_square(image)
+        if image.size != (self.size, self.size) or box is not None:
+            image = image.resize((self.size, self.size), Image.Resampling(self.resample), box=box)
+        return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
+
+
+def _pad_to_square(image: Image.Image) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+class PromptEncoder:
+    """Instruction and number of images to token ids, as `PaliGemmaProcessor` lays them out: images, bos, text, newline.
+
+    An absent camera's slots hold padding that nothing attends to; a camera absent from the whole batch has no slots.
+    Raises `DataError` for an empty instruction, or one longer than `max_len` unless `overflow` is `truncate`.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, bos_id: int, pad_id: int, image_id: int, image_tokens: int, max_len: int, overflow: str
+    ) -> None:
+        self.tokenizer_json, self.bos_id, self.pad_id, self.image_id = tokenizer_json, bos_id, pad_id, image_id
+        self.image_tokens, self.max_len, self.overflow = image_tokens, max_len, overflow
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._newline = self._ids("\n")
+        self.text_ids = lru_cache(maxsize=4096)(self._text_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _text_ids(self, prompt: str) -> NDArray[np.int64]:
+        """`<bos> prompt \\n` as ids."""
+        prompt = prompt.strip()
+        if not prompt:
+            raise DataError("prompt: got an empty instruction, expected some words")
+        # The image token written in a prompt would be taken for a picture.
+        ids = [self.bos_id, *(i for i in self._ids(prompt + "\n") if i != self.image_id)]
+        if len(ids) > self.max_len:
+            if self.overflow != "truncate":
+                raise DataError(
+                    f"prompt: got {len(ids)} tokens, expected at most data.prompt_max_len = {self.max_len}: "
+                    f"'{prompt[:60]}...'; raise it, or set data.prompt_overflow: truncate"
+                )
+            ids = ids[: self.max_len - len(self._newline)] + self._newline
+        return np.array(ids, np.int64)
+
+    def encode(self, prompts: Sequence[str], image_mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Prompts and image_mask (B, N) to input_ids (B, T) and attention mask (B, T), padded on the right."""
+        texts = [self.text_ids(prompt) for prompt in prompts]
+        present = np.flatnonzero(image_mask.any(axis=0))
+        images = self.image_tokens * len(present)
+        ids = np.full((len(texts), images + max(len(text) for text in texts)), self.pad_id, np.int64)
+        mask = np.zeros(ids.shape, bool)
+        slots = np.repeat(image_mask[:, present], self.image_tokens, axis=1)
+        ids[:, :images] = np.where(slots, self.image_id, self.pad_id)
+        mask[:, :images] = slots
+        for row, text in enumerate(texts):
+            ids[row, images : images + len(text)] = text
+            mask[row, images : images + len(text)] = True
+        return ids, mask
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("tokenizer_json", "bos_id", "pad_id", "image_id", "image_tokens", "max_len", "overflow")
+        return {name: getattr(self, name) for name in names}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptEncoder, tuple(self.to_dict().values())
+
+
+class Preprocessor:
+    """Everything between a raw observation and the model's inputs, and between its outputs and raw actions."""
+
+    def __init__(
+        self, prompts: PromptEncoder, image: ImageSpec, statistics: DatasetStatistics, normalization: str
+    ) -> None:
+        self.prompts, self.image, self.statistics, self.normalization = prompts, image, statistics, normalization
+        self.state = Normalizer(statistics.state, normalization, "state")
+        self.action = Normalizer(statistics.action, normalization, "action")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (str, int, float, list, dict) for the checkpoint."""
+        image = asdict(self.image)
+        return {
+            "prompts": self.prompts.to_dict(),
+            "image": {**image, "mean": list(image["mean"]), "std": list(image["std"])},
+            "statistics": self.statistics.to_dict(),
+            "normalization": self.normalization,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str) -> Preprocessor:
+        image = {**raw["image"], "mean": tuple(raw["image"]["mean"]), "std": tuple(raw["image"]["std"])}
+        return cls(
+            PromptEncoder(**raw["prompts"]),
+            ImageSpec(**image),
+            DatasetStatistics.from_dict(raw["statistics"], where),
+            raw["normalization"],
+        )
+
+
+def load_prompt_and_image_spec(
+    model_name_or_path: str, revision: str | None, max_len: int, overflow: str, resize: str
+) -> tuple[PromptEncoder, ImageSpec]:
+    """Read tokenizer and image settings from a checkpoint's own `PaliGemmaProcessor` (D5), and check it against its config.
+
+    Raises `ModelError` when they cannot be loaded or disagree on the image token.
+    """
+    from transformers import AutoConfig, AutoProcessor  # heavy: only where a backbone is loaded
+
+    try:
+        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(not_loadable(model_name_or_path, error)) from error
+    tokenizer, images = processor.tokenizer, processor.image_processor
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    if image_id != config.image_token_id:
+        raise ModelError(
+            f"{model_name_or_path}: the processor's <image> is token {image_id}, the config's image token is "
+            f"{config.image_token_id}; processor and weights do not belong together"
+        )
+    side = images.size["height"]
+    tokens = (side // config.vision_config.patch_size) ** 2
+    if side != config.vision_config.image_size or tokens != images.image_seq_length:
+        raise ModelError(
+            f"{model_name_or_path}: the processor makes {side} px images of {images.image_seq_length} tokens, the vision "
+            f"tower takes {config.vision_config.image_size} px of {tokens}; processor and weights do not belong together"
+        )
+    prompts = PromptEncoder(
+        tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.pad_token_id, image_id, tokens, max_len, overflow
+    )
+    mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
+    return prompts, ImageSpec(side, mean, std, int(images.resample), resize)  # type: ignore[arg-type]
+
+
+def not_loadable(model_name_or_path: str, error: BaseException) -> str:
+    """What to tell a user whose backbone cannot be loaded."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"model.vlm_config.model_name_or_path: cannot load '{model_name_or_path}' ({first})\n"
+        "  a local folder must hold config.json, *.safetensors and the processor's files;\n"
+        "  google/paligemma-* is gated: accept the licence on its Hugging Face page, then run `hf auth login` or set HF_TOKEN;\n"
+        "  without a network, download it elsewhere and give the folder: --model_path_override FOLDER"
+    )

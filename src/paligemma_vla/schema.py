@@ -1,0 +1,100 @@
+"""Names shared by every floor: columns of an episode file, keys of an observation and of a batch.
+
+Letters in shape comments, everywhere in this project:
+
+    B  batch            S  frames in a window      C, H, W  image channels, height, width
+    N  cameras          T  context tokens          E  context width
+    K  action horizon   A  numbers in one action   P  numbers in the state
+    M  flow samples per context                    D  width of the action head
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.errors import DataError
+
+STATE, ACTION, PROMPT = "state", "action", "prompt"
+IS_FIRST, IS_LAST, IS_TERMINAL = "is_first", "is_last", "is_terminal"
+FLAGS = (IS_FIRST, IS_LAST, IS_TERMINAL)
+METADATA_KEY = b"paligemma_vla"
+
+
+def image_column(camera: int) -> str:
+    """Column of camera number `camera` (from 1) in an episode file."""
+    return f"image_{camera}_bytes"
+
+
+def image_key(camera: int) -> str:
+    """Key of camera number `camera` (from 1) in an observation and in a batch."""
+    return f"image_{camera}"
+
+
+class Observation(TypedDict, total=False):
+    """What a robot sends: `image_1 .. image_N` (H, W, 3) uint8 RGB, `state` (P,) in real units, `prompt`.
+
+    Cameras beyond the second carry the same kind of key; a camera that is absent is left out.
+    """
+
+    image_1: NDArray[np.uint8]
+    image_2: NDArray[np.uint8]
+    state: NDArray[np.float32]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode, column by column, as it is written and read.
+
+    images: one list per camera, each of `length` encoded JPEG or PNG images (None: camera absent at that step).
+    state (length, P) and action (length, A): float32 in real units; `action[t]` is what followed observation t.
+    prompt: the instruction. is_terminal: whether the episode ended by reaching a terminal state of the task.
+    """
+
+    images: list[list[bytes | None]]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+    prompt: str
+    is_terminal: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.action)
+
+
+@dataclass(frozen=True)
+class DatasetMetadata:
+    """What numbers and pixels mean; it travels from the episode file into the checkpoint and to the robot.
+
+    cameras: a name per camera, in the order image_1, image_2, ...   state_names / action_names: one per dimension.
+    control_hz: control steps per second, 0 when unknown.   image_orientation: `upright` unless said otherwise.
+    action_convention: what an action means, e.g. `end-effector delta, +1 = 1 cm; gripper +1 = close`.
+    """
+
+    robot: str = ""
+    cameras: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
+    control_hz: float = 0.0
+    image_orientation: str = "upright"
+    action_convention: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "metadata") -> DatasetMetadata:
+        """Read what `to_json` wrote; raises `DataError` when it is something else."""
+        try:
+            raw: Any = json.loads(text)
+            known = {f.name for f in fields(cls)}
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{where}: not a JSON object of dataset metadata ({error})") from error
+        return cls(**values)

@@ -1,0 +1,92 @@
+"""Checkpoints: one self-describing file with the specification's keys and everything a resume or a robot needs (S9).
+
+Written to a temporary name, synced, its sha256 put beside it, then renamed: a file under a final name is whole. `last` and
+`best` are links to such files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paligemma_vla.errors import CheckpointError
+
+SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
+POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
+LAST, BEST = "last.pth.tar", "model_best.pth.tar"
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """Write `payload` (tensors and plain data only) so that `path` is either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(payload, temporary)
+        with open(temporary, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        _digest_path(path).write_text(f"{digest}  {path.name}\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_checkpoint(target: Path, name: str) -> None:
+    """Point `name` beside `target` at it, at once."""
+    temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(target.with_name(name))
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
+
+    A file without its sha256 (copied alone) is read unverified, which is logged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.pth.tar")) if path.parent.is_dir() else []
+        raise CheckpointError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(beside)}" if beside else ""))
+    real = path.resolve()
+    digest_path = _digest_path(real)
+    if digest_path.exists():
+        with open(real, "rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        expected = digest_path.read_text().split()[:1]
+        if [got] != expected:
+            raise CheckpointError(f"{real}: damaged: its sha256 differs from {digest_path.name}; use an older checkpoint")
+    else:
+        logger.warning("%s: no %s beside it, so it is read unverified", real, digest_path.name)
+    try:
+        payload = torch.load(real, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{real}: cannot be read ({str(error).splitlines()[0][:200]}); is it a whole checkpoint?") from error
+    missing = [key for key in (*SPEC_KEYS, *POLICY_KEYS) if not isinstance(payload, dict) or key not in payload]
+    if missing:
+        raise CheckpointError(f"{real}: missing {', '.join(missing)}; it was not written by this program")
+    return dict(payload)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies; what is passed over is logged."""
+    candidates = [p for p in folder.glob("checkpoint_*.pth.tar") if p.is_file()]
+    for path in sorted(candidates, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+        else:
+            return path
+    return None
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")

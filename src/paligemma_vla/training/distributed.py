@@ -1,0 +1,100 @@
+"""Processes: how they start, who they are, and the two collectives the trainer needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paligemma_vla.errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among `world_size`; rank 0 writes files. One process alone has no process group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group together: without the barrier some ranks abort when others are gone first."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is. Raises `ConfigError` when it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name is None:
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise ConfigError(f"--device {name}: not available here; available: {', '.join(k for k, v in available.items() if v)}")
+    return torch.device(name)
+
+
+def join(device: str | None) -> Distributed:
+    """Join the group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...), or stand alone.
+
+    NCCL on GPUs, one process each, gloo on CPUs (S7.1). NCCL_TIMEOUT: seconds a collective may take (S10.2).
+    """
+    chosen = choose_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Distributed(0, 1, chosen)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=int(os.environ.get("NCCL_TIMEOUT", "1800")))
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    return Distributed(dist.get_rank(), world_size, chosen)
+
+
+def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
+    """Run `entry(args)` in `nproc` processes of this machine through torch's elastic launcher.
+
+    MASTER_PORT fixes the port of the rendezvous; otherwise a free one is taken. Raises `TrainingError` naming the first
+    rank that failed and why.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "0")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=f"paligemma-vla-{socket.gethostname()}-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{address}:{port}",
+        max_restarts=0,
+    )
+    try:
+        return max(elastic_launch(config, entry)(args).values())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message", failure.message))
+        raise TrainingError(f"rank {rank} failed (exit {failure.exitcode}): {message}") from error

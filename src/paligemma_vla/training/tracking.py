@@ -1,0 +1,113 @@
+"""Where a run's numbers go: metrics.jsonl always, Weights & Biases and TensorBoard when asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object per line. On a resume, lines from after the checkpoint are dropped, so each step stands there once."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists() and start_step > 0:
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= start_step:
+                        kept.append(line)
+                except (ValueError, KeyError):  # a line cut short by a kill
+                    continue
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        self.file = open(path, "a", buffering=1)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Wandb:
+    """Weights & Biases (S10.1): run name `<experiment>_ddp_<timestamp>`, the whole config."""
+
+    def __init__(self, config: VLAConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError('--use_wandb: wandb is not installed; pip install "paligemma-vla[wandb]"') from error
+        stamp = time.strftime("%Y%m%d_%H%M%S")
+        try:
+            self.run = wandb.init(
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                name=f"{config.training.experiment_name}_ddp_{stamp}",
+                mode=config.wandb.mode,
+                dir=str(config.run_dir),
+                config=config.model_dump(mode="json"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"--use_wandb: {error}; run `wandb login`, or stay offline with --set wandb.mode=offline"
+            ) from error
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                'training.tensorboard: tensorboard is not installed; pip install "paligemma-vla[tensorboard]"'
+            ) from error
+        self.writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Tracker:
+    """All sinks of a run; used by rank 0 alone."""
+
+    def __init__(self, config: VLAConfig, start_step: int) -> None:
+        self.sinks: list[Sink] = [JsonLines(config.run_dir / "metrics.jsonl", start_step)]
+        if config.training.tensorboard:
+            self.sinks.append(TensorBoard(config.run_dir / "tensorboard"))
+        if config.wandb.enabled:
+            self.sinks.append(Wandb(config))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()

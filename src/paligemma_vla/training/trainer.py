@@ -1,0 +1,434 @@
+"""The one training loop, for one process or many.
+
+A step: take this process's micro-batches, count the valid label elements of the whole global batch, and for each micro-batch
+forward, sum of squared errors / that count, backward; then clip, AdamW step, scheduler step, moving average (S4.3, D7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from paligemma_vla import versions
+from paligemma_vla.config import DataSource, VLAConfig, config_from_dict
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader, build_preprocessor, source_paths
+from paligemma_vla.data.sampling import RunSampler, SampleOrder, ValidationSampler
+from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError
+from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
+from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.training import checkpoint as ckpt
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
+from paligemma_vla.training.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+STALE_VALIDATIONS = 5
+
+
+@dataclass
+class Data:
+    """Training and validation sets, and the order of the run."""
+
+    train: VLADataset
+    validation: VLADataset | None
+    order: SampleOrder
+
+
+def load_data(config: VLAConfig, preprocessor: Preprocessor) -> Data:
+    """Index the files, split off validation episodes, and lay out the order. Raises `DataError`."""
+    settings = config.data
+    files = settings.train_parquet_files
+    sources = [files] if isinstance(files, str) else list(files)
+    indices = [EpisodeIndex.build(source_paths([source]), "data.train_parquet_files") for source in sources]
+    held_out: list[EpisodeIndex] = []
+    if settings.val_parquet_files is not None:
+        held_out = [EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files")]
+    elif settings.val_fraction > 0:
+        pairs = [index.split(settings.val_fraction, config.training.seed) for index in indices]
+        indices, held_out = [train for train, _ in pairs], [validation for _, validation in pairs]
+    weights = [s.weight if isinstance(s, DataSource) else 1.0 for s in sources]
+    weighted = any(isinstance(s, DataSource) for s in sources)
+    order = SampleOrder(
+        [index.steps for index in indices], weights if weighted else None, settings.batch_size, config.training.seed
+    )
+    train = VLADataset(EpisodeIndex.concatenate(indices), preprocessor, config, training=True)
+    validation = VLADataset(EpisodeIndex.concatenate(held_out), preprocessor, config) if held_out else None
+    return Data(train, validation, order)
+
+
+class Trainer:
+    """Train one configuration in this process's place among `distributed`.
+
+    resume: a checkpoint to go on from, exactly (D3). Raises `VLAError`s for what the user must mend.
+    """
+
+    def __init__(self, config: VLAConfig, distributed: Distributed, resume: Path | None = None) -> None:
+        self.config, self.distributed = config, distributed
+        torch.manual_seed(config.training.seed)
+        saved = ckpt.load_checkpoint(resume) if resume is not None else None
+        self.preprocessor = (
+            Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else build_preprocessor(config)
+        )
+        self.data = load_data(config, self.preprocessor)
+        self._check_division()
+        self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, saved["backbone"] if saved else None)
+        self.model.to(distributed.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.total_steps = self._total_steps()
+        self.stages = self._stages()
+        vlm_start = next((first for first, train in self.stages if train == "all"), 0)
+        self.scheduler = build_scheduler(
+            self.optimizer, config.lr_scheduler, self.total_steps, self.data.order.steps_per_epoch, vlm_start
+        )
+        decay = config.training.ema_decay
+        self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
+        self.step, self.best_metric, self.stale = 0, float("inf"), 0
+        if saved is not None:
+            self._restore(saved, str(resume))
+        self.parallel: nn.Module = self.model
+        self.tracker = Tracker(config, self.step) if distributed.main else None
+
+    def _check_division(self) -> None:
+        parts = self.distributed.world_size * self.config.training.gradient_accumulation_steps
+        if self.config.data.batch_size % parts:
+            raise ConfigError(
+                f"data.batch_size: got {self.config.data.batch_size}, expected a multiple of processes * "
+                f"gradient_accumulation_steps = {parts}; it is the total over all of them"
+            )
+
+    def _total_steps(self) -> int:
+        training = self.config.training
+        total = training.epochs * self.data.order.steps_per_epoch
+        return total if training.max_steps is None else min(total, training.max_steps)
+
+    def _stages(self) -> list[tuple[int, str]]:
+        """(first step, what learns) of each stage."""
+        stages, first = [], 0
+        for stage in self.config.training.stages:
+            stages.append((first, stage.train))
+            first += stage.steps or 0
+        return stages or [(0, "all")]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.data.order.steps_per_epoch
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to where the configuration says to stop. Returns the last validation's metrics."""
+        settings, order = self.config.training, self.data.order
+        stop = min(
+            self.total_steps,
+            settings.stop_after_step or self.total_steps,
+            (settings.stop_after_epoch or settings.epochs) * order.steps_per_epoch,
+        )
+        self._describe(stop)
+        validation: dict[str, Any] = {}
+        stream = self._stream(stop)
+        bar = tqdm(total=stop, initial=self.step, unit="step", disable=not self.distributed.main, dynamic_ncols=True)
+        meter = _Meter(self.config.data.batch_size)
+        with bar, self._explained():
+            while self.step < stop:
+                self._enter_stage()
+                loss, norm, wait = self._train_step(stream)
+                self.step += 1
+                meter.add(wait)
+                if self.step % settings.log_interval == 0 or self.step == stop:
+                    self._log_step(loss, norm, meter, bar)
+                bar.update()
+                ended = self.step == stop
+                epoch_ended = self.step % order.steps_per_epoch == 0
+                due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
+                if due or ended:
+                    validation = self.validate()
+                    self._log_validation(validation)
+                    meter.restart()
+                improved = self._improved(validation) if due or ended else False
+                numbered = epoch_ended and self.epoch % settings.save_every_n_epochs == 0
+                if numbered or ended or improved:
+                    self._save(improved)
+                    meter.restart()
+        if self.tracker is not None:
+            self.tracker.close()
+        return validation
+
+    def _stream(self, stop: int) -> Iterator[Batch]:
+        sampler = RunSampler(
+            self.data.order,
+            self.step,
+            stop,
+            self.distributed.rank,
+            self.distributed.world_size,
+            self.config.training.gradient_accumulation_steps,
+        )
+        loader = build_loader(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
+        return batches(loader)
+
+    def _enter_stage(self) -> None:
+        """At the first step, and where a stage begins: say what learns, and tell DDP anew."""
+        starts = [first for first, _ in self.stages]
+        if self.step not in starts and self.parallel is not self.model:
+            return
+        train = next(train for first, train in reversed(self.stages) if first <= self.step)
+        if self.step in starts or self.parallel is self.model:
+            self.model.set_stage(train)
+        if self.distributed.world_size > 1:
+            device = self.distributed.device
+            ids = [device.index] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def _train_step(self, stream: Iterator[Batch]) -> tuple[Tensor, Tensor, float]:
+        """One optimiser step. Returns the loss over the global batch, the gradient norm, and seconds waited for data."""
+        world, device = self.distributed.world_size, self.distributed.device
+        began = time.perf_counter()
+        micro = [next(stream) for _ in range(self.config.training.gradient_accumulation_steps)]
+        wait = time.perf_counter() - began
+        draws = self.config.model.action_head_config.num_flow_samples
+        count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
+        self.distributed.sum(count)
+        self.parallel.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=device)
+        for number, batch in enumerate(micro):
+            with self._no_sync() if number < len(micro) - 1 else contextlib.nullcontext():
+                output: FlowOutput = self.parallel(**arguments_from_batch(_to(batch, device)))
+                # DDP averages gradients over processes; times world, their sum over the global count remains.
+                (output.loss_sum * (world / count)).backward()
+            total += output.loss_sum.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return self.distributed.sum(total) / count, norm, wait
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """The training objective on fixed (t, noise), and the error of sampled actions in real units (S4.4, S6.2, D8)."""
+        data, settings, device = self.data.validation, self.config.training, self.distributed.device
+        if data is None:
+            return {}
+        size = max(1, self.config.data.batch_size // self.distributed.world_size)
+        sampler = ValidationSampler(
+            len(data), settings.val_max_samples, size, self.distributed.rank, self.distributed.world_size
+        )
+        sampled_batches = -(-settings.val_action_samples // (size * self.distributed.world_size))
+        head = self.config.model.action_head_config
+        sums = torch.zeros(2, device=device)
+        errors = torch.zeros(2, head.horizon, head.per_action_dim, dtype=torch.float64)
+        self.model.eval()
+        with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
+            loader = build_loader(data, sampler, self._in_place(), pin_memory=False)
+            for number, batch in enumerate(batches(loader)):
+                batch = _to(batch, device)
+                output: FlowOutput = self.model(**arguments_from_batch(batch))
+                sums += torch.stack([output.loss_sum, output.valid_count])
+                if number < sampled_batches:
+                    errors += self._action_errors(batch)
+        self.distributed.sum(sums)
+        errors = self.distributed.sum(errors.to(device)) if device.type != "mps" else errors
+        metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
+        if settings.val_action_samples:
+            total, count = errors.cpu().numpy()
+            metrics["val/action_mae"] = float(total.sum() / count.sum())
+            metrics["val/action_mae_per_dim"] = (total.sum(0) / np.maximum(count.sum(0), 1)).tolist()
+            metrics["val/action_mae_per_step"] = (total.sum(1) / np.maximum(count.sum(1), 1)).tolist()
+        return metrics
+
+    def _action_errors(self, batch: Batch) -> Tensor:
+        """Absolute errors of sampled actions in real units, and how many, each (K, A)."""
+        actions: Tensor = self.model(**arguments_from_batch(batch, sample=True))
+        difference = (actions - batch["action"].view_as(actions)).abs().cpu()
+        real = difference[..., : self.preprocessor.action.dimension] * torch.from_numpy(self.preprocessor.action.scale)
+        difference[..., : self.preprocessor.action.dimension] = real
+        mask = batch["action_mask"].cpu()
+        return torch.stack([(difference * mask).sum(0), mask.sum(0).float()]).double()
+
+    def _in_place(self) -> VLAConfig:
+        """Validation sets are small and read often: loading in place beats starting workers each time."""
+        return self.config.model_copy(update={"data": self.config.data.model_copy(update={"num_workers": 0})})
+
+    def _improved(self, validation: dict[str, Any]) -> bool:
+        metric = validation.get(self.config.training.best_metric)
+        if metric is None or metric >= self.best_metric:
+            self.stale += 1
+            if metric is not None and self.stale == STALE_VALIDATIONS:
+                logger.warning(
+                    "%s has not fallen in %d validations; validation runs the training objective on fixed noise, so this is "
+                    "the model: lower optimizer.lr, add data or augmentation, or stop here (docs/troubleshooting.md)",
+                    self.config.training.best_metric,
+                    STALE_VALIDATIONS,
+                )
+            return False
+        self.best_metric, self.stale = float(metric), 0
+        return True
+
+    def _save(self, improved: bool) -> None:
+        """Write this step's checkpoint once; `last` and `best` point at it."""
+        if self.distributed.main:
+            at_epoch = self.step % self.data.order.steps_per_epoch == 0
+            name = f"checkpoint_epoch_{self.epoch}" if at_epoch else f"checkpoint_step_{self.step}"
+            path = self.config.run_dir / "checkpoints" / f"{name}.pth.tar"
+            ckpt.save_checkpoint(path, self._payload())
+            ckpt.link_checkpoint(path, ckpt.LAST)
+            if improved or not (path.parent / ckpt.BEST).exists():
+                ckpt.link_checkpoint(path, ckpt.BEST)
+            self._prune(path.parent)
+        self.distributed.barrier()
+
+    def _prune(self, folder: Path) -> None:
+        """Mid-epoch checkpoints are kept only while `last` or `best` points at them."""
+        kept = {(folder / name).resolve() for name in (ckpt.LAST, ckpt.BEST)}
+        for path in folder.glob("checkpoint_step_*.pth.tar"):
+            if path.resolve() not in kept:
+                path.unlink()
+                path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+
+    def _payload(self) -> dict[str, Any]:
+        layout = self.data.train.index.layout
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best_metric": float(self.best_metric),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "rng": {"torch": torch.get_rng_state()},
+            "stale": self.stale,
+            "config": self.config.model_dump(mode="json"),
+            "preprocessor": self.preprocessor.to_dict(),
+            "backbone": _plain(self.model.paligemma_vlm.backbone_dict()),
+            "metadata": layout.metadata.to_json(),
+            "versions": versions(),
+        }
+
+    def _restore(self, saved: dict[str, Any], where: str) -> None:
+        """Take over everything of a checkpoint; refuse one of another model."""
+        before = config_from_dict(saved["config"], where=where)
+        if before.model.action_head_config != self.config.model.action_head_config:
+            raise CheckpointError(f"{where}: its model.action_head_config differs from this run's; resume with its own config")
+        try:
+            self.model.load_state_dict(saved["state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{where}: does not fit this model ({str(error).splitlines()[0]})") from error
+        self.scheduler.load_state_dict(saved["lr_scheduler"])
+        if self.ema is not None and saved["ema"] is not None:
+            self.ema.load_state_dict(saved["ema"])
+        torch.set_rng_state(saved["rng"]["torch"].cpu())
+        self.step, self.best_metric, self.stale = saved["step"], saved["best_metric"], saved["stale"]
+        logger.info("resumed %s: step %d, %d epochs completed", where, self.step, self.epoch)
+
+    def _describe(self, stop: int) -> None:
+        if self.distributed.main:
+            learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+            total = sum(p.numel() for p in self.model.parameters())
+            validation = len(self.data.validation.index) if self.data.validation else 0
+            logger.info(
+                "%s: %.1f M parameters, %.1f M learn; %d training episodes (%d steps), %d validation episodes",
+                self.config.training.experiment_name,
+                total / 1e6,
+                learning / 1e6,
+                len(self.data.train.index),
+                len(self.data.train),
+                validation,
+            )
+            logger.info(
+                "optimiser steps %d to %d of %d, %d per epoch, total batch %d on %d process(es), %s",
+                self.step,
+                stop,
+                self.total_steps,
+                self.data.order.steps_per_epoch,
+                self.config.data.batch_size,
+                self.distributed.world_size,
+                self.distributed.device,
+            )
+
+    def _log_step(self, loss: Tensor, norm: Tensor, meter: _Meter, bar: Any) -> None:
+        if self.tracker is None:
+            return
+        metrics = {
+            "epoch": self.step / self.data.order.steps_per_epoch,
+            "train/batch_loss": loss.item(),
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/grad_norm": norm.item(),
+            **meter.read(),
+        }
+        self.tracker.log(self.step, metrics)
+        bar.set_postfix(loss=f"{metrics['train/batch_loss']:.4f}", samples_s=f"{metrics['train/samples_per_s']:.0f}")
+
+    def _log_validation(self, metrics: dict[str, Any]) -> None:
+        if self.tracker is not None and metrics:
+            self.tracker.log(self.step, {"epoch": self.step / self.data.order.steps_per_epoch, **metrics})
+            shown = "  ".join(f"{name} {value:.5f}" for name, value in metrics.items() if isinstance(value, float))
+            logger.info("step %d: %s", self.step, shown)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the failures that users know (S10.2) into messages with the remedy."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}: reduce it, or split it "
+                f"with training.gradient_accumulation_steps; model.vlm_config.dtype: bfloat16, activation_checkpointing: true "
+                f"and freezing the backbone save more (docs/troubleshooting.md)"
+            ) from error
+        except torch.distributed.DistBackendError as error:
+            raise TrainingError(
+                f"communication between processes failed at step {self.step} ({str(error).splitlines()[0]}): a rank died or "
+                f"hangs, see its log; if it was only slow (first epoch, large checkpoints), set NCCL_TIMEOUT=1800 or more"
+            ) from error
+
+
+class _Meter:
+    """Throughput and share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.wait, self.steps = time.perf_counter(), 0.0, 0
+
+    def add(self, wait: float) -> None:
+        self.wait += wait
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        values = {"train/samples_per_s": self.steps * self.batch_size / elapsed, "train/data_wait": self.wait / elapsed}
+        self.restart()
+        return values
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Configuration of a library as plain data, so that a checkpoint loads with weights_only."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -1,0 +1,275 @@
+"""The MetaWorld environment: no leaks, upright pictures, reproducible starts, an expert that solves what it is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from paligemma_vla.errors import SimulatorError
+from paligemma_vla.evaluation.envs import make_environment
+from paligemma_vla.evaluation.envs import metaworld_prompts as language
+from paligemma_vla.evaluation.envs.metaworld import MetaWorldEnvironment
+from paligemma_vla.evaluation.envs.metaworld_resets import SCENES
+from paligemma_vla.evaluation.envs.offscreen import ensure_backend
+
+DEMO_TASKS = tuple(language.GRAMMARS)
+SLIDING = tuple(task for task, scene in SCENES.items() if scene.travel)
+PAIRS = (("faucet-open", "faucet-close"), ("window-open", "window-close"), ("drawer-open", "drawer-close"))
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[MetaWorldEnvironment]:
+    environment = make_environment("metaworld")
+    assert isinstance(environment, MetaWorldEnvironment)
+    yield environment
+    environment.close()
+
+
+def simulator(env: MetaWorldEnvironment):
+    return env._task().simulator
+
+
+def travel_of(env: MetaWorldEnvironment, task: str) -> float:
+    return float(simulator(env).data.joint(SCENES[task].travel.joint).qpos[0])
+
+
+def solve(env: MetaWorldEnvironment, task: str, seed: int, resets: str) -> int | None:
+    """Steps that the clean expert needs, None when it fails."""
+    env.reset(task, seed, resets)
+    for step in range(env.max_steps(task)):
+        if env.step(env.expert_action()).success:
+            return step + 1
+    return None
+
+
+def test_make_environment_unknown_name_lists_known():
+    with pytest.raises(SimulatorError, match="did you mean 'metaworld'"):
+        make_environment("metawrld")
+
+
+def test_make_environment_without_package_names_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
+    with pytest.raises(SimulatorError, match=r'pip install "paligemma-vla\[metaworld\]"'):
+        make_environment("metaworld")
+
+
+def test_ensure_backend_respects_the_user_and_names_the_remedy(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert ensure_backend() == "osmesa"
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: no libEGL")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(SimulatorError, match=r"(?s)apt-get install libosmesa6.*egl: ImportError: no libEGL.*osmesa:"):
+        ensure_backend()
+    assert "MUJOCO_GL" not in os.environ
+
+
+def test_tasks_are_those_of_metaworld(env):
+    from metaworld.policies import ENV_POLICY_MAP
+
+    assert {f"{task}-v3" for task in env.tasks()} == set(ENV_POLICY_MAP)
+    assert env.canonical("faucet-open-v3") == "faucet-open"
+    with pytest.raises(SimulatorError, match="did you mean 'drawer-open'"):
+        env.canonical("drawer-opne")
+
+
+def test_spec_describes_what_comes_out(env):
+    view = env.reset("drawer-open", 0)
+    assert set(view) == {"image_1", "state"}
+    assert view["image_1"].shape == (64, 64, 3) and view["image_1"].dtype == np.uint8
+    assert view["state"].shape == (env.spec.state_dim,) and view["state"].dtype == np.float32
+    assert env.expert_action().shape == (env.spec.action_dim,)
+    assert env.spec.control_hz == pytest.approx(1 / simulator(env).dt)
+    metadata = env.spec.to_metadata({"note": "x"})
+    assert metadata.cameras == env.spec.cameras and metadata.extra == {"note": "x"}
+
+
+@pytest.mark.parametrize("task", DEMO_TASKS)
+def test_prompts_unseen_are_new_combinations_of_known_words(task):
+    own, unseen = set(language.prompts(task, "own")), set(language.prompts(task, "unseen"))
+    assert len(own) == 18 and len(unseen) == 6
+    assert not own & unseen
+    words = {word for prompt in own for word in prompt.split()}
+    assert {word for prompt in unseen for word in prompt.split()} <= words
+    grammar = language.GRAMMARS[task]
+    for verb in grammar.verbs:
+        for thing in grammar.things:
+            phrase = f"{verb} the {thing}"
+            assert any(p.endswith(phrase) or f"{phrase} " in p for p in own), f"'{phrase}' is not met in training"
+
+
+def test_prompts_are_never_shared_between_tasks(env):
+    seen: dict[str, str] = {}
+    for task in env.tasks():
+        for prompt in (*env.prompts(task, "own"), *env.prompts(task, "unseen")):
+            assert prompt not in seen, f"'{prompt}' is said for {task} and {seen.get(prompt)}"
+            seen[prompt] = task
+
+
+def test_opposite_is_mutual(env):
+    assert env.opposite("push") is None
+    assert all(env.opposite(a) == b and env.opposite(b) == a for a, b in PAIRS)
+
+
+@pytest.mark.parametrize("task", DEMO_TASKS)
+@pytest.mark.parametrize("resets", ["demo", "stock"])
+def test_expert_solves(env, task, resets):
+    steps = [solve(env, task, seed, resets) for seed in range(3)]
+    assert all(s is not None and s > 1 for s in steps), steps
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_demo_pair_starts_cannot_be_told_apart(env, first, second):
+    """Same seed, both tasks: the place and the picture agree wherever the travel does."""
+    box = SCENES[first]
+    assert (box.low, box.high) == (SCENES[second].low, SCENES[second].high)
+    for seed in range(20, 23):
+        views = []
+        for task in (first, second):
+            view = env.reset(task, seed)
+            if SCENES[task].travel:
+                low = max(SCENES[first].travel.unsolved[0], SCENES[second].travel.unsolved[0])
+                simulator(env).data.joint(SCENES[task].travel.joint).qpos[:] = low + 0.02
+                env._mujoco.mj_forward(simulator(env).model, simulator(env).data)
+                assert not env.solved()
+                view = env.observe()
+            views.append(view)
+        np.testing.assert_array_equal(views[0]["state"], views[1]["state"])
+        np.testing.assert_array_equal(views[0]["image_1"], views[1]["image_1"])
+
+
+@pytest.mark.parametrize("task", DEMO_TASKS)
+def test_demo_box_is_the_union_of_metaworlds_own(env, task):
+    env.reset(task, 0, "stock")
+    own = simulator(env)._random_reset_space
+    env.reset(env.opposite(task), 0, "stock")
+    other = simulator(env)._random_reset_space
+    np.testing.assert_allclose(SCENES[task].low, np.minimum(own.low, other.low))
+    np.testing.assert_allclose(SCENES[task].high, np.maximum(own.high, other.high))
+
+
+@pytest.mark.parametrize("task", SLIDING)
+def test_demo_starts_are_unsolved_and_cover_metaworlds_own(env, task):
+    travel = SCENES[task].travel
+    env.reset(task, 0, "stock")
+    assert travel_of(env, task) == pytest.approx(travel.stock, abs=0.005)
+    starts = []
+    for seed in range(40):
+        env.reset(task, seed)
+        starts.append(travel_of(env, task))
+        assert not env.solved()
+    at_stock = np.isclose(starts, travel.stock, atol=1e-9)
+    assert 5 <= at_stock.sum() <= 25
+    middle = np.mean(travel.unsolved)
+    assert np.min(starts) < middle - 0.03 and np.max(starts) > middle + 0.03
+    for end in travel.unsolved:
+        simulator(env).data.joint(travel.joint).qpos[:] = end
+        env._mujoco.mj_forward(simulator(env).model, simulator(env).data)
+        env._observed = simulator(env)._get_obs()
+        assert not env.solved(), f"solved at {end}"
+
+
+@pytest.mark.parametrize("task", SLIDING)
+def test_start_done_is_solved_and_the_expert_keeps_it(env, task):
+    assert env.can_start_done(task)
+    env.reset(task, 1, start_done=True, start_away=True)
+    assert env.solved()
+    with pytest.raises(SimulatorError, match="cannot start done"):
+        env.reset("faucet-open", 0, start_done=True)
+
+
+def test_reset_is_a_function_of_its_arguments(env):
+    first = env.reset("window-close", 5)
+    actions = [env.expert_action() for _ in range(1)]
+    solve(env, "window-close", 6, "stock")
+    env.reset("drawer-open", 5)
+    again = env.reset("window-close", 5)
+    np.testing.assert_array_equal(first["image_1"], again["image_1"])
+    np.testing.assert_array_equal(first["state"], again["state"])
+    np.testing.assert_array_equal(actions[0], env.expert_action())
+    for resets in ("demo", "stock"):
+        other = env.reset("window-close", 7, resets)
+        assert not np.array_equal(first["image_1"], other["image_1"])
+
+
+def test_start_away_moves_the_hand_and_not_the_object(env):
+    for task in ("faucet-open", "drawer-close"):
+        home = env.reset(task, 3)
+        objects = simulator(env).data.qpos[9:].copy()
+        away = env.reset(task, 3, start_away=True)
+        assert np.linalg.norm(home["state"][:3] - away["state"][:3]) > 0.05
+        np.testing.assert_array_equal(simulator(env).data.qpos[9:], objects)
+
+
+@pytest.mark.parametrize("task", DEMO_TASKS)
+def test_picture_does_not_show_the_goal(env, task):
+    before = env.reset(task, 2)["image_1"]
+    model, data = simulator(env).model, simulator(env).data
+    for name in [model.site(i).name for i in range(model.nsite) if "goal" in model.site(i).name]:
+        model.site(name).pos = (0.0, 0.6, 0.2)  # in the middle of the picture
+        model.site(name).size[:] = 0.05
+    env._mujoco.mj_forward(model, data)
+    np.testing.assert_array_equal(before, env.observe()["image_1"])
+
+
+def test_state_says_nothing_about_object_and_goal(env):
+    states = {tuple(env.reset("window-open", seed)["state"]) for seed in range(4)}
+    assert len(states) == 1
+
+
+def test_picture_is_upright(env):
+    """Red of the arm: above where it was when the hand is lowered, and the wooden table fills the lower edge."""
+    env.reset("faucet-open", 0)
+    rows = []
+    for direction in (1.0, -1.0):
+        for _ in range(20):
+            env.step(np.array([0.0, 0.0, direction, -1.0]))
+        picture = env.observe()["image_1"].astype(int)
+        white = (picture > 230).all(-1)  # the left finger
+        rows.append(np.argwhere(white)[:, 0].mean())
+    assert rows[0] < rows[1] - 3, f"the raised hand is in row {rows[0]:.0f}, the lowered one in row {rows[1]:.0f}"
+
+
+def test_step_clips_and_refuses_to_go_on_after_the_limit(env):
+    env.reset("drawer-close", 0)
+    start = simulator(env).data.mocap_pos[0].copy()
+    env.step(np.array([9.0, 0.0, 0.0, 0.0]))
+    assert simulator(env).data.mocap_pos[0, 0] - start[0] == pytest.approx(0.01)
+    for _ in range(env.max_steps("drawer-close") - 1):
+        result = env.step(np.zeros(4))
+    assert result.done
+    with pytest.raises(SimulatorError, match="over after 200 steps"):
+        env.step(np.zeros(4))
+
+
+def test_success_does_not_end_an_episode(env):
+    assert solve(env, "faucet-close", 0, "demo")
+    assert not env.step(env.expert_action()).done
+
+
+def test_restore_continues_exactly(env):
+    env.reset("drawer-open", 4)
+    for _ in range(40):
+        env.step(env.expert_action())
+    snapshot, picture = env.snapshot(), env.render(96)
+    first = [(env.step(env.expert_action()), env._observed.copy()) for _ in range(60)]
+    solve(env, "drawer-open", 9, "stock")
+    env.reset("faucet-open", 0)
+    env.restore(snapshot)
+    np.testing.assert_array_equal(env.render(96), picture)
+    second = [(env.step(env.expert_action()), env._observed.copy()) for _ in range(60)]
+    assert [a for a, _ in first] == [a for a, _ in second]
+    np.testing.assert_array_equal([o for _, o in first], [o for _, o in second])
+
+
+@pytest.mark.parametrize("task", ["button-press", "push", "reach"])
+def test_other_tasks_run_with_an_expert_and_a_sentence(env, task):
+    assert env.max_steps(task) == 500
+    assert len(env.prompts(task, "own")) == 1 and env.prompts(task, "unseen") == ()
+    assert solve(env, task, 1, "demo") is not None
