@@ -6,7 +6,9 @@ by `to_yaml`, complete, into the run's folder and into every checkpoint.
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -129,7 +131,9 @@ class TrainingConfig(Section):
     seed: NonNegative = Field(0, description="Order, augmentation, flow time and noise are functions of it and the position.")
     grad_clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="Moving average of the weights, used by validation and Policy; 0: off.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Moving average of the weights, used by validation and Policy; 0: off."
+    )
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field((), description="E.g. head first, then all.")
     log_interval: Positive = Field(10, description="Optimiser steps between log lines.")
     validate_every_n_steps: Positive | None = Field(None, description="null: at the end of each epoch.")
@@ -186,6 +190,11 @@ class VLAConfig(Section):
         return Path(self.training.checkpoint_dir) / self.training.experiment_name
 
 
+def json_schema() -> str:
+    """JSON schema of the configuration, for completion and checking in editors (configs/vla_config.schema.json)."""
+    return json.dumps(VLAConfig.model_json_schema(), indent=2) + "\n"
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
 
@@ -198,7 +207,7 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for number, key in enumerate(keys):
         if key in keys[:number]:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.value[number][0].start_mark)
@@ -351,3 +360,7 @@ def _contradictions(config: VLAConfig) -> list[str]:
     if vlm.freeze_vision_tower and vlm.freeze_language_model and any(s.train == "all" for s in training.stages):
         faults.append("training.stages: the whole backbone is frozen in vlm_config, so a stage cannot train all")
     return faults
+
+
+if __name__ == "__main__":  # `make schema`
+    sys.stdout.write(json_schema())

@@ -127,7 +127,8 @@ def _interpolate(ordered: NDArray[np.float32], position: float) -> NDArray[np.fl
     lower = int(position)
     upper = min(lower + 1, len(ordered) - 1)
     share = position - lower
-    return ordered[lower].astype(np.float64) * (1 - share) + ordered[upper].astype(np.float64) * share
+    value: NDArray[np.float64] = ordered[lower] * np.float64(1 - share) + ordered[upper] * np.float64(share)
+    return value
 
 
 @dataclass(frozen=True)

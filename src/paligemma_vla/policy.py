@@ -29,7 +29,12 @@ class Policy:
     """
 
     def __init__(
-        self, model: VLAModel, preprocessor: Preprocessor, config: VLAConfig, metadata: DatasetMetadata, versions: dict[str, str]
+        self,
+        model: VLAModel,
+        preprocessor: Preprocessor,
+        config: VLAConfig,
+        metadata: DatasetMetadata,
+        versions: dict[str, str],
     ) -> None:
         self.model, self.preprocessor, self.config = model.eval(), preprocessor, config
         self.device = next(model.parameters()).device

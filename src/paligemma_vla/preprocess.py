@@ -114,9 +114,7 @@ class PromptEncoder:
 class Preprocessor:
     """Everything between a raw observation and the model's inputs, and between its outputs and raw actions."""
 
-    def __init__(
-        self, prompts: PromptEncoder, image: ImageSpec, statistics: DatasetStatistics, normalization: str
-    ) -> None:
+    def __init__(self, prompts: PromptEncoder, image: ImageSpec, statistics: DatasetStatistics, normalization: str) -> None:
         self.prompts, self.image, self.statistics, self.normalization = prompts, image, statistics, normalization
         self.state = Normalizer(statistics.state, normalization, "state")
         self.action = Normalizer(statistics.action, normalization, "action")
@@ -171,7 +169,13 @@ def load_prompt_and_image_spec(
             f"tower takes {config.vision_config.image_size} px of {tokens}; processor and weights do not belong together"
         )
     prompts = PromptEncoder(
-        tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.pad_token_id, image_id, tokens, max_len, overflow
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.bos_token_id,
+        tokenizer.pad_token_id,
+        image_id,
+        tokens,
+        max_len,
+        overflow,
     )
     mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
     return prompts, ImageSpec(side, mean, std, int(images.resample), resize)  # type: ignore[arg-type]
@@ -183,6 +187,6 @@ def not_loadable(model_name_or_path: str, error: BaseException) -> str:
     return (
         f"model.vlm_config.model_name_or_path: cannot load '{model_name_or_path}' ({first})\n"
         "  a local folder must hold config.json, *.safetensors and the processor's files;\n"
-        "  google/paligemma-* is gated: accept the licence on its Hugging Face page, then run `hf auth login` or set HF_TOKEN;\n"
+        "  google/paligemma-* is gated: accept its licence on Hugging Face, then run `hf auth login` or set HF_TOKEN;\n"
         "  without a network, download it elsewhere and give the folder: --model_path_override FOLDER"
     )

@@ -94,7 +94,7 @@ class DatasetMetadata:
         try:
             raw: Any = json.loads(text)
             known = {f.name for f in fields(cls)}
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
         except (ValueError, AttributeError) as error:
             raise DataError(f"{where}: not a JSON object of dataset metadata ({error})") from error
         return cls(**values)

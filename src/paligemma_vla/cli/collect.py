@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", default="metaworld", help="simulator (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help="for example drawer-open drawer-close")
     parser.add_argument("--episodes", type=int, required=True, metavar="N", help="kept per task")
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on in the same folder"
-    )
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on in the same folder")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--image_size", type=int, default=64, metavar="PX", help="default: %(default)s")
@@ -36,8 +34,6 @@ def main(args: argparse.Namespace) -> int:
     )
     summary = collect(config)
     lines = [f"{summary.episodes} episodes, {summary.frames} frames in {summary.seconds:.0f} s -> {args.output_dir}"]
-    lines += [
-        f"  {task:28s} expert succeeded in {rate:.0%} of its attempts" for task, rate in summary.expert_success.items()
-    ]
+    lines += [f"  {task:28s} expert succeeded in {rate:.0%} of its attempts" for task, rate in summary.expert_success.items()]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

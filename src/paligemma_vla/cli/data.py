@@ -67,6 +67,14 @@ def describe(paths: list[str]) -> dict[str, Any]:
     }
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {number:g}" for name, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return str(value)
+
+
 def main(args: argparse.Namespace) -> int:
     facts = describe(args.path)
     if args.json:
@@ -75,11 +83,7 @@ def main(args: argparse.Namespace) -> int:
     instructions = facts.pop("instructions")
     width = max(map(len, facts))
     for name, value in facts.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k} {v:g}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(value) or "-"
-        sys.stdout.write(f"{name:<{width}}  {value}\n")
+        sys.stdout.write(f"{name:<{width}}  {_shown(value)}\n")
     if facts["largest_row_group"] > SLOW_GROUP_ROWS:
         sys.stdout.write(
             f"note: row groups of up to {facts['largest_row_group']} rows make reading single frames slow; "

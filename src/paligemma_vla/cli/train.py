@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
         return train(config, args)
     from paligemma_vla.training.distributed import launch
 
-    return launch(_worker, args, args.nproc)
+    return launch(_worker, args, int(args.nproc))
 
 
 def main_ddp(args: argparse.Namespace) -> int:
@@ -85,7 +85,7 @@ def _worker(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    return int(record(train)(resolve_config(args), args))
+    return record(train)(resolve_config(args), args) or 0
 
 
 def train(config: VLAConfig, args: argparse.Namespace) -> int:

@@ -221,9 +221,10 @@ def read_layout(path: str, file: pq.ParquetFile) -> Layout:
             raise DataError(f"{path}: column {name}: got type {arrow.field(name).type}, expected {expected}")
     metadata = (arrow.metadata or {}).get(schema.METADATA_KEY)
     return Layout(
-        cameras,
-        *(_dimension(path, file, name) for name in (schema.STATE, schema.ACTION)),
-        DatasetMetadata.from_json(metadata, path) if metadata else DatasetMetadata(),
+        cameras=cameras,
+        state_dim=_dimension(path, file, schema.STATE),
+        action_dim=_dimension(path, file, schema.ACTION),
+        metadata=DatasetMetadata.from_json(metadata, path) if metadata else DatasetMetadata(),
     )
 
 
@@ -257,18 +258,22 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
     return 0 if first[name][0].as_py() is None else len(first[name][0])
 
 
-def number_matrix(column: pa.Array, dimension: int, where: str, first_row: int) -> NDArray[np.float32]:
-    """A list column as an array (rows, dimension). Raises `DataError` naming the row that is null, of another length or not finite."""
+def number_matrix(column: pa.Array, dimension: int, path: str, name: str, first_row: int) -> NDArray[np.float32]:
+    """A list column whose first entry is row `first_row` as an array (rows, dimension).
+
+    Raises `DataError` naming the row that is null, of another length or not finite."""
     flat = column.flatten()
     lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
     if column.null_count or (lengths != dimension).any():
         row = int(np.flatnonzero(lengths != dimension)[0])
         got = "null" if lengths[row] < 0 else f"{lengths[row]} numbers"
-        raise DataError(f"{where.format(row=first_row + row)}: got {got}, expected {dimension} numbers")
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dimension)
+        raise DataError(f"{path}: row {first_row + row}, column {name}: got {got}, expected {dimension} numbers")
+    values: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dimension)
     if not np.isfinite(values).all():
         row, item = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise DataError(f"{where.format(row=first_row + row)}: dimension {item} is {values[row, item]}, expected a finite number")
+        raise DataError(
+            f"{path}: row {first_row + row}, column {name}: dimension {item} is {values[row, item]}, expected a finite number"
+        )
     return values
 
 
@@ -344,11 +349,13 @@ class EpisodeReader:
             raise DataError(f"{path}: row group {group} cannot be read ({_line(error)}); restore the file") from error
         arrays = {name: table[name].combine_chunks() for name in table.column_names}
         layout = self.index.layout
-        numbers = [
-            number_matrix(arrays[name], dimension, f"{path}: row {{row}}, column {name}", first_row)
-            for name, dimension in ((schema.STATE, layout.state_dim), (schema.ACTION, layout.action_dim))
-        ]
-        return Rows(*numbers, arrays[schema.PROMPT], tuple(arrays.get(name) for name in available), table.nbytes)
+        return Rows(
+            state=number_matrix(arrays[schema.STATE], layout.state_dim, path, schema.STATE, first_row),
+            action=number_matrix(arrays[schema.ACTION], layout.action_dim, path, schema.ACTION, first_row),
+            prompt=arrays[schema.PROMPT],
+            images=tuple(arrays.get(name) for name in available),
+            nbytes=table.nbytes,
+        )
 
     def _open(self, file: int) -> pq.ParquetFile:
         parquet = self._files.get(file)
@@ -367,8 +374,8 @@ def iterate_numbers(path: str, layout: Layout, rows: int = 65536) -> Iterator[tu
         first_row = 0
         for batch in file.iter_batches(batch_size=rows, columns=[schema.STATE, schema.ACTION], use_threads=False):
             yield (
-                number_matrix(batch[schema.STATE], layout.state_dim, f"{path}: row {{row}}, column state", first_row),
-                number_matrix(batch[schema.ACTION], layout.action_dim, f"{path}: row {{row}}, column action", first_row),
+                number_matrix(batch[schema.STATE], layout.state_dim, path, schema.STATE, first_row),
+                number_matrix(batch[schema.ACTION], layout.action_dim, path, schema.ACTION, first_row),
             )
             first_row += batch.num_rows
 

@@ -50,4 +50,5 @@ def jitter_colour(pixels: NDArray[np.uint8], config: AugmentationConfig, rng: np
     image = grey + saturation * (image - grey)
     mean = grey.mean()
     image = mean + contrast * (image - mean)
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    jittered: NDArray[np.uint8] = np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    return jittered

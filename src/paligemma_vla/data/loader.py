@@ -113,7 +113,7 @@ class VLADataset(Dataset[Item]):
         """One sample; an int stands at the position of the same number."""
         ref = ref if isinstance(ref, tuple) else SampleRef(ref, ref)
         options, pre = self.options, self.preprocessor
-        episode, step = self.locate(ref.index)
+        episode, step = self.locate(ref.sample)
         file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
         rows, place = self.reader.group_of(file, row)
         where = f"{self.index.paths[file]}: row {row}"

@@ -54,7 +54,7 @@ class SampleRef(NamedTuple):
     """One slot of a batch. `valid` is False for a filler that keeps a process in step and counts for nothing."""
 
     position: int
-    index: int
+    sample: int
     valid: bool = True
 
 

@@ -11,7 +11,7 @@ from paligemma_vla.normalization import Accumulator, DatasetStatistics
 
 
 def compute_statistics(
-    parquet_files: str | Sequence[str], where: str, progress: Callable[[int], None] | None = None
+    parquet_files: str | Sequence[str], where: str, progress: Callable[[int], object] | None = None
 ) -> DatasetStatistics:
     """Exact statistics of every row of some files, read once, in parallel, touching state and action only.
 

@@ -124,9 +124,7 @@ class EpisodeWriter:
         """Write a shard to a temporary name, then rename it, then drop the journal: a kill in between loses nothing."""
         final = self.output_dir / f"{self.prefix}-{self._shard:05d}.parquet"
         temporary = final.with_suffix(".tmp")
-        shard_schema = batches[0].schema.with_metadata(
-            {**batches[0].schema.metadata, EPISODES_KEY: str(len(batches)).encode()}
-        )
+        shard_schema = batches[0].schema.with_metadata({**batches[0].schema.metadata, EPISODES_KEY: str(len(batches)).encode()})
         images = [name for name in shard_schema.names if name.startswith("image_")]
         plain = [name for name in shard_schema.names if name not in images]
         writer = pq.ParquetWriter(

@@ -187,9 +187,7 @@ def _episode(env: Environment, seen: list[Observation], actions: list[NDArray[np
     keys = [image_key(number + 1) for number in range(len(env.spec.cameras))]
     images = [[encode_jpeg(cast(dict[str, Any], view)[key]) for view in seen] for key in keys]
     states = np.stack([view["state"] for view in seen])  # (length, P)
-    return Episode(
-        [list(camera) for camera in images], states, np.stack(actions).astype(np.float32), prompt, is_terminal=True
-    )
+    return Episode([list(camera) for camera in images], states, np.stack(actions).astype(np.float32), prompt, is_terminal=True)
 
 
 def _refuse_other_settings(config: CollectConfig, task: str) -> None:

@@ -143,9 +143,7 @@ def play(
 class _Actor:
     """Asks the policy for a chunk, hands out its first actions, asks again; or draws random actions."""
 
-    def __init__(
-        self, spec: EnvSpec, policy: ActingPolicy | None, condition: Condition, prompt: str, noise_seed: int
-    ) -> None:
+    def __init__(self, spec: EnvSpec, policy: ActingPolicy | None, condition: Condition, prompt: str, noise_seed: int) -> None:
         self._spec, self._policy, self._condition, self._prompt = spec, policy, condition, prompt
         self._rng = np.random.default_rng(noise_seed)
         self._queue: deque[NDArray[np.floating]] = deque()

@@ -22,6 +22,9 @@ class PaliGemmaVLM(nn.Module):
     Raises `ModelError` when the model cannot be loaded.
     """
 
+    pixel_mean: Tensor  # (3, 1, 1), of pixels in [0, 255]
+    pixel_std: Tensor
+
     def __init__(
         self, config: VLMConfig, prompts: PromptEncoder, image: ImageSpec, backbone_config: dict[str, Any] | None = None
     ) -> None:
@@ -37,7 +40,7 @@ class PaliGemmaVLM(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Width E of the context."""
-        return int(self.backbone.config.text_config.hidden_size)
+        return int(self.backbone.config.get_text_config().hidden_size)
 
     def backbone_dict(self) -> dict[str, Any]:
         """The architecture, as plain data for the checkpoint."""
@@ -101,9 +104,9 @@ class PaliGemmaVLM(nn.Module):
 def _load(config: VLMConfig) -> PaliGemmaModel:
     """Load weights in float32: the masters that the optimiser updates; `dtype` is the compute type (autocast)."""
     try:
-        model, report = PaliGemmaModel.from_pretrained(
+        loaded: Any = PaliGemmaModel.from_pretrained(
             config.model_name_or_path,
-            revision=config.revision,
+            revision=config.revision or "main",
             dtype=torch.float32,
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
@@ -112,6 +115,8 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
         )
     except (OSError, ValueError) as error:
         raise ModelError(not_loadable(config.model_name_or_path, error)) from error
+    model: PaliGemmaModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = ", ".join(sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[:5])
         raise ModelError(f"{config.model_name_or_path}: weights missing or of another shape ({missing}); is it a PaliGemma?")

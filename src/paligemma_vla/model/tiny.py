@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -26,7 +27,8 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 CORPUS = """
 open close push pull slide turn rotate twist shut move press lift pick place put grasp reach insert stack wipe pour take
 drop grab release raise lower drag
-the a an robot arm gripper hand please should now to from into onto in on off up down left right and with until it is fully all way
+the a an robot arm gripper hand please should now to from into onto in on off up down left right and with until it is
+fully all way
 faucet tap window drawer door handle button lever box cube block cup bowl plate mug bottle spoon towel table shelf lid peg hole
 red green blue yellow white black small big top bottom front back side first second
 open the drawer close the drawer slide the window open push the window shut turn the faucet on turn the tap off
@@ -61,14 +63,14 @@ def train_tokenizer(vocabulary: int) -> GemmaTokenizer:
     lines = [line.replace(" ", "▁") for line in CORPUS.strip().splitlines()]
     learner.train_from_iterator(lines * 4, trainer)
     model = json.loads(learner.to_str())["model"]
-    return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])  # type: ignore[misc]
 
 
 def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -> Path:
     """Write config, random weights and processor into `output_dir`; returns it. The same spec gives the same weights."""
     spec = spec or TinySpec()
     output_dir = Path(output_dir)
-    images = SiglipImageProcessorPil(size={"height": spec.image_size, "width": spec.image_size})
+    images: Any = SiglipImageProcessorPil(size={"height": spec.image_size, "width": spec.image_size})
     images.image_seq_length = (spec.image_size // spec.patch_size) ** 2
     processor = PaliGemmaProcessor(image_processor=images, tokenizer=train_tokenizer(spec.vocabulary))
     # The processor has just added <image> and some 1,150 loc/seg tokens: only now is the vocabulary's size known.

@@ -94,7 +94,7 @@ class VLAModel(nn.Module):
             context, mask = self.paligemma_vlm(images, prompts, input_ids, attention_mask, image_mask)
         return context, mask
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the specification's arguments
         self,
         image_1_batch: Tensor,
         raw_prompt_texts_batch: Sequence[str],

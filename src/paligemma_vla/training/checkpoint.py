@@ -68,7 +68,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         payload = torch.load(real, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{real}: cannot be read ({str(error).splitlines()[0][:200]}); is it a whole checkpoint?") from error
+        raise CheckpointError(
+            f"{real}: cannot be read ({str(error).splitlines()[0][:200]}); is it a whole checkpoint?"
+        ) from error
     missing = [key for key in (*SPEC_KEYS, *POLICY_KEYS) if not isinstance(payload, dict) or key not in payload]
     if missing:
         raise CheckpointError(f"{real}: missing {', '.join(missing)}; it was not written by this program")

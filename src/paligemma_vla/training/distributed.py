@@ -93,7 +93,8 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
         max_restarts=0,
     )
     try:
-        return max(elastic_launch(config, entry)(args).values())
+        codes: dict[int, int] = elastic_launch(config, entry)(args)
+        return max(codes.values())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message", failure.message))

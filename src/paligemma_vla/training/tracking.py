@@ -36,7 +36,7 @@ class JsonLines:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
-        self.file = open(path, "a", buffering=1)
+        self.file = path.open("a", buffering=1)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -79,9 +79,7 @@ class Trainer:
         self.config, self.distributed = config, distributed
         torch.manual_seed(config.training.seed)
         saved = ckpt.load_checkpoint(resume) if resume is not None else None
-        self.preprocessor = (
-            Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else build_preprocessor(config)
-        )
+        self.preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else build_preprocessor(config)
         self.data = load_data(config, self.preprocessor)
         self._check_division()
         self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, saved["backbone"] if saved else None)
@@ -116,7 +114,8 @@ class Trainer:
 
     def _stages(self) -> list[tuple[int, str]]:
         """(first step, what learns) of each stage."""
-        stages, first = [], 0
+        stages: list[tuple[int, str]] = []
+        first = 0
         for stage in self.config.training.stages:
             stages.append((first, stage.train))
             first += stage.steps or 0
@@ -237,8 +236,7 @@ class Trainer:
         self.model.eval()
         with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
             loader = build_loader(data, sampler, self._in_place(), pin_memory=False)
-            for number, batch in enumerate(batches(loader)):
-                batch = _to(batch, device)
+            for number, batch in enumerate(_to(batch, device) for batch in batches(loader)):
                 output: FlowOutput = self.model(**arguments_from_batch(batch))
                 sums += torch.stack([output.loss_sum, output.valid_count])
                 if number < sampled_batches:

@@ -19,7 +19,9 @@ STOCK_SHARE = 1 / 3  # of demo resets that start at MetaWorld's own point of the
 HOME_STEPS = 50  # simulator steps in which MetaWorld brings the hand home
 AWAY_LOW, AWAY_HIGH = (-0.25, 0.40, 0.10), (0.25, 0.65, 0.40)  # metres: where a displaced hand may begin
 AWAY_LEAST, AWAY_TRIES = 0.06, 20
-OBJECT_AT_REST = 1e-3  # metres or radians that an object may move while the hand is being placed
+HOLD_STEPS = 4  # control steps in which a hand that is in an object's way shows it
+OBJECT_UNTOUCHED = 2e-3  # metres or radians by which it may
+ROBOT_JOINTS = (*(f"right_j{number}" for number in range(7)), "r_close", "l_close")
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ def _draw_travel(travel: Travel, rng: np.random.Generator, done: bool) -> float:
 
 
 def move_hand_away(simulator: Any, rng: np.random.Generator) -> None:
-    """Let the episode begin with the hand, open, at a random place that is not home; the object stays untouched.
+    """Let the episode begin with the hand, open, at a random place that is not home; objects stay where they are.
 
-    A place that the hand cannot reach without pushing the object is drawn again; the hand stays home if all are.
+    The hand goes there as if nothing stood in its way, then the objects are put back. A place where it pushes them is drawn
+    again; the hand stays home if all are.
     """
     import mujoco
 
@@ -104,18 +107,43 @@ def move_hand_away(simulator: Any, rng: np.random.Generator) -> None:
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     before = np.zeros(mujoco.mj_stateSize(model, kind))
     mujoco.mj_getState(model, data, before, kind)
-    robot_joints = 9  # seven of the arm, two fingers; what follows belongs to the object
-    objects = data.qpos[robot_joints:].copy()
+    start = _objects(simulator)
+    # Some objects are dropped by a reset and still fall: where will they be without the hand?
+    falling = _hold(simulator, data.mocap_pos[0].copy(), HOLD_STEPS)
     low, high = np.maximum(AWAY_LOW, simulator.mocap_low), np.minimum(AWAY_HIGH, simulator.mocap_high)
     for _ in range(AWAY_TRIES):
+        mujoco.mj_setState(model, data, before, kind)
         place = rng.uniform(low, high)
         if np.linalg.norm(place - simulator.hand_init_pos) < AWAY_LEAST:
             continue
-        for _ in range(HOME_STEPS):
-            data.mocap_pos[0], data.mocap_quat[0] = place, (1, 0, 1, 0)
-            simulator.do_simulation([-1, 1], simulator.frame_skip)
-        if np.abs(data.qpos[robot_joints:] - objects).max(initial=0.0) < OBJECT_AT_REST:
+        _hold(simulator, place, HOME_STEPS)
+        for number, (position, velocity) in start.items():
+            data.joint(number).qpos, data.joint(number).qvel = position, velocity
+        after = _hold(simulator, place, HOLD_STEPS)
+        if min(_distance(after, start), _distance(after, falling)) < OBJECT_UNTOUCHED:
             break
+    else:
         mujoco.mj_setState(model, data, before, kind)
-    data.qpos[robot_joints:] = objects
     mujoco.mj_forward(model, data)
+
+
+Objects = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+
+def _objects(simulator: Any) -> Objects:
+    """Position and velocity of every joint that is not the robot's, by its number in the model."""
+    joints = [simulator.data.joint(number) for number in range(simulator.model.njnt)]
+    return {j.id: (j.qpos.copy(), j.qvel.copy()) for j in joints if j.name not in ROBOT_JOINTS}
+
+
+def _distance(first: Objects, second: Objects) -> float:
+    """The most that a joint position (metres, radians or quaternion numbers) differs."""
+    return max((float(np.abs(first[number][0] - second[number][0]).max()) for number in first), default=0.0)
+
+
+def _hold(simulator: Any, place: NDArray[np.float64], steps: int) -> Objects:
+    """Let the open hand go to `place` (3,) and stay there, for so many control steps; returns the objects."""
+    for _ in range(steps):
+        simulator.data.mocap_pos[0], simulator.data.mocap_quat[0] = place, (1, 0, 1, 0)
+        simulator.do_simulation([-1, 1], simulator.frame_skip)
+    return _objects(simulator)

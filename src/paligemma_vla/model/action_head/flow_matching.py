@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +43,11 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.half = width // 2
+        self.frequencies = width // 2
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:
-        exponents = torch.linspace(math.log(4e-3), math.log(4.0), self.half, device=time.device)
+        exponents = torch.linspace(math.log(4e-3), math.log(4.0), self.frequencies, device=time.device)
         angle = 2 * math.pi * time.float()[..., None] / exponents.exp()
         embedded: Tensor = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
         return embedded
@@ -99,7 +99,8 @@ class Block(nn.Module):
         return normalised * (1 + scale) + shift
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
+        batch, tokens, width = x.shape
+        return x.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)  # (B, heads, T, D / heads)
 
     def _join(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)  # (B, T, D)
@@ -147,7 +148,7 @@ class FlowmatchingActionHead(nn.Module):
                 raise ValueError("state: got None, expected (B, P); use_state_input is true")
             context = torch.cat([context, self.state_encoder(state)[:, None].to(context.dtype)], dim=1)
             mask = F.pad(mask, (0, 1), value=True)
-        keys_values = [block.project_context(context) for block in self.blocks]
+        keys_values = [block.project_context(context) for block in cast("list[Block]", self.blocks)]
         return ProjectedContext(keys_values, mask[:, None, None, :])
 
     def predict_velocity(

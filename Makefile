@@ -1,0 +1,50 @@
+# make install | demo | test | check | bench: each creates .venv when it is missing and installs only when the lock changed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo test test-long check format bench schema lock clean
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11-3.13, or name one: make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@date +%s > $(VENV)/.install_began
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo $$(( $$(date +%s) - $$(cat $(VENV)/.install_began) )) > $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/paligemma-vla demo --install_seconds $$(cat $(STAMP))
+
+test: $(STAMP)
+	$(BIN)/pytest -n 2 --dist loadscope -m "not long"
+
+test-long: $(STAMP)
+	$(BIN)/pytest -m long
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+# The JSON schema that editors use for configs/*.yaml.
+schema: $(STAMP)
+	$(BIN)/python -m paligemma_vla.config > configs/vla_config.schema.json
+
+# Pin what is installed now.
+lock: $(STAMP)
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

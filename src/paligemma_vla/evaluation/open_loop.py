@@ -1,0 +1,374 @@
+"""Open-loop evaluation: a policy's chunks beside the recorded ones, on every step of some episodes.
+
+Observations go through `Policy`, so preprocessing is the robot's. Errors are in real units and leave out steps past an
+episode's end (D7). The velocity loss is the training objective on the fixed (t, noise) of validation (D8). Every sample's
+noise is a function of (seed, sample), so figures do not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from paligemma_vla import schema
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.images import decode_image
+from paligemma_vla.data.loader import Collator, VLADataset, batches
+from paligemma_vla.data.sampling import SampleRef, ValidationSampler, derive_seed
+from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError
+from paligemma_vla.evaluation.predictions import PredictionWriter
+from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.policy import Policy
+from paligemma_vla.schema import Observation
+
+EULER_STEPS = (1, 2, 5, 10, 20, 50)
+LATENCY_CALLS, LATENCY_SECONDS = 10, 2.0
+Floats = NDArray[np.float32]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenLoopConfig:
+    """How to evaluate.
+
+    batch_size: observations at a time. max_samples: evenly spread over the data; None takes every step. num_steps: Euler
+    steps of the main figures; None for the checkpoint's. euler_samples: samples of the steps-versus-error table.
+    episodes_shown: episodes whose chunks are kept for plots. predictions_path: Parquet file of every prediction, or None.
+    """
+
+    batch_size: int = 64
+    max_samples: int | None = None
+    num_steps: int | None = None
+    seed: int = 0
+    euler_samples: int = 256
+    episodes_shown: int = 3
+    predictions_path: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in [("batch_size", 1), ("max_samples", 1), ("num_steps", 1), ("seed", 0), ("euler_samples", 1)]:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name}: got {value}, expected at least {least}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step of an episode: what the policy sees, and the chunk that followed.
+
+    actions (K, A) in real units, the last one repeated past the episode's end; mask (K,) is False there.
+    """
+
+    index: int
+    episode: int
+    step: int
+    observation: Observation
+    actions: Floats
+    mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One episode for a plot: actions (L, A), and chunks predicted (n, K, A) at the steps `starts` (n,)."""
+
+    episode: int
+    prompt: str
+    actions: Floats
+    starts: NDArray[np.int64]
+    predicted: Floats
+
+
+@dataclass(frozen=True)
+class OpenLoopResult:
+    """metrics: what `metrics.json` holds.  traces: for the report."""
+
+    metrics: dict[str, Any]
+    traces: tuple[Trace, ...]
+
+
+class ErrorSums:
+    """Sums of absolute and squared errors per horizon step and dimension, over the valid steps only."""
+
+    def __init__(self, horizon: int, dimension: int) -> None:
+        self.absolute, self.squared = np.zeros((horizon, dimension)), np.zeros((horizon, dimension))
+        self.count = np.zeros(horizon, np.int64)
+
+    def add(self, predicted: NDArray[Any], true: Floats, mask: NDArray[np.bool_]) -> None:
+        """predicted broadcasts to true (B, K, A); mask (B, K)."""
+        difference = np.where(mask[..., None], predicted - true.astype(np.float64), 0.0)
+        self.absolute += np.abs(difference).sum(0)
+        self.squared += np.square(difference).sum(0)
+        self.count += mask.sum(0)
+
+    @property
+    def total(self) -> dict[str, float]:
+        elements = self.count.sum() * self.absolute.shape[1]
+        return {"mae": float(self.absolute.sum() / elements), "mse": float(self.squared.sum() / elements)}
+
+    def per_dimension(self) -> list[dict[str, float]]:
+        rows = self.count.sum()
+        pairs = zip(self.absolute.sum(0) / rows, self.squared.sum(0) / rows, strict=True)
+        return [{"mae": float(mae), "mse": float(mse)} for mae, mse in pairs]
+
+    def per_step(self) -> list[dict[str, Any]]:
+        """One entry per horizon step; null where no episode is long enough to have that step."""
+        table = []
+        for step, count in enumerate(self.count):
+            mae, mse = (float(s[step].mean() / count) if count else None for s in (self.absolute, self.squared))
+            table.append({"step": step, "mae": mae, "mse": mse, "count": int(count)})
+        return table
+
+
+class Samples:
+    """Steps of episodes as a robot would present them, read from the files behind a `VLADataset`."""
+
+    def __init__(self, dataset: VLADataset, policy: Policy) -> None:
+        self.dataset, self.index = dataset, dataset.index
+        self.cameras, self.horizon = len(policy.metadata["cameras"]), int(policy.metadata["horizon"])
+        self.first = np.cumsum(self.index.length, dtype=np.int64) - self.index.length  # sample index of each episode's start
+
+    def read(self, sample: int) -> Sample:
+        """Decode one step. Raises `DataError` naming file, row and column."""
+        episode, step = self.dataset.locate(sample)
+        file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
+        rows, place = self.dataset.reader.group_of(file, row)
+        where = f"{self.index.paths[file]}: row {row}"
+        observation: dict[str, Any] = {"state": rows.state[place], "prompt": rows.prompt[place].as_py()}
+        for camera, column in enumerate(rows.images[: self.cameras], start=1):
+            if column is not None and column[place].is_valid:
+                name = schema.image_column(camera)
+                image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
+                observation[schema.image_key(camera)] = np.asarray(image)
+        real = min(self.horizon, int(self.index.length[episode]) - step)
+        actions = self.dataset.reader.actions(file, row, row + real)
+        padded = np.concatenate([actions, np.repeat(actions[-1:], self.horizon - real, axis=0)])
+        mask = np.arange(self.horizon) < real
+        return Sample(sample, episode, step, observation, padded, mask)  # type: ignore[arg-type]
+
+    def actions(self, episode: int) -> Floats:
+        """All actions (L, A) of an episode."""
+        start = int(self.index.start[episode])
+        return self.dataset.reader.actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
+
+
+def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
+    """Chunks (B, K, A) in real units. Raises `CheckpointError` when one is not finite."""
+    seeds = [derive_seed(seed, "open loop", sample.index) for sample in samples]
+    chunks = policy.infer_batch([sample.observation for sample in samples], seeds, num_steps)
+    if not np.isfinite(chunks).all():
+        sample = samples[int(np.argwhere(~np.isfinite(chunks))[0][0])]
+        raise CheckpointError(
+            f"the policy's actions at episode {sample.episode}, step {sample.step} are not finite: the training run diverged; "
+            f"use an earlier checkpoint, or lower optimizer.lr"
+        )
+    return chunks
+
+
+def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: OpenLoopConfig | None = None) -> OpenLoopResult:
+    """Compare `policy` with the episodes of `data` (file, folder, glob, list or index).
+
+    Raises `DataError` when data and checkpoint do not fit, naming every field that differs.
+    """
+    config = config or OpenLoopConfig()
+    began = time.perf_counter()
+    index = data if isinstance(data, EpisodeIndex) else EpisodeIndex.build(data, "--eval_data_path")
+    check_same_robot(index, policy)
+    dataset = VLADataset(index, policy.preprocessor, policy.config)
+    samples = Samples(dataset, policy)
+    with _explained(config):
+        table, velocity_loss, chosen = _errors(policy, samples, config)
+        euler = _euler_table(policy, samples, config)
+        traces = tuple(_traces(policy, samples, config))
+    metrics = {
+        **_figures(policy, table),
+        "velocity_loss": velocity_loss,
+        "euler_steps": euler,
+        "samples": chosen,
+        "samples_available": len(dataset),
+        "episodes": len(index),
+        "settings": {
+            "num_steps": config.num_steps or policy.metadata["num_inference_timesteps"],
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "device": str(policy.device),
+        },
+        "data": {"paths": list(index.paths), "training_files": _training_files(index, policy)},
+        "wall_s": round(time.perf_counter() - began, 2),
+    }
+    return OpenLoopResult(metrics, traces)
+
+
+def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
+    """Raise `DataError` with every way in which data and checkpoint are of different robots, cameras or rates."""
+    layout, meta, expected = index.layout, index.layout.metadata, policy.metadata
+    faults = [
+        f"column {name}: got {got} numbers per row, the checkpoint was trained on {wanted}"
+        for name, got, wanted in [
+            (schema.STATE, layout.state_dim, expected["state_dim"]),
+            (schema.ACTION, layout.action_dim, expected["action_dim"]),
+        ]
+        if got != wanted
+    ]
+    cameras = len(expected["cameras"])
+    if layout.cameras < cameras:
+        faults.append(f"cameras: got {layout.cameras}, the checkpoint takes {cameras}; add columns (null where one is absent)")
+    described = [
+        ("cameras", list(meta.cameras)[:cameras], list(expected["camera_names"])[:cameras]),
+        ("state_names", list(meta.state_names), expected["state_names"]),
+        ("action_names", list(meta.action_names), expected["action_names"]),
+        ("control_hz", meta.control_hz, expected["control_hz"]),
+        ("image_orientation", meta.image_orientation, expected["image_orientation"]),
+        ("action_convention", meta.action_convention, expected["action_convention"]),
+    ]
+    # Data that says nothing about itself cannot contradict: only what both sides state is compared.
+    faults += [
+        f"metadata {name}: got {got!r}, the checkpoint was trained on {wanted!r}"
+        for name, got, wanted in described
+        if got and wanted and got != wanted
+    ]
+    if faults:
+        remedy = "evaluate on episodes of the robot that the checkpoint was trained for"
+        raise DataError("\n  ".join([f"{index.paths[0]}: data and checkpoint do not fit; {remedy}", *faults]))
+
+
+@contextlib.contextmanager
+def _explained(config: OpenLoopConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise VLAError(f"out of memory with --batch_size {config.batch_size}: reduce it, or use --device cpu") from error
+
+
+def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[dict[str, ErrorSums], float, int]:
+    """The pass over the data: error sums of the policy and of the baselines, the velocity loss, the number of samples."""
+    dimension, horizon = int(policy.metadata["action_dim"]), samples.horizon
+    mean_action = policy.preprocessor.statistics.action.mean
+    table = {name: ErrorSums(horizon, dimension) for name in ("policy", "mean_action", "zero_action")}
+    plan = ValidationSampler(len(samples.dataset), config.max_samples or len(samples.dataset), config.batch_size, 0, 1)
+    chosen = sum(len(batch) for batch in plan.batches)
+    loss = np.zeros(2)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if config.predictions_path is not None:
+            writer = stack.enter_context(PredictionWriter(config.predictions_path, horizon, policy.metadata["action_names"]))
+        bar = stack.enter_context(tqdm(total=chosen, desc="open loop", unit="sample", disable=None))
+        for refs in plan:
+            batch = [samples.read(ref.index) for ref in refs]
+            loss += _velocity_loss(policy, samples.dataset, refs)
+            predicted = predict(policy, batch, config.seed, config.num_steps)
+            true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
+            for name, guess in (("policy", predicted), ("mean_action", mean_action), ("zero_action", np.zeros(dimension))):
+                table[name].add(guess, true, mask)
+            if writer is not None:
+                writer.write(batch, predicted)
+            bar.update(len(batch))
+    return table, float(loss[0] / loss[1]), chosen
+
+
+@torch.inference_mode()
+def _velocity_loss(policy: Policy, dataset: VLADataset, refs: list[SampleRef]) -> NDArray[np.float64]:
+    """Sum of the training objective's squared errors over a batch, and their number (2,)."""
+    collated = Collator(dataset.preprocessor.prompts)(dataset.__getitems__(refs))
+    (batch,) = batches([collated])
+    batch = {key: value.to(policy.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    output = policy.model(**arguments_from_batch(batch))
+    return np.array([output.loss_sum.item(), output.valid_count.item()])
+
+
+def _figures(policy: Policy, table: dict[str, ErrorSums]) -> dict[str, Any]:
+    sums = table["policy"]
+    dimension = sums.absolute.shape[1]
+    names = policy.metadata["action_names"] or [f"action[{n}]" for n in range(dimension)]
+    baselines = {name: errors.per_dimension() for name, errors in table.items() if name != "policy"}
+    per_dimension = [
+        {"name": names[n], **entry, **{f"{name}_mae": values[n]["mae"] for name, values in baselines.items()}}
+        for n, entry in enumerate(sums.per_dimension())
+    ]
+    total, constant = sums.total, table["mean_action"].total["mse"]
+    return {
+        **total,
+        # 1 is perfect, 0 is no better than always playing the mean action, as R squared.
+        "explained": 1 - total["mse"] / constant if constant > 0 else None,
+        "baselines": {name: table[name].total for name in baselines},
+        "per_dimension": per_dimension,
+        "per_step": sums.per_step(),
+    }
+
+
+def _euler_table(policy: Policy, samples: Samples, config: OpenLoopConfig) -> list[dict[str, Any]]:
+    """Error and time for each number of Euler steps, on the same samples from the same noise.
+
+    `change`: mean absolute difference from the finest integration, in real units: what the coarser one costs.
+    """
+    used = config.num_steps or policy.metadata["num_inference_timesteps"]
+    counts = sorted({*EULER_STEPS, used})
+    wanted = min(config.euler_samples, config.max_samples or config.euler_samples)
+    plan = ValidationSampler(len(samples.dataset), wanted, config.batch_size, 0, 1)
+    errors = {n: ErrorSums(samples.horizon, int(policy.metadata["action_dim"])) for n in counts}
+    change, seconds, seen = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0), 0
+    first: list[Sample] = []
+    for refs in tqdm(plan, "Euler steps", unit="batch", disable=None):
+        batch = [samples.read(ref.index) for ref in refs]
+        if not first:
+            first = batch[:1]
+            predict(policy, batch, config.seed, 1)  # the first call pays for allocation and kernels
+        true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
+        predicted = {}
+        for n in counts:
+            began = time.perf_counter()
+            predicted[n] = predict(policy, batch, config.seed, n)
+            seconds[n] += time.perf_counter() - began
+            errors[n].add(predicted[n], true, mask)
+        for n in counts:
+            change[n] += float(np.abs(predicted[n] - predicted[counts[-1]]).mean(axis=(1, 2)).sum())
+        seen += len(batch)
+    return [
+        {
+            "steps": n,
+            **errors[n].total,
+            "change": change[n] / seen,
+            "ms_per_observation": _latency(policy, first, n),
+            "ms_per_observation_in_batches": 1000 * seconds[n] / seen,
+            "samples": seen,
+            "used": n == used,
+        }
+        for n in counts
+    ]
+
+
+def _latency(policy: Policy, sample: Sequence[Sample], num_steps: int) -> float:
+    """Median milliseconds from one raw observation to its chunk, asked for alone, as a robot does."""
+    times: list[float] = []
+    predict(policy, sample, 0, num_steps)
+    while len(times) < LATENCY_CALLS and sum(times) < LATENCY_SECONDS:
+        began = time.perf_counter()
+        predict(policy, sample, 0, num_steps)
+        times.append(time.perf_counter() - began)
+    return 1000 * float(np.median(times))
+
+
+def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterator[Trace]:
+    """Whole episodes, spread over the data, with a chunk predicted at every `horizon`-th step."""
+    episodes = len(samples.index)
+    for episode in np.unique(np.linspace(0, episodes - 1, min(config.episodes_shown, episodes)).round().astype(int)):
+        actions = samples.actions(int(episode))
+        starts = np.arange(0, len(actions), samples.horizon)
+        steps = [samples.read(int(samples.first[episode] + start)) for start in starts]
+        parts = [steps[n : n + config.batch_size] for n in range(0, len(steps), config.batch_size)]
+        predicted = np.concatenate([predict(policy, part, config.seed, config.num_steps) for part in parts])
+        yield Trace(int(episode), steps[0].observation["prompt"], actions, starts, predicted)
+
+
+def _training_files(index: EpisodeIndex, policy: Policy) -> int:
+    """How many of the evaluated files the checkpoint's statistics were computed from: those figures flatter."""
+    known = {str(Path(path).resolve()) for path in policy.preprocessor.statistics.datasets}
+    return sum(str(Path(path).resolve()) in known for path in index.paths)

@@ -1,0 +1,100 @@
+"""Fixtures of the whole suite: a tiny backbone, synthetic episodes, a configuration for them, and one trained run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from support import config_dict, parse_config, train_here, write_episodes
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import VLADataset, build_preprocessor
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
+
+torch.set_num_threads(1)
+ConfigFactory = Callable[..., VLAConfig]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random PaliGemma in Hugging Face format: 32 px, 4 image tokens, one layer per tower."""
+    spec = TinySpec(image_size=32, patch_size=16, vision_layers=1, text_layers=2, width=32, heads=4, vocabulary=400)
+    return write_tiny_paligemma(tmp_path_factory.mktemp("model") / "tiny", spec)
+
+
+@pytest.fixture(scope="session")
+def episode_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One camera, episodes of uneven length over several files."""
+    folder = tmp_path_factory.mktemp("episodes")
+    write_episodes(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_camera_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cameras; the second is absent in whole episodes and at single steps."""
+    folder = tmp_path_factory.mktemp("two_cameras")
+    write_episodes(folder, cameras=2, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def statistics_path(tmp_path_factory: pytest.TempPathFactory, episode_dir: Path, two_camera_dir: Path) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "normalization_stats.json"
+    compute_statistics([str(episode_dir), str(two_camera_dir)], "test").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def config_parts(tiny_model_dir: Path, episode_dir: Path, two_camera_dir: Path, statistics_path: Path) -> dict[str, Path]:
+    return {"model": tiny_model_dir, "one": episode_dir, "two": two_camera_dir, "statistics": statistics_path}
+
+
+def _factory(parts: dict[str, Path], runs: Path) -> ConfigFactory:
+    def make(overrides: dict[str, Any] | None = None, cameras: int = 1) -> VLAConfig:
+        raw = config_dict(parts["model"], parts["two" if cameras == 2 else "one"], parts["statistics"], runs)
+        raw["model"]["vlm_config"]["use_aux_camera"] = cameras == 2
+        return parse_config(raw, overrides)
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(config_parts: dict[str, Path], tmp_path: Path) -> ConfigFactory:
+    """`tiny_config({"dotted.key": value}, cameras=1)`: a checked configuration whose runs go to this test's folder."""
+    return _factory(config_parts, tmp_path / "experiments")
+
+
+@pytest.fixture(scope="session")
+def session_config(config_parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ConfigFactory:
+    """As `tiny_config`, for fixtures that live as long as the session."""
+    return _factory(config_parts, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def dataset(session_config: ConfigFactory) -> VLADataset:
+    """The one-camera episodes without augmentation."""
+    config = session_config()
+    return VLADataset(config.data.train_parquet_files, build_preprocessor(config), config)
+
+
+@pytest.fixture(scope="session")
+def two_camera_dataset(session_config: ConfigFactory) -> VLADataset:
+    config = session_config(cameras=2)
+    return VLADataset(config.data.train_parquet_files, build_preprocessor(config), config)
+
+
+@pytest.fixture(scope="session")
+def trained_run(session_config: ConfigFactory) -> Path:
+    """Folder of a finished run: two cameras, two epochs, EMA."""
+    config = session_config({"training.experiment_name": "trained", "optimizer.lr": 5e-3}, cameras=2)
+    train_here(config)
+    return config.run_dir

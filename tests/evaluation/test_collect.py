@@ -1,0 +1,173 @@
+"""Collecting demonstrations: what is stored, and that it depends on the seed alone."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from paligemma_vla import schema
+from paligemma_vla.cli import collect as command
+from paligemma_vla.errors import SimulatorError
+from paligemma_vla.evaluation.collect import CollectConfig, collect, correlated_noise, demonstrate, encode_jpeg
+from paligemma_vla.evaluation.envs import StepResult, make_environment
+
+
+@pytest.fixture(scope="module")
+def env():
+    environment = make_environment("metaworld")
+    yield environment
+    environment.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CollectConfig:
+    return CollectConfig("metaworld", ("drawer-close-v3", "faucet-open"), episodes=3, output_dir=tmp_path, seed=4, workers=0)
+
+
+class Spy:
+    """An environment that notes the expert's and the executed actions, and can make every expert fail."""
+
+    def __init__(self, env, fail: int = 0) -> None:
+        self._env, self._fail = env, fail
+        self.clean, self.executed, self.resets = [], [], []
+
+    def __getattr__(self, name):
+        return getattr(self._env, name)
+
+    def max_steps(self, task):
+        return 90 if self._fail else self._env.max_steps(task)
+
+    def reset(self, task, seed, **options):
+        self.clean, self.executed = [], []
+        self.resets.append(options | {"seed": seed})
+        return self._env.reset(task, seed, **options)
+
+    def expert_action(self):
+        self.clean.append(self._env.expert_action())
+        return self.clean[-1]
+
+    def step(self, action):
+        self.executed.append(np.array(action))
+        result = self._env.step(action)
+        return StepResult(success=False, done=result.done) if len(self.resets) <= self._fail else result
+
+
+def table(folder: Path, task: str):
+    return pq.read_table(folder / f"{task}-00000.parquet")
+
+
+def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
+    spy = Spy(env)
+    episode = demonstrate(spy, replace(config, noise_share=1.0), "faucet-open", 0).episode
+    clean, executed = np.stack(spy.clean), np.stack(spy.executed)
+    np.testing.assert_array_equal(episode.action, clean)
+    assert np.abs(clean).max() <= 1 and np.abs(executed).max() <= 1
+    disturbance = np.abs(executed - clean)
+    assert disturbance[:, :3].mean() > 0.05
+    assert disturbance[:, 3].max() == 0, "the gripper is not disturbed"
+    spy = Spy(env)
+    demonstrate(spy, replace(config, noise_share=0.0), "faucet-open", 0)
+    np.testing.assert_array_equal(np.stack(spy.executed), np.stack(spy.clean))
+
+
+def test_correlated_noise_has_the_memory_and_scale_it_was_given(config):
+    config = replace(config, noise_share=1.0, noise_scale=(0.3, 0.3))
+    noises = correlated_noise(np.random.default_rng(0), config, 3)
+    values = np.stack([next(noises) for _ in range(6000)])
+    assert values.std() == pytest.approx(0.3, rel=0.1)
+    assert np.corrcoef(values[:-1, 0], values[1:, 0])[0, 1] == pytest.approx(config.noise_memory, abs=0.03)
+
+
+def test_demonstrate_records_eight_steps_after_success(env, config):
+    counts = []
+    for after in (0, 8):
+        episode = demonstrate(env, replace(config, noise_share=0.0, steps_after_success=after), "faucet-close", 0).episode
+        assert episode.length == len(episode.images[0]) == len(episode.state)
+        assert episode.is_terminal
+        counts.append(episode.length)
+    assert counts[1] == counts[0] + 8
+
+
+def test_demonstrate_retries_a_failed_attempt_with_another_start(env, config, monkeypatch):
+    spy = Spy(env, fail=1)
+    demonstration = demonstrate(spy, config, "drawer-close", 0)
+    assert demonstration.attempts == 2
+    assert spy.resets[0]["seed"] != spy.resets[1]["seed"]
+    monkeypatch.setattr("paligemma_vla.evaluation.collect.MAX_ATTEMPTS", 1)
+    with pytest.raises(SimulatorError, match="'drawer-close': its expert failed 1 times"):
+        demonstrate(Spy(env, fail=100), config, "drawer-close", 0)
+
+
+def test_demonstrate_starts_half_away_and_some_done(env, config):
+    spy = Spy(env)
+    lengths = [demonstrate(spy, config, "drawer-close", index).episode.length for index in (0, 1, 9, 10, 11)]
+    assert [r["start_away"] for r in spy.resets] == [False, True, True, False, True]
+    assert [r["start_done"] for r in spy.resets] == [False, False, False, True, True]
+    assert min(lengths[3:]) >= config.done_steps
+
+
+def test_collect_output_does_not_depend_on_workers_or_interruption(config, tmp_path):
+    config = replace(config, episodes=2)
+    whole, parallel, resumed = (replace(config, output_dir=tmp_path / name) for name in "abc")
+    summary = collect(whole)
+    collect(replace(parallel, workers=2))
+    collect(replace(resumed, episodes=1))
+    rest = collect(resumed)
+    assert (summary.episodes, rest.episodes) == (4, 2)
+    assert set(summary.expert_success) == {"drawer-close", "faucet-open"}
+    for task in summary.expert_success:
+        expected = table(whole.output_dir, task)
+        assert expected.equals(table(parallel.output_dir, task))
+        parts = [pq.read_table(path) for path in sorted(resumed.output_dir.glob(f"{task}-*.parquet"))]
+        assert sum(len(part) for part in parts) == len(expected)
+        assert len(parts) == 2
+        assert parts[-1].equals(expected.slice(len(expected) - len(parts[-1])))
+
+
+def test_collect_writes_metadata_prompts_and_pictures(config):
+    summary = collect(replace(config, episodes=2))
+    written = table(config.output_dir, "faucet-open")
+    assert summary.frames == len(written) + len(table(config.output_dir, "drawer-close"))
+    metadata = schema.DatasetMetadata.from_json(written.schema.metadata[schema.METADATA_KEY])
+    assert metadata.robot == "metaworld-sawyer" and metadata.image_orientation == "upright" and metadata.control_hz == 80
+    env = make_environment("metaworld")
+    assert set(written[schema.PROMPT].to_pylist()) <= set(env.prompts("faucet-open", "own"))
+    assert Image.open(io.BytesIO(written["image_1_bytes"][0].as_py())).size == (64, 64)
+    assert sum(written[schema.IS_FIRST].to_pylist()) == 2
+
+
+def test_collect_refuses_a_folder_with_other_settings(config):
+    config = replace(config, tasks=("faucet-open",), episodes=1)
+    collect(config)
+    with pytest.raises(SimulatorError, match=r"(?s)other settings.*'seed': 4"):
+        collect(replace(config, seed=5))
+
+
+def test_collect_another_seed_gives_other_episodes(env, config):
+    first, again, other = (demonstrate(env, replace(config, seed=s), "faucet-open", 0).episode for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.action, again.action)
+    assert first.images == again.images and first.prompt == again.prompt
+    assert not np.array_equal(first.state[:20], other.state[:20]) or first.images != other.images
+
+
+def test_encode_jpeg_keeps_a_small_picture():
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[20:40, 20:40] = (200, 30, 30)
+    decoded = np.asarray(Image.open(io.BytesIO(encode_jpeg(picture))))
+    assert np.abs(decoded.astype(int) - picture).mean() < 2
+
+
+def test_command_line_collects(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = ["--tasks", "faucet-open", "--episodes", "1", "--output_dir", str(tmp_path), "--workers", "0"]
+    assert command.main(parser.parse_args([*arguments, "--env", "metaworld", "--seed", "3", "--image_size", "48"])) == 0
+    assert "1 episodes" in capsys.readouterr().out
+    assert Image.open(io.BytesIO(table(tmp_path, "faucet-open")["image_1_bytes"][0].as_py())).size == (48, 48)

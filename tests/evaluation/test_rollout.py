@@ -1,0 +1,226 @@
+"""Closed-loop evaluation with policies made for the test: intervals, conditions, controls, films, failures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from paligemma_vla.cli import rollout as command
+from paligemma_vla.errors import SimulatorError
+from paligemma_vla.evaluation.envs import make_environment
+from paligemma_vla.evaluation.envs.metaworld import SPEC
+from paligemma_vla.evaluation.episode import Condition, check_compatible, play
+from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
+from paligemma_vla.evaluation.videos import caption
+
+METADATA = {
+    "cameras": ["image_1"],
+    "camera_names": list(SPEC.cameras),
+    "state_dim": 4,
+    "action_dim": 4,
+    "image_orientation": "upright",
+    "control_hz": 80.0,
+    "state_names": list(SPEC.state_names),
+    "action_names": list(SPEC.action_names),
+    "action_convention": SPEC.action_convention,
+}
+
+
+class Expert:
+    """MetaWorld's expert behind a policy's face: one sure action, repeated; it notes how it was asked."""
+
+    metadata = METADATA
+    horizon = 4
+
+    def __init__(self, env) -> None:
+        self.env, self.calls = env, []
+
+    def infer(self, observation, *, seed=None, num_steps=None):
+        self.calls.append((observation, seed, num_steps))
+        return {"actions": np.repeat(self.env.expert_action()[None], self.horizon, axis=0)}
+
+
+class DifferentRate(Expert):
+    metadata = METADATA | {"control_hz": 10.0}
+
+
+def dies(env):
+    os._exit(9)
+
+
+def breaks(env):
+    raise RuntimeError("no such weights")
+
+
+@pytest.fixture(scope="module")
+def env():
+    environment = make_environment("metaworld")
+    yield environment
+    environment.close()
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (115, 120, 0.9062, 0.9821), (1, 1, 0.2065, 1.0)],
+)
+def test_wilson_interval_matches_published_values(successes, episodes, low, high):
+    assert wilson_interval(successes, episodes) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_interval_refuses_impossible_counts():
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        wilson_interval(3, 2)
+
+
+def test_check_compatible_names_every_difference():
+    check_compatible(METADATA, SPEC)
+    check_compatible(METADATA | {"control_hz": 0.0, "action_names": [], "camera_names": []}, SPEC)
+    wrong = {"action_dim": 7, "image_orientation": "upside-down", "camera_names": ["wrist"], "control_hz": 10.0}
+    with pytest.raises(SimulatorError) as caught:
+        check_compatible(METADATA | wrong, SPEC)
+    assert all(f"\n  {field}: the checkpoint has {value!r}"[:20] in str(caught.value) for field, value in wrong.items())
+    with pytest.raises(SimulatorError, match="cameras: the checkpoint has 2, the environment 1"):
+        check_compatible(METADATA | {"camera_names": [], "cameras": ["image_1", "image_2"]}, SPEC)
+
+
+def test_play_asks_once_per_executed_chunk(env):
+    policy = Expert(env)
+    outcome = play(env, policy, "faucet-open", 0, Condition(num_steps=3))
+    assert outcome.success and outcome.steps < 90
+    assert len(policy.calls) == -(-outcome.steps // 2), "half of the horizon of 4 is executed"
+    assert {num_steps for _, _, num_steps in policy.calls} == {3}
+    assert len({seed for _, seed, _ in policy.calls}) == len(policy.calls), "each chunk starts from other noise"
+    assert set(policy.calls[0][0]) == {"image_1", "state", "prompt"}
+    every = Expert(env)
+    steps = play(env, every, "faucet-open", 0, Condition(execute=1)).steps
+    assert len(every.calls) == steps
+    with pytest.raises(SimulatorError, match="--execute: got 5, expected 1 to 4"):
+        play(env, Expert(env), "faucet-open", 0, Condition(execute=5))
+
+
+def test_play_start_depends_on_seed_task_and_number_only(env):
+    def first(task, index, **condition):
+        policy = Expert(env)
+        outcome = play(env, policy, task, index, Condition(**condition))
+        return outcome.seed, policy.calls[0][0]
+
+    seed, view = first("faucet-open", 3)
+    for condition in ({"prompts": "opposite"}, {"prompts": "unseen"}, {"num_steps": 5}):
+        other_seed, other = first("faucet-open", 3, **condition)
+        assert other_seed == seed
+        np.testing.assert_array_equal(view["image_1"], other["image_1"])
+    assert len({first("faucet-open", 3, seed=1)[0], first("faucet-close", 3)[0], first("faucet-open", 4)[0], seed}) == 4
+
+
+def test_play_prompts_and_grey_image(env):
+    said = {}
+    for kind in ("own", "opposite", "unseen"):
+        policy = Expert(env)
+        play(env, policy, "drawer-close", 1, Condition(prompts=kind, image="grey"))
+        said[kind] = policy.calls[0][0]["prompt"]
+        assert all((observation["image_1"] == 127).all() for observation, _, _ in policy.calls)
+        assert len({tuple(observation["state"]) for observation, _, _ in policy.calls}) > 5
+    assert said["own"] in env.prompts("drawer-close", "own")
+    assert said["opposite"] in env.prompts("drawer-open", "own")
+    assert said["unseen"] in env.prompts("drawer-close", "unseen")
+
+
+def test_play_random_needs_no_policy_and_repeats(env):
+    outcomes = [play(env, None, "drawer-close", 0, Condition(policy="random", seed=s)) for s in (0, 0)]
+    assert outcomes[0] == outcomes[1]
+    assert not outcomes[0].success and outcomes[0].steps == 200
+
+
+def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tmp_path):
+    config = RolloutConfig(tasks=("faucet-close", "drawer-close-v3"), episodes=2, max_videos=1, output_dir=tmp_path / "a")
+    with RolloutPool("metaworld", policy_factory=Expert, workers=2) as pool:
+        result = pool.run(config)
+        again = pool.run(replace(config, output_dir=None))
+        stock = pool.run(replace(config, resets="stock", output_dir=None))
+        random = pool.run(RolloutConfig(tasks=("drawer-close",), episodes=1, policy="random"))
+    with RolloutPool("metaworld", policy_factory=Expert, workers=0) as pool:
+        here = pool.run(replace(config, output_dir=None))
+    assert result.episodes == again.episodes == here.episodes
+    assert result.episodes != stock.episodes
+    assert result.mean_success == stock.mean_success == 1.0 and random.mean_success == 0.0
+    check_written(tmp_path / "a")
+
+
+def check_written(folder: Path) -> None:
+    written = json.loads((folder / "rollout.json").read_text())
+    assert set(written) == {"settings", "tasks", "mean_success", "episodes", "videos", "wall_s"}
+    entry = written["tasks"]["drawer-close"]
+    assert (entry["successes"], entry["episodes"], entry["rate"]) == (2, 2, 1.0)
+    assert entry["ci95"] == pytest.approx(wilson_interval(2, 2))
+    steps = [episode["steps"] for episode in written["episodes"] if episode["task"] == "drawer-close"]
+    assert entry["mean_steps_to_success"] == np.mean(steps)
+    assert written["settings"]["versions"]["metaworld"] == "3.1.1"
+    assert [(video["task"], video["success"]) for video in written["videos"]] == [
+        ("faucet-close", True),
+        ("drawer-close", True),
+    ]
+    video = written["videos"][0]
+    assert video["prompt"] in {episode["prompt"] for episode in written["episodes"]}
+    with av.open(str(folder / video["path"])) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.width, stream.height) == ("h264", 256, 256)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(frames) > 20
+    assert np.abs(frames[0][:230].astype(int) - frames[-1][:230]).mean() > 2, "nothing moved"
+    assert Image.open(folder / video["poster"]).size == (256, 256)
+
+
+def test_rollout_pool_surfaces_what_goes_wrong():
+    config = RolloutConfig(tasks=("faucet-close",), episodes=1)
+    with RolloutPool("metaworld", workers=0) as pool:
+        with pytest.raises(SimulatorError, match="got no checkpoint"):
+            pool.run(config)
+        with pytest.raises(SimulatorError, match="did you mean 'drawer-open'"):
+            pool.run(replace(config, policy="random", tasks=("drawer-opem",)))
+        with pytest.raises(SimulatorError, match="--prompts unseen: task 'push' has none"):
+            pool.run(replace(config, policy="random", prompts="unseen", tasks=("push",)))
+    with (
+        RolloutPool("metaworld", policy_factory=DifferentRate, workers=0) as pool,
+        pytest.raises(SimulatorError, match=r"control_hz: the checkpoint has 10.0, the environment 80.0"),
+    ):
+        pool.run(config)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("factory", "error", "message"),
+    [(dies, SimulatorError, "worker process died"), (breaks, RuntimeError, "no such weights")],
+)
+def test_rollout_pool_reports_a_lost_worker_instead_of_waiting(factory, error, message):
+    config = RolloutConfig(tasks=("faucet-close",), episodes=3)
+    with RolloutPool("metaworld", policy_factory=factory, workers=1) as pool, pytest.raises(error, match=message):
+        pool.run(config)
+
+
+def test_caption_writes_into_the_lower_strip_only():
+    picture = np.full((256, 256, 3), 90, np.uint8)
+    green, red = caption(picture, "open the drawer", True), caption(picture, "open the drawer", False)
+    np.testing.assert_array_equal(green[:230], picture[:230])
+    assert (green[-15:] > 200).all(-1).any(), "no letters"
+    assert green[-1, 0, 1] > green[-1, 0, 0] and red[-1, 0, 0] > red[-1, 0, 1]
+
+
+def test_command_line_writes_rollout_json(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = ["--env", "metaworld", "--tasks", "faucet-open", "--episodes", "1", "--output_dir", str(tmp_path)]
+    options = ["--policy", "random", "--workers", "0", "--seed", "2", "--resets", "stock", "--max_videos", "0"]
+    assert command.main(parser.parse_args([*arguments, *options])) == 0
+    assert "faucet-open" in capsys.readouterr().out
+    written = json.loads((tmp_path / "rollout.json").read_text())
+    assert written["settings"]["resets"] == "stock" and written["settings"]["seed"] == 2
+    with pytest.raises(SystemExit):
+        parser.parse_args([*arguments, "--prompts", "wrong"])

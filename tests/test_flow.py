@@ -1,0 +1,122 @@
+"""The mathematics of the flow against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paligemma_vla import flow
+
+
+def test_draw_time_follows_beta_2_2_between_the_clamps() -> None:
+    draws = 200_000
+    time = flow.draw_time((draws,), torch.Generator().manual_seed(0)).double()
+    assert time.min() == pytest.approx(0.02, abs=1e-7)
+    assert time.max() == pytest.approx(0.98, abs=1e-7)
+    ordered = time.sort().values
+    inside = (ordered > 0.02001) & (ordered < 0.97999)
+    cdf = 3 * ordered**2 - 2 * ordered**3
+    empirical = torch.arange(1, draws + 1, dtype=torch.float64) / draws
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is the bound at significance 0.001
+    assert (cdf - empirical)[inside].abs().max() < 1.95 / draws**0.5
+    assert time.mean().item() == pytest.approx(0.5, abs=0.003)
+    assert time.var().item() == pytest.approx(1 / 20, abs=0.001)
+    clamped = (time <= 0.02001).double().mean().item()
+    assert clamped == pytest.approx(3 * 0.02**2 - 2 * 0.02**3, abs=4e-4)
+
+
+def test_draw_noise_is_uniform_between_minus_one_and_one() -> None:
+    draws = 100_000
+    noise = flow.draw_noise((draws,), torch.Generator().manual_seed(0)).double().sort().values
+    cdf = (noise + 1) / 2
+    assert (cdf - torch.arange(1, draws + 1) / draws).abs().max() < 1.95 / draws**0.5
+    assert -1 <= noise.min() < -0.999 < 0.999 < noise.max() <= 1
+
+
+@pytest.mark.parametrize("draw", [flow.draw_time, flow.draw_noise])
+def test_draws_depend_on_their_generator_alone(draw) -> None:
+    torch.manual_seed(1)
+    first = draw((3, 4), torch.Generator().manual_seed(5))
+    torch.manual_seed(2)
+    assert torch.equal(first, draw((3, 4), torch.Generator().manual_seed(5)))
+    assert not torch.equal(first, draw((3, 4), torch.Generator().manual_seed(6)))
+    assert first.shape == (3, 4)
+    torch.manual_seed(7)
+    second = draw((3, 4))
+    torch.manual_seed(7)
+    assert torch.equal(second, draw((3, 4)))
+
+
+def test_path_runs_from_noise_to_action_with_the_target_as_its_velocity() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise, action = (torch.randn(5, 3, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert torch.equal(flow.interpolate(noise, action, torch.zeros(5, 3, dtype=torch.float64)), noise)
+    assert torch.equal(flow.interpolate(noise, action, torch.ones(5, 3, dtype=torch.float64)), action)
+    time = torch.rand(5, 3, generator=generator, dtype=torch.float64) * 0.9
+    slope = (flow.interpolate(noise, action, time + 0.1) - flow.interpolate(noise, action, time)) / 0.1
+    torch.testing.assert_close(slope, flow.velocity_target(noise, action))
+    torch.testing.assert_close(flow.velocity_target(noise, action), action - noise)
+    # each (sample, draw) has its own time
+    for sample in range(5):
+        for draw in range(3):
+            t = time[sample, draw]
+            expected = (1 - t) * noise[sample, draw] + t * action[sample, draw]
+            torch.testing.assert_close(flow.interpolate(noise, action, time)[sample, draw], expected)
+
+
+def test_masked_squared_error_equals_a_naive_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    velocity, target = (torch.randn(4, 2, 3, 2, generator=generator) for _ in range(2))
+    mask = torch.rand(4, 1, 3, 2, generator=generator) > 0.4
+    velocity[~mask.expand_as(velocity)] = float("nan")  # what is left out must not reach the sum, not even as nan * 0
+    total, count = 0.0, 0
+    for b in range(4):
+        for m in range(2):
+            for k in range(3):
+                for a in range(2):
+                    if mask[b, 0, k, a]:
+                        total += (velocity[b, m, k, a].item() - target[b, m, k, a].item()) ** 2
+                        count += 1
+    loss_sum, valid = flow.masked_squared_error(velocity, target, mask)
+    assert loss_sum.item() == pytest.approx(total, rel=1e-6)
+    assert valid.item() == count
+    assert loss_sum.shape == valid.shape == ()
+
+
+def test_masked_squared_error_gives_no_gradient_to_what_is_masked() -> None:
+    velocity = torch.randn(2, 1, 3, 2, requires_grad=True)
+    mask = torch.tensor([True, False, True]).view(1, 1, 3, 1).expand(2, 1, 3, 2)
+    flow.masked_squared_error(velocity, torch.zeros(2, 1, 3, 2), mask)[0].backward()
+    assert (velocity.grad[:, :, 1] == 0).all()
+    assert (velocity.grad[:, :, [0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 50])
+def test_euler_is_exact_on_a_constant_velocity(steps: int) -> None:
+    noise, action = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    got = flow.euler(lambda point, time: action - noise, noise, steps)
+    torch.testing.assert_close(got, action)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_euler_on_a_linear_velocity_is_the_compound_interest_formula(steps: int) -> None:
+    noise = torch.randn(2, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(flow.euler(lambda point, time: 0.7 * point, noise, steps), noise * (1 + 0.7 / steps) ** steps)
+
+
+def test_euler_evaluates_at_i_over_n_starting_from_noise() -> None:
+    times = []
+
+    def velocity(point: torch.Tensor, time: float) -> torch.Tensor:
+        times.append(time)
+        return torch.full_like(point, time)
+
+    end = flow.euler(velocity, torch.zeros(1, 1, 1, dtype=torch.float64), 8)
+    assert times == [i / 8 for i in range(8)]
+    assert end.item() == pytest.approx(sum(i / 8 for i in range(8)) / 8)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_euler_refuses_fewer_than_one_step(steps: int) -> None:
+    with pytest.raises(ValueError, match="num_steps"):
+        flow.euler(lambda point, time: point, torch.zeros(1, 1, 1), steps)

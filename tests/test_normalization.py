@@ -1,0 +1,176 @@
+"""Statistics against numpy over all rows at once; normalise then invert is the identity."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paligemma_vla.errors import DataError
+from paligemma_vla.normalization import Accumulator, DatasetStatistics, Normalizer, Statistics
+
+
+def values(rows: int, seed: int = 0) -> np.ndarray:
+    """Columns of different character: skewed, far from zero, few distinct values, heavy-tailed."""
+    rng = np.random.default_rng(seed)
+    columns = [rng.exponential(2, rows), rng.normal(1e3, 0.5, rows), rng.integers(0, 2, rows), rng.standard_t(2, rows)]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def accumulate(parts: list[np.ndarray], total: int) -> Accumulator:
+    accumulator = Accumulator(parts[0].shape[1], total)
+    for part in parts:
+        accumulator.add(part)
+    return accumulator
+
+
+def statistics_of(data: np.ndarray) -> Statistics:
+    return accumulate([data], len(data)).result()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 99, 100, 101, 5000])
+def test_statistics_equal_numpy_over_all_rows(rows: int) -> None:
+    data = values(rows)
+    cuts = np.sort(np.random.default_rng(1).integers(0, rows, min(7, rows - 1)))
+    got = accumulate([part for part in np.split(data, cuts) if len(part)], rows).result()
+    wide = data.astype(np.float64)
+    assert got.count == rows
+    np.testing.assert_array_equal(got.min, wide.min(0))
+    np.testing.assert_array_equal(got.max, wide.max(0))
+    np.testing.assert_allclose(got.mean, wide.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(got.std, wide.std(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got.q01, np.quantile(wide, 0.01, axis=0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got.q99, np.quantile(wide, 0.99, axis=0), rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_of_merged_parts_equal_one_pass() -> None:
+    data = values(3000)
+    parts = [accumulate(np.array_split(part, 3), len(data)) for part in np.split(data, [10, 1200, 1201])]
+    merged = Accumulator(4, len(data))
+    for part in parts:
+        merged.merge(part)
+    whole, joined = statistics_of(data), merged.result()
+    for name in ("min", "max", "q01", "q99", "count"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(joined.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(joined.std, whole.std, rtol=1e-10)
+
+
+def test_statistics_keep_only_the_tails() -> None:
+    accumulator = accumulate(np.array_split(values(20000), 20), 20000)
+    assert len(accumulator.low) + len(accumulator.high) <= 0.02 * 20000 + 4
+
+
+def test_statistics_of_no_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="0 rows"):
+        Accumulator(2, 0).result()
+
+
+@pytest.mark.parametrize("kind", ["min_max", "quantile", "mean_std"])
+def test_normalizer_inverse_is_the_identity(kind: str) -> None:
+    data = values(500)
+    normalizer = Normalizer(statistics_of(data), kind, "state")
+    normalized = normalizer.normalize(data)
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalizer.denormalize(normalized), data, rtol=1e-6, atol=2e-6 * np.abs(data).max(0).max())
+
+
+def test_normalizer_kinds_map_what_they_promise() -> None:
+    data = values(2000)[:, [0, 3]]
+    statistics = statistics_of(data)
+    min_max = Normalizer(statistics, "min_max", "state").normalize(data)
+    np.testing.assert_allclose(min_max.min(0), -1, atol=1e-6)
+    np.testing.assert_allclose(min_max.max(0), 1, atol=1e-6)
+    mean_std = Normalizer(statistics, "mean_std", "state").normalize(data).astype(np.float64)
+    np.testing.assert_allclose(mean_std.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(mean_std.std(0), 1, atol=1e-5)
+    quantile = Normalizer(statistics, "quantile", "state").normalize(np.stack([statistics.q01, statistics.q99]).astype("f4"))
+    np.testing.assert_allclose(quantile, [[-1, -1], [1, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["min_max", "quantile", "mean_std"])
+@pytest.mark.parametrize("constant", [0.0, 5.0, -1e6])
+def test_normalizer_constant_dimension_maps_to_zero_and_back(kind: str, constant: float) -> None:
+    data = np.stack([np.full(100, constant), np.linspace(0, 1, 100)], axis=1).astype(np.float32)
+    normalizer = Normalizer(statistics_of(data), kind, "action")
+    normalized = normalizer.normalize(data)
+    assert np.isfinite(normalized).all()
+    np.testing.assert_array_equal(normalized[:, 0], 0)
+    np.testing.assert_array_equal(normalizer.denormalize(normalized)[:, 0], np.float32(constant))
+    # A model's small error must stay small, and a robot slightly off the constant must not see a huge number.
+    assert abs(normalizer.denormalize(np.array([0.01, 0.0], np.float32))[0] - constant) <= max(0.0101, 1e-6 * abs(constant))
+
+
+def test_normalizer_tiny_quantile_range_uses_the_full_range_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    gripper = np.zeros(1000)
+    gripper[[3, 7]] = [1.0, -1.0]  # moves twice in a thousand steps
+    data = np.stack([np.random.default_rng(0).normal(size=1000), gripper], axis=1).astype(np.float32)
+    with caplog.at_level(logging.WARNING):
+        normalizer = Normalizer(statistics_of(data), "quantile", "action")
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["action[1]"]
+    normalized = normalizer.normalize(data)
+    assert np.abs(normalized[:, 1]).max() == 1.0
+    assert np.abs(normalized[:, 0]).max() > 1.0
+
+
+def dataset_statistics(rows: int = 50) -> DatasetStatistics:
+    return DatasetStatistics(statistics_of(values(rows)), statistics_of(values(rows, seed=1)[:, :2]), ("a.parquet",))
+
+
+def test_statistics_file_round_trip_is_exact_and_holds_the_promised_keys(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "normalization_stats.json"
+    statistics = dataset_statistics()
+    statistics.save(path)
+    raw = json.loads(path.read_text())
+    assert set(raw) == {"version", "state", "action", "datasets"}
+    assert set(raw["state"]) == set(raw["action"]) == {"min", "max", "mean", "std", "q01", "q99", "count"}
+    assert DatasetStatistics.load(path).to_dict() == statistics.to_dict()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def _set(*keys: str, value: Any) -> Any:
+    def change(raw: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("version", value=99), "version 1"),
+        (_set("state", value=[1, 2]), "state: got list"),
+        (_set("action", value={"min": [0.0]}), "action: missing max, mean"),
+        (_set("state", "min", value=[1.0]), "state: .*one length"),
+        (_set("state", "max", value="high"), "state: "),
+        (_set("action", "std", value=[float("nan"), 1.0]), "action: .*finite"),
+        (_set("action", "count", value="many"), "action: "),
+    ],
+)
+def test_statistics_file_faults_name_file_and_section(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "s.json"
+    raw = dataset_statistics().to_dict()
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=message) as caught:
+        DatasetStatistics.load(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", ""])
+def test_statistics_file_that_is_no_statistics(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"s\.json: .*compute"):
+        DatasetStatistics.load(path)
+
+
+def test_statistics_file_missing_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="calculate_normalization_stats.py --config_path CONFIG --output_path"):
+        DatasetStatistics.load(tmp_path / "s.json")

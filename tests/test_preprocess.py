@@ -1,0 +1,211 @@
+"""Prompts and pixels against the checkpoint's own PaliGemmaProcessor; the rest is plain data that survives a round trip."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import PaliGemmaProcessor
+
+from paligemma_vla.errors import DataError, ModelError
+from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.preprocess import ImageSpec, Preprocessor, PromptEncoder, load_prompt_and_image_spec
+
+PROMPTS = ["open the drawer", "Pick up the RED cube, please!", "a", "ünï→🤖  double  space"]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_dir: Path) -> PaliGemmaProcessor:
+    return PaliGemmaProcessor.from_pretrained(tiny_model_dir)
+
+
+def load(folder: Path, max_len: int = 64, overflow: str = "error", resize: str = "stretch") -> tuple[PromptEncoder, ImageSpec]:
+    return load_prompt_and_image_spec(str(folder), None, max_len, overflow, resize)
+
+
+def picture(width: int = 50, height: int = 30, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("cameras", [1, 2])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompt_ids_equal_the_processors(tiny_model_dir: Path, processor: PaliGemmaProcessor, prompt: str, cameras: int) -> None:
+    encoder, _ = load(tiny_model_dir)
+    expected = processor(text=["<image>" * cameras + prompt], images=[[picture(seed=n) for n in range(cameras)]])
+    ids, mask = encoder.encode([prompt], np.ones((1, cameras), bool))
+    assert ids[0].tolist() == np.asarray(expected["input_ids"])[0].tolist()
+    assert mask.all()
+
+
+def test_prompt_batch_is_padded_on_the_right_with_padding_nothing_attends_to(tiny_model_dir: Path) -> None:
+    encoder, _ = load(tiny_model_dir)
+    ids, mask = encoder.encode(PROMPTS, np.ones((len(PROMPTS), 1), bool))
+    assert ids.shape == mask.shape
+    for row, prompt in enumerate(PROMPTS):
+        alone, _ = encoder.encode([prompt], np.ones((1, 1), bool))
+        length = alone.shape[1]
+        assert ids[row, :length].tolist() == alone[0].tolist()
+        assert (ids[row, length:] == encoder.pad_id).all()
+        assert mask[row].tolist() == [True] * length + [False] * (ids.shape[1] - length)
+
+
+def test_prompt_absent_camera_takes_no_image_token(tiny_model_dir: Path) -> None:
+    encoder, _ = load(tiny_model_dir)
+    n = encoder.image_tokens
+    present = np.array([[True, False, True], [True, False, False]])
+    ids, mask = encoder.encode(["open the drawer", "close it"], present)
+    # camera 2 is absent from the whole batch: no slots; camera 3 of the second sample: padded slots
+    assert (ids == encoder.image_id).sum(axis=1).tolist() == [2 * n, n]
+    assert ((ids == encoder.image_id) & ~mask).sum() == 0
+    assert mask[1, : 2 * n].tolist() == [True] * n + [False] * n
+    for row, prompt in enumerate(["open the drawer", "close it"]):
+        alone, _ = encoder.encode([prompt], np.ones((1, 1), bool))
+        assert ids[row, 2 * n :][mask[row, 2 * n :]].tolist() == alone[0, n:].tolist()
+
+
+def test_prompt_too_long_is_refused_with_the_remedy(tiny_model_dir: Path) -> None:
+    encoder, _ = load(tiny_model_dir, max_len=8)
+    with pytest.raises(DataError, match=r"got \d+ tokens, expected at most data\.prompt_max_len = 8.*prompt_overflow"):
+        encoder.encode(["open the drawer and then close the drawer and then open it again"], np.ones((1, 1), bool))
+
+
+def test_prompt_too_long_is_cut_but_keeps_bos_and_newline(tiny_model_dir: Path) -> None:
+    text = "open the drawer and then close the drawer and then open it again"
+    whole = load(tiny_model_dir)[0].text_ids(text)
+    cut = load(tiny_model_dir, max_len=8, overflow="truncate")[0].text_ids(text)
+    assert len(cut) == 8
+    assert cut[:-1].tolist() == whole[:7].tolist()
+    assert (cut[0], cut[-1]) == (whole[0], whole[-1])
+
+
+def test_prompt_of_exactly_the_limit_passes(tiny_model_dir: Path) -> None:
+    length = len(load(tiny_model_dir)[0].text_ids("open the drawer"))
+    assert len(load(tiny_model_dir, max_len=length)[0].text_ids("open the drawer")) == length
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n\t"])
+def test_prompt_empty_is_refused(tiny_model_dir: Path, prompt: str) -> None:
+    with pytest.raises(DataError, match="empty instruction"):
+        load(tiny_model_dir)[0].encode(["open the drawer", prompt], np.ones((2, 1), bool))
+
+
+def test_prompt_image_token_typed_by_a_person_is_no_picture(tiny_model_dir: Path) -> None:
+    encoder, _ = load(tiny_model_dir)
+    ids, _ = encoder.encode(["open <image> the <image><image> drawer"], np.ones((1, 1), bool))
+    assert (ids == encoder.image_id).sum() == encoder.image_tokens
+    assert (ids[0, : encoder.image_tokens] == encoder.image_id).all()
+
+
+def test_prompt_encoder_survives_pickling_and_json(tiny_model_dir: Path) -> None:
+    encoder, _ = load(tiny_model_dir, max_len=9, overflow="truncate")
+    present = np.array([[True, True], [True, False]])
+    expected = encoder.encode(["open the drawer fully with the red handle", "close"], present)
+    copies = [pickle.loads(pickle.dumps(encoder)), PromptEncoder(**json.loads(json.dumps(encoder.to_dict())))]  # noqa: S301
+    for copy in copies:
+        for got, want in zip(copy.encode(["open the drawer fully with the red handle", "close"], present), expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("size", [(50, 30), (32, 32), (13, 64), (200, 180)])
+def test_pixels_equal_the_siglip_processors(tiny_model_dir: Path, processor: PaliGemmaProcessor, size: tuple[int, int]) -> None:
+    assert type(processor.image_processor).__name__ == "SiglipImageProcessorPil"
+    _, spec = load(tiny_model_dir)
+    image = picture(*size)
+    expected = np.asarray(processor.image_processor(images=[image], return_tensors="np")["pixel_values"])[0]
+    got = (spec.apply(image).astype(np.float32) / 255 - np.reshape(spec.mean, (3, 1, 1))) / np.reshape(spec.std, (3, 1, 1))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_image_pad_keeps_the_aspect_on_black() -> None:
+    spec = ImageSpec(16, (0.5,) * 3, (0.5,) * 3, resize="pad")
+    white = Image.new("RGB", (32, 16), "white")
+    pixels = spec.apply(white)
+    assert pixels.shape == (3, 16, 16)
+    assert (pixels[:, 5:11] == 255).all()
+    assert (pixels[:, :3] == 0).all()
+    assert (pixels[:, 13:] == 0).all()
+    stretched = ImageSpec(16, (0.5,) * 3, (0.5,) * 3).apply(white)
+    assert (stretched == 255).all()
+
+
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (16, 16), (30, 30)])
+def test_image_crop_of_everything_is_no_crop(resize: str, size: tuple[int, int]) -> None:
+    spec = ImageSpec(16, (0.5,) * 3, (0.5,) * 3, resize=resize)
+    image = picture(*size)
+    difference = spec.apply(image, (0.0, 0.0, *map(float, size))).astype(int) - spec.apply(image)
+    assert np.abs(difference).max() <= 1
+
+
+def test_image_crop_shows_the_box() -> None:
+    spec = ImageSpec(8, (0.5,) * 3, (0.5,) * 3)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[8:16, 4:12] = (10, 200, 30)
+    got = spec.apply(Image.fromarray(pixels), (4, 8, 12, 16))
+    assert (got == np.reshape([10, 200, 30], (3, 1, 1))).all()
+
+
+@pytest.fixture
+def preprocessor(tiny_model_dir: Path, statistics_path: Path) -> Preprocessor:
+    return Preprocessor(*load(tiny_model_dir, resize="pad"), DatasetStatistics.load(statistics_path), "quantile")
+
+
+def test_preprocessor_round_trip_is_the_identity(preprocessor: Preprocessor) -> None:
+    raw = json.loads(json.dumps(preprocessor.to_dict()))  # plain data only
+    copy = Preprocessor.from_dict(raw, "here")
+    assert copy.to_dict() == preprocessor.to_dict()
+    assert copy.image == preprocessor.image
+    state = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    np.testing.assert_array_equal(copy.state.normalize(state), preprocessor.state.normalize(state))
+    np.testing.assert_array_equal(copy.action.scale, preprocessor.action.scale)
+    np.testing.assert_array_equal(copy.prompts.text_ids("open it"), preprocessor.prompts.text_ids("open it"))
+
+
+def test_preprocessor_survives_pickling(preprocessor: Preprocessor) -> None:
+    copy = pickle.loads(pickle.dumps(preprocessor))  # noqa: S301
+    assert copy.to_dict() == preprocessor.to_dict()
+
+
+def test_processor_and_config_that_disagree_on_the_image_token_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    key = "image_token_index" if "image_token_index" in config else "image_token_id"
+    config[key] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"<image> is token \d+, the config's image token is 7"):
+        load(folder)
+
+
+def test_processor_and_vision_tower_that_disagree_on_size_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["image_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="32 px images.*64 px"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["google/paligemma-3b-pt-224", "no/such/folder", "."])
+def test_backbone_that_cannot_be_loaded_names_licence_login_and_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_prompt_and_image_spec(name, None, 64, "error", "stretch")
+    text = str(caught.value)
+    assert f"'{name}'" in text
+    for word in ("licence", "hf auth login", "HF_TOKEN", "local folder", "--model_path_override"):
+        assert word in text
+
+
+def test_backbone_folder_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError):
+        load(tmp_path)
