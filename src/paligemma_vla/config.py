@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -183,7 +183,7 @@ class VLAConfig(Section):
 
     def to_yaml(self) -> str:
         """The complete configuration; `load_config` reads it back to an equal object."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120))
+        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120))
 
     @property
     def run_dir(self) -> Path:
@@ -199,11 +199,16 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that knows the same numbers, so that a string which looks like one is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -283,10 +288,10 @@ def _copy(value: Any) -> Any:
 def _describe(error: ValidationError) -> list[str]:
     faults: dict[str, str] = {}
     for item in error.errors():
-        names = [str(part) for part in item["loc"]]
-        path = ".".join(name for name in names if not re.match(r"^(str|tuple\[|DataSource|function-)", name))
+        path = _dotted(item["loc"])
+        name = str(item["loc"][-1])
         if item["type"] == "extra_forbidden":
-            faults[path] = f"{path}: unknown key{closest(names[-1], _known_keys(names[:-1]))}"
+            faults[path] = f"{path}: unknown key{closest(name, _known_keys(item['loc'][:-1]))}"
         elif item["type"] == "missing":
             faults[path] = f"{path}: missing; it has no default"
         else:
@@ -294,23 +299,49 @@ def _describe(error: ValidationError) -> list[str]:
             text = f"got {got if len(got) < 80 else got[:77] + '...'}, expected: {_lower(item['msg'])}"
             faults.setdefault(path, f"{path}: {text}")
     # A union (str or list of str or ...) is reported once per member: the fault furthest inside is the one that helps.
-    return [text for path, text in faults.items() if not any(other.startswith(f"{path}.") for other in faults)]
+    unions = ("data.train_parquet_files", "data.val_parquet_files")
+    return [
+        text
+        for path, text in faults.items()
+        if not (path.startswith(unions) and any(other.startswith(f"{path}.") for other in faults))
+    ]
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """Dotted path of a fault, without the names that pydantic gives to the members of a union."""
+    members = ("str", "DataSource")
+    inner = [part for part in location[:-1] if part not in members and not str(part).startswith(("tuple[", "function-"))]
+    last = location[-1]
+    union_member = last in members and "parquet_files" in ".".join(map(str, inner))
+    return ".".join(map(str, inner if union_member or str(last).startswith("tuple[") else [*inner, last]))
 
 
 def _contradictions_despite(raw: dict[str, Any], error: ValidationError) -> list[str]:
-    """Contradictions between the keys that are right, so that they are reported together with the keys that are wrong."""
-    pruned = _copy(raw)
+    """Contradictions between the keys that are right, so that they are told together with the keys that are wrong."""
+    mended = _copy(raw)
+    wrong: set[str] = set()
     for item in error.errors():
-        section = pruned
-        for part in item["loc"][:-1]:
+        section: Any = mended
+        *parents, leaf = item["loc"]
+        for number, part in enumerate(parents):
             if not isinstance(section.get(part), dict):
+                leaf, parents = part, parents[:number]  # a fault inside a list, or below something that is no section
                 break
             section = section[part]
-        section.pop(item["loc"][-1] if section is not pruned or len(item["loc"]) == 1 else item["loc"][0], None)
+        wrong.add(".".join(map(str, [*parents, leaf])))
+        section.pop(leaf, None)
+        if leaf in ("train_parquet_files", "model_name_or_path"):
+            section[leaf] = "-"
     try:
-        return _contradictions(VLAConfig.model_validate(pruned))
+        config = VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended})
     except ValidationError:
-        return []
+        mended["model"] = {**mended.get("model", {}), "vlm_config": {"model_name_or_path": "-"}}
+        wrong.add("model.vlm_config")
+        try:
+            config = VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended})
+        except ValidationError:
+            return []
+    return _contradictions(config, wrong)
 
 
 def _lower(message: str) -> str:
@@ -318,48 +349,66 @@ def _lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _known_keys(parents: list[str]) -> list[str]:
-    """Names known under a dotted path, by walking the section classes."""
+def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
+    """Names known under a path, by walking the section classes."""
     model: Any = VLAConfig
     for name in parents:
-        if isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
-            model = model.model_fields[name].annotation
+        if isinstance(name, int):
+            model = StageConfig
         elif name == "DataSource":
             model = DataSource
-        elif name.isdigit():
-            model = StageConfig
+        elif isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
+            model = model.model_fields[name].annotation
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def _contradictions(config: VLAConfig) -> list[str]:
-    """Faults that no single key shows."""
+def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[str]:
+    """Faults that no single key shows. Those that rest on a key (or section) in `wrong` are left out."""
     head, data, training = config.model.action_head_config, config.data, config.training
     vlm = config.model.vlm_config
-    faults = []
     product = head.horizon * head.per_action_dim
-    if head.action_dim != product:
-        faults.append(
-            f"model.action_head_config.action_dim: got {head.action_dim}, expected horizon * per_action_dim = "
-            f"{head.horizon} * {head.per_action_dim} = {product}; delete it, or fix horizon"
-        )
-    if head.embed_dim % (2 * head.num_heads):
-        faults.append(
-            f"model.action_head_config.num_heads: got {head.num_heads}, expected embed_dim ({head.embed_dim}) to be a "
-            f"multiple of 2 * num_heads"
-        )
-    if vlm.num_cameras == 1 and vlm.use_aux_camera:
-        faults.append("model.vlm_config.num_cameras: got 1 with use_aux_camera: true; delete one of the two")
-    if data.batch_size % training.gradient_accumulation_steps:
-        faults.append(
-            f"training.gradient_accumulation_steps: got {training.gradient_accumulation_steps}, expected a divisor of "
-            f"data.batch_size ({data.batch_size})"
-        )
-    for number, stage in enumerate(training.stages):
-        if (stage.steps is None) != (number == len(training.stages) - 1):
-            faults.append(f"training.stages.{number}.steps: every stage but the last gives its steps, the last gives none")
-    if vlm.freeze_vision_tower and vlm.freeze_language_model and any(s.train == "all" for s in training.stages):
-        faults.append("training.stages: the whole backbone is frozen in vlm_config, so a stage cannot train all")
-    return faults
+    last = len(training.stages) - 1
+    open_stages = [n for n, stage in enumerate(training.stages) if (stage.steps is None) != (n == last)]
+    whole_backbone_frozen = vlm.freeze_vision_tower and vlm.freeze_language_model
+    head_path, vlm_path = "model.action_head_config", "model.vlm_config"
+    checks = [
+        (
+            head.action_dim != product,
+            [f"{head_path}.{name}" for name in ("action_dim", "horizon", "per_action_dim")],
+            f"got {head.action_dim}, expected horizon * per_action_dim = {head.horizon} * {head.per_action_dim} = {product}; "
+            f"delete it, or fix horizon",
+        ),
+        (
+            head.embed_dim % (2 * head.num_heads) != 0,
+            [f"{head_path}.num_heads", f"{head_path}.embed_dim"],
+            f"got {head.num_heads}, expected embed_dim ({head.embed_dim}) to be a multiple of 2 * num_heads",
+        ),
+        (
+            vlm.num_cameras == 1 and vlm.use_aux_camera,
+            [f"{vlm_path}.num_cameras", f"{vlm_path}.use_aux_camera"],
+            "got 1 with use_aux_camera: true; delete one of the two",
+        ),
+        (
+            data.batch_size % training.gradient_accumulation_steps != 0,
+            ["training.gradient_accumulation_steps", "data.batch_size"],
+            f"got {training.gradient_accumulation_steps}, expected a divisor of data.batch_size ({data.batch_size})",
+        ),
+        (
+            bool(open_stages),
+            [f"training.stages.{next(iter(open_stages), 0)}.steps"],
+            "every stage but the last gives its steps, the last gives none",
+        ),
+        (
+            whole_backbone_frozen and any(stage.train == "all" for stage in training.stages),
+            ["training.stages", vlm_path],
+            "the whole backbone is frozen in model.vlm_config, so no stage can train all",
+        ),
+    ]
+    return [
+        f"{keys[0]}: {text}"
+        for broken, keys, text in checks
+        if broken and not any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
+    ]
 
 
 if __name__ == "__main__":  # `make schema`

@@ -91,7 +91,7 @@ class Policy:
         names = self.metadata["cameras"]
         for observation in observations:
             self._check(observation)
-        present = np.array([[name in observation for name in names] for observation in observations])
+        present = np.array([[observation.get(name) is not None for name in names] for observation in observations])
         images = [
             torch.from_numpy(np.stack([self._pixels(observation.get(name)) for observation in observations])).to(self.device)
             for name in names

@@ -33,14 +33,16 @@ class ImageSpec:
     resize: str = "stretch"
 
     def apply(self, image: Image.Image, box: Box | None = None) -> NDArray[np.uint8]:
-        """Resize an RGB image to (3, size, size) uint8; `box` (left, top, right, bottom) crops first.
+        """Resize an RGB image to (3, size, size) uint8; `box` (left, top, right, bottom; shares of the sides) crops first.
 
         `stretch` is what PaliGemma's own processor does; `pad` keeps the aspect and fills with black.
         """
         if self.resize == "pad" and image.width != image.height:
             image = _pad_to_square(image)
         if image.size != (self.size, self.size) or box is not None:
-            image = image.resize((self.size, self.size), Image.Resampling(self.resample), box=box)
+            left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
+            pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+            image = image.resize((self.size, self.size), Image.Resampling(self.resample), box=pixels)
         return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
 
 
@@ -147,13 +149,18 @@ def load_prompt_and_image_spec(
 
     Raises `ModelError` when they cannot be loaded or disagree on the image token.
     """
-    from transformers import AutoConfig, AutoProcessor  # heavy: only where a backbone is loaded
+    from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor  # heavy: only where a backbone is loaded
 
     try:
         processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(not_loadable(model_name_or_path, error)) from error
+    if not isinstance(processor, PaliGemmaProcessor):
+        raise ModelError(
+            f"model.vlm_config.model_name_or_path: '{model_name_or_path}' holds a {config.model_type}, expected a PaliGemma; "
+            f"for another backbone name its class in model.vlm_config.backbone"
+        )
     tokenizer, images = processor.tokenizer, processor.image_processor
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     if image_id != config.image_token_id:

@@ -97,10 +97,11 @@ def train(config: VLAConfig, args: argparse.Namespace) -> int:
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     resume = find_resume(config, args.resume_checkpoint)
-    if distributed.main:
+    trainer = Trainer(config, distributed, resume)
+    if distributed.main:  # only now: a run that cannot begin leaves no trace
         prepare_run_dir(config, resume is not None)
     distributed.barrier()
-    metrics = Trainer(config, distributed, resume).run()
+    metrics = trainer.run()
     if distributed.main:
         summary = "  ".join(f"{name} {value:.5f}" for name, value in metrics.items() if isinstance(value, float))
         logger.info("finished; %s\ncheckpoints in %s", summary, config.run_dir / "checkpoints")

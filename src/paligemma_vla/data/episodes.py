@@ -372,12 +372,20 @@ def iterate_numbers(path: str, layout: Layout, rows: int = 65536) -> Iterator[tu
     """Stream (state (R, P), action (R, A)) of one file, touching no other column."""
     with open_parquet(path) as file:
         first_row = 0
-        for batch in file.iter_batches(batch_size=rows, columns=[schema.STATE, schema.ACTION], use_threads=False):
+        batches = file.iter_batches(batch_size=rows, columns=[schema.STATE, schema.ACTION], use_threads=False)
+        while (batch := _next_batch(batches, path)) is not None:
             yield (
                 number_matrix(batch[schema.STATE], layout.state_dim, path, schema.STATE, first_row),
                 number_matrix(batch[schema.ACTION], layout.action_dim, path, schema.ACTION, first_row),
             )
             first_row += batch.num_rows
+
+
+def _next_batch(batches: Iterator[pa.RecordBatch], path: str) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: columns state, action: cannot be read ({_line(error)}); restore the file") from error
 
 
 def _line(error: BaseException) -> str:

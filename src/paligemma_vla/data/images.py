@@ -34,11 +34,10 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
         raise DataError(f"{where}: cannot be decoded as JPEG or PNG ({error}); restore it, or leave the episode out") from error
 
 
-def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Box:
-    """A box of `scale` times the image's sides at a random place."""
-    width, height = image.width * scale, image.height * scale
-    left, top = rng.random() * (image.width - width), rng.random() * (image.height - height)
-    return left, top, left + width, top + height
+def random_crop(scale: float, rng: np.random.Generator) -> Box:
+    """A box of `scale` times the image's sides at a random place; all four numbers are shares of the sides."""
+    left, top = rng.random(2) * (1 - scale)
+    return left, top, left + scale, top + scale
 
 
 def jitter_colour(pixels: NDArray[np.uint8], config: AugmentationConfig, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -170,7 +170,7 @@ class VLADataset(Dataset[Item]):
             if augmentation is None or rng is None:
                 images.append(spec.apply(image))
             else:
-                pixels = spec.apply(image, random_crop(image, augmentation.crop_scale, rng))
+                pixels = spec.apply(image, random_crop(augmentation.crop_scale, rng))
                 images.append(jitter_colour(pixels, augmentation, rng))
         return images, present
 

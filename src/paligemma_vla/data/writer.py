@@ -56,7 +56,8 @@ class EpisodeWriter:
         self._schema: pa.Schema | None = None
         self._in_shard = 0
         shards = sorted(self.output_dir.glob(f"{prefix}-?????.parquet"))
-        self._shard = len(shards)
+        # Not their count: a shard may have been taken out, and none is ever overwritten.
+        self._shard = max((int(path.stem[-5:]) + 1 for path in shards), default=0)
         self.episodes_written = sum(_episodes_in(path) for path in shards)
         if shards:
             self._schema = pq.read_schema(shards[0])

@@ -78,10 +78,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trace:
-    """One episode for a plot: actions (L, A), and chunks predicted (n, K, A) at the steps `starts` (n,)."""
+    """One episode for a plot: actions (L, A), and chunks predicted (n, K, A) at the steps `starts` (n,).
+
+    names: of the action's dimensions, empty when the data gave none.
+    """
 
     episode: int
     prompt: str
+    names: tuple[str, ...]
     actions: Floats
     starts: NDArray[np.int64]
     predicted: Floats
@@ -262,7 +266,7 @@ def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[d
             writer = stack.enter_context(PredictionWriter(config.predictions_path, horizon, policy.metadata["action_names"]))
         bar = stack.enter_context(tqdm(total=chosen, desc="open loop", unit="sample", disable=None))
         for refs in plan:
-            batch = [samples.read(ref.index) for ref in refs]
+            batch = [samples.read(ref[1]) for ref in refs]
             loss += _velocity_loss(policy, samples.dataset, refs)
             predicted = predict(policy, batch, config.seed, config.num_steps)
             true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
@@ -317,7 +321,7 @@ def _euler_table(policy: Policy, samples: Samples, config: OpenLoopConfig) -> li
     change, seconds, seen = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0), 0
     first: list[Sample] = []
     for refs in tqdm(plan, "Euler steps", unit="batch", disable=None):
-        batch = [samples.read(ref.index) for ref in refs]
+        batch = [samples.read(ref[1]) for ref in refs]
         if not first:
             first = batch[:1]
             predict(policy, batch, config.seed, 1)  # the first call pays for allocation and kernels
@@ -365,7 +369,8 @@ def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterato
         steps = [samples.read(int(samples.first[episode] + start)) for start in starts]
         parts = [steps[n : n + config.batch_size] for n in range(0, len(steps), config.batch_size)]
         predicted = np.concatenate([predict(policy, part, config.seed, config.num_steps) for part in parts])
-        yield Trace(int(episode), steps[0].observation["prompt"], actions, starts, predicted)
+        names = tuple(policy.metadata["action_names"])
+        yield Trace(int(episode), steps[0].observation["prompt"], names, actions, starts, predicted)
 
 
 def _training_files(index: EpisodeIndex, policy: Policy) -> int:

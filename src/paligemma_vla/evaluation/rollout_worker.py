@@ -52,36 +52,35 @@ class _Worker:
         return self.policy
 
 
-_worker: _Worker | None = None
+_here: list[_Worker] = []  # the worker that this process is; none in the process that started the pool
 
 
 def prepare(env_name: str, image_size: int, factory: PolicyFactory | None) -> None:
     """Note what this worker is for; nothing is built before the first job, where an error can be reported."""
-    global _worker
-    _worker = _Worker(env_name, image_size, factory)
+    _here[:] = [_Worker(env_name, image_size, factory)]
 
 
 def forget() -> None:
     """End of a pool in this process (`workers=0`)."""
-    global _worker
-    if _worker is not None and _worker.env is not None:
-        _worker.env.close()
-    _worker = None
+    for worker in _here:
+        if worker.env is not None:
+            worker.env.close()
+    _here.clear()
 
 
 def play_job(job: tuple[str, int, Condition, bool]) -> EpisodeOutcome:
     """Play one episode: (task, number, condition, whether to take snapshots for a film)."""
-    assert _worker is not None
+    (worker,) = _here
     task, index, condition, record = job
-    policy = _worker.actor() if condition.policy == "checkpoint" else None
-    return play(_worker.environment(), policy, task, index, condition, record)
+    policy = worker.actor() if condition.policy == "checkpoint" else None
+    return play(worker.environment(), policy, task, index, condition, record)
 
 
 def film_job(job: tuple[EpisodeOutcome, Path]) -> None:
     """Film an episode from its snapshots, larger than the policy saw it."""
-    assert _worker is not None
+    (worker,) = _here
     outcome, path = job
-    env, frames = _worker.environment(), []
+    env, frames = worker.environment(), []
     for snapshot in outcome.snapshots:
         env.restore(snapshot)
         # Drawn at twice the size and averaged: the camera has no antialiasing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paligemma_vla.errors import ConfigError, TrainingError
+from paligemma_vla.errors import ConfigError, TrainingError, VLAError
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
 
     address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # Its log would show a traceback of what is told below in one message.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -97,5 +100,9 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
         return max(codes.values())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        message = failure.message if isinstance(failure.message, str) else str(failure.message.get("message", failure.message))
+        message: Any = failure.message
+        message = message.get("message", message) if isinstance(message, dict) else message
+        kind, _, text = str(message).partition(": ")
+        if kind in {error_class.__name__ for error_class in VLAError.__subclasses__()}:
+            raise TrainingError(text) from error  # every rank met it, and it says by itself what to mend
         raise TrainingError(f"rank {rank} failed (exit {failure.exitcode}): {message}") from error

@@ -97,7 +97,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved, str(resume))
         self.parallel: nn.Module = self.model
-        self.tracker = Tracker(config, self.step) if distributed.main else None
+        self.tracker: Tracker | None = None
 
     def _check_division(self) -> None:
         parts = self.distributed.world_size * self.config.training.gradient_accumulation_steps
@@ -134,6 +134,8 @@ class Trainer:
             settings.stop_after_step or self.total_steps,
             (settings.stop_after_epoch or settings.epochs) * order.steps_per_epoch,
         )
+        if self.distributed.main:
+            self.tracker = Tracker(self.config, self.step)
         self._describe(stop)
         validation: dict[str, Any] = {}
         stream = self._stream(stop)
@@ -187,7 +189,7 @@ class Trainer:
         if self.distributed.world_size > 1:
             device = self.distributed.device
             ids = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids)
 
     def _train_step(self, stream: Iterator[Batch]) -> tuple[Tensor, Tensor, float]:
         """One optimiser step. Returns the loss over the global batch, the gradient norm, and seconds waited for data."""

@@ -50,11 +50,9 @@ def ensure_backend() -> str:
 
 def _try_backend(backend: str) -> str | None:
     """Draw a picture with `backend` in a child process; returns None, or the last line of what went wrong."""
-    environment = {**os.environ, BACKEND_VARIABLE: backend}
+    command, environment = [sys.executable, "-c", PROBE], {**os.environ, BACKEND_VARIABLE: backend}
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS
-        )
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"no picture within {PROBE_SECONDS} s"
     if child.returncode == 0:

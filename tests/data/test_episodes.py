@@ -1,0 +1,331 @@
+"""The index against a naive grouping of all rows; every broken file is refused with file, row and column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support import LENGTHS, METADATA, encode_image, read_rows, write_episodes
+
+from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader, expand_paths, iterate_numbers, open_parquet, read_layout
+from paligemma_vla.errors import DataError
+
+Columns = dict[str, Any]
+
+
+def columns(lengths: tuple[int, ...] = (3, 1, 4)) -> Columns:
+    """Columns of an episode file as plain Python lists."""
+    rng = np.random.default_rng(0)
+    rows = sum(lengths)
+    last = set(np.cumsum(lengths) - 1)
+    first = {0, *(row + 1 for row in last)} - {rows}
+    return {
+        "image_1_bytes": [encode_image(rng) for _ in range(rows)],
+        "state": rng.normal(size=(rows, 3)).tolist(),
+        "action": rng.normal(size=(rows, 2)).tolist(),
+        "prompt": ["open the drawer"] * rows,
+        "is_first": [row in first for row in range(rows)],
+        "is_last": [row in last for row in range(rows)],
+        "is_terminal": [False] * rows,
+    }
+
+
+TYPES = {"image_1_bytes": pa.binary(), "state": pa.list_(pa.float32()), "action": pa.list_(pa.float32())}
+
+
+def write(path: Path, content: Columns, types: dict[str, pa.DataType] | None = None, **options: Any) -> str:
+    kinds = {**TYPES, **(types or {})}
+    pq.write_table(pa.table({name: pa.array(values, kinds.get(name)) for name, values in content.items()}), path, **options)
+    return str(path)
+
+
+def test_index_equals_a_naive_grouping_by_is_first(episode_dir: Path) -> None:
+    index = EpisodeIndex.build(str(episode_dir))
+    rows = read_rows(episode_dir)
+    expected = []
+    for row in rows:
+        if row["is_first"]:
+            expected.append([row["file"], row["row"], 0])
+        expected[-1][2] += 1
+    got = [[index.paths[f], s, n] for f, s, n in zip(index.file, index.start, index.length, strict=True)]
+    assert got == expected
+    assert index.length.tolist() == list(LENGTHS)
+    assert (len(index), index.steps) == (len(LENGTHS), len(rows))
+    assert (index.layout.cameras, index.layout.state_dim, index.layout.action_dim) == (1, 3, 2)
+    assert index.layout.metadata == METADATA
+
+
+def test_index_row_groups_are_the_files(episode_dir: Path) -> None:
+    index = EpisodeIndex.build(str(episode_dir))
+    for path, groups in zip(index.paths, index.groups, strict=True):
+        footer = pq.read_metadata(path)
+        sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+        assert np.diff(groups).tolist() == sizes
+
+
+def test_index_never_reads_image_bytes(tmp_path: Path, episode_dir: Path) -> None:
+    """Image pages overwritten on disk disturb nothing before an image is asked for."""
+    source = sorted(episode_dir.glob("*.parquet"))[0]
+    content = bytearray(source.read_bytes())
+    footer = pq.read_metadata(source)
+    for group in range(footer.num_row_groups):
+        column = footer.row_group(group).column(0)
+        assert column.path_in_schema == "image_1_bytes"
+        start = column.data_page_offset
+        content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(content)
+    index, whole = EpisodeIndex.build(str(broken)), EpisodeIndex.build(str(source))
+    assert index.length.tolist() == whole.length.tolist()
+    assert sum(len(state) for state, _ in iterate_numbers(str(broken), index.layout)) == index.steps
+    with pytest.raises(DataError, match=r"broken\.parquet: row group 0 cannot be read"):
+        EpisodeReader(index, 1, 2**20).group_of(0, 0)
+
+
+def flags(change: Callable[[Columns], None]) -> Columns:
+    content = columns()
+    change(content)
+    return content
+
+
+def put(name: str, row: int, value: Any) -> Callable[[Columns], None]:
+    def change(content: Columns) -> None:
+        content[name][row] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("is_first", 0, False), r"row 0, column is_first: got false"),
+        (put("is_first", 2, True), r"row 1, column is_last: got false, expected true, because row 2 has is_first"),
+        (put("is_first", 4, False), r"row 3, column is_last: got true, expected false, because row 4 has no is_first"),
+        (put("is_last", 2, False), r"row 2, column is_last: got false, expected true, because row 3 has is_first"),
+        (put("is_last", 5, True), r"row 5, column is_last: got true, expected false, because row 6 has no is_first"),
+        (put("is_last", 7, False), r"row 7, column is_last: got false, expected true, because it is the last row"),
+        (put("is_first", 3, None), r"row 3, column is_first: got null"),
+        (put("is_last", 6, None), r"row 6, column is_last: got null"),
+    ],
+)
+def test_broken_chain_names_file_row_and_column(tmp_path: Path, change: Callable[[Columns], None], message: str) -> None:
+    path = write(tmp_path / "bad.parquet", flags(change))
+    with pytest.raises(DataError, match=message) as caught:
+        EpisodeIndex.build(path)
+    assert str(caught.value).startswith(path)
+
+
+def test_file_without_rows_is_refused(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "empty.parquet",
+        {k: v[:0] for k, v in columns().items()},
+        {"prompt": pa.string(), **dict.fromkeys(("is_first", "is_last", "is_terminal"), pa.bool_())},
+    )
+    with pytest.raises(DataError, match="0 rows"):
+        EpisodeIndex.build(path)
+
+
+@pytest.mark.parametrize("name", ["image_1_bytes", "state", "action", "prompt", "is_first", "is_last", "is_terminal"])
+def test_missing_column_is_named(tmp_path: Path, name: str) -> None:
+    content = columns()
+    del content[name]
+    with pytest.raises(DataError, match=f"missing column {name}; got "):
+        EpisodeIndex.build(write(tmp_path / "x.parquet", content))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kind", "expected"),
+    [
+        ("image_1_bytes", ["a"] * 8, pa.string(), "binary"),
+        ("state", [[1, 2, 3]] * 8, pa.list_(pa.int64()), "a list of float"),
+        ("action", [1.0] * 8, pa.float32(), "a list of float"),
+        ("prompt", [1] * 8, pa.int64(), "string"),
+        ("is_first", [1] * 8, pa.int8(), "bool"),
+        ("is_terminal", ["no"] * 8, pa.string(), "bool"),
+    ],
+)
+def test_column_of_another_type_is_named(
+    tmp_path: Path, name: str, values: list[Any], kind: pa.DataType, expected: str
+) -> None:
+    path = write(tmp_path / "x.parquet", {**columns(), name: values}, {name: kind})
+    with pytest.raises(DataError, match=f"column {name}: got type .*, expected {expected}"):
+        EpisodeIndex.build(path)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n: pa.list_(pa.float32()), lambda n: pa.large_list(pa.float64()), lambda n: pa.list_(pa.float32(), n)]
+)
+def test_every_kind_of_list_reads_the_same(tmp_path: Path, make: Callable[[int], pa.DataType]) -> None:
+    content = columns()
+    path = write(tmp_path / "x.parquet", content, {"state": make(3), "action": make(2)}, row_group_size=3)
+    index = EpisodeIndex.build(path)
+    assert (index.layout.state_dim, index.layout.action_dim) == (3, 2)
+    numbers = [np.concatenate(parts) for parts in zip(*iterate_numbers(path, index.layout, rows=3), strict=True)]
+    np.testing.assert_array_equal(numbers[0], np.float32(content["state"]))
+    np.testing.assert_array_equal(numbers[1], np.float32(content["action"]))
+    reader = EpisodeReader(index, 1, 2**20)
+    for row in range(8):
+        rows, place = reader.group_of(0, row)
+        np.testing.assert_array_equal(rows.state[place], np.float32(content["state"][row]))
+    np.testing.assert_array_equal(reader.actions(0, 1, 8), np.float32(content["action"][1:8]))
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        {"image_1_bytes": pa.large_binary(), "prompt": pa.large_string()},
+        {"prompt": pa.dictionary(pa.int32(), pa.string())},
+    ],
+)
+def test_every_kind_of_bytes_and_text_reads_the_same(tmp_path: Path, types: dict[str, pa.DataType]) -> None:
+    content = columns()
+    content["prompt"] = [f"task {row % 3}" for row in range(8)]
+    reader = EpisodeReader(EpisodeIndex.build(write(tmp_path / "x.parquet", content, types, row_group_size=5)), 1, 2**20)
+    for row in range(8):
+        rows, place = reader.group_of(0, row)
+        assert rows.prompt[place].as_py() == content["prompt"][row]
+        assert rows.images[0] is not None
+        assert rows.images[0][place].as_py() == content["image_1_bytes"][row]
+
+
+@pytest.mark.parametrize("folder", ["plain", "with {braces}"])
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float32())])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("state", [1.0, 2.0], r"row 6, column state: got 2 numbers, expected 3"),
+        ("action", None, r"row 6, column action: got null, expected 2"),
+        ("action", [1.0, float("nan")], r"row 6, column action: dimension 1 is nan"),
+        ("state", [1.0, None, 1.0], r"row 6, column state: dimension 1 is nan"),
+        ("state", [float("inf"), 0.0, 1.0], r"row 6, column state: dimension 0 is inf"),
+    ],
+)
+def test_bad_numbers_name_file_row_and_column(
+    tmp_path: Path, folder: str, name: str, value: Any, kind: pa.DataType, message: str
+) -> None:
+    content = flags(put(name, 6, value))
+    (tmp_path / folder).mkdir()
+    path = write(tmp_path / folder / "bad.parquet", content, {"state": kind, "action": kind}, row_group_size=4)
+    index = EpisodeIndex.build(path)
+    with pytest.raises(DataError, match=message) as caught:
+        list(iterate_numbers(path, index.layout, rows=5))
+    assert str(caught.value).startswith(path)
+    with pytest.raises(DataError, match=message):
+        EpisodeReader(index, 1, 2**20).group_of(0, 6)
+
+
+def test_fixed_size_lists_with_a_null_row_name_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.parquet", flags(put("state", 5, None)), {"state": pa.list_(pa.float32(), 3)})
+    with pytest.raises(DataError, match="row 5, column state: got null"):
+        list(iterate_numbers(path, EpisodeIndex.build(path).layout))
+
+
+def test_damaged_numbers_are_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "bad.parquet"
+    write(path, columns(), use_dictionary=False)
+    layout = EpisodeIndex.build(str(path)).layout
+    footer = pq.read_metadata(path).row_group(0)
+    column = next(footer.column(n) for n in range(footer.num_columns) if footer.column(n).path_in_schema.startswith("state"))
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = (
+        b"\xff" * column.total_compressed_size
+    )
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"bad\.parquet"):
+        list(iterate_numbers(str(path), layout))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -4])
+def test_file_cut_short_is_refused(tmp_path: Path, episode_dir: Path, keep: int) -> None:
+    source = sorted(episode_dir.glob("*.parquet"))[0].read_bytes()
+    path = tmp_path / "cut.parquet"
+    path.write_bytes(source[:keep])
+    with pytest.raises(DataError, match=r"cut\.parquet: cannot be read as Parquet"):
+        EpisodeIndex.build(str(path))
+
+
+def test_data_of_two_robots_is_refused(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.parquet", columns())
+    content = columns()
+    content["action"] = [[1.0, 2.0, 3.0]] * 8
+    second = write(tmp_path / "b.parquet", content)
+    message = r"b\.parquet: column action: got 3 numbers per row, expected 2 as in .*a\.parquet"
+    with pytest.raises(DataError, match=message):
+        EpisodeIndex.build([first, second])
+    with pytest.raises(DataError, match=message):
+        EpisodeIndex.concatenate([EpisodeIndex.build(first), EpisodeIndex.build(second)])
+
+
+def test_cameras_are_counted_from_one_without_a_gap(tmp_path: Path) -> None:
+    content = columns()
+    for camera in (2, 3, 5):
+        content[f"image_{camera}_bytes"] = content["image_1_bytes"]
+    path = write(tmp_path / "x.parquet", content, {f"image_{n}_bytes": pa.binary() for n in (2, 3, 5)})
+    assert EpisodeIndex.build(path).layout.cameras == 3
+    with open_parquet(path) as file:
+        assert read_layout(path, file).cameras == 3
+
+
+def test_split_takes_whole_episodes_and_depends_on_the_seed_alone(episode_dir: Path) -> None:
+    index = EpisodeIndex.build(str(episode_dir))
+
+    def keys(part: EpisodeIndex) -> list[tuple[int, int, int]]:
+        return list(zip(part.file.tolist(), part.start.tolist(), part.length.tolist(), strict=True))
+
+    train, validation = index.split(0.3, seed=1)
+    assert len(validation) == 3
+    assert sorted(keys(train) + keys(validation)) == sorted(keys(index))
+    again = index.split(0.3, seed=1)
+    assert (keys(again[0]), keys(again[1])) == (keys(train), keys(validation))
+    assert len({tuple(keys(index.split(0.3, seed)[1])) for seed in range(6)}) > 1
+    assert len(index.split(0.001, seed=0)[1]) == 1
+
+
+def test_split_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    write_episodes(tmp_path, lengths=(5,))
+    with pytest.raises(DataError, match=r"data\.val_fraction: got 0\.1 of 1 episode, .*val_parquet_files"):
+        EpisodeIndex.build(str(tmp_path)).split(0.1, 0)
+
+
+def test_concatenate_equals_building_at_once(episode_dir: Path) -> None:
+    paths = expand_paths(str(episode_dir), "x")
+    joined = EpisodeIndex.concatenate([EpisodeIndex.build(paths[:2]), EpisodeIndex.build(paths[2:])])
+    whole = EpisodeIndex.build(paths)
+    assert joined.paths == whole.paths
+    for name in ("file", "start", "length"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+    assert [g.tolist() for g in joined.groups] == [g.tolist() for g in whole.groups]
+
+
+def test_expand_paths_takes_file_folder_glob_and_list(tmp_path: Path) -> None:
+    for name in ("b/2.parquet", "b/1.parquet", "a.parquet", "b/.hidden.parquet", "b/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    a, b1, b2 = (str(tmp_path / name) for name in ("a.parquet", "b/1.parquet", "b/2.parquet"))
+    assert expand_paths(a, "x") == [a]
+    assert expand_paths(str(tmp_path / "b"), "x") == [b1, b2]
+    assert expand_paths(str(tmp_path), "x") == [a, b1, b2]
+    assert expand_paths(f"{tmp_path}/**/*.parquet", "x") == [a, b1, b2]
+    assert expand_paths([b2, str(tmp_path / "b"), a], "x") == [b2, b1, a]
+
+
+@pytest.mark.parametrize("name", ["missing.parquet", "nothing*.parquet", "."])
+def test_expand_paths_that_finds_nothing_names_the_key(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"^data\.train_parquet_files: .*no Parquet file there"):
+        expand_paths(str(tmp_path / name), "data.train_parquet_files")
+
+
+def test_reader_cache_stays_within_its_bound_and_reads_the_same(episode_dir: Path) -> None:
+    index = EpisodeIndex.build(str(episode_dir))
+    small, large = EpisodeReader(index, 1, 1), EpisodeReader(index, 1, 2**30)
+    order = np.random.default_rng(0).permutation(len(index)).tolist() * 2
+    for episode in order:
+        file, start, length = int(index.file[episode]), int(index.start[episode]), int(index.length[episode])
+        np.testing.assert_array_equal(small.actions(file, start, start + length), large.actions(file, start, start + length))
+    assert len(small._groups) == 1
+    assert len(large._groups) == sum(len(groups) - 1 for groups in index.groups)

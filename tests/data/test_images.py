@@ -1,0 +1,139 @@
+"""Decoding with limits, and augmentation that is the identity when it is told to be."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import encode_image
+
+from paligemma_vla.config import AugmentationConfig
+from paligemma_vla.data.images import MAX_PIXELS, decode_image, jitter_colour, random_crop
+from paligemma_vla.errors import DataError
+from paligemma_vla.preprocess import ImageSpec
+
+
+def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("JPEG", "CMYK")])
+def test_decode_gives_rgb(kind: str, mode: str) -> None:
+    data = encoded(kind, mode)
+    image = decode_image(data, "x")
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises width x height pixels, in a few bytes."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" * 1000)),
+        (b"IEND", b""),
+    ]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("side", [6000, 12000, 60000])
+def test_decode_refuses_a_bomb_before_any_pixel(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Image.Image) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with warnings.catch_warnings(), pytest.raises(DataError, match=r"^f\.parquet: row 3"):
+        warnings.simplefilter("ignore")
+        decode_image(png_header(side, side), "f.parquet: row 3")
+
+
+def test_decode_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paligemma_vla.data.images.MAX_PIXELS", 48)
+    assert decode_image(encoded("PNG", size=(8, 6)), "x").size == (8, 6)
+    with pytest.raises(DataError, match="7 x 7"):
+        decode_image(encoded("PNG", size=(7, 7)), "x")
+    assert MAX_PIXELS == 32_000_000
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_decode_takes_jpeg_and_png_only(kind: str) -> None:
+    with pytest.raises(DataError, match="x: cannot be decoded as JPEG or PNG"):
+        decode_image(encoded(kind), "x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_decode_of_damaged_bytes_is_an_image_or_a_data_error(kind: str) -> None:
+    """Truncations and flipped bytes: whatever the decoder meets, nothing but DataError comes out."""
+    data = encode_image(np.random.default_rng(0), kind)
+    rng = np.random.default_rng(1)
+    refused = 0
+    for trial in range(300):
+        damaged = bytearray(data)
+        if trial % 3 == 0:
+            damaged = damaged[: rng.integers(0, len(data))]
+        else:
+            for place in rng.integers(0, len(data), 4):
+                damaged[place] = rng.integers(0, 256)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                decode_image(bytes(damaged), "x")
+        except DataError:
+            refused += 1
+    assert refused >= 100
+
+
+def test_random_crop_stays_inside_and_keeps_the_scale() -> None:
+    rng = np.random.default_rng(0)
+    left, top, right, bottom = np.array([random_crop(0.8, rng) for _ in range(500)]).T
+    np.testing.assert_allclose([right - left, bottom - top], 0.8)
+    assert min(left.min(), top.min()) >= 0
+    assert max(right.max(), bottom.max()) <= 1
+    for edge in (left, top):  # every place is used
+        assert edge.min() < 0.01
+        assert edge.max() > 0.19
+
+
+def test_random_crop_never_rounds_to_outside() -> None:
+    class Largest:
+        def random(self, size: int) -> np.ndarray:
+            return np.full(size, np.nextafter(1.0, 0.0))
+
+    image = Image.new("RGB", (640, 480))
+    for scale in np.linspace(0.11, 1, 1000):
+        box = random_crop(float(scale), Largest())  # type: ignore[arg-type]
+        assert max(box) <= 1, scale
+    ImageSpec(8, (0.5,) * 3, (0.5,) * 3).apply(image, box)
+
+
+def test_jitter_without_ranges_is_the_identity() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 7), dtype=np.uint8)
+    still = AugmentationConfig(brightness=0.0, contrast=0.0, saturation=0.0)
+    np.testing.assert_array_equal(jitter_colour(pixels, still, np.random.default_rng(0)), pixels)
+
+
+def test_jitter_changes_what_it_is_named_after() -> None:
+    pixels = np.random.default_rng(0).integers(60, 180, (3, 40, 40), dtype=np.uint8)
+    grey = np.repeat(pixels[:1], 3, axis=0)
+
+    def many(source: np.ndarray, **ranges: float) -> np.ndarray:
+        config = AugmentationConfig(**{"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, **ranges})
+        return np.stack([jitter_colour(source, config, np.random.default_rng(seed)) for seed in range(20)]).astype(float)
+
+    np.testing.assert_array_equal(many(grey, saturation=0.5), np.repeat(grey[None], 20, axis=0))  # grey has no saturation
+    bright = many(pixels, brightness=0.3) / pixels
+    assert np.allclose(bright, bright.mean((1, 2, 3), keepdims=True), atol=0.02)  # one factor for all pixels
+    assert bright.mean((1, 2, 3)).min() < 0.85
+    assert bright.mean((1, 2, 3)).max() > 1.15
+    contrast = many(pixels, contrast=0.3)
+    luma = np.tensordot(contrast, [0.299, 0.587, 0.114], axes=(1, 0))
+    assert np.ptp(luma.mean((1, 2))) < 0.6  # the mean stays (up to rounding), the spread changes
+    assert luma.std((1, 2)).max() / luma.std((1, 2)).min() > 1.3

@@ -1,0 +1,290 @@
+"""Items and batches against rows read naively with pyarrow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from support import ACTION_DIM, HORIZON, STATE_DIM, read_rows, write_episodes
+
+from paligemma_vla import flow
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data import loader as loader_module
+from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor, source_paths
+from paligemma_vla.data.sampling import RunSampler, SampleOrder, SampleRef, derive_seed
+from paligemma_vla.errors import DataError
+from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.preprocess import Preprocessor
+
+ConfigFactory = Callable[..., VLAConfig]
+
+
+def make(config: VLAConfig, preprocessor: Preprocessor, path: Path | None = None, training: bool = False) -> VLADataset:
+    return VLADataset(str(path or config.data.train_parquet_files), preprocessor, config, training)
+
+
+def naive_chunk(rows: list[dict[str, Any]], number: int) -> tuple[list[list[float]], list[bool]]:
+    """action[t : t + K] within the episode; past its end the last action again, and False."""
+    actions, valid = [], []
+    for ahead in range(HORIZON):
+        there = number + ahead
+        inside = there < len(rows) and rows[there]["episode"] == rows[number]["episode"]
+        actions.append(rows[there]["action"] if inside else actions[-1])
+        valid.append(inside)
+    return actions, valid
+
+
+def min_max(values: Any, statistics: Any) -> np.ndarray:
+    low, high = statistics.min, statistics.max
+    return 2 * (np.asarray(values) - low) / (high - low) - 1
+
+
+def test_items_equal_rows_read_naively(two_camera_dataset: VLADataset, two_camera_dir: Path, statistics_path: Path) -> None:
+    rows = read_rows(two_camera_dir)
+    statistics = DatasetStatistics.load(statistics_path)
+    spec = two_camera_dataset.preprocessor.image
+    assert len(two_camera_dataset) == len(rows)
+    present, masked = 0, 0
+    for number, row in enumerate(rows):
+        item = two_camera_dataset[number]
+        actions, valid = naive_chunk(rows, number)
+        np.testing.assert_allclose(item["state"], min_max(row["state"], statistics.state), atol=1e-5)
+        np.testing.assert_allclose(item["action"].view(HORIZON, ACTION_DIM), min_max(actions, statistics.action), atol=1e-5)
+        assert item["action_mask"].tolist() == [[step] * ACTION_DIM for step in valid]
+        for camera in (1, 2):
+            image = row[f"image_{camera}_bytes"]
+            assert bool(item["image_mask"][camera - 1]) is (image is not None)
+            if image is not None:
+                resized = Image.open(io.BytesIO(image)).resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+                np.testing.assert_array_equal(item[f"image_{camera}"].permute(1, 2, 0), np.asarray(resized))
+        assert item["raw_prompt_text"] == row["prompt"]
+        assert item["position"] == number
+        present, masked = present + int(item["image_mask"][1]), masked + valid.count(False)
+    assert 0 < present < len(rows)  # the test data does hold both cases
+    assert masked > 0
+
+
+def test_item_shapes_and_types_are_the_promised_ones(dataset: VLADataset) -> None:
+    item = dataset[3]
+    shapes = {name: tuple(value.shape) for name, value in item.items() if isinstance(value, torch.Tensor)}
+    tokens = shapes.pop("input_ids")
+    assert shapes.pop("vlm_attention_mask") == tokens
+    assert shapes == {
+        "image_1": (3, 32, 32),
+        "image_mask": (1,),
+        "state": (STATE_DIM,),
+        "action": (HORIZON * ACTION_DIM,),
+        "action_mask": (HORIZON, ACTION_DIM),
+        "flow_time": (2,),
+        "flow_noise": (2, HORIZON, ACTION_DIM),
+    }
+    assert item["image_1"].dtype == torch.uint8
+    assert item["state"].dtype == item["action"].dtype == item["flow_noise"].dtype == torch.float32
+    assert item["action_mask"].dtype == item["image_mask"].dtype == item["vlm_attention_mask"].dtype == torch.bool
+
+
+def test_locate_is_the_naive_count(dataset: VLADataset, episode_dir: Path) -> None:
+    assert [dataset.locate(n) for n in range(len(dataset))] == [(row["episode"], row["step"]) for row in read_rows(episode_dir)]
+    for outside in (-1, len(dataset)):
+        with pytest.raises(IndexError):
+            dataset[outside]
+
+
+def test_flow_draws_are_a_function_of_seed_stream_and_position(dataset: VLADataset, tiny_config: ConfigFactory) -> None:
+    item = dataset[SampleRef(position=77, sample=5)]
+    generator = torch.Generator().manual_seed(derive_seed(0, "validation flow", 77))
+    assert torch.equal(item["flow_time"], flow.draw_time((2,), generator))
+    assert torch.equal(item["flow_noise"], flow.draw_noise((2, HORIZON, ACTION_DIM), generator))
+    assert torch.equal(dataset[SampleRef(77, 9)]["flow_noise"], item["flow_noise"])
+    assert not torch.equal(dataset[SampleRef(78, 5)]["flow_noise"], item["flow_noise"])
+    other_seed = make(tiny_config({"training.seed": 1}), dataset.preprocessor)
+    assert not torch.equal(other_seed[SampleRef(77, 5)]["flow_noise"], item["flow_noise"])
+    training = make(tiny_config(), dataset.preprocessor, training=True)
+    assert not torch.equal(training[SampleRef(77, 5)]["flow_noise"], item["flow_noise"])
+
+
+def test_augmentation_is_a_function_of_the_position_and_off_in_evaluation(
+    dataset: VLADataset, tiny_config: ConfigFactory
+) -> None:
+    training = make(tiny_config(), dataset.preprocessor, training=True)
+    plain = dataset[SampleRef(50, 8)]["image_1"]
+    first = training[SampleRef(50, 8)]["image_1"]
+    assert torch.equal(first, training[SampleRef(50, 8)]["image_1"])
+    assert not torch.equal(first, training[SampleRef(51, 8)]["image_1"])
+    assert not torch.equal(first, plain)
+    assert torch.equal(dataset[SampleRef(51, 8)]["image_1"], plain)
+    off = make(tiny_config({"data.augmentation.enabled": False}), dataset.preprocessor, training=True)
+    assert torch.equal(off[SampleRef(50, 8)]["image_1"], plain)
+    gentle = {f"data.augmentation.{name}": 0.0 for name in ("brightness", "contrast", "saturation")}
+    nothing = make(tiny_config({**gentle, "data.augmentation.crop_scale": 1.0}), dataset.preprocessor, training=True)
+    assert torch.equal(nothing[SampleRef(50, 8)]["image_1"], plain)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_only_frames_that_the_model_uses_are_decoded(
+    two_camera_dataset: VLADataset, tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    decoded: list[str] = []
+    original = loader_module.decode_image
+
+    def counting(data: Any, where: str) -> Image.Image:
+        decoded.append(where)
+        return original(data, where)
+
+    monkeypatch.setattr(loader_module, "decode_image", counting)
+    dataset = make(tiny_config({"data.max_seq_len": window}, cameras=2), two_camera_dataset.preprocessor)
+    for number in range(20):
+        decoded.clear()
+        item = dataset[number]
+        assert len(decoded) == int(item["image_mask"].sum())
+        assert item["image_1"].shape == (3, 32, 32)
+
+
+def test_second_camera_of_the_data_is_not_even_read_when_unused(
+    two_camera_dir: Path, dataset: VLADataset, tiny_config: ConfigFactory
+) -> None:
+    one = make(tiny_config(), dataset.preprocessor, two_camera_dir)
+    assert "image_2" not in one[0]
+    assert one[0]["image_mask"].tolist() == [True]
+    assert len(one.reader.group_of(0, 0)[0].images) == 1
+
+
+def test_batch_is_its_items_with_prompts_laid_out_together(two_camera_dataset: VLADataset) -> None:
+    items = [two_camera_dataset[n] for n in (0, 7, 9, 20)]
+    batch = Collator(two_camera_dataset.preprocessor.prompts)(items)
+    assert isinstance(batch, dict)
+    for name in ("image_1", "image_2", "image_mask", "state", "action", "action_mask", "flow_time", "flow_noise"):
+        assert torch.equal(batch[name], torch.stack([item[name] for item in items])), name
+    assert batch["position"].tolist() == [0, 7, 9, 20]
+    assert batch["raw_prompt_text"] == [item["raw_prompt_text"] for item in items]
+    for row, item in enumerate(items):
+        real = batch["input_ids"][row][batch["vlm_attention_mask"][row]]
+        assert real.tolist() == item["input_ids"][item["vlm_attention_mask"]].tolist()
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        for name, value in first.items()
+    )
+
+
+def test_two_workers_give_the_batches_of_none(tiny_config: ConfigFactory, two_camera_dataset: VLADataset) -> None:
+    order = SampleOrder([len(two_camera_dataset)], None, 16, seed=0)
+    results = []
+    for workers in (0, 2):
+        config = tiny_config({"data.num_workers": workers}, cameras=2)
+        data = make(config, two_camera_dataset.preprocessor, training=True)
+        sampler = RunSampler(order, 3, 9, 0, 1, 2)
+        results.append(list(batches(build_loader(data, sampler, config, pin_memory=False))))
+    assert len(results[0]) == len(results[1]) == 12
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+
+
+def corrupt_image(folder: Path, row: int, value: bytes | None) -> None:
+    """Replace one image of a folder's first file."""
+    path = sorted(folder.glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    images = table["image_1_bytes"].to_pylist()
+    images[row] = value
+    pq.write_table(table.set_column(0, "image_1_bytes", pa.array(images, pa.binary())), path, row_group_size=5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_in_a_worker_arrives_as_it_was_raised(
+    tmp_path: Path, tiny_config: ConfigFactory, dataset: VLADataset, workers: int
+) -> None:
+    write_episodes(tmp_path / "data")
+    corrupt_image(tmp_path / "data", 11, b"\xff\xd8\xff broken")
+    config = tiny_config({"data.num_workers": workers})
+    data = make(config, dataset.preprocessor, tmp_path / "data")
+    assert len(data) == len(dataset)  # corrupt image bytes do not disturb indexing
+    loader = build_loader(data, [[SampleRef(n, n)] for n in (0, 10, 11, 12)], config, pin_memory=False)
+    stream = batches(loader)
+    assert [next(stream)["position"].tolist() for _ in range(2)] == [[0], [10]]
+    with pytest.raises(DataError) as caught:
+        next(stream)
+    path = sorted((tmp_path / "data").glob("*.parquet"))[0]
+    assert str(caught.value).startswith(f"{path}: row 11, column image_1_bytes: cannot be decoded as JPEG or PNG")
+    assert "Traceback" not in str(caught.value)
+    assert caught.value.__cause__ is None or workers == 0
+
+
+def test_missing_main_image_and_bad_prompts_name_the_row(tmp_path: Path, tiny_config: ConfigFactory, dataset: VLADataset) -> None:
+    write_episodes(tmp_path / "data")
+    corrupt_image(tmp_path / "data", 4, None)
+    data = make(tiny_config(), dataset.preprocessor, tmp_path / "data")
+    with pytest.raises(DataError, match="row 4, column image_1_bytes: got null"):
+        data[4]
+    path = sorted((tmp_path / "data").glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    prompts = table["prompt"].to_pylist()
+    prompts[2], prompts[3] = None, "word " * 200
+    column = table.schema.get_field_index("prompt")
+    pq.write_table(table.set_column(column, "prompt", pa.array(prompts)), path)
+    data = make(tiny_config(), dataset.preprocessor, tmp_path / "data")
+    with pytest.raises(DataError, match="row 2, column prompt: got null"):
+        data[2]
+    with pytest.raises(DataError, match="row 3, column prompt: .*prompt_max_len"):
+        data[3]
+
+
+def test_data_that_does_not_fit_the_configuration_names_every_key(
+    tiny_config: ConfigFactory, dataset: VLADataset, tmp_path: Path
+) -> None:
+    statistics = DatasetStatistics.load(tiny_config().data.normalization_stats_path)
+    swapped = DatasetStatistics(statistics.action, statistics.state)
+    preprocessor = Preprocessor(dataset.preprocessor.prompts, dataset.preprocessor.image, swapped, "min_max")
+    config = tiny_config(
+        {"data.state_dim": 5, "model.action_head_config.per_action_dim": 1, "model.vlm_config.num_cameras": 2}
+    )
+    with pytest.raises(DataError) as caught:
+        make(config, preprocessor)
+    faults = [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]]
+    assert faults == [
+        "data.state_dim",
+        "model.action_head_config.per_action_dim",
+        "model.vlm_config",
+        "data.normalization_stats_path",
+        "data.normalization_stats_path",
+    ]
+
+
+def test_narrower_actions_are_padded_and_masked_when_asked_for(tiny_config: ConfigFactory, dataset: VLADataset) -> None:
+    wider = {"model.action_head_config.per_action_dim": ACTION_DIM + 3}
+    with pytest.raises(DataError, match="per_action_dim: got 5, expected 2"):
+        make(tiny_config(wider), dataset.preprocessor)
+    padded = make(tiny_config({**wider, "data.pad_action_dim": True}), dataset.preprocessor)
+    for number in (0, 4, 5, 8):
+        item, plain = padded[number], dataset[number]
+        action, mask = item["action"].view(HORIZON, ACTION_DIM + 3), item["action_mask"]
+        assert torch.equal(action[:, :ACTION_DIM].flatten(), plain["action"])
+        assert (action[:, ACTION_DIM:] == 0).all()
+        assert torch.equal(mask[:, :ACTION_DIM], plain["action_mask"])
+        assert not mask[:, ACTION_DIM:].any()
+
+
+def test_filler_counts_for_nothing(dataset: VLADataset) -> None:
+    assert dataset[SampleRef(3, 3)]["action_mask"].any()
+    assert not dataset[SampleRef(3, 3, valid=False)]["action_mask"].any()
+
+
+def test_processor_may_be_a_folder(tiny_config: ConfigFactory, tiny_model_dir: Path, dataset: VLADataset) -> None:
+    config = tiny_config({"model.vlm_config.model_name_or_path": "somewhere/else"})
+    built = VLADataset(config.data.train_parquet_files, str(tiny_model_dir), config)
+    assert same(dict(built[5]), dict(dataset[5]))
+    assert build_preprocessor(tiny_config()).to_dict() == built.preprocessor.to_dict()
+
+
+def test_source_paths_drop_the_weights(tiny_config: ConfigFactory) -> None:
+    assert source_paths("a") == ["a"]
+    config = tiny_config({"data.train_parquet_files": ["a", {"path": "b", "weight": 2.0}]})
+    assert source_paths(config.data.train_parquet_files) == ["a", "b"]
