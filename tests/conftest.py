@@ -12,12 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from support import config_dict, parse_config, train_here, write_episodes
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, build_preprocessor
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
+from support import config_dict, parse_config, train_here, write_episodes
 
 torch.set_num_threads(1)
 ConfigFactory = Callable[..., VLAConfig]

@@ -140,3 +140,14 @@ def distance(first: Iterable[Any], second: Iterable[Any]) -> float:
     pairs = [(a.detach().double().flatten(), b.detach().double().flatten()) for a, b in zip(first, second, strict=True)]
     difference = torch.cat([a - b for a, b in pairs]).norm()
     return float(difference / torch.cat([b for _, b in pairs]).norm())
+
+
+def randomize(module: Any, seed: int = 0, scale: float = 0.2) -> Any:
+    """Give every parameter of a head random values: adaLN-zero starts with layers at zero, which would hide everything."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module

@@ -106,8 +106,8 @@ def test_config_action_dim_contradiction_says_where_got_expected_and_remedy() ->
         ({"model.action_head_config.num_heads": 3}, "model.action_head_config.num_heads"),
         ({"model.vlm_config.num_cameras": 1, "model.vlm_config.use_aux_camera": True}, "model.vlm_config.num_cameras"),
         ({"training.gradient_accumulation_steps": 5}, "training.gradient_accumulation_steps"),
-        ({"training.stages": [{"train": "head"}, {"train": "all"}]}, "training.stages"),
-        ({"training.stages": [{"train": "head", "steps": 4}]}, "training.stages"),
+        ({"training.stages": [{"train": "head"}, {"train": "all"}]}, "training.stages.0.steps"),
+        ({"training.stages": [{"train": "head", "steps": 4}]}, "training.stages.0.steps"),
         (
             {
                 "training.stages": [{"train": "all"}],

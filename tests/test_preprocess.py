@@ -190,7 +190,7 @@ def test_processor_and_vision_tower_that_disagree_on_size_are_refused(tiny_model
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["image_size"] = 64
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="32 px images.*64 px"):
+    with pytest.raises(ModelError, match=r"32 px images.*64 px"):
         load(folder)
 
 

@@ -41,6 +41,13 @@ class DataSource(Section):
 ParquetFiles = str | Annotated[tuple[str | DataSource, ...], Field(strict=False, min_length=1)]
 
 
+def source_paths(files: str | Sequence[str | DataSource]) -> list[str]:
+    """Paths of a `train_parquet_files` entry, without weights."""
+    if isinstance(files, str):
+        return [files]
+    return [entry.path if isinstance(entry, DataSource) else entry for entry in files]
+
+
 class AugmentationConfig(Section):
     enabled: bool = Field(True, description="Random crop/shift and colour in training; evaluation never augments.")
     crop_scale: float = Field(0.95, gt=0.1, le=1, description="Side of the random crop, as a share of the image side.")

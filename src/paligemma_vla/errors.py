@@ -37,6 +37,11 @@ class TrainingError(VLAError):
     """A run that had to stop (out of memory, a lost rank); the message carries the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest known name, or the list of known names."""
     known = sorted(known)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, first_line
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
@@ -149,10 +149,16 @@ class DatasetStatistics:
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DataError(
+                f"{path}: cannot be written ({first_line(error)}); give a file in a folder you may write"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> DatasetStatistics:

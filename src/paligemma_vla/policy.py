@@ -89,6 +89,8 @@ class Policy:
     ) -> NDArray[np.float32]:
         """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments as in `infer`."""
         names = self.metadata["cameras"]
+        if num_steps is not None and num_steps < 1:
+            raise DataError(f"num_steps: got {num_steps}, expected at least 1 Euler step")
         for observation in observations:
             self._check(observation)
         present = np.array([[observation.get(name) is not None for name in names] for observation in observations])
@@ -137,10 +139,19 @@ class Policy:
             if image is None:
                 if name == names[0]:
                     faults.append(f"{name}: missing; got {', '.join(observation)}")
-            elif not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            elif (
+                not isinstance(image, np.ndarray)
+                or image.dtype != np.uint8
+                or image.ndim != 3
+                or image.shape[2] != 3
+                or image.size == 0
+            ):
                 got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
                 faults.append(f"{name}: got {got}, expected a uint8 array (H, W, 3)")
-        state = np.asarray(observation.get("state", ()))
+        try:
+            state = np.asarray(observation.get("state", ()))
+        except ValueError:  # ragged lists
+            state = np.empty(0)
         if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
             faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
         if not isinstance(observation.get("prompt"), str):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from paligemma_vla.errors import DataError, ModelError
+from paligemma_vla.errors import DataError, ModelError, first_line
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
 
 Box = tuple[float, float, float, float]
@@ -190,9 +190,8 @@ def load_prompt_and_image_spec(
 
 def not_loadable(model_name_or_path: str, error: BaseException) -> str:
     """What to tell a user whose backbone cannot be loaded."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"model.vlm_config.model_name_or_path: cannot load '{model_name_or_path}' ({first})\n"
+        f"model.vlm_config.model_name_or_path: cannot load '{model_name_or_path}' ({first_line(error)})\n"
         "  a local folder must hold config.json, *.safetensors and the processor's files;\n"
         "  google/paligemma-* is gated: accept its licence on Hugging Face, then run `hf auth login` or set HF_TOKEN;\n"
         "  without a network, download it elsewhere and give the folder: --model_path_override FOLDER"

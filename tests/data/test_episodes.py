@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import LENGTHS, METADATA, encode_image, read_rows, write_episodes
 
 from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader, expand_paths, iterate_numbers, open_parquet, read_layout
 from paligemma_vla.errors import DataError
+from support import LENGTHS, METADATA, encode_image, read_rows, write_episodes
 
 Columns = dict[str, Any]
 

@@ -10,12 +10,12 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from support import encode_image
 
 from paligemma_vla.config import AugmentationConfig
 from paligemma_vla.data.images import MAX_PIXELS, decode_image, jitter_colour, random_crop
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import ImageSpec
+from support import encode_image
 
 
 def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> bytes:

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support import ACTION_DIM, HORIZON, STATE_DIM, read_rows, write_episodes
 
 from paligemma_vla import flow
 from paligemma_vla.config import VLAConfig
@@ -23,6 +22,7 @@ from paligemma_vla.data.sampling import RunSampler, SampleOrder, SampleRef, deri
 from paligemma_vla.errors import DataError
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.preprocess import Preprocessor
+from support import ACTION_DIM, HORIZON, STATE_DIM, read_rows, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
 
@@ -218,7 +218,9 @@ def test_error_in_a_worker_arrives_as_it_was_raised(
     assert caught.value.__cause__ is None or workers == 0
 
 
-def test_missing_main_image_and_bad_prompts_name_the_row(tmp_path: Path, tiny_config: ConfigFactory, dataset: VLADataset) -> None:
+def test_missing_main_image_and_bad_prompts_name_the_row(
+    tmp_path: Path, tiny_config: ConfigFactory, dataset: VLADataset
+) -> None:
     write_episodes(tmp_path / "data")
     corrupt_image(tmp_path / "data", 4, None)
     data = make(tiny_config(), dataset.preprocessor, tmp_path / "data")
@@ -233,7 +235,7 @@ def test_missing_main_image_and_bad_prompts_name_the_row(tmp_path: Path, tiny_co
     data = make(tiny_config(), dataset.preprocessor, tmp_path / "data")
     with pytest.raises(DataError, match="row 2, column prompt: got null"):
         data[2]
-    with pytest.raises(DataError, match="row 3, column prompt: .*prompt_max_len"):
+    with pytest.raises(DataError, match=r"row 3, column prompt: .*prompt_max_len"):
         data[3]
 
 
@@ -243,9 +245,7 @@ def test_data_that_does_not_fit_the_configuration_names_every_key(
     statistics = DatasetStatistics.load(tiny_config().data.normalization_stats_path)
     swapped = DatasetStatistics(statistics.action, statistics.state)
     preprocessor = Preprocessor(dataset.preprocessor.prompts, dataset.preprocessor.image, swapped, "min_max")
-    config = tiny_config(
-        {"data.state_dim": 5, "model.action_head_config.per_action_dim": 1, "model.vlm_config.num_cameras": 2}
-    )
+    config = tiny_config({"data.state_dim": 5, "model.action_head_config.per_action_dim": 1, "model.vlm_config.num_cameras": 2})
     with pytest.raises(DataError) as caught:
         make(config, preprocessor)
     faults = [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]]

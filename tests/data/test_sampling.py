@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_order_weights_give_the_shares_and_go_through_each_set_evenly() -> None:
         assert max(times) - min(times) <= 1  # passes of its own: no sample is drawn again before all others were
 
 
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
+def test_order_mixes_its_sets_anew_in_every_epoch(weights: list[float] | None) -> None:
+    order = SampleOrder([60, 60], weights, 16, seed=0)
+    pattern = [[sample < 60 for sample in epoch_samples(order, epoch)] for epoch in range(2)]
+    assert pattern[0] != pattern[1]
+    for epoch in pattern:
+        switches = sum(a != b for a, b in itertools.pairwise(epoch))
+        assert switches > 30  # not one set after the other
+
+
 def test_order_weights_that_do_not_divide_evenly_still_fill_the_epoch() -> None:
     order = SampleOrder([3, 5, 9], [1.0, 1.0, 1.0], 4, seed=0)
     assert order.quota.sum() == order.epoch_size == 17
@@ -133,7 +144,9 @@ def test_run_is_the_same_for_any_number_of_processes_and_accumulation(world: int
 @pytest.mark.parametrize(("size", "samples"), [(100, 2048), (1000, 37), (5, 5), (1, 10)])
 def test_validation_takes_the_same_spread_whatever_the_processes(size: int, samples: int) -> None:
     def taken(world: int) -> list[SampleRef]:
-        return sorted(ref for rank in range(world) for batch in ValidationSampler(size, samples, 8, rank, world) for ref in batch)
+        return sorted(
+            ref for rank in range(world) for batch in ValidationSampler(size, samples, 8, rank, world) for ref in batch
+        )
 
     one = taken(1)
     assert one == taken(2) == taken(3)

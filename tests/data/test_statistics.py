@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import read_rows, write_episodes
 
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError
+from support import read_rows, write_episodes
 
 
 def test_compute_statistics_equals_numpy_over_every_row_of_every_file(episode_dir: Path) -> None:
@@ -41,5 +41,5 @@ def test_compute_statistics_of_parts_in_any_number_of_files_agrees(tmp_path: Pat
 
 
 def test_compute_statistics_names_where_there_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="^--train_data_override: "):
+    with pytest.raises(DataError, match=r"^--train_data_override: "):
         compute_statistics(str(tmp_path), "--train_data_override")

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import ACTION_DIM, METADATA, STATE_DIM, make_episode, read_rows, write_episodes
 
 from paligemma_vla import schema
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.writer import ROWS_PER_GROUP, EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
+from support import ACTION_DIM, METADATA, STATE_DIM, make_episode, read_rows, write_episodes
 
 
 @pytest.fixture

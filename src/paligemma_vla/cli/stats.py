@@ -7,8 +7,7 @@ import logging
 
 from tqdm import tqdm
 
-from paligemma_vla.config import load_config
-from paligemma_vla.data.loader import source_paths
+from paligemma_vla.config import load_config, source_paths
 from paligemma_vla.data.statistics import compute_statistics
 
 logger = logging.getLogger(__name__)

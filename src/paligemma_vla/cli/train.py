@@ -53,6 +53,11 @@ def resolve_config(args: argparse.Namespace) -> VLAConfig:
         value = getattr(args, flag)
         if value is not None:
             overrides[key] = value
+    resumed = Path(args.resume_checkpoint or "auto").absolute()
+    if args.experiment_name is None and resumed.parent.name == "checkpoints":
+        # A run that is named by its checkpoint goes on in its own folder.
+        overrides["training.experiment_name"] = resumed.parents[1].name
+        overrides["training.checkpoint_dir"] = str(Path(args.resume_checkpoint).parents[2])
     if args.use_wandb:
         overrides["wandb.enabled"] = True
     return load_config(args.config_path, {**overrides, **parse_assignments(args.set)})

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata
 
 OPEN_FILES = 64
@@ -51,8 +51,9 @@ def open_parquet(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as Parquet ({reason}); restore it, or take it out of the data") from error
+        raise DataError(
+            f"{path}: cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,9 @@ def _index_file(path: str) -> _FileIndex:
         try:
             table = file.read(columns=[schema.IS_FIRST, schema.IS_LAST], use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: columns is_first, is_last: cannot be read ({_line(error)}); restore the file") from error
+            raise DataError(
+                f"{path}: columns is_first, is_last: cannot be read ({first_line(error)}); restore the file"
+            ) from error
     first, last = (_flags(path, table, name) for name in (schema.IS_FIRST, schema.IS_LAST))
     starts, ends = np.flatnonzero(first), np.flatnonzero(last)
     _check_chain(path, starts, ends, len(first))
@@ -252,7 +255,7 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
     try:
         first = next(file.iter_batches(batch_size=1, columns=[name], use_threads=False), None)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: column {name}: cannot be read ({_line(error)}); restore the file") from error
+        raise DataError(f"{path}: column {name}: cannot be read ({first_line(error)}); restore the file") from error
     if first is None or first.num_rows == 0:
         raise DataError(f"{path}: got 0 rows, expected at least one episode; take the file out of the data")
     return 0 if first[name][0].as_py() is None else len(first[name][0])
@@ -346,7 +349,7 @@ class EpisodeReader:
                 group, columns=[schema.STATE, schema.ACTION, schema.PROMPT, *images], use_threads=False
             ).combine_chunks()
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: row group {group} cannot be read ({_line(error)}); restore the file") from error
+            raise DataError(f"{path}: row group {group} cannot be read ({first_line(error)}); restore the file") from error
         arrays = {name: table[name].combine_chunks() for name in table.column_names}
         layout = self.index.layout
         return Rows(
@@ -385,8 +388,4 @@ def _next_batch(batches: Iterator[pa.RecordBatch], path: str) -> pa.RecordBatch 
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: columns state, action: cannot be read ({_line(error)}); restore the file") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: columns state, action: cannot be read ({first_line(error)}); restore the file") from error

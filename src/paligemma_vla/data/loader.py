@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paligemma_vla import flow, schema
-from paligemma_vla.config import AugmentationConfig, DataSource, VLAConfig
+from paligemma_vla.config import AugmentationConfig, VLAConfig
 from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader
 from paligemma_vla.data.images import decode_image, jitter_colour, random_crop
 from paligemma_vla.data.sampling import SampleRef, derive_seed
@@ -263,6 +263,8 @@ def build_loader(
         prefetch_factor=config.data.prefetch_factor if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_one_thread,
+        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
+        generator=torch.Generator(),
     )
 
 
@@ -287,10 +289,3 @@ def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:
         if isinstance(batch, VLAError):
             raise batch
         yield batch
-
-
-def source_paths(files: str | Sequence[str | DataSource]) -> list[str]:
-    """Paths of a `train_parquet_files` entry, without weights."""
-    if isinstance(files, str):
-        return [files]
-    return [entry.path if isinstance(entry, DataSource) else entry for entry in files]

@@ -46,11 +46,10 @@ class Axis:
         """Round values inside the range."""
         if self.log:
             exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for factors in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+            for factors in ((1,), (1, 3), (1, 2, 5)):
                 found = [f * 10.0**e for e in exponents for f in factors if self.low <= f * 10.0**e <= self.high]
                 if len(found) >= 3:
                     return found[:: math.ceil(len(found) / (about + 1))]
-            return found
         step = nice_step((self.high - self.low) / about)
         return [n * step for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
@@ -73,10 +72,7 @@ def line_chart(
     x_low, x_high = float(xs.min()), float(xs.max())
     horizontal = Axis(x_low, x_high if x_high > x_low else x_low + 1, LEFT, WIDTH - RIGHT)
     vertical = Axis(low, high, height - BOTTOM, TOP, log)
-    curves = [
-        fill('<polyline class="{}" points="{}"/>', line.style, _points(horizontal.place(x), vertical.place(y)))
-        for line, (x, y) in zip(lines, cleaned, strict=True)
-    ]
+    curves = [_curve(line.style, horizontal.place(x), vertical.place(y)) for line, (x, y) in zip(lines, cleaned, strict=True)]
     return fill(
         '<svg viewBox="0 0 {} {}" role="img">{}{}{}</svg>',
         WIDTH,
@@ -178,11 +174,16 @@ def columns(values: Sequence[float], x_label: str, mark: float | None = None, he
     )
 
 
-def chunk_chart(true: ArrayLike, starts: Sequence[int], predicted: ArrayLike, height: int = 96) -> Html:
-    """One action dimension of an episode: recorded (L,) as a broad line, predicted chunks (n, K) over it from `starts`."""
+def chunk_chart(
+    true: ArrayLike, starts: Sequence[int], predicted: ArrayLike, span: tuple[float, float], height: int = 104
+) -> Html:
+    """One action dimension of an episode: recorded (L,) as a broad line, predicted chunks (n, K) over it from `starts`.
+
+    span: the least range of y, so that a dimension that hardly moves does not look wild.
+    """
     recorded, chunks = np.asarray(true, np.float64), np.asarray(predicted, np.float64)
     pieces = [chunk[: len(recorded) - start] for start, chunk in zip(starts, chunks, strict=True)]
-    values = np.concatenate([recorded, *pieces])
+    values = np.concatenate([recorded, *pieces, span])
     low, high = _padded(float(values.min()), float(values.max()), log=False, zero=False)
     horizontal = Axis(0, max(1, len(recorded) - 1), LEFT, WIDTH - RIGHT)
     vertical = Axis(low, high, height - BOTTOM, TOP)
@@ -210,6 +211,13 @@ def _padded(low: float, high: float, log: bool, zero: bool) -> tuple[float, floa
     return (low if zero else low - air, high + air)
 
 
+def _curve(style: str, x: Array, y: Array) -> Html:
+    """A polyline, or a dot where there is one point, which a polyline would not show."""
+    if len(x) == 1:
+        return fill('<circle class="{}" cx="{}" cy="{}" r="2"/>', style, f"{x[0]:.1f}", f"{y[0]:.1f}")
+    return fill('<polyline class="{}" points="{}"/>', style, _points(x, y))
+
+
 def _points(x: Array, y: Array) -> Html:
     return Html(" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)))
 
@@ -234,4 +242,6 @@ def _x_axis(axis: Axis, height: int, label: str) -> Html:
 
 
 def _tick(value: float) -> str:
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else number(round(value, 12))
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k"
+    return number(value) if 0 < abs(value) < 1e-3 else f"{value:.10g}"

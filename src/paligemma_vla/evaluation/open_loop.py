@@ -20,20 +20,17 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from paligemma_vla import schema
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.images import decode_image
 from paligemma_vla.data.loader import Collator, VLADataset, batches
 from paligemma_vla.data.sampling import SampleRef, ValidationSampler, derive_seed
-from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError
+from paligemma_vla.errors import CheckpointError, ConfigError, VLAError
 from paligemma_vla.evaluation.predictions import PredictionWriter
+from paligemma_vla.evaluation.samples import Floats, Sample, Samples, check_same_robot
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
-from paligemma_vla.schema import Observation
 
 EULER_STEPS = (1, 2, 5, 10, 20, 50)
 LATENCY_CALLS, LATENCY_SECONDS = 10, 2.0
-Floats = NDArray[np.float32]
 logger = logging.getLogger(__name__)
 
 
@@ -62,30 +59,11 @@ class OpenLoopConfig:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One step of an episode: what the policy sees, and the chunk that followed.
-
-    actions (K, A) in real units, the last one repeated past the episode's end; mask (K,) is False there.
-    """
-
-    index: int
-    episode: int
-    step: int
-    observation: Observation
-    actions: Floats
-    mask: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
 class Trace:
-    """One episode for a plot: actions (L, A), and chunks predicted (n, K, A) at the steps `starts` (n,).
-
-    names: of the action's dimensions, empty when the data gave none.
-    """
+    """One episode for a plot: actions (L, A), and chunks predicted (n, K, A) at the steps `starts` (n,)."""
 
     episode: int
     prompt: str
-    names: tuple[str, ...]
     actions: Floats
     starts: NDArray[np.int64]
     predicted: Floats
@@ -130,38 +108,6 @@ class ErrorSums:
             mae, mse = (float(s[step].mean() / count) if count else None for s in (self.absolute, self.squared))
             table.append({"step": step, "mae": mae, "mse": mse, "count": int(count)})
         return table
-
-
-class Samples:
-    """Steps of episodes as a robot would present them, read from the files behind a `VLADataset`."""
-
-    def __init__(self, dataset: VLADataset, policy: Policy) -> None:
-        self.dataset, self.index = dataset, dataset.index
-        self.cameras, self.horizon = len(policy.metadata["cameras"]), int(policy.metadata["horizon"])
-        self.first = np.cumsum(self.index.length, dtype=np.int64) - self.index.length  # sample index of each episode's start
-
-    def read(self, sample: int) -> Sample:
-        """Decode one step. Raises `DataError` naming file, row and column."""
-        episode, step = self.dataset.locate(sample)
-        file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
-        rows, place = self.dataset.reader.group_of(file, row)
-        where = f"{self.index.paths[file]}: row {row}"
-        observation: dict[str, Any] = {"state": rows.state[place], "prompt": rows.prompt[place].as_py()}
-        for camera, column in enumerate(rows.images[: self.cameras], start=1):
-            if column is not None and column[place].is_valid:
-                name = schema.image_column(camera)
-                image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
-                observation[schema.image_key(camera)] = np.asarray(image)
-        real = min(self.horizon, int(self.index.length[episode]) - step)
-        actions = self.dataset.reader.actions(file, row, row + real)
-        padded = np.concatenate([actions, np.repeat(actions[-1:], self.horizon - real, axis=0)])
-        mask = np.arange(self.horizon) < real
-        return Sample(sample, episode, step, observation, padded, mask)  # type: ignore[arg-type]
-
-    def actions(self, episode: int) -> Floats:
-        """All actions (L, A) of an episode."""
-        start = int(self.index.start[episode])
-        return self.dataset.reader.actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
 
 
 def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
@@ -211,39 +157,6 @@ def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: O
     return OpenLoopResult(metrics, traces)
 
 
-def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
-    """Raise `DataError` with every way in which data and checkpoint are of different robots, cameras or rates."""
-    layout, meta, expected = index.layout, index.layout.metadata, policy.metadata
-    faults = [
-        f"column {name}: got {got} numbers per row, the checkpoint was trained on {wanted}"
-        for name, got, wanted in [
-            (schema.STATE, layout.state_dim, expected["state_dim"]),
-            (schema.ACTION, layout.action_dim, expected["action_dim"]),
-        ]
-        if got != wanted
-    ]
-    cameras = len(expected["cameras"])
-    if layout.cameras < cameras:
-        faults.append(f"cameras: got {layout.cameras}, the checkpoint takes {cameras}; add columns (null where one is absent)")
-    described = [
-        ("cameras", list(meta.cameras)[:cameras], list(expected["camera_names"])[:cameras]),
-        ("state_names", list(meta.state_names), expected["state_names"]),
-        ("action_names", list(meta.action_names), expected["action_names"]),
-        ("control_hz", meta.control_hz, expected["control_hz"]),
-        ("image_orientation", meta.image_orientation, expected["image_orientation"]),
-        ("action_convention", meta.action_convention, expected["action_convention"]),
-    ]
-    # Data that says nothing about itself cannot contradict: only what both sides state is compared.
-    faults += [
-        f"metadata {name}: got {got!r}, the checkpoint was trained on {wanted!r}"
-        for name, got, wanted in described
-        if got and wanted and got != wanted
-    ]
-    if faults:
-        remedy = "evaluate on episodes of the robot that the checkpoint was trained for"
-        raise DataError("\n  ".join([f"{index.paths[0]}: data and checkpoint do not fit; {remedy}", *faults]))
-
-
 @contextlib.contextmanager
 def _explained(config: OpenLoopConfig) -> Iterator[None]:
     try:
@@ -266,7 +179,7 @@ def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[d
             writer = stack.enter_context(PredictionWriter(config.predictions_path, horizon, policy.metadata["action_names"]))
         bar = stack.enter_context(tqdm(total=chosen, desc="open loop", unit="sample", disable=None))
         for refs in plan:
-            batch = [samples.read(ref[1]) for ref in refs]
+            batch = [samples.read(ref.sample) for ref in refs]
             loss += _velocity_loss(policy, samples.dataset, refs)
             predicted = predict(policy, batch, config.seed, config.num_steps)
             true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
@@ -292,9 +205,15 @@ def _figures(policy: Policy, table: dict[str, ErrorSums]) -> dict[str, Any]:
     sums = table["policy"]
     dimension = sums.absolute.shape[1]
     names = policy.metadata["action_names"] or [f"action[{n}]" for n in range(dimension)]
+    statistics = policy.preprocessor.statistics.action
     baselines = {name: errors.per_dimension() for name, errors in table.items() if name != "policy"}
     per_dimension = [
-        {"name": names[n], **entry, **{f"{name}_mae": values[n]["mae"] for name, values in baselines.items()}}
+        {
+            "name": names[n],
+            **entry,
+            **{f"{name}_mae": values[n]["mae"] for name, values in baselines.items()},
+            "training_range": [float(statistics.min[n]), float(statistics.max[n])],
+        }
         for n, entry in enumerate(sums.per_dimension())
     ]
     total, constant = sums.total, table["mean_action"].total["mse"]
@@ -321,7 +240,7 @@ def _euler_table(policy: Policy, samples: Samples, config: OpenLoopConfig) -> li
     change, seconds, seen = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0), 0
     first: list[Sample] = []
     for refs in tqdm(plan, "Euler steps", unit="batch", disable=None):
-        batch = [samples.read(ref[1]) for ref in refs]
+        batch = [samples.read(ref.sample) for ref in refs]
         if not first:
             first = batch[:1]
             predict(policy, batch, config.seed, 1)  # the first call pays for allocation and kernels
@@ -369,8 +288,7 @@ def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterato
         steps = [samples.read(int(samples.first[episode] + start)) for start in starts]
         parts = [steps[n : n + config.batch_size] for n in range(0, len(steps), config.batch_size)]
         predicted = np.concatenate([predict(policy, part, config.seed, config.num_steps) for part in parts])
-        names = tuple(policy.metadata["action_names"])
-        yield Trace(int(episode), steps[0].observation["prompt"], names, actions, starts, predicted)
+        yield Trace(int(episode), steps[0].observation["prompt"], actions, starts, predicted)
 
 
 def _training_files(index: EpisodeIndex, policy: Policy) -> int:

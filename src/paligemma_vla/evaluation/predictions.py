@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from paligemma_vla.evaluation.open_loop import Sample
+    from paligemma_vla.evaluation.samples import Sample
 
 EPISODE, STEP, PREDICTED, TRUE, MASK, PROMPT = "episode", "step", "predicted", "true", "mask", "prompt"
 

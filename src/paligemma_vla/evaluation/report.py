@@ -53,21 +53,22 @@ def render(report: Report) -> Html:
     conditions = [closed_loop.read_condition(*entry) for entry in report.rollouts]
     films = closed_loop.Films()
     parts = [_header(report)]
+    open_loop = panels.open_loop_section(report.evaluation) if report.evaluation is not None else Html("")
     if conditions:
         parts.append(closed_loop.hero(conditions[0], films))
         parts.append(closed_loop.success_section(conditions))
         parts.append(closed_loop.film_section(conditions, films))
     elif report.evaluation is not None:
-        parts.append(panels.open_loop_hero(report.evaluation.metrics))
-    if report.evaluation is not None:
-        parts.append(panels.open_loop_section(report.evaluation))
-    if report.run_dir is not None:
-        parts.append(panels.training_section(report.run_dir))
+        parts += [panels.open_loop_hero(report.evaluation), open_loop]
     if report.dataset is not None:
         index = report.dataset
         if not isinstance(index, EpisodeIndex):
             index = EpisodeIndex.build(str(index), "report")
         parts.append(panels.dataset_section(index))
+    if report.run_dir is not None:
+        parts.append(panels.training_section(report.run_dir))
+    if conditions:
+        parts.append(open_loop)
     if report.facts:
         parts.append(_facts(report.facts))
     return document(report.title, join(parts))

@@ -26,19 +26,22 @@ DIMENSIONS_SHOWN, CAMERAS_SHOWN, WORDS_SHOWN, FILES_READ = 8, 3, 16, 64
 READER_CACHE = 64 * 2**20
 
 
-def open_loop_hero(metrics: dict[str, Any]) -> Html:
-    """The headline of a page without rollouts."""
+def open_loop_hero(result: OpenLoopResult) -> Html:
+    """The headline of a page without rollouts, beside the two dimensions of an episode that move most."""
+    metrics = result.metrics
     baseline = metrics["baselines"]["mean_action"]["mae"]
     text = ""
     if baseline > 0:
         change = 1 - metrics["mae"] / baseline
         text = f"{percent(abs(change))} {'below' if change >= 0 else 'above'} always playing the mean training action."
     return fill(
-        '<div class="hero alone"><div><div class="big">{}</div><p>mean absolute error of an action, in the data\'s units. {}</p>'
-        '<p class="range">{}</p></div></div>\n',
+        '<div class="{}"><div><div class="big">{}</div><p>mean absolute error of an action, in real units. {}</p>'
+        '<p class="range">{}</p></div>{}</div>\n',
+        "hero" if result.traces else "hero alone",
         number(metrics["mae"]),
         text,
         f"{metrics['samples']:,} of {metrics['samples_available']:,} steps, {metrics['episodes']:,} episodes",
+        _trace(result.traces[0], metrics["per_dimension"], 2) if result.traces else Html(""),
     )
 
 
@@ -71,7 +74,12 @@ def open_loop_section(result: OpenLoopResult) -> Html:
             "Error by step of the chunk", columns(steps, "step", baseline), legend([("c0", "policy"), ("true", "mean action")])
         ),
     )
-    parts = [facts, charts, _euler_table(metrics["euler_steps"]), join(map(_trace, result.traces))]
+    parts = [
+        facts,
+        charts,
+        _euler_table(metrics["euler_steps"]),
+        join(_trace(trace, metrics["per_dimension"]) for trace in result.traces),
+    ]
     return section("Open loop", lead, join(parts))
 
 
@@ -110,30 +118,31 @@ def _euler_table(rows: list[dict[str, Any]]) -> Html:
     )
     note = (
         f"On {rows[0]['samples']} samples, each from the same noise. Change: mean distance from the finest integration. "
-        "Few steps blur several good actions into their mean, which lowers the error here and need not help a robot. "
+        "One step jumps to the mean of all good actions, which favours the squared error and need not favour the robot. "
         "ms: from picture to chunk, one observation at a time and in batches."
     )
     table = fill('<div style="overflow-x:auto"><table><thead>{}</thead><tbody>{}</tbody></table></div>', head, body)
     return figure("Euler steps against error and time", table, note=note)
 
 
-def _trace(trace: Trace) -> Html:
-    width = trace.actions.shape[1]
-    names = trace.names or [f"action[{n}]" for n in range(width)]
+def _trace(trace: Trace, dimensions: list[dict[str, Any]], most: int = DIMENSIONS_SHOWN) -> Html:
+    """Predicted chunks over what was recorded, for the `most` dimensions that move most, in their order."""
+    ranges = np.array([row["training_range"] for row in dimensions])
+    movement = trace.actions.std(axis=0) / np.maximum(1e-9, ranges[:, 1] - ranges[:, 0])
+    shown = np.sort(np.argsort(-movement, kind="stable")[:most])
     charts = join(
         fill(
             "<div><h4>{}</h4>{}</div>",
-            names[n],
-            chunk_chart(trace.actions[:, n], trace.starts.tolist(), trace.predicted[..., n]),
+            dimensions[n]["name"],
+            chunk_chart(trace.actions[:, n], trace.starts.tolist(), trace.predicted[..., n], tuple(ranges[n])),
         )
-        for n in range(min(width, DIMENSIONS_SHOWN))
+        for n in shown
     )
-    more = f"The first {DIMENSIONS_SHOWN} of {width} dimensions." if width > DIMENSIONS_SHOWN else ""
     return figure(
         f"“{trace.prompt}”",
         fill('<div class="dims">{}</div>', charts),
-        legend([("true", "recorded"), ("c1", "predicted chunks"), ("c0", "every other one")]),
-        more,
+        legend([("true", "recorded"), ("c1", "predicted"), ("c0", "predicted, next chunk")]),
+        f"The {len(shown)} of {len(dimensions)} dimensions that move most." if len(dimensions) > len(shown) else "",
     )
 
 
@@ -156,13 +165,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a training run") from error
-    rows = []
-    for number_, line in enumerate(lines, start=1):
+    rows: list[dict[str, Any]] = []
+    for place, line in enumerate(lines, start=1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number_ < len(lines):
-                raise DataError(f"{path}: line {number_}: not a JSON object; restore the file") from error
+            rows.append({**json.loads(line)})
+            rows[-1]["step"] = int(rows[-1]["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if place < len(lines):
+                raise DataError(f"{path}: line {place}: expected a JSON object with a step; restore the file") from error
+            del rows[place - 1 :]
     return rows
 
 
@@ -219,8 +230,8 @@ def dataset_section(index: EpisodeIndex) -> Html:
         facts.append((f"at {number(meta.control_hz)} Hz", duration(index.steps / meta.control_hz)))
     facts += [
         ("cameras" if layout.cameras > 1 else "camera", ", ".join(meta.cameras) or number(layout.cameras)),
-        ("state", number(layout.state_dim)),
-        ("action", number(layout.action_dim)),
+        ("state dimensions", number(layout.state_dim)),
+        ("action dimensions", number(layout.action_dim)),
     ]
     reader = EpisodeReader(index, min(layout.cameras, CAMERAS_SHOWN), READER_CACHE)
     chosen = np.unique(np.linspace(0, len(index) - 1, min(EPISODES_SHOWN, len(index))).round().astype(int))
@@ -237,15 +248,18 @@ def _episode(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> Html:
         rows, place = reader.group_of(file, start + int(step))
         prompt = prompt or str(rows.prompt[place].as_py())
         for camera, column in enumerate(rows.images):
-            if column is not None and column[place].is_valid:
-                where = f"{index.paths[file]}: row {start + step}, column {schema.image_column(camera + 1)}"
-                strips[camera].append(fill('<img alt="step {}" src="{}">', step, _thumbnail(column[place].as_buffer(), where)))
+            if column is None or not column[place].is_valid:
+                strips[camera].append(Html("<i></i>"))
+                continue
+            where = f"{index.paths[file]}: row {start + step}, column {schema.image_column(camera + 1)}"
+            strips[camera].append(fill('<img alt="step {}" src="{}">', step, _thumbnail(column[place].as_buffer(), where)))
     actions = reader.actions(file, start, start + length)
     shown = min(actions.shape[1], DIMENSIONS_SHOWN)
     names = list(index.layout.metadata.action_names) or [f"action[{n}]" for n in range(shown)]
     chart = line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120)
-    content = join([*(fill('<div class="strip">{}</div>', join(strip)) for strip in strips if strip), chart])
-    return figure(f"“{prompt}”", content, legend([(f"c{n}", names[n]) for n in range(shown)]))
+    content = join([*(fill('<div class="strip">{}</div>', join(strip)) for strip in strips), chart])
+    note = f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else ""
+    return figure(f"“{prompt}”", content, legend([(f"c{n}", names[n]) for n in range(shown)]), note)
 
 
 def _thumbnail(data: Any, where: str) -> Html:
@@ -260,9 +274,9 @@ def _instructions(index: EpisodeIndex) -> Html:
     """How often each instruction occurs, read from the prompt column of the first files."""
     counts: Counter[str] = Counter()
     files = index.paths[:FILES_READ]
-    for number_, path in enumerate(files):
+    for place, path in enumerate(files):
         column = pq.read_table(path, columns=[schema.PROMPT])[schema.PROMPT]
-        counts.update(str(value) for value in column.take(index.start[index.file == number_]).to_pylist())
+        counts.update(str(value) for value in column.take(index.start[index.file == place]).to_pylist())
     shown = counts.most_common(WORDS_SHOWN)
     items = join(fill("<li>{} <span>{}</span></li>", prompt, count) for prompt, count in shown)
     rest = [f"{len(counts) - len(shown):,} more."] if len(counts) > len(shown) else []

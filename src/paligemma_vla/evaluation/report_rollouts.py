@@ -71,7 +71,7 @@ def describe(settings: dict[str, Any]) -> tuple[str, str, bool]:
     if settings.get("prompts") == "unseen":
         return "Unseen wording", "Phrases that no demonstration used: words understood, not sentences learnt by heart.", False
     if settings.get("resets") == "stock":
-        return "Stock resets", "The simulator's own start positions instead of the demonstrations'.", False
+        return "Stock resets", "The simulator's own start positions, not the demonstrations': does the skill carry over?", False
     return "Right instruction", "The task's own instruction, from starting points that training has not seen.", False
 
 
@@ -131,15 +131,15 @@ def hero(condition: Condition, films: Films) -> Html:
     wall = join(films.show(condition, video) for video in list(chosen.values())[:6])
     size = {1: "films one", 2: "films two", 4: "films two"}.get(len(chosen), "films")
     return fill(
-        '<div class="{}"><div><div class="big">{}<small>%</small></div><p>of {} episodes solved, over {} task{}, '
-        'from camera pictures and an instruction.</p>{}<p class="range">{}</p></div>{}</div>\n',
+        '<div class="{}"><div><div class="big">{}<small>%</small></div><p>of {} simulated episodes solved, '
+        'over {} task{}.</p>{}<p class="range">{}</p></div>{}</div>\n',
         "hero" if chosen else "hero alone",
         f"{100 * condition.rate:.0f}",
         condition.episodes,
         tasks,
         "s" if tasks > 1 else "",
         rate_bar(condition.rate, low, high),
-        f"95 % interval {percent(low)} to {percent(high)} (Wilson), {condition.successes} of {condition.episodes}",
+        f"95\u202f% interval {percent(low)} to {percent(high)} (Wilson), {condition.successes} of {condition.episodes}",
         fill('<div class="{}">{}</div>', size, wall) if chosen else Html(""),
     )
 
@@ -147,7 +147,7 @@ def hero(condition: Condition, films: Films) -> Html:
 def success_section(conditions: Sequence[Condition]) -> Html:
     """A card per condition, then tasks x conditions."""
     cards = fill('<div class="cards">{}</div>', join(map(_card, conditions))) if len(conditions) > 1 else Html("")
-    lead = "Bars are success rates, whiskers their 95 % Wilson intervals."
+    lead = "Bars are success rates, whiskers their 95\u202f% Wilson intervals."
     if any(condition.wanted_low for condition in conditions):
         lead += " Grey bars are controls: they should be short."
     return section("Success in closed loop", lead, join([cards, _table(conditions)]))
@@ -156,8 +156,8 @@ def success_section(conditions: Sequence[Condition]) -> Html:
 def _card(condition: Condition) -> Html:
     low, high = condition.interval
     return fill(
-        '<div class="panel"><span class="want">{}</span><b class="name">{}</b><div class="value">{}<small>{} of {}</small></div>{}'
-        '<p class="note">{}</p></div>',
+        '<div class="panel"><span class="want">{}</span><b class="name">{}</b>'
+        '<div class="value">{}<small>{} of {}</small></div>{}<p class="note">{}</p></div>',
         "should be low" if condition.wanted_low else "should be high",
         condition.label,
         percent(condition.rate),
@@ -196,7 +196,7 @@ def _cell(condition: Condition, entry: dict[str, Any] | None) -> Html:
         return fill('<td data-label="{}">—</td>', condition.label)
     low, high = (float(bound) for bound in entry["ci95"])
     return fill(
-        '<td data-label="{}" title="95 % interval {} to {}"><b>{}</b><span>{}/{}</span>{}</td>',
+        '<td data-label="{}" title="95\u202f% interval {} to {}"><b>{}</b><span>{}/{}</span>{}</td>',
         condition.label,
         percent(low),
         percent(high),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PaliGemmaConfig, PaliGemmaModel
 
@@ -113,7 +114,7 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(not_loadable(config.model_name_or_path, error)) from error
     model: PaliGemmaModel = loaded[0]
     report: dict[str, Any] = loaded[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from paligemma_vla.errors import CheckpointError
+from paligemma_vla.errors import CheckpointError, first_line
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
@@ -32,8 +32,12 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         with open(temporary, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        _digest_path(path).write_text(f"{digest}  {path.name}\n")
+        line = f"{digest}  {path.name}\n"
+        # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
+        old = _digest_path(path).read_text() if path.exists() and _digest_path(path).exists() else ""
+        _write_text(_digest_path(path), old + line)
         temporary.replace(path)
+        _write_text(_digest_path(path), line)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,17 +64,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if digest_path.exists():
         with open(real, "rb") as file:
             got = hashlib.file_digest(file, "sha256").hexdigest()
-        expected = digest_path.read_text().split()[:1]
-        if [got] != expected:
+        if got not in digest_path.read_text().split():
             raise CheckpointError(f"{real}: damaged: its sha256 differs from {digest_path.name}; use an older checkpoint")
     else:
         logger.warning("%s: no %s beside it, so it is read unverified", real, digest_path.name)
     try:
         payload = torch.load(real, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{real}: cannot be read ({str(error).splitlines()[0][:200]}); is it a whole checkpoint?"
-        ) from error
+        raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
     missing = [key for key in (*SPEC_KEYS, *POLICY_KEYS) if not isinstance(payload, dict) or key not in payload]
     if missing:
         raise CheckpointError(f"{real}: missing {', '.join(missing)}; it was not written by this program")
@@ -88,6 +89,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
         else:
             return path
     return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _digest_path(path: Path) -> Path:

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from paligemma_vla import versions
-from paligemma_vla.config import DataSource, VLAConfig, config_from_dict
+from paligemma_vla.config import DataSource, VLAConfig, config_from_dict, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader, build_preprocessor, source_paths
-from paligemma_vla.data.sampling import RunSampler, SampleOrder, ValidationSampler
-from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError
+from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader, build_preprocessor
+from paligemma_vla.data.sampling import RunSampler, SampleOrder
+from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
@@ -33,6 +32,7 @@ from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.tracking import Tracker
+from paligemma_vla.training.validation import to_device, validate
 
 logger = logging.getLogger(__name__)
 STALE_VALIDATIONS = 5
@@ -144,22 +144,24 @@ class Trainer:
         with bar, self._explained():
             while self.step < stop:
                 self._enter_stage()
+                rate = self.optimizer.param_groups[0]["lr"]
                 loss, norm, wait = self._train_step(stream)
                 self.step += 1
                 meter.add(wait)
-                if self.step % settings.log_interval == 0 or self.step == stop:
-                    self._log_step(loss, norm, meter, bar)
+                if self.step % settings.log_interval == 0 or self.step == self.total_steps:
+                    self._log_step({"loss": loss, "norm": norm, "rate": rate}, meter, bar)
                 bar.update()
-                ended = self.step == stop
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
-                if due or ended:
+                improved = False
+                # An early stop is no occasion to validate: it must leave no trace that the whole run would not have.
+                if due or self.step == self.total_steps:
                     validation = self.validate()
                     self._log_validation(validation)
+                    improved = self._improved(validation)
                     meter.restart()
-                improved = self._improved(validation) if due or ended else False
                 numbered = epoch_ended and self.epoch % settings.save_every_n_epochs == 0
-                if numbered or ended or improved:
+                if numbered or improved or self.step == stop:
                     self._save(improved)
                     meter.restart()
         if self.tracker is not None:
@@ -205,7 +207,7 @@ class Trainer:
         total = torch.zeros((), device=device)
         for number, batch in enumerate(micro):
             with self._no_sync() if number < len(micro) - 1 else contextlib.nullcontext():
-                output: FlowOutput = self.parallel(**arguments_from_batch(_to(batch, device)))
+                output: FlowOutput = self.parallel(**arguments_from_batch(to_device(batch, device)))
                 # DDP averages gradients over processes; times world, their sum over the global count remains.
                 (output.loss_sum * (world / count)).backward()
             total += output.loss_sum.detach()
@@ -221,50 +223,12 @@ class Trainer:
             return self.parallel.no_sync()
         return contextlib.nullcontext()
 
-    @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """The training objective on fixed (t, noise), and the error of sampled actions in real units (S4.4, S6.2, D8)."""
-        data, settings, device = self.data.validation, self.config.training, self.distributed.device
-        if data is None:
+        """Validation metrics, of the averaged weights where there are any; empty without a validation set."""
+        if self.data.validation is None:
             return {}
-        size = max(1, self.config.data.batch_size // self.distributed.world_size)
-        sampler = ValidationSampler(
-            len(data), settings.val_max_samples, size, self.distributed.rank, self.distributed.world_size
-        )
-        sampled_batches = -(-settings.val_action_samples // (size * self.distributed.world_size))
-        head = self.config.model.action_head_config
-        sums = torch.zeros(2, device=device)
-        errors = torch.zeros(2, head.horizon, head.per_action_dim, dtype=torch.float64)
-        self.model.eval()
         with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
-            loader = build_loader(data, sampler, self._in_place(), pin_memory=False)
-            for number, batch in enumerate(_to(batch, device) for batch in batches(loader)):
-                output: FlowOutput = self.model(**arguments_from_batch(batch))
-                sums += torch.stack([output.loss_sum, output.valid_count])
-                if number < sampled_batches:
-                    errors += self._action_errors(batch)
-        self.distributed.sum(sums)
-        errors = self.distributed.sum(errors.to(device)) if device.type != "mps" else errors
-        metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
-        if settings.val_action_samples:
-            total, count = errors.cpu().numpy()
-            metrics["val/action_mae"] = float(total.sum() / count.sum())
-            metrics["val/action_mae_per_dim"] = (total.sum(0) / np.maximum(count.sum(0), 1)).tolist()
-            metrics["val/action_mae_per_step"] = (total.sum(1) / np.maximum(count.sum(1), 1)).tolist()
-        return metrics
-
-    def _action_errors(self, batch: Batch) -> Tensor:
-        """Absolute errors of sampled actions in real units, and how many, each (K, A)."""
-        actions: Tensor = self.model(**arguments_from_batch(batch, sample=True))
-        difference = (actions - batch["action"].view_as(actions)).abs().cpu()
-        real = difference[..., : self.preprocessor.action.dimension] * torch.from_numpy(self.preprocessor.action.scale)
-        difference[..., : self.preprocessor.action.dimension] = real
-        mask = batch["action_mask"].cpu()
-        return torch.stack([(difference * mask).sum(0), mask.sum(0).float()]).double()
-
-    def _in_place(self) -> VLAConfig:
-        """Validation sets are small and read often: loading in place beats starting workers each time."""
-        return self.config.model_copy(update={"data": self.config.data.model_copy(update={"num_workers": 0})})
+            return validate(self.model, self.data.validation, self.config, self.distributed)
 
     def _improved(self, validation: dict[str, Any]) -> bool:
         metric = validation.get(self.config.training.best_metric)
@@ -289,7 +253,7 @@ class Trainer:
             path = self.config.run_dir / "checkpoints" / f"{name}.pth.tar"
             ckpt.save_checkpoint(path, self._payload())
             ckpt.link_checkpoint(path, ckpt.LAST)
-            if improved or not (path.parent / ckpt.BEST).exists():
+            if improved or self.data.validation is None or not (path.parent / ckpt.BEST).exists():
                 ckpt.link_checkpoint(path, ckpt.BEST)
             self._prune(path.parent)
         self.distributed.barrier()
@@ -330,7 +294,7 @@ class Trainer:
             self.model.load_state_dict(saved["state_dict"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{where}: does not fit this model ({str(error).splitlines()[0]})") from error
+            raise CheckpointError(f"{where}: does not fit this model ({first_line(error)})") from error
         self.scheduler.load_state_dict(saved["lr_scheduler"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
@@ -363,14 +327,14 @@ class Trainer:
                 self.distributed.device,
             )
 
-    def _log_step(self, loss: Tensor, norm: Tensor, meter: _Meter, bar: Any) -> None:
+    def _log_step(self, values: dict[str, Any], meter: _Meter, bar: Any) -> None:
         if self.tracker is None:
             return
         metrics = {
             "epoch": self.step / self.data.order.steps_per_epoch,
-            "train/batch_loss": loss.item(),
-            "train/lr": self.optimizer.param_groups[0]["lr"],
-            "train/grad_norm": norm.item(),
+            "train/batch_loss": values["loss"].item(),
+            "train/lr": values["rate"],
+            "train/grad_norm": values["norm"].item(),
             **meter.read(),
         }
         self.tracker.log(self.step, metrics)
@@ -395,7 +359,7 @@ class Trainer:
             ) from error
         except torch.distributed.DistBackendError as error:
             raise TrainingError(
-                f"communication between processes failed at step {self.step} ({str(error).splitlines()[0]}): a rank died or "
+                f"communication between processes failed at step {self.step} ({first_line(error)}): a rank died or "
                 f"hangs, see its log; if it was only slow (first epoch, large checkpoints), set NCCL_TIMEOUT=1800 or more"
             ) from error
 
@@ -419,10 +383,6 @@ class _Meter:
         values = {"train/samples_per_s": self.steps * self.batch_size / elapsed, "train/data_wait": self.wait / elapsed}
         self.restart()
         return values
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _plain(value: Any) -> Any:

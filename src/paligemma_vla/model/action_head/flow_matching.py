@@ -223,7 +223,9 @@ class FlowmatchingActionHead(nn.Module):
         if noise is None:
             shape = (len(fused_tokens), self.config.horizon, self.config.per_action_dim)
             noise = flow.draw_noise(shape).to(fused_tokens.device)
-        return self.sample(fused_tokens, context_mask, state, noise, num_steps or self.config.num_inference_timesteps)
+        if num_steps is None:
+            num_steps = self.config.num_inference_timesteps
+        return self.sample(fused_tokens, context_mask, state, noise, num_steps)
 
     def forward(
         self, fused_tokens: Tensor, state: Tensor | None = None, actions_gt: Tensor | None = None

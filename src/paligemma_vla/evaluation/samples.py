@@ -1,0 +1,99 @@
+"""Recorded steps as a robot would present them to a policy, with the actions that followed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla import schema
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.images import decode_image
+from paligemma_vla.data.loader import VLADataset
+from paligemma_vla.errors import DataError
+from paligemma_vla.policy import Policy
+from paligemma_vla.schema import Observation
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step of an episode: what the policy sees, and the chunk that followed.
+
+    actions (K, A) in real units, the last one repeated past the episode's end; mask (K,) is False there.
+    """
+
+    index: int
+    episode: int
+    step: int
+    observation: Observation
+    actions: Floats
+    mask: NDArray[np.bool_]
+
+
+class Samples:
+    """Steps of episodes as a robot would present them, read from the files behind a `VLADataset`."""
+
+    def __init__(self, dataset: VLADataset, policy: Policy) -> None:
+        self.dataset, self.index = dataset, dataset.index
+        self.cameras, self.horizon = len(policy.metadata["cameras"]), int(policy.metadata["horizon"])
+        self.first = np.cumsum(self.index.length, dtype=np.int64) - self.index.length  # sample index of each episode's start
+
+    def read(self, sample: int) -> Sample:
+        """Decode one step. Raises `DataError` naming file, row and column."""
+        episode, step = self.dataset.locate(sample)
+        file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
+        rows, place = self.dataset.reader.group_of(file, row)
+        where = f"{self.index.paths[file]}: row {row}"
+        observation: dict[str, Any] = {"state": rows.state[place], "prompt": rows.prompt[place].as_py()}
+        for camera, column in enumerate(rows.images[: self.cameras], start=1):
+            if column is not None and column[place].is_valid:
+                name = schema.image_column(camera)
+                image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
+                observation[schema.image_key(camera)] = np.asarray(image)
+        real = min(self.horizon, int(self.index.length[episode]) - step)
+        actions = self.dataset.reader.actions(file, row, row + real)
+        padded = np.concatenate([actions, np.repeat(actions[-1:], self.horizon - real, axis=0)])
+        mask = np.arange(self.horizon) < real
+        return Sample(sample, episode, step, observation, padded, mask)  # type: ignore[arg-type]
+
+    def actions(self, episode: int) -> Floats:
+        """All actions (L, A) of an episode."""
+        start = int(self.index.start[episode])
+        return self.dataset.reader.actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
+
+
+def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
+    """Raise `DataError` with every way in which data and checkpoint are of different robots, cameras or rates."""
+    layout, meta, expected = index.layout, index.layout.metadata, policy.metadata
+    faults = [
+        f"column {name}: got {got} numbers per row, the checkpoint was trained on {wanted}"
+        for name, got, wanted in [
+            (schema.STATE, layout.state_dim, expected["state_dim"]),
+            (schema.ACTION, layout.action_dim, expected["action_dim"]),
+        ]
+        if got != wanted
+    ]
+    cameras = len(expected["cameras"])
+    if layout.cameras < cameras:
+        faults.append(f"cameras: got {layout.cameras}, the checkpoint takes {cameras}; add columns (null where one is absent)")
+    described = [
+        ("cameras", list(meta.cameras)[:cameras], list(expected["camera_names"])[:cameras]),
+        ("state_names", list(meta.state_names), expected["state_names"]),
+        ("action_names", list(meta.action_names), expected["action_names"]),
+        ("control_hz", meta.control_hz, expected["control_hz"]),
+        ("image_orientation", meta.image_orientation, expected["image_orientation"]),
+        ("action_convention", meta.action_convention, expected["action_convention"]),
+    ]
+    # Data that says nothing about itself cannot contradict: only what both sides state is compared.
+    faults += [
+        f"metadata {name}: got {got!r}, the checkpoint was trained on {wanted!r}"
+        for name, got, wanted in described
+        if got and wanted and got != wanted
+    ]
+    if faults:
+        remedy = "evaluate on episodes of the robot that the checkpoint was trained for"
+        raise DataError("\n  ".join([f"{index.paths[0]}: data and checkpoint do not fit; {remedy}", *faults]))

@@ -1,0 +1,70 @@
+"""Validation: the training objective on fixed draws, and the error of sampled actions in real units (S4.4, S6.2, D8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader
+from paligemma_vla.data.sampling import ValidationSampler
+from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.normalization import Normalizer
+from paligemma_vla.training.distributed import Distributed
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed: Distributed) -> dict[str, Any]:
+    """Metrics over the same samples with the same (t, noise) every time, shared out among the processes.
+
+    `val/epoch_loss`: masked mean of the training objective. `val/action_mae`: mean absolute error of sampled actions in real
+    units, also per dimension and per step of the horizon (null where no label reaches).
+    """
+    settings, device = config.training, distributed.device
+    size = max(1, config.data.batch_size // distributed.world_size)
+    sampler = ValidationSampler(len(data), settings.val_max_samples, size, distributed.rank, distributed.world_size)
+    # Validation sets are small and read often: loading in place beats starting workers each time.
+    in_place = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    sampled = -(-settings.val_action_samples // (size * distributed.world_size))
+    every = max(1, len(sampler) // max(1, sampled))  # spread over the set, not its first episodes only
+    head = config.model.action_head_config
+    sums = torch.zeros(2, device=device)
+    errors = torch.zeros(2, head.horizon, head.per_action_dim, device=device)
+    model.eval()
+    for number, loaded in enumerate(batches(build_loader(data, sampler, in_place, pin_memory=False))):
+        batch = to_device(loaded, device)
+        output: FlowOutput = model(**arguments_from_batch(batch))
+        sums += torch.stack([output.loss_sum, output.valid_count])
+        if number % every == 0 and number // every < sampled:
+            errors += _action_errors(model, batch, data.preprocessor.action)
+    sums, errors = distributed.sum(sums), distributed.sum(errors)
+    metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
+    if settings.val_action_samples:
+        total, count = errors.double().cpu().numpy()
+        metrics["val/action_mae"] = float(total.sum() / count.sum())
+        metrics["val/action_mae_per_dim"] = _means(total.sum(0), count.sum(0))
+        metrics["val/action_mae_per_step"] = _means(total.sum(1), count.sum(1))
+    return metrics
+
+
+def _action_errors(model: nn.Module, batch: Batch, normalizer: Normalizer) -> Tensor:
+    """Absolute errors of sampled actions in real units, and how many, each (K, A)."""
+    actions: Tensor = model(**arguments_from_batch(batch, sample=True))
+    scale = torch.ones(actions.shape[-1], device=actions.device)
+    scale[: normalizer.dimension] = torch.from_numpy(normalizer.scale).to(actions.device)
+    difference = (actions - batch["action"].view_as(actions)).abs() * scale
+    mask = batch["action_mask"]
+    return torch.stack([(difference * mask).sum(0), mask.sum(0).float()])
+
+
+def _means(total: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> list[float | None]:
+    return [float(t / n) if n else None for t, n in zip(total, count, strict=True)]

@@ -1,0 +1,268 @@
+"""Open-loop evaluation against naive loops over the files, the trainer's own validation, and damaged or foreign data."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from paligemma_vla import Policy
+from paligemma_vla.cli.main import script
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.writer import EpisodeWriter
+from paligemma_vla.errors import CheckpointError, ConfigError, DataError
+from paligemma_vla.evaluation.open_loop import EULER_STEPS, ErrorSums, OpenLoopConfig, OpenLoopResult, evaluate
+from paligemma_vla.normalization import DatasetStatistics
+from support import ACTION_DIM, HORIZON, METADATA, make_episode, read_rows, train_here
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained_run: Path) -> Path:
+    return trained_run / "checkpoints" / "last.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path) -> Policy:
+    return Policy.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def rows(two_camera_dir: Path) -> Rows:
+    return read_rows(two_camera_dir)
+
+
+@pytest.fixture(scope="module")
+def predictions_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("open_loop") / "predictions.parquet"
+
+
+@pytest.fixture(scope="module")
+def result(policy: Policy, two_camera_dir: Path, predictions_path: Path) -> OpenLoopResult:
+    return evaluate(policy, str(two_camera_dir), OpenLoopConfig(batch_size=16, predictions_path=predictions_path))
+
+
+def chunk_after(rows: Rows, number: int) -> list[list[float]]:
+    """The recorded actions from row `number` on that belong to its episode: at most HORIZON."""
+    chunk = rows[number : number + HORIZON]
+    return [row["action"] for row in chunk if row["episode"] == rows[number]["episode"]]
+
+
+def predict_alone(policy: Policy, row: dict[str, Any], number: int) -> np.ndarray:
+    observation = {"state": np.array(row["state"], np.float32), "prompt": row["prompt"]}
+    for camera in (1, 2):
+        if row[f"image_{camera}_bytes"] is not None:
+            image = Image.open(io.BytesIO(row[f"image_{camera}_bytes"]))
+            observation[f"image_{camera}"] = np.asarray(image.convert("RGB"))
+    return np.asarray(policy.infer(observation, seed=derive_seed(0, "open loop", number))["actions"])
+
+
+def test_metrics_equal_a_naive_loop_over_the_rows(policy: Policy, rows: Rows, result: OpenLoopResult) -> None:
+    errors: dict[tuple[int, int], list[float]] = {(k, a): [] for k in range(HORIZON) for a in range(ACTION_DIM)}
+    for number, row in enumerate(rows):
+        predicted = predict_alone(policy, row, number)
+        for k, action in enumerate(chunk_after(rows, number)):
+            for a in range(ACTION_DIM):
+                errors[k, a].append(float(predicted[k, a]) - action[a])
+    metrics = result.metrics
+    everything = np.array([e for part in errors.values() for e in part])
+    assert metrics["mae"] == pytest.approx(np.abs(everything).mean(), rel=1e-4)
+    assert metrics["mse"] == pytest.approx(np.square(everything).mean(), rel=1e-4)
+    for a, entry in enumerate(metrics["per_dimension"]):
+        mine = np.concatenate([errors[k, a] for k in range(HORIZON)])
+        assert entry["mae"] == pytest.approx(np.abs(mine).mean(), rel=1e-4)
+        assert entry["mse"] == pytest.approx(np.square(mine).mean(), rel=1e-4)
+    for k, entry in enumerate(metrics["per_step"]):
+        mine = np.concatenate([errors[k, a] for a in range(ACTION_DIM)])
+        assert entry["mae"] == pytest.approx(np.abs(mine).mean(), rel=1e-4)
+        assert entry["count"] == len(errors[k, 0])
+    assert (metrics["samples"], metrics["episodes"]) == (len(rows), rows[-1]["episode"] + 1)
+    assert [entry["name"] for entry in metrics["per_dimension"]] == ["dx", "dy"]
+
+
+def test_baselines_equal_a_naive_loop(rows: Rows, result: OpenLoopResult, statistics_path: Path) -> None:
+    mean = DatasetStatistics.load(statistics_path).action.mean
+    real = np.array([action for number in range(len(rows)) for action in chunk_after(rows, number)])
+    baselines = result.metrics["baselines"]
+    assert baselines["zero_action"]["mae"] == pytest.approx(np.abs(real).mean(), rel=1e-5)
+    assert baselines["mean_action"]["mse"] == pytest.approx(np.square(real - mean).mean(), rel=1e-5)
+    assert result.metrics["explained"] == pytest.approx(1 - result.metrics["mse"] / np.square(real - mean).mean(), rel=1e-4)
+    assert result.metrics["per_dimension"][1]["zero_action_mae"] == pytest.approx(np.abs(real[:, 1]).mean(), rel=1e-5)
+
+
+def test_masked_steps_do_not_count_whatever_stands_there() -> None:
+    rng = np.random.default_rng(0)
+    true, mask = rng.normal(size=(5, 4, 3)).astype(np.float32), np.arange(4) < rng.integers(1, 4, (5, 1))
+    predicted = rng.normal(size=(5, 4, 3))
+    sums = []
+    for junk in (0.0, 1e30, np.nan):
+        sums.append(ErrorSums(4, 3))
+        sums[-1].add(np.where(mask[..., None], predicted, junk), true, mask)
+    difference = (predicted - true)[mask]
+    assert sums[0].total == {"mae": pytest.approx(np.abs(difference).mean()), "mse": pytest.approx((difference**2).mean())}
+    assert sums[1].total == sums[0].total == sums[2].total
+    assert sums[0].per_step()[3] == {"step": 3, "mae": None, "mse": None, "count": 0}
+
+
+def test_velocity_loss_is_the_validation_loss_of_training(tiny_config: Callable[..., VLAConfig], two_camera_dir: Path) -> None:
+    config = tiny_config({"data.val_parquet_files": str(two_camera_dir), "training.max_steps": 3}, cameras=2)
+    trainer = train_here(config)
+    evaluated = evaluate(
+        Policy.from_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar"),
+        str(two_camera_dir),
+        OpenLoopConfig(batch_size=5, euler_samples=1, episodes_shown=1),
+    ).metrics
+    assert evaluated["velocity_loss"] == pytest.approx(trainer.validate()["val/epoch_loss"], rel=1e-5)
+    assert evaluated["data"]["training_files"] == len(evaluated["data"]["paths"])
+
+
+def test_figures_do_not_depend_on_the_batch_size(policy: Policy, two_camera_dir: Path, result: OpenLoopResult) -> None:
+    other = evaluate(policy, str(two_camera_dir), OpenLoopConfig(batch_size=7, euler_samples=5)).metrics
+    for name in ("mae", "mse", "velocity_loss"):
+        assert other[name] == pytest.approx(result.metrics[name], rel=1e-4)
+
+
+def test_seed_changes_the_noise_and_max_samples_spreads_over_the_data(
+    policy: Policy, two_camera_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "predictions.parquet"
+    config = OpenLoopConfig(max_samples=6, euler_samples=2, predictions_path=path)
+    first = evaluate(policy, str(two_camera_dir), config).metrics
+    episodes = pq.read_table(path)["episode"].to_pylist()
+    other = evaluate(policy, str(two_camera_dir), replace(config, seed=1)).metrics
+    assert first["samples"] == len(episodes) == 6
+    assert (episodes[0], episodes[-1]) == (0, 9)
+    assert first["mae"] != other["mae"]
+    assert first["velocity_loss"] == other["velocity_loss"]
+
+
+def test_euler_table_starts_every_row_from_the_same_noise(result: OpenLoopResult) -> None:
+    table = {row["steps"]: row for row in result.metrics["euler_steps"]}
+    assert sorted(table) == sorted({*EULER_STEPS, 4})
+    assert [steps for steps, row in table.items() if row["used"]] == [4]
+    assert table[4]["mae"] == pytest.approx(result.metrics["mae"], rel=1e-5)
+    assert table[50]["change"] == 0
+    assert table[20]["change"] < table[5]["change"] < table[1]["change"]
+    assert all(row["ms_per_observation"] > 0 and row["ms_per_observation_in_batches"] > 0 for row in table.values())
+
+
+def test_predictions_hold_every_step_with_what_was_recorded(
+    policy: Policy, rows: Rows, result: OpenLoopResult, predictions_path: Path
+) -> None:
+    table = pq.read_table(predictions_path).to_pylist()
+    assert [(row["episode"], row["step"], row["prompt"]) for row in table] == [
+        (row["episode"], row["step"], row["prompt"]) for row in rows
+    ]
+    for number, row in enumerate(table):
+        real = chunk_after(rows, number)
+        assert row["mask"] == [k < len(real) for k in range(HORIZON)]
+        assert row["true"] == real + [real[-1]] * (HORIZON - len(real))
+    np.testing.assert_allclose(table[12]["predicted"], predict_alone(policy, rows[12], 12), atol=1e-5)
+
+
+def test_traces_cover_whole_episodes(rows: Rows, result: OpenLoopResult) -> None:
+    assert len(result.traces) == 3
+    for trace in result.traces:
+        mine = [row for row in rows if row["episode"] == trace.episode]
+        np.testing.assert_array_equal(trace.actions, np.array([row["action"] for row in mine], np.float32))
+        assert trace.prompt == mine[0]["prompt"]
+        assert trace.starts.tolist() == list(range(0, len(mine), HORIZON))
+        assert trace.predicted.shape == (len(trace.starts), HORIZON, ACTION_DIM)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"control_hz": 50.0}, r"metadata control_hz: got 50.0, the checkpoint was trained on 12.5"),
+        ({"image_orientation": "flipped"}, r"metadata image_orientation: got 'flipped'"),
+        ({"action_names": ("dy", "dx")}, r"metadata action_names: got \['dy', 'dx'\]"),
+        ({"cameras": ("wrist", "front")}, r"metadata cameras: got \['wrist', 'front'\]"),
+    ],
+)
+def test_data_of_another_robot_is_refused_by_field(
+    policy: Policy, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with EpisodeWriter(tmp_path, replace(METADATA, **change)) as writer:
+        writer.write(make_episode(np.random.default_rng(0), 3, cameras=2))
+    with pytest.raises(DataError, match=message):
+        evaluate(policy, str(tmp_path))
+
+
+def test_every_dimension_and_camera_that_differs_is_named_at_once(policy: Policy, tmp_path: Path) -> None:
+    episode = make_episode(np.random.default_rng(0), 3)
+    wide = replace(episode, action=np.zeros((3, 5), np.float32), state=np.zeros((3, 9), np.float32))
+    with EpisodeWriter(tmp_path, replace(METADATA, cameras=(), state_names=(), action_names=())) as writer:
+        writer.write(wide)
+    with pytest.raises(DataError) as caught:
+        evaluate(policy, str(tmp_path))
+    for text in ("column state: got 9", "column action: got 5", "cameras: got 1, the checkpoint takes 2"):
+        assert text in str(caught.value)
+
+
+def test_policy_that_diverged_is_named_not_averaged(checkpoint: Path, two_camera_dir: Path) -> None:
+    broken = Policy.from_checkpoint(checkpoint)
+    with torch.no_grad():
+        next(iter(broken.model.action_head.parameters())).fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="episode 0, step 0 are not finite"):
+        evaluate(broken, str(two_camera_dir))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_samples", "num_steps", "euler_samples"])
+def test_settings_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{name}: got 0, expected at least 1"):
+        OpenLoopConfig(**{name: 0})
+
+
+def test_command_writes_metrics_and_report(checkpoint: Path, two_camera_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--checkpoint_path", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--max_samples", "5"]
+    files = [str(path) for path in sorted(two_camera_dir.glob("*.parquet"))]
+    assert script("evaluate", [*arguments, "--device", "cpu", "--eval_data_path", *files]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "report.html"]
+    assert metrics["data"]["paths"] == files
+    assert metrics["checkpoint"]["averaged_weights"] is True
+    assert metrics["checkpoint"]["epoch"] == 2
+    assert len(metrics["checkpoint"]["sha256"]) == 64
+    assert "torch" in metrics["versions"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Open loop" in page and "Training" in page and "Data" in page
+    assert "dx" in capsys.readouterr().out
+
+
+def test_command_names_a_damaged_picture_and_leaves_no_half_file(
+    checkpoint: Path, two_camera_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    table = pq.read_table(sorted(two_camera_dir.glob("*.parquet"))[0])
+    pictures = table["image_1_bytes"].to_pylist()
+    pictures[7] = pictures[7][:60]
+    damaged = tmp_path / "damaged.parquet"
+    pq.write_table(table.set_column(0, "image_1_bytes", pa.array(pictures, pa.binary())), damaged)
+    arguments = ["--checkpoint_path", str(checkpoint), "--eval_data_path", str(damaged), "--device", "cpu"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--save_predictions", "--batch_size", "2"]
+    assert script("evaluate", arguments) == 2
+    assert f"{damaged}: row 7, column image_1_bytes: cannot be decoded" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_command_refuses_what_is_not_there(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    output = ["--output_dir", str(tmp_path / "out")]
+    absent = str(tmp_path / "absent")
+    assert script("evaluate", ["--checkpoint_path", str(checkpoint), "--eval_data_path", absent, *output]) == 2
+    assert f"--eval_data_path: {absent}: no Parquet file there" in capsys.readouterr().err
+    blocked = tmp_path / "file"
+    blocked.touch()
+    arguments = ["--checkpoint_path", str(checkpoint), "--eval_data_path", absent, "--output_dir", str(blocked)]
+    assert script("evaluate", arguments) == 2
+    assert f"--output_dir {blocked}: cannot be created" in capsys.readouterr().err

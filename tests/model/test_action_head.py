@@ -1,0 +1,273 @@
+"""FlowmatchingActionHead against naive loops, and on a toy distribution with two modes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paligemma_vla import flow
+from paligemma_vla.config import ActionHeadConfig
+from paligemma_vla.model import FlowmatchingActionHead
+
+from support import randomize  # isort: skip
+
+E, T, P, K, A = 24, 7, 5, 4, 3
+
+
+def make_head(seed: int = 0, **options: Any) -> FlowmatchingActionHead:
+    """A head of another width than the context, with random weights everywhere."""
+    sizes = {"horizon": K, "per_action_dim": A, "embed_dim": 32, "num_layers": 2, "num_heads": 4, **options}
+    return randomize(FlowmatchingActionHead(ActionHeadConfig(**sizes), E, P), seed)
+
+
+def inputs(batch: int = 5, horizon: int = K, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, T, dtype=torch.bool)
+    for row in range(batch):
+        mask[row, T - row % 4 :] = False
+    return {
+        "context": torch.randn(batch, T, E, generator=generator),
+        "mask": mask,
+        "state": torch.randn(batch, P, generator=generator),
+        "noise": torch.rand(batch, horizon, A, generator=generator) * 2 - 1,
+    }
+
+
+@torch.no_grad()
+def naive_euler(head: FlowmatchingActionHead, x: dict[str, Tensor], steps: int, state: bool = True) -> Tensor:
+    """The specification's loop (S6.1), one sample at a time, on unpadded context projected anew at every step."""
+    rows = []
+    for row in range(len(x["noise"])):
+        action = x["noise"][row : row + 1]
+        context = x["context"][row : row + 1, x["mask"][row]]
+        for i in range(steps):
+            t = torch.full((1,), i / steps)
+            velocity = head.predict_velocity(action, t, context, None, x["state"][row : row + 1] if state else None)
+            action = action + (1 / steps) * velocity
+        rows.append(action)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50])
+def test_sample_equals_the_specifications_loop(steps: int) -> None:
+    head, x = make_head(), inputs()
+    with torch.no_grad():
+        got = head.sample(x["context"], x["mask"], x["state"], x["noise"], steps)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, naive_euler(head, x, steps), atol=1e-5, rtol=0)
+    assert (got - x["noise"]).abs().max() > 0.1  # the loop did move
+
+
+@pytest.mark.parametrize("options", [{"horizon": 1}, {"use_state_input": False}, {"horizon": 1, "use_state_input": False}])
+def test_sample_of_other_shapes_equals_the_specifications_loop(options: dict[str, Any]) -> None:
+    head = make_head(**options)
+    x = inputs(horizon=options.get("horizon", K))
+    state = options.get("use_state_input", True)
+    with torch.no_grad():
+        got = head.sample(x["context"], x["mask"], x["state"] if state else None, x["noise"], 5)
+    assert got.shape == x["noise"].shape
+    torch.testing.assert_close(got, naive_euler(head, x, 5, state), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_of_the_context_does_not_change_the_answer() -> None:
+    head, x = make_head(), inputs()
+    expected = head.sample(x["context"], x["mask"], x["state"], x["noise"], 10)
+    garbage = torch.where(x["mask"][..., None], x["context"], 1e3)
+    longer = torch.cat([garbage, torch.full((5, 4, E), -50.0)], dim=1)
+    mask = torch.cat([x["mask"], torch.zeros(5, 4, dtype=torch.bool)], dim=1)
+    torch.testing.assert_close(head.sample(longer, mask, x["state"], x["noise"], 10), expected, atol=1e-5, rtol=0)
+    all_there = head.sample(x["context"], torch.ones_like(x["mask"]), x["state"], x["noise"], 10)
+    assert (all_there - expected)[1:4].abs().max() > 1e-3  # what is not masked does have influence
+
+
+@torch.no_grad()
+def test_every_input_has_influence() -> None:
+    head, x = make_head(), inputs()
+    base = head.predict_velocity(x["noise"], 0.5, x["context"], x["mask"], x["state"])
+    other = inputs(seed=1)
+    for name in ("context", "state", "noise"):
+        y = {**x, name: other[name]}
+        changed = head.predict_velocity(y["noise"], 0.5, y["context"], y["mask"], y["state"])
+        assert (changed - base).abs().amax(dim=(1, 2)).min() > 1e-3, name
+    assert (head.predict_velocity(x["noise"], 0.6, x["context"], x["mask"], x["state"]) - base).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_action_tokens_see_each_other_and_know_their_place() -> None:
+    head, x = make_head(), inputs()
+    base = head.predict_velocity(x["noise"], 0.5, x["context"], x["mask"], x["state"])
+    nudged = x["noise"].clone()
+    nudged[:, 3] += 0.5
+    assert (head.predict_velocity(nudged, 0.5, x["context"], x["mask"], x["state"]) - base)[:, 0].abs().max() > 1e-3
+    same = x["noise"][:, :1].expand(-1, K, -1)
+    velocity = head.predict_velocity(same, 0.5, x["context"], x["mask"], x["state"])
+    assert (velocity[:, 0] - velocity[:, 1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_see_each_other() -> None:
+    for horizon in (1, K):
+        head, x = make_head(horizon=horizon), inputs(horizon=horizon)
+        together = head.sample(x["context"], x["mask"], x["state"], x["noise"], 4)
+        for row in range(5):
+            one = {name: value[row : row + 1] for name, value in x.items()}
+            alone = head.sample(one["context"], one["mask"], one["state"], one["noise"], 4)
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_context_is_projected_once_per_observation_not_once_per_step() -> None:
+    head, x = make_head(), inputs()
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: calls.update([name])
+
+    head.context_proj.register_forward_hook(count("context_proj"))
+    head.state_encoder.register_forward_hook(count("state_encoder"))
+    for block in head.blocks:
+        block.key_value.register_forward_hook(count("key_value"))
+        block.qkv.register_forward_hook(count("qkv"))
+    with torch.no_grad():
+        head.sample(x["context"], x["mask"], x["state"], x["noise"], 50)
+    assert calls == {"context_proj": 1, "state_encoder": 1, "key_value": 2, "qkv": 2 * 50}
+    calls.clear()
+    draws = {"flow_time": torch.rand(5, 6), "flow_noise": torch.randn(5, 6, K, A)}
+    head.loss(x["context"], torch.randn(5, K * A), x["state"], x["mask"], **draws)
+    assert calls == {"context_proj": 1, "state_encoder": 1, "key_value": 2, "qkv": 2}
+
+
+def test_many_flow_samples_equal_as_many_separate_calls() -> None:
+    head, x = make_head(), inputs()
+    generator = torch.Generator().manual_seed(3)
+    action = torch.randn(5, K * A, generator=generator)
+    action_mask = torch.rand(5, K, A, generator=generator) > 0.3
+    time, noise = flow.draw_time((5, 3), generator), flow.draw_noise((5, 3, K, A), generator)
+    together = head.loss(x["context"], action, x["state"], x["mask"], action_mask, time, noise)
+    separate = [
+        head.loss(x["context"], action, x["state"], x["mask"], action_mask, time[:, m : m + 1], noise[:, m : m + 1])
+        for m in range(3)
+    ]
+    torch.testing.assert_close(together.velocity, torch.cat([part.velocity for part in separate], 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.loss_sum, sum(part.loss_sum for part in separate))
+    assert together.valid_count == sum(part.valid_count for part in separate) == 3 * action_mask.sum()
+
+
+def test_loss_is_the_specifications_objective() -> None:
+    head, x = make_head(), inputs()
+    generator = torch.Generator().manual_seed(3)
+    action = torch.randn(5, K, A, generator=generator)
+    action_mask = torch.rand(5, K, A, generator=generator) > 0.3
+    time, noise = torch.rand(5, 2, generator=generator), torch.randn(5, 2, K, A, generator=generator)
+    output = head.loss(x["context"], action.flatten(1), x["state"], x["mask"], action_mask, time, noise)
+    total = 0.0
+    for b in range(5):
+        for m in range(2):
+            t = time[b, m]
+            point = (1 - t) * noise[b, m] + t * action[b]
+            v = head.predict_velocity(
+                point[None], t[None], x["context"][b : b + 1], x["mask"][b : b + 1], x["state"][b : b + 1]
+            )[0]
+            total += float(((v - (action[b] - noise[b, m])) ** 2)[action_mask[b]].sum().detach())
+    assert output.loss_sum.detach().item() == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(output.target, action[:, None] - noise)
+
+
+def test_draws_left_to_the_head_follow_the_configuration_and_torchs_seed() -> None:
+    head, x = make_head(num_flow_samples=3, num_inference_timesteps=7), inputs()
+    action = torch.zeros(5, K * A)
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(head.loss(x["context"], action, x["state"], x["mask"]))
+    assert outputs[0].target.shape == (5, 3, K, A)
+    assert torch.equal(outputs[0].target, outputs[1].target)
+    assert not torch.equal(outputs[0].target, outputs[2].target)
+    assert -1 <= outputs[0].target.min() < outputs[0].target.max() <= 1  # minus Uniform(-1, 1) noise
+    assert outputs[0].valid_count == 5 * 3 * K * A
+    with torch.no_grad():
+        torch.manual_seed(4)
+        got = head.get_action(x["context"], x["state"], x["mask"])
+        torch.manual_seed(4)
+        noise = flow.draw_noise((5, K, A))
+        torch.testing.assert_close(got, head.sample(x["context"], x["mask"], x["state"], noise, 7))
+
+
+def test_fewer_than_one_step_is_refused() -> None:
+    head, x = make_head(), inputs()
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="num_steps"):
+            head.get_action(x["context"], x["state"], x["mask"], num_steps=steps)
+
+
+def test_state_is_demanded_when_it_is_used() -> None:
+    x = inputs()
+    with pytest.raises(ValueError, match="state"):
+        make_head().get_action(x["context"], None, x["mask"])
+    without = make_head(use_state_input=False)
+    assert not any("state" in name for name, _ in without.named_parameters())
+    with torch.no_grad():
+        answers = [without.sample(x["context"], x["mask"], state, x["noise"], 3) for state in (None, x["state"])]
+    assert torch.equal(*answers)
+
+
+def test_forward_is_training_with_actions_and_sampling_without() -> None:
+    head, x = make_head(), inputs()
+    assert head(x["context"], x["state"], torch.zeros(5, K * A)).velocity.shape == (5, 1, K, A)
+    assert head(x["context"], x["state"]).shape == (5, K, A)
+
+
+def test_a_new_head_predicts_no_velocity_yet_every_layer_can_learn() -> None:
+    """adaLN-zero: the start is calm, and within two steps of training every parameter has a gradient that is not zero."""
+    head = FlowmatchingActionHead(ActionHeadConfig(horizon=K, per_action_dim=A, embed_dim=32, num_layers=2, num_heads=4), E, P)
+    x = inputs()
+    assert (head.predict_velocity(x["noise"], 0.3, x["context"], x["mask"], x["state"]) == 0).all()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        head.loss(x["context"], x["noise"].flatten(1), x["state"], x["mask"]).loss_sum.backward()
+        assert all(p.grad is not None for p in head.parameters())
+        optimizer.step()
+    dead = [name for name, p in head.named_parameters() if p.grad.abs().max() == 0]
+    assert dead == []
+
+
+MODE = torch.tensor([0.7, -0.7, 0.7])
+
+
+def test_two_modes_are_learned_and_not_averaged() -> None:
+    """A 3-dimensional toy distribution: context 0 means either mode, context 1 the first, context 2 the second."""
+    torch.manual_seed(0)
+    sizes = {"horizon": 1, "per_action_dim": 3, "embed_dim": 32, "num_layers": 1, "num_heads": 2}
+    head = FlowmatchingActionHead(ActionHeadConfig(**sizes, use_state_input=False), 3, 1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    steps = 700
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    eye = torch.eye(3)
+    for _ in range(steps):
+        kind = torch.randint(0, 3, (256,))
+        sign = torch.where(kind == 0, torch.randint(0, 2, (256,)) * 2 - 1, 3 - 2 * kind).float()
+        action = sign[:, None] * MODE + 0.05 * torch.randn(256, 3)
+        output = head.loss(eye[kind][:, None], action)
+        optimizer.zero_grad()
+        (output.loss_sum / output.valid_count).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        kind = torch.arange(3).repeat_interleave(400)
+        samples = head.get_action(eye[kind][:, None], num_steps=20)[:, 0]  # (1200, 3)
+    side = (samples @ MODE).sign()
+    near = (samples - side[:, None] * MODE).norm(dim=1) < 0.35
+    between = samples.norm(dim=1) < 0.5 * MODE.norm()
+    assert near.float().mean() > 0.9
+    assert between.float().mean() < 0.02
+    either = side[kind == 0]
+    assert 0.35 < (either > 0).float().mean() < 0.65
+    assert (side[kind == 1] > 0).float().mean() > 0.97
+    assert (side[kind == 2] < 0).float().mean() > 0.97
+    assert samples[kind == 0].mean(0).abs().max() < 0.25  # the mean that a regression would have answered, and nobody did

@@ -1,0 +1,242 @@
+"""PaliGemmaVLM: the answer depends on what is in the prompt, not on padding, kernel, or how many cameras are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PaliGemmaForConditionalGeneration
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.errors import ModelError
+from paligemma_vla.model import PaliGemmaVLM
+from paligemma_vla.preprocess import load_prompt_and_image_spec
+
+ConfigFactory = Callable[..., VLAConfig]
+PROMPTS = ["open the drawer", "push the window shut with the red handle", "go"]
+
+
+def build(config: VLAConfig) -> PaliGemmaVLM:
+    vlm = config.model.vlm_config
+    prompts, image = load_prompt_and_image_spec(vlm.model_name_or_path, None, 64, "error", "stretch")
+    return PaliGemmaVLM(vlm, prompts, image).eval()
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa", None])
+def any_kernel(request: pytest.FixtureRequest, session_config: ConfigFactory) -> PaliGemmaVLM:
+    return build(session_config({"model.vlm_config.attn_implementation": request.param}))
+
+
+@pytest.fixture(scope="module")
+def vlm(session_config: ConfigFactory) -> PaliGemmaVLM:
+    return build(session_config())
+
+
+def pictures(batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
+
+
+def real(vlm: PaliGemmaVLM, *arguments: Any, **options: Any) -> list[Tensor]:
+    """Per sample, the context at its real tokens."""
+    with torch.no_grad():
+        context, mask = vlm(*arguments, **options)
+    return [row[keep] for row, keep in zip(context, mask, strict=True)]
+
+
+def assert_same(first: list[Tensor], second: list[Tensor], tolerance: float = 2e-5) -> None:
+    assert [f.shape for f in first] == [s.shape for s in second]
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def test_eager_equals_sdpa_padded_and_unpadded(session_config: ConfigFactory) -> None:
+    eager, sdpa = (build(session_config({"model.vlm_config.attn_implementation": kind})) for kind in ("eager", "sdpa"))
+    assert eager.backbone.language_model.config._attn_implementation == "eager"
+    assert sdpa.backbone.language_model.config._attn_implementation == "sdpa"
+    assert_same(real(eager, [pictures(3)], PROMPTS), real(sdpa, [pictures(3)], PROMPTS))
+    assert_same(real(eager, [pictures(1)], PROMPTS[:1]), real(sdpa, [pictures(1)], PROMPTS[:1]))
+
+
+def test_padded_prompts_equal_unpadded(any_kernel: PaliGemmaVLM) -> None:
+    images = pictures(3)
+    together = real(any_kernel, [images], PROMPTS)
+    alone = [real(any_kernel, [images[n : n + 1]], [prompt])[0] for n, prompt in enumerate(PROMPTS)]
+    assert_same(together, alone)
+
+
+def test_padding_may_be_anything_anywhere(any_kernel: PaliGemmaVLM) -> None:
+    """On the left, longer, or made of other tokens: what is masked has no influence."""
+    images, prompts = pictures(2), any_kernel.prompts
+    ids, mask = (torch.from_numpy(array) for array in prompts.encode(PROMPTS[:2], torch.ones(2, 1, dtype=torch.bool).numpy()))
+    expected = real(any_kernel, [images], PROMPTS[:2], ids, mask)
+    left = torch.full((2, 5), prompts.pad_id)
+    no = torch.zeros(2, 5, dtype=torch.bool)
+    assert_same(real(any_kernel, [images], PROMPTS[:2], torch.cat([left, ids], 1), torch.cat([no, mask], 1)), expected)
+    assert_same(real(any_kernel, [images], PROMPTS[:2], torch.cat([ids, left], 1), torch.cat([mask, no], 1)), expected)
+    assert_same(real(any_kernel, [images], PROMPTS[:2], torch.where(mask, ids, 300), mask), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_prefix_is_bidirectional(any_kernel: PaliGemmaVLM, padded: bool, training: bool) -> None:
+    """The last word of an instruction reaches the context at its first token, under every kernel, with and without padding."""
+    images, prompts = pictures(2 if padded else 1), any_kernel.prompts
+    first = torch.from_numpy(prompts.text_ids("open the drawer"))
+    n = prompts.image_tokens
+    extra = 6 if padded else 0
+    length = n + len(first) + extra
+    ids, mask = torch.full((len(images), length), prompts.pad_id), torch.zeros(len(images), length, dtype=torch.bool)
+    ids[:, :n], mask[:, :n] = prompts.image_id, True
+    ids[0, n : n + len(first)], mask[0, n : n + len(first)] = first, True
+    if padded:
+        ids[1, n:], mask[1, n:] = 300, True
+    changed = ids.clone()
+    changed[0, n + len(first) - 1] = 301
+    any_kernel.train(training)
+    before, after = (real(any_kernel, [images], PROMPTS[: len(images)], x, mask)[0] for x in (ids, changed))
+    any_kernel.eval()
+    assert (before[n] - after[n]).abs().max() > 1e-4  # at <bos>
+    assert (before[0] - after[0]).abs().max() > 1e-4  # at the first image token
+
+
+@pytest.mark.parametrize("present", [[False, False, False], [False, True, False], [True, False, True]])
+def test_one_camera_equals_two_with_the_second_absent(any_kernel: PaliGemmaVLM, present: list[bool]) -> None:
+    first, second = pictures(3), pictures(3, seed=1)
+    mask = torch.tensor([[True, there] for there in present])
+    together = real(any_kernel, [first, second], PROMPTS, image_mask=mask)
+    for n, there in enumerate(present):
+        images = [first[n : n + 1], second[n : n + 1]] if there else [first[n : n + 1]]
+        assert_same([together[n]], real(any_kernel, images, PROMPTS[n : n + 1]))
+
+
+def test_absent_pictures_have_no_influence_and_cost_nothing(vlm: PaliGemmaVLM) -> None:
+    seen: list[int] = []
+    handle = vlm.backbone.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0])),
+        with_kwargs=True,
+    )
+    mask = torch.tensor([[True, False], [True, True], [True, False]])
+    outputs = [real(vlm, [pictures(3), pictures(3, seed)], PROMPTS, image_mask=mask) for seed in (1, 1, 2)]
+    handle.remove()
+    assert seen == [4, 4, 4]
+    assert_same(outputs[0], outputs[1], 0)
+    assert_same([outputs[0][0], outputs[0][2]], [outputs[2][0], outputs[2][2]], 0)
+    assert (outputs[0][1] - outputs[2][1]).abs().max() > 1e-4
+
+
+def test_camera_order_matters(vlm: PaliGemmaVLM) -> None:
+    a, b = pictures(1), pictures(1, seed=1)
+    forward, swapped = real(vlm, [a, b], PROMPTS[:1])[0], real(vlm, [b, a], PROMPTS[:1])[0]
+    assert (forward - swapped).abs().max() > 1e-4
+
+
+def test_three_cameras_mixed(vlm: PaliGemmaVLM) -> None:
+    cameras = [pictures(2, seed) for seed in range(3)]
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    together = real(vlm, cameras, PROMPTS[:2], image_mask=mask)
+    assert_same([together[0]], real(vlm, [cameras[0][:1], cameras[2][:1]], PROMPTS[:1]))
+    assert_same([together[1]], real(vlm, [cameras[0][1:], cameras[1][1:]], PROMPTS[1:2]))
+
+
+def test_raw_prompts_equal_input_ids(vlm: PaliGemmaVLM) -> None:
+    present = torch.tensor([[True, True], [True, False], [True, True]])
+    ids, mask = (torch.from_numpy(array) for array in vlm.prompts.encode(PROMPTS, present.numpy()))
+    cameras = [pictures(3), pictures(3, seed=1)]
+    raw = real(vlm, cameras, PROMPTS, image_mask=present)
+    assert_same(raw, real(vlm, cameras, ["not", "looked", "at"], ids, mask, present), 0)
+
+
+def test_uint8_pictures_equal_normalised_float_ones(vlm: PaliGemmaVLM, tiny_model_dir: Path) -> None:
+    _, spec = load_prompt_and_image_spec(str(tiny_model_dir), None, 64, "error", "stretch")
+    images = pictures(3)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    assert_same(real(vlm, [images], PROMPTS), real(vlm, [(images / 255 - mean) / std], PROMPTS))
+
+
+def test_context_follows_picture_and_instruction(vlm: PaliGemmaVLM) -> None:
+    base = real(vlm, [pictures(1)], ["open the drawer"])[0]
+    other_picture = real(vlm, [pictures(1, seed=5)], ["open the drawer"])[0]
+    other_prompt = real(vlm, [pictures(1)], ["shut the drawer"])[0]
+    assert (base - other_picture).abs().max() > 1e-3
+    assert base.shape != other_prompt.shape or (base - other_prompt).abs().max() > 1e-3
+    assert base.shape[1] == vlm.hidden_size == 32
+
+
+def test_weights_are_those_of_the_conditional_generation_checkpoint(vlm: PaliGemmaVLM, tiny_model_dir: Path) -> None:
+    whole = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model_dir).model.state_dict()
+    ours = vlm.backbone.state_dict()
+    assert ours.keys() == whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(ours[name], value), name
+    assert {p.dtype for p in vlm.parameters()} == {torch.float32}
+    assert not any("lm_head" in name for name in ours)
+
+
+def test_half_precision_checkpoints_give_float32_masters(
+    tiny_model_dir: Path, tmp_path: Path, session_config: ConfigFactory
+) -> None:
+    PaliGemmaForConditionalGeneration.from_pretrained(tiny_model_dir).to(torch.bfloat16).save_pretrained(tmp_path)
+    for file in tiny_model_dir.glob("*"):
+        if file.name not in ("config.json", "model.safetensors"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    loaded = build(session_config({"model.vlm_config.model_name_or_path": str(tmp_path)}))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_weights_that_lack_a_tensor_are_refused(tiny_model_dir: Path, tmp_path: Path, session_config: ConfigFactory) -> None:
+    for file in tiny_model_dir.glob("*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in tensors if "self_attn.q_proj" in name and "vision" not in name)
+    del tensors[gone]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights missing.*q_proj"):
+        build(session_config({"model.vlm_config.model_name_or_path": str(tmp_path)}))
+
+
+def test_weights_file_that_is_missing_or_damaged_is_a_model_error(
+    tiny_model_dir: Path, tmp_path: Path, session_config: ConfigFactory
+) -> None:
+    for file in tiny_model_dir.glob("*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = session_config({"model.vlm_config.model_name_or_path": str(tmp_path)})
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load"):
+        build(config)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot load"):
+        build(config)
+
+
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize("language", [False, True])
+def test_freezing_frees_exactly_the_rest(session_config: ConfigFactory, vision: bool, language: bool) -> None:
+    vlm = build(
+        session_config({"model.vlm_config.freeze_vision_tower": vision, "model.vlm_config.freeze_language_model": language})
+    )
+    free = set(vlm.trainable_parameters())
+    for name, parameter in vlm.backbone.named_parameters():
+        in_vision = name.startswith(("vision_tower.", "multi_modal_projector."))
+        assert in_vision or name.startswith("language_model.")
+        assert (parameter in free) is not (vision if in_vision else language), name
+
+
+def test_activation_checkpointing_recomputes_and_changes_no_gradient(session_config: ConfigFactory) -> None:
+    results = []
+    for enabled in (False, True):
+        vlm = build(session_config({"model.vlm_config.activation_checkpointing": enabled})).train()
+        calls: list[int] = []
+        vlm.backbone.language_model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        context, mask = vlm([pictures(2)], PROMPTS[:2])
+        (context * mask[..., None]).square().sum().backward()
+        results.append((len(calls), {name: p.grad for name, p in vlm.named_parameters()}))
+    (plain_calls, plain), (again_calls, again) = results
+    assert (plain_calls, again_calls) == (1, 2)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5, msg=name)

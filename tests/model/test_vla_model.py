@@ -1,0 +1,250 @@
+"""VLAModel: the specification's forward in all its forms, freezing, and gradients where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import Batch, Collator, VLADataset
+from paligemma_vla.errors import ModelError
+from paligemma_vla.model import VLAModel
+from paligemma_vla.model.vla_model import arguments_from_batch
+from support import randomize
+
+ConfigFactory = Callable[..., VLAConfig]
+
+
+def make_model(config: VLAConfig) -> VLAModel:
+    model = VLAModel(config).eval()
+    randomize(model.action_head)
+    return model
+
+
+def make_batch(dataset: VLADataset, numbers: tuple[int, ...] = (0, 7, 9, 20)) -> Batch:
+    batch = Collator(dataset.preprocessor.prompts)([dataset[n] for n in numbers])
+    assert isinstance(batch, dict)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def model(session_config: ConfigFactory) -> VLAModel:
+    return make_model(session_config(cameras=2))
+
+
+@pytest.fixture(scope="module")
+def batch(two_camera_dataset: VLADataset) -> Batch:
+    batch = make_batch(two_camera_dataset)
+    assert 0 < batch["image_mask"][:, 1].sum() < 4  # both cases of the second camera
+    return batch
+
+
+@torch.no_grad()
+def test_forward_of_raw_prompts_equals_the_loaders_ids(model: VLAModel, batch: Batch) -> None:
+    arguments = arguments_from_batch(batch)
+    output = model(**arguments)
+    raw = model(**{**arguments, "input_ids": None, "vlm_attention_mask_batch": None})
+    torch.testing.assert_close(raw.velocity, output.velocity, atol=1e-6, rtol=0)
+    assert output.valid_count == 2 * batch["action_mask"].sum()
+
+
+@torch.no_grad()
+def test_forward_takes_the_specifications_positional_arguments(model: VLAModel, batch: Batch) -> None:
+    """S3.2, word for word: images, prompts, mask, state, second images, actions."""
+    torch.manual_seed(0)
+    output = model(
+        batch["image_1"],
+        batch["raw_prompt_text"],
+        batch["vlm_attention_mask"],
+        batch["state"],
+        batch["image_2"],
+        batch["action"],
+    )
+    assert output.velocity.shape == (4, 2, 4, 2)
+    torch.manual_seed(0)
+    actions = model(batch["image_1"], batch["raw_prompt_text"], None, batch["state"], batch["image_2"])
+    assert actions.shape == (4, 4, 2)
+    assert actions.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_forward_without_actions_is_the_heads_sample_on_the_context(model: VLAModel, batch: Batch) -> None:
+    arguments = arguments_from_batch(batch, sample=True)
+    context = model.get_vl_embeddings(
+        batch["image_1"],
+        batch["raw_prompt_text"],
+        batch["vlm_attention_mask"],
+        batch["image_2"],
+        input_ids=batch["input_ids"],
+        image_mask=batch["image_mask"],
+    )
+    assert context.shape == (*batch["input_ids"].shape, 32)
+    expected = model.action_head.sample(context, batch["vlm_attention_mask"], batch["state"], batch["flow_noise"][:, 0], 4)
+    torch.testing.assert_close(model(**arguments), expected)
+    ten = model.action_head.sample(context, batch["vlm_attention_mask"], batch["state"], batch["flow_noise"][:, 0], 10)
+    torch.testing.assert_close(model(**{**arguments, "num_steps": 10}), ten)
+    assert (ten - expected).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_images_in_windows_use_their_last_frame(model: VLAModel, batch: Batch) -> None:
+    arguments = arguments_from_batch(batch)
+    expected = model(**arguments).velocity
+    windows = {
+        name: torch.stack([torch.zeros_like(images), torch.full_like(images, 200), images], dim=1)  # (B, S, C, H, W)
+        for name, images in (("image_1_batch", batch["image_1"]), ("image_2_batch", batch["image_2"]))
+    }
+    assert torch.equal(model(**{**arguments, **windows}).velocity, expected)
+
+
+@torch.no_grad()
+def test_one_camera_equals_two_with_the_second_absent(session_config: ConfigFactory, model: VLAModel, batch: Batch) -> None:
+    absent = arguments_from_batch({**batch, "image_mask": torch.tensor([[True, False]] * 4)})
+    two = model(**{**absent, "input_ids": None, "vlm_attention_mask_batch": None})
+    one = model(**{**absent, "input_ids": None, "vlm_attention_mask_batch": None, "image_2_batch": None, "image_mask": None})
+    torch.testing.assert_close(two.velocity, one.velocity, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_actions_may_be_flat_or_chunked(model: VLAModel, batch: Batch) -> None:
+    arguments = arguments_from_batch(batch)
+    chunked = model(**{**arguments, "actions_gt_seq": batch["action"].view(4, 4, 2)})
+    assert torch.equal(chunked.velocity, model(**arguments).velocity)
+
+
+@torch.no_grad()
+def test_answer_does_not_depend_on_who_else_is_in_the_batch(
+    model: VLAModel, batch: Batch, two_camera_dataset: VLADataset
+) -> None:
+    together = model(**arguments_from_batch(batch, sample=True))
+    for row, number in enumerate((0, 7, 9, 20)):
+        alone = model(**arguments_from_batch(make_batch(two_camera_dataset, (number,)), sample=True))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=2e-5, rtol=0)
+
+
+def test_every_trainable_parameter_receives_a_gradient(session_config: ConfigFactory, batch: Batch) -> None:
+    """DDP runs without find_unused_parameters (D9): none may be left out, even when no sample has a second camera."""
+    for present in (batch["image_mask"], torch.tensor([[True, False]] * 4)):
+        model = make_model(session_config(cameras=2)).train()
+        arguments = arguments_from_batch({**batch, "image_mask": present})
+        model(**{**arguments, "input_ids": None, "vlm_attention_mask_batch": None}).loss_sum.backward()
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+        silent = [n for n, p in model.named_parameters() if p.grad.abs().max() == 0]
+        assert [name for name in silent if "k_proj.bias" not in name] == []
+
+
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize("language", [False, True])
+def test_frozen_towers_get_no_gradient_and_the_rest_does(
+    session_config: ConfigFactory, batch: Batch, vision: bool, language: bool
+) -> None:
+    flags = {"model.vlm_config.freeze_vision_tower": vision, "model.vlm_config.freeze_language_model": language}
+    model = make_model(session_config(flags, cameras=2)).train()
+    model(**arguments_from_batch(batch)).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        tower = name.startswith(("paligemma_vlm.backbone.vision_tower", "paligemma_vlm.backbone.multi_modal_projector"))
+        frozen = (tower and vision) or ("language_model" in name and language)
+        assert (parameter.grad is None) is frozen, name
+        assert parameter.requires_grad is not frozen, name
+
+
+@pytest.mark.parametrize("stage", ["head", "all"])
+def test_detached_context_gives_the_backbone_no_gradient(session_config: ConfigFactory, batch: Batch, stage: str) -> None:
+    model = make_model(session_config({"model.action_head_config.detach_context": True}, cameras=2)).train()
+    model.set_stage(stage)
+    model(**arguments_from_batch(batch)).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        ours = name.startswith("action_head.")
+        assert parameter.requires_grad is ours
+        assert (parameter.grad is not None) is ours, name
+
+
+def test_stages_free_and_freeze_the_backbone(model: VLAModel) -> None:
+    def learns() -> set[str]:
+        return {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+    assert learns() == {"paligemma_vlm", "action_head"}
+    model.set_stage("head")
+    assert learns() == {"action_head"}
+    model.set_stage("all")
+    assert learns() == {"paligemma_vlm", "action_head"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_frozen_backbone_keeps_no_graph(session_config: ConfigFactory, batch: Batch) -> None:
+    model = make_model(session_config(cameras=2)).train()
+    model.set_stage("head")
+    contexts: list[torch.Tensor] = []
+    model.paligemma_vlm.register_forward_hook(lambda module, args, output: contexts.append(output[0]))
+    model(**arguments_from_batch(batch))
+    assert not contexts[0].requires_grad
+
+
+@torch.no_grad()
+def test_bfloat16_computes_in_bfloat16_on_float32_masters(session_config: ConfigFactory, model: VLAModel, batch: Batch) -> None:
+    half = VLAModel(session_config({"model.vlm_config.dtype": "bfloat16"}, cameras=2)).eval()
+    half.load_state_dict(model.state_dict())
+    kinds: list[torch.dtype] = []
+    half.paligemma_vlm.backbone.language_model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: kinds.append(output.dtype)
+    )
+    got, expected = half(**arguments_from_batch(batch)), model(**arguments_from_batch(batch))
+    assert kinds == [torch.bfloat16]
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert got.loss_sum.dtype == torch.float32
+    assert (got.velocity - expected.velocity).norm() / expected.velocity.norm() < 0.05
+    actions = half(**arguments_from_batch(batch, sample=True))
+    assert actions.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "message"),
+    [
+        ("model.vlm_config.backbone", "no.such.module:Class", "model.vlm_config.backbone: cannot find"),
+        ("model.action_head_config.head", "paligemma_vla.flow:NoSuchHead", "model.action_head_config.head: cannot find"),
+    ],
+)
+def test_class_that_cannot_be_found_names_the_key(session_config: ConfigFactory, key: str, path: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        VLAModel(session_config({key: path}))
+
+
+def test_another_backbone_and_head_can_be_named_in_the_configuration(session_config: ConfigFactory, batch: Batch) -> None:
+    overrides: dict[str, Any] = {
+        "model.vlm_config.backbone": f"{__name__}:EveryTokenTheSame",
+        "model.action_head_config.head": f"{__name__}:StateEcho",
+    }
+    model = VLAModel(session_config(overrides, cameras=2))
+    actions = model(**arguments_from_batch(batch, sample=True))
+    torch.testing.assert_close(actions, batch["state"][:, :1, None].expand(-1, 4, 2) + 1)
+
+
+class EveryTokenTheSame(torch.nn.Module):
+    """The smallest backbone that keeps the promise: `hidden_size` and (images, prompts) -> context, mask."""
+
+    hidden_size = 6
+
+    def __init__(self, config: Any, prompts: Any, image: Any, backbone_config: Any = None) -> None:
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.ones(6))
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [self.token]
+
+    def forward(self, images: Any, prompts: Any, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = len(prompts)
+        return self.token.expand(batch, 3, 6), torch.ones(batch, 3, dtype=torch.bool)
+
+
+class StateEcho(torch.nn.Module):
+    """A head that answers the first number of the state, plus the mean of the context."""
+
+    def __init__(self, config: Any, context_dim: int, state_dim: int) -> None:
+        super().__init__()
+        self.shape = (config.horizon, config.per_action_dim)
+
+    def get_action(self, context: Any, state: Any, mask: Any, noise: Any, num_steps: Any) -> torch.Tensor:
+        return state[:, :1, None].expand(-1, *self.shape) + context.mean((1, 2), keepdim=True)

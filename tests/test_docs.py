@@ -1,0 +1,245 @@
+"""The documents name files, symbols, tests, configuration keys and flags: all of them exist, and the examples run."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from paligemma_vla.cli.main import COMMANDS, main, script
+from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.data.episodes import EpisodeIndex
+from support import encode_image
+
+ROOT = Path(__file__).parent.parent
+READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
+DOCUMENTS = (*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+SCRIPTS = {
+    "main_train.py": "train",
+    "main_train_ddp.py": "train",
+    "main_eval.py": "evaluate",
+    "utils/calculate_normalization_stats.py": "stats",
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+NAMED = re.compile(r"`((?:src|tests|configs|docs|utils|benchmarks)/[\w./-]+?)(?:(::?)([\w.]+))?`")
+
+document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced code of one language, in order."""
+    return [code for kind, code in FENCE.findall(path.read_text("utf-8")) if kind == language]
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text("utf-8"))
+
+
+def without_comments(code: str) -> str:
+    return re.sub(r"\s*#.*$", "", code, flags=re.MULTILINE)
+
+
+def definitions(path: Path) -> set[str]:
+    """Names a Python file defines: functions, classes, `Class.method`, constants."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found.update(f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef))
+        if isinstance(node, ast.Assign):
+            found.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return found
+
+
+@document
+def test_paths_symbols_and_tests_that_a_document_names_exist(path: Path) -> None:
+    faults = []
+    for file, separator, name in NAMED.findall(prose(path)):
+        target = ROOT / file
+        if not target.exists():
+            faults.append(file)
+        elif name and name not in definitions(target):
+            faults.append(f"{file}{separator}{name}")
+    assert not faults
+
+
+@document
+def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
+    faults = []
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", prose(path)):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            faults.append(target)
+    assert not faults
+
+
+def anchors(path: Path) -> set[str]:
+    """What headings are called in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@document
+def test_configuration_keys_that_a_document_names_exist(path: Path) -> None:
+    text = prose(path) + "".join(blocks(path, "bash"))
+    keys = re.findall(r"(?:`|--set )((?:data|model|training|optimizer|lr_scheduler|wandb)\.[\w.]+)", text)
+    assert not [key for key in keys if not key.endswith((".py", ".json", ".md")) and not is_key(key)]
+
+
+@document
+def test_configuration_in_a_document_is_accepted(path: Path) -> None:
+    needed = {"data.train_parquet_files": "x", "model.vlm_config.model_name_or_path": "x"}
+    for text in blocks(path, "yaml"):
+        config_from_dict(yaml.safe_load(text), needed)
+
+
+def is_key(dotted: str) -> bool:
+    section: object = VLAConfig
+    for name in dotted.split("."):
+        if not (isinstance(section, type) and issubclass(section, BaseModel) and name in section.model_fields):
+            return False
+        section = section.model_fields[name].annotation
+    return True
+
+
+def command_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(command of `paligemma-vla`, its arguments) of each of the project's commands in a document's shell blocks."""
+    for line in without_comments("".join(blocks(path, "bash"))).splitlines():
+        words = shlex.split(line)
+        if words[:1] == ["python"] and words[1] in SCRIPTS:
+            yield SCRIPTS[words[1]], words[2:]
+        elif words[:1] == ["paligemma-vla"]:
+            yield words[1], words[2:]
+
+
+@document
+def test_commands_in_shell_blocks_parse(path: Path) -> None:
+    for command, arguments in command_lines(path):
+        assert command in COMMANDS
+        parser = argparse.ArgumentParser(prog=command, exit_on_error=False)
+        import_module(f"paligemma_vla.cli.{command}").add_arguments(parser)
+        parser.parse_args(arguments)  # exits, which fails the test, when a flag is unknown
+
+
+@document
+def test_flags_that_a_document_names_in_its_prose_exist(path: Path) -> None:
+    known = {"--debug", "--help"}
+    for command in COMMANDS:
+        parser = argparse.ArgumentParser()
+        import_module(f"paligemma_vla.cli.{command}").add_arguments(parser)
+        known.update(option for action in parser._actions for option in action.option_strings)
+    named = re.findall(r"`[^`\n]*?(--\w+)", prose(path))
+    assert not set(named) - known
+
+
+def test_both_readmes_have_the_same_parts() -> None:
+    """Headings of the same levels, the same tables, the same links, and the same code but for its comments."""
+    english, chinese = READMES
+
+    def shape(path: Path) -> list[str]:
+        return re.findall(r"^#+|^\|[-|]+\|$|^\d+\.|^- ", prose(path), flags=re.MULTILINE)
+
+    def links(path: Path) -> list[str]:
+        return sorted(target for target in re.findall(r"\]\(([^)]+)\)", prose(path)) if not target.startswith("README"))
+
+    def code(path: Path) -> list[tuple[str, str]]:
+        return [(kind, without_comments(text)) for kind, text in FENCE.findall(path.read_text("utf-8"))]
+
+    def numbers(path: Path) -> list[str]:
+        return re.findall(r"^\| `([^|]+)` \| (\d+) \|", prose(path), flags=re.MULTILINE)
+
+    assert shape(english) == shape(chinese)
+    assert links(english) == links(chinese)
+    assert code(english) == code(chinese)
+    assert numbers(english) == numbers(chinese)
+    placeholders = [sorted(re.findall(r"\{\{\w+\}\}", path.read_text("utf-8"))) for path in READMES]
+    assert placeholders[0] == placeholders[1]
+
+
+def test_map_in_the_readme_has_every_module_with_its_size() -> None:
+    package = ROOT / "src" / "paligemma_vla"
+    listed: set[str] = set()
+    faults = []
+    for names, lines in re.findall(r"^\| (`[^|]+`) \| (\d+) \|", READMES[0].read_text("utf-8"), flags=re.MULTILINE):
+        paths = re.findall(r"`([^`]+)`", names)
+        paths = [paths[0], *(str(Path(paths[0]).parent / other) for other in paths[1:])]
+        listed.update(paths)
+        total = sum(len((package / name).read_text("utf-8").splitlines()) for name in paths)
+        if abs(total - int(lines)) > max(20, 0.2 * total):
+            faults.append(f"{names}: {lines} lines in the README, {total} now")
+    there = {file.relative_to(package).as_posix() for file in package.rglob("*.py") if file.name != "__init__.py"}
+    assert not there - listed
+    assert not faults
+
+
+def test_data_format_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for code in blocks(ROOT / "docs" / "data_format.md", "python"):
+        exec(compile(code, "data_format.md", "exec"), scope)
+    assert scope["index"].steps == 20 + 21 + 22 + 23  # type: ignore[attr-defined]
+    by_hand = EpisodeIndex.build("data/by_hand.parquet")
+    assert (len(by_hand), by_hand.steps, by_hand.layout.metadata.robot) == (1, 25, "my arm")
+
+
+@pytest.fixture
+def small_configs(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A folder with configs/vla_config.yaml, the shipped one but for sizes."""
+    raw = yaml.safe_load((ROOT / "configs" / "vla_config.yaml").read_text("utf-8"))
+    raw["model"]["vlm_config"] |= {"model_name_or_path": str(tiny_model_dir), "dtype": "float32"}
+    raw["model"]["action_head_config"] |= {"embed_dim": 32, "num_layers": 1, "num_heads": 2, "num_inference_timesteps": 2}
+    raw["training"] |= {"epochs": 1, "stages": [], "val_action_samples": 4}
+    raw["data"] |= {"batch_size": 8, "num_workers": 0, "val_fraction": 0.3}
+    raw["optimizer"] = {"lr": 1e-3}
+    raw["lr_scheduler"] = {}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "vla_config.yaml").write_text(yaml.safe_dump(raw))
+    return tmp_path
+
+
+def test_readme_own_data_runs_as_written(small_configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write, look, statistics, train, evaluate, infer: the blocks of the README, with a tiny model."""
+    monkeypatch.chdir(small_configs)
+    text = READMES[0].read_text("utf-8")
+    part = text[text.index("## Your own data") : text.index("## The real PaliGemma")]
+    rng = np.random.default_rng(0)
+    episodes = []
+    for length in (7, 9, 5, 8):
+        state, action = rng.normal(size=(2, length, 7)).astype(np.float32)
+        episodes.append(([encode_image(rng) for _ in range(length)], state, action, "open the drawer"))
+    given = {"my_episodes": episodes, "image": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8), "state": np.zeros(7)}
+    scope: dict[str, object] = {}
+    runners: dict[str, Callable[[list[str]], int]] = {
+        name: lambda words, command=command: script(command, words) for name, command in SCRIPTS.items()
+    }
+    for kind, code in FENCE.findall(part):
+        if kind == "python":
+            scope.update(given)
+            exec(compile(code, "README.md", "exec"), scope)
+            continue
+        for line in code.splitlines():
+            words = shlex.split(line)
+            status = main(words[1:]) if words[0] == "paligemma-vla" else runners[words[1]](words[2:])
+            assert status == 0, line
+    assert scope["out"]["actions"].shape == (8, 7)  # type: ignore[index]
+    deploying = text[text.index("## Deploying") : text.index("## How it works")]
+    for _, code in FENCE.findall(deploying):
+        scope.update(given)
+        exec(compile(code, "README.md", "exec"), scope)
+    assert (small_configs / "experiments" / "my_arm" / "eval" / "report.html").is_file()

@@ -1,0 +1,274 @@
+"""Policy: the same numbers as the model called by hand, from a checkpoint that stands alone."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import paligemma_vla
+from paligemma_vla import Policy, flow
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import Collator, VLADataset
+from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.errors import CheckpointError, DataError
+from paligemma_vla.model import VLAModel
+from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.training.checkpoint import load_checkpoint
+from support import ACTION_DIM, HORIZON, METADATA, STATE_DIM, read_rows, train_here, write_episodes
+
+ConfigFactory = Callable[..., VLAConfig]
+Observation = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained_run: Path) -> Path:
+    return trained_run / "checkpoints" / "last.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path) -> Policy:
+    return Policy.from_checkpoint(checkpoint)
+
+
+def observation_of(row: dict[str, Any]) -> Observation:
+    """What a robot would send at this row: decoded pictures of their own size, real units."""
+    observation: Observation = {"state": np.array(row["state"]), "prompt": row["prompt"]}
+    for camera in (1, 2):
+        if row[f"image_{camera}_bytes"] is not None:
+            observation[f"image_{camera}"] = np.asarray(Image.open(io.BytesIO(row[f"image_{camera}_bytes"])))
+    return observation
+
+
+@pytest.fixture(scope="module")
+def rows(two_camera_dir: Path) -> list[dict[str, Any]]:
+    return read_rows(two_camera_dir)
+
+
+@pytest.fixture
+def observation(rows: list[dict[str, Any]]) -> Observation:
+    return observation_of(rows[0])
+
+
+def noise_of(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "policy noise", 0))
+    return flow.draw_noise((1, 1, HORIZON, ACTION_DIM), generator)
+
+
+def test_policy_equals_the_model_called_by_hand_on_the_loaders_batch(
+    policy: Policy,
+    checkpoint: Path,
+    rows: list[dict[str, Any]],
+    two_camera_dataset: VLADataset,
+    session_config: ConfigFactory,
+) -> None:
+    saved = load_checkpoint(checkpoint)
+    model = VLAModel(session_config(cameras=2)).eval()
+    model.load_state_dict({**saved["state_dict"], **saved["ema"]["average"]})
+    statistics = two_camera_dataset.preprocessor.statistics.action
+    low, high = np.array(statistics.min), np.array(statistics.max)
+    several = [n for n, row in enumerate(rows) if n % 9 == 0 or row["image_2_bytes"] is None][:12]
+    assert len({rows[n]["image_2_bytes"] is None for n in several}) == 2
+    for number in several:
+        batch = Collator(two_camera_dataset.preprocessor.prompts)([two_camera_dataset[number]])
+        assert isinstance(batch, dict)
+        with torch.no_grad():
+            normalised = (
+                model(**arguments_from_batch({**batch, "flow_noise": noise_of(number)}, sample=True))[0].double().numpy()
+            )
+        expected = (normalised + 1) / 2 * (high - low) + low
+        got = policy.infer(observation_of(rows[number]), seed=number)["actions"]
+        assert got.shape == (HORIZON, ACTION_DIM)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, atol=1e-6 * max(1.0, np.abs(expected).max()))
+
+
+def test_policy_uses_the_averaged_weights(policy: Policy, checkpoint: Path) -> None:
+    saved = load_checkpoint(checkpoint)
+    weights = dict(policy.model.named_parameters())
+    differ = 0
+    for name, value in saved["ema"]["average"].items():
+        assert torch.equal(weights[name], value)
+        differ += not torch.equal(value, saved["state_dict"][name])
+    assert differ > 10
+
+
+def test_policy_needs_nothing_but_its_checkpoint(
+    session_config: ConfigFactory, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backbone folder, episodes, statistics and config are deleted; the file is moved and stands alone."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "work" / "model")
+    write_episodes(tmp_path / "work" / "data", lengths=(5, 4), cameras=2)
+    compute_statistics(str(tmp_path / "work" / "data"), "x").save(tmp_path / "work" / "stats.json")
+    config = session_config(
+        {
+            "data.train_parquet_files": str(tmp_path / "work" / "data"),
+            "data.normalization_stats_path": str(tmp_path / "work" / "stats.json"),
+            "model.vlm_config.model_name_or_path": str(model),
+            "data.val_fraction": 0.0,
+            "training.max_steps": 2,
+            "training.checkpoint_dir": str(tmp_path / "work" / "runs"),
+        },
+        cameras=2,
+    )
+    train_here(config)
+    row = read_rows(tmp_path / "work" / "data")[0]
+    path = config.run_dir / "checkpoints" / "last.pth.tar"
+    before = Policy.from_checkpoint(path).infer(observation_of(row), seed=1)["actions"]
+    shutil.copy(path, tmp_path / "alone.pth.tar")
+    shutil.rmtree(tmp_path / "work")
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(Policy.from_checkpoint("alone.pth.tar").infer(observation_of(row), seed=1)["actions"], before)
+
+
+def test_policy_answers_the_same_for_the_same_seed(policy: Policy, observation: Observation) -> None:
+    first = policy.infer(observation, seed=3)["actions"]
+    torch.manual_seed(5)
+    np.testing.assert_array_equal(policy.infer(observation, seed=3)["actions"], first)
+    assert np.abs(policy.infer(observation, seed=4)["actions"] - first).max() > 1e-3
+    state = torch.get_rng_state()
+    fresh = [policy.infer(observation)["actions"] for _ in range(2)]
+    assert np.abs(fresh[0] - fresh[1]).max() > 1e-3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_policy_batch_equals_singles(policy: Policy, rows: list[dict[str, Any]]) -> None:
+    several = [observation_of(rows[n]) for n in (0, 7, 9, 20, 60)]
+    together = policy.infer_batch(several, [10, 11, 12, 13, 14])
+    assert together.shape == (5, HORIZON, ACTION_DIM)
+    for n, observation in enumerate(several):
+        np.testing.assert_allclose(together[n], policy.infer(observation, seed=10 + n)["actions"], atol=2e-5)
+
+
+def test_policy_takes_another_number_of_steps(policy: Policy, observation: Observation) -> None:
+    default = policy.infer(observation, seed=0)["actions"]
+    np.testing.assert_array_equal(policy.infer(observation, seed=0, num_steps=4)["actions"], default)
+    assert np.abs(policy.infer(observation, seed=0, num_steps=1)["actions"] - default).max() > 1e-4
+
+
+def test_policy_accepts_pictures_of_any_size_and_memory_layout(policy: Policy, observation: Observation) -> None:
+    picture = Image.fromarray(observation["image_1"])
+    base = policy.infer(observation, seed=0)["actions"]
+    for size in ((32, 32), (64, 48), (200, 10)):
+        pixels = np.asarray(picture.resize(size))
+        resized = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(
+            policy.infer({**observation, "image_1": pixels}, seed=0)["actions"],
+            policy.infer({**observation, "image_1": resized}, seed=0)["actions"],
+        )
+    upside_down = observation["image_1"][::-1]
+    turned = policy.infer({**observation, "image_1": upside_down}, seed=0)["actions"]
+    np.testing.assert_array_equal(turned, policy.infer({**observation, "image_1": upside_down.copy()}, seed=0)["actions"])
+    assert np.abs(turned - base).max() > 0
+    read_only = observation["image_1"].copy()
+    read_only.flags.writeable = False
+    np.testing.assert_array_equal(policy.infer({**observation, "image_1": read_only}, seed=0)["actions"], base)
+
+
+def test_policy_state_may_be_any_numbers(policy: Policy, observation: Observation) -> None:
+    base = policy.infer({**observation, "state": np.array([1, 2, 3], np.float32)}, seed=0)["actions"]
+    for state in ([1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3], np.int16), np.array([1.0, 2.0, 3.0])):
+        np.testing.assert_array_equal(policy.infer({**observation, "state": state}, seed=0)["actions"], base)
+    assert np.abs(policy.infer({**observation, "state": [9, 2, 3]}, seed=0)["actions"] - base).max() > 1e-6
+
+
+def test_policy_camera_given_as_none_is_absent(policy: Policy, observation: Observation) -> None:
+    assert "image_2" in observation
+    without = {name: value for name, value in observation.items() if name != "image_2"}
+    absent = policy.infer(without, seed=0)["actions"]
+    np.testing.assert_array_equal(policy.infer({**observation, "image_2": None}, seed=0)["actions"], absent)
+    black = policy.infer({**observation, "image_2": np.zeros((32, 32, 3), np.uint8)}, seed=0)["actions"]
+    assert np.abs(black - absent).max() > 1e-6
+
+
+def test_policy_wrong_observation_names_every_fault(policy: Policy) -> None:
+    wrong = {"image_2": np.zeros((8, 8, 4), np.uint8), "image_3": np.zeros((8, 8, 3), np.uint8), "state": [1.0], "prompt": 3}
+    with pytest.raises(DataError) as caught:
+        policy.infer(wrong)
+    faults = {line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]}
+    assert faults == {"image_1", "image_2", "image_3", "state", "prompt"}
+    assert "got uint8 (8, 8, 4), expected a uint8 array (H, W, 3)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_1", None),
+        ("image_1", np.zeros((8, 8, 3), np.float32)),
+        ("image_1", np.zeros((3, 8, 8), np.uint8)),
+        ("image_1", np.zeros((8, 8), np.uint8)),
+        ("image_1", np.zeros((0, 8, 3), np.uint8)),
+        ("image_1", [[1, 2], [3, 4]]),
+        ("image_2", "wrist.png"),
+        ("state", [1.0, 2.0]),
+        ("state", [1.0, float("nan"), 2.0]),
+        ("state", [[1.0], [2.0, 3.0], 4.0]),
+        ("state", ["a", "b", "c"]),
+        ("state", None),
+        ("prompt", None),
+        ("prompt", ""),
+        ("prompt", "word " * 500),
+    ],
+)
+def test_policy_wrong_value_is_a_data_error(policy: Policy, observation: Observation, name: str, value: object) -> None:
+    with pytest.raises(DataError, match=name):
+        policy.infer({**observation, name: value}, seed=0)
+
+
+@pytest.mark.parametrize("name", ["image_1", "state", "prompt"])
+def test_policy_missing_value_is_a_data_error(policy: Policy, observation: Observation, name: str) -> None:
+    del observation[name]
+    with pytest.raises(DataError, match=name):
+        policy.infer(observation)
+
+
+def test_policy_metadata_says_what_it_expects_and_returns(policy: Policy) -> None:
+    metadata = policy.metadata
+    assert metadata["cameras"] == ["image_1", "image_2"]
+    assert metadata["camera_names"] == list(METADATA.cameras)
+    assert (metadata["state_dim"], metadata["action_dim"], metadata["horizon"]) == (STATE_DIM, ACTION_DIM, HORIZON)
+    assert metadata["state_names"] == ["x", "y", "z"]
+    assert metadata["action_names"] == ["dx", "dy"]
+    assert metadata["control_hz"] == 12.5
+    assert metadata["image_orientation"] == "upright"
+    assert metadata["action_convention"] == METADATA.action_convention
+    assert metadata["versions"] == paligemma_vla.versions()
+    pickle.dumps(metadata)
+
+
+def test_policy_from_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        Policy.from_checkpoint(tmp_path / "x.pth.tar")
+
+
+def test_policy_keeps_no_graph_and_learns_nothing(policy: Policy, observation: Observation) -> None:
+    assert not policy.model.training
+    assert not any(p.requires_grad for p in policy.model.parameters())
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    policy.infer(observation, seed=0)
+    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+
+
+def test_policy_of_padded_actions_returns_the_real_ones(session_config: ConfigFactory, rows: list[dict[str, Any]]) -> None:
+    config = session_config(
+        {
+            "model.action_head_config.per_action_dim": ACTION_DIM + 3,
+            "data.pad_action_dim": True,
+            "training.max_steps": 2,
+            "training.experiment_name": "padded",
+        }
+    )
+    train_here(config)
+    policy = Policy.from_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")
+    observation = {name: value for name, value in observation_of(rows[0]).items() if name != "image_2"}
+    assert policy.infer(observation, seed=0)["actions"].shape == (HORIZON, ACTION_DIM)
+    assert policy.metadata["action_dim"] == ACTION_DIM

@@ -1,0 +1,86 @@
+"""Two gloo processes equal one, started as a user starts them; an error in a rank is one message."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.errors import ConfigError
+from paligemma_vla.training import distributed
+from paligemma_vla.training.checkpoint import load_checkpoint
+from support import distance, read_metrics, train_here, write_episodes
+
+ConfigFactory = Callable[..., VLAConfig]
+ROOT = Path(__file__).parent.parent.parent
+
+
+def start(config: VLAConfig, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "config.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "main_train_ddp.py"), "--config_path", str(path), "--device", "cpu", "--nproc", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    """Two stages (DDP is wrapped anew), accumulation, and a last batch of one sample, which leaves a rank without any."""
+    write_episodes(tmp_path / "train", lengths=(9, 2, 14, 8), cameras=2)  # 33 samples: batches of 16, 16 and 1
+    write_episodes(tmp_path / "val", lengths=(3, 18), cameras=2, seed=1)
+    overrides = {
+        "data.train_parquet_files": str(tmp_path / "train"),
+        "data.val_parquet_files": str(tmp_path / "val"),
+        "training.stages": [{"train": "head", "steps": 2}, {"train": "all"}],
+        "training.gradient_accumulation_steps": 2,
+    }
+    one = tiny_config({**overrides, "training.experiment_name": "one"}, cameras=2)
+    two = tiny_config({**overrides, "training.experiment_name": "two"}, cameras=2)
+    finished = start(two, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    train_here(one)
+
+    lines = [read_metrics(config.run_dir) for config in (one, two)]
+    assert len(lines[0]) == len(lines[1]) == 6 + 2
+    for a, b in zip(*lines, strict=True):
+        assert a["step"] == b["step"]
+        for key in ("train/batch_loss", "train/lr", "val/epoch_loss", "val/action_mae"):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-5), key
+        if "train/grad_norm" in a:
+            assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=1e-4)
+    saved = [load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar") for config in (one, two)]
+    assert saved[0]["state_dict"].keys() == saved[1]["state_dict"].keys()
+    assert distance(saved[1]["state_dict"].values(), saved[0]["state_dict"].values()) < 1e-4
+    assert distance(saved[1]["ema"]["average"].values(), saved[0]["ema"]["average"].values()) < 1e-4
+    log = (two.run_dir / "logs" / "train.log").read_text()
+    assert log.count("finished;") == 1  # rank 0 alone speaks
+
+
+def test_error_in_the_ranks_is_one_message(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    config = tiny_config({"data.normalization_stats_path": str(tmp_path / "missing.json")})
+    failed = start(config, tmp_path)
+    assert failed.returncode == 2, failed.stderr
+    assert "missing.json: no such statistics file" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_join_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = distributed.join("cpu")
+    assert (alone.rank, alone.world_size, alone.main, str(alone.device)) == (0, 1, True, "cpu")
+    assert alone.sum(torch.tensor(3.0)) == 3
+    alone.barrier()
+    alone.close()
+
+
+def test_device_that_is_not_there_is_refused() -> None:
+    missing = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(ConfigError, match=f"--device {missing}: not available here; available: .*cpu"):
+        distributed.choose_device(missing)

@@ -1,0 +1,460 @@
+"""The trainer against naive loops; N steps = k steps + resume + the rest, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.sampling import SampleRef, ValidationSampler
+from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError
+from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.trainer import Trainer
+from support import ACTION_DIM, HORIZON, distance, read_metrics, train_here, write_episodes
+
+ConfigFactory = Callable[..., VLAConfig]
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
+def collate(trainer: Trainer, refs: list[SampleRef], validation: bool = False) -> dict[str, Any]:
+    from paligemma_vla.data.loader import Collator
+
+    data = trainer.data.validation if validation else trainer.data.train
+    batch = Collator(trainer.preprocessor.prompts)([data[ref] for ref in refs])
+    assert isinstance(batch, dict)
+    return batch
+
+
+def naive_sums(trainer: Trainer, refs: list[SampleRef], validation: bool = False) -> tuple[Any, float]:
+    """Sum of squared errors over valid elements and their number, one sample at a time."""
+    total, count = torch.zeros(()), 0.0
+    for ref in refs:
+        batch = collate(trainer, [ref], validation)
+        output = trainer.model(**arguments_from_batch(batch))
+        mask = batch["action_mask"][:, None].expand_as(output.target)
+        total = (
+            total
+            + ((output.velocity - (batch["action"].view(1, 1, HORIZON, ACTION_DIM) - batch["flow_noise"])) ** 2)[mask].sum()
+        )
+        count += mask.sum().item()
+    return total, count
+
+
+def weights(path: Path) -> list[torch.Tensor]:
+    return list(load_checkpoint(path)["state_dict"].values())
+
+
+def identical(first: Any, second: Any) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(identical(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(identical, first, second))
+    return bool(first == second)
+
+
+def test_step_is_the_gradient_of_the_mean_over_valid_elements_of_the_whole_batch(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"training.stop_after_step": 1, "training.gradient_accumulation_steps": 4})
+    twin = Trainer(tiny_config({"training.experiment_name": "twin"}), ALONE)
+    twin.model.train()
+    positions, samples = twin.data.order.batch(0)
+    refs = [SampleRef(int(p), int(s)) for p, s in zip(positions, samples, strict=True)]
+    total, count = naive_sums(twin, refs)
+    assert count < len(refs) * 2 * HORIZON * ACTION_DIM  # some labels are past an episode's end
+    (total / count).backward()
+    norm = torch.stack([p.grad.norm() for p in twin.model.parameters()]).norm()
+
+    train_here(config)
+    line = read_metrics(config.run_dir)[0]
+    assert line["step"] == 1
+    assert line["train/batch_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert line["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_gradients_are_clipped_over_all_weights_together(tiny_config: ConfigFactory) -> None:
+    norms = []
+    for limit in (1e9, 0.05):
+        config = tiny_config({"training.grad_clip_norm": limit, "training.experiment_name": f"clip_{limit}"})
+        trainer = Trainer(config, ALONE)
+        trainer._enter_stage()
+        trainer._train_step(trainer._stream(1))
+        norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item())
+    assert norms[0] > 0.05
+    assert norms[1] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_accumulation_does_not_change_the_run(tiny_config: ConfigFactory) -> None:
+    results = []
+    for parts in (1, 4):
+        config = tiny_config(
+            {
+                "training.gradient_accumulation_steps": parts,
+                "training.experiment_name": f"parts{parts}",
+                "training.seed": 1,
+                "data.batch_size": 20,
+            }
+        )
+        trainer = train_here(config)
+        results.append((read_metrics(config.run_dir), weights(config.run_dir / "checkpoints" / "last.pth.tar")))
+    assert len(trainer.data.train) % 20 % 4 != 0  # an uneven last batch is among them
+    (one, one_weights), (four, four_weights) = results
+    assert len(one) == len(four)
+    for a, b in zip(one, four, strict=True):
+        for key in ("train/batch_loss", "val/epoch_loss"):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-5)
+    assert distance(four_weights, one_weights) < 1e-5
+
+
+STAGES = [{"train": "head", "steps": 4}, {"train": "all"}]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(session_config: ConfigFactory) -> Path:
+    """Two epochs of five steps in two stages, four workers' worth of randomness: augmentation, flow, EMA."""
+    config = session_config({"training.experiment_name": "uninterrupted", "training.stages": STAGES}, cameras=2)
+    trainer = train_here(config)
+    assert (trainer.data.order.steps_per_epoch, trainer.total_steps) == (5, 10)
+    return config.run_dir
+
+
+@pytest.mark.parametrize(
+    "stop", [{"training.stop_after_epoch": 1}, {"training.stop_after_step": 4}, {"training.stop_after_step": 7}]
+)
+def test_resume_goes_on_bit_for_bit(session_config: ConfigFactory, uninterrupted: Path, stop: dict[str, int]) -> None:
+    """D3, at an epoch's end, at a stage's end and in mid-epoch."""
+    name = f"resumed_{next(iter(stop.values()))}"
+    common = {"training.experiment_name": name, "training.stages": STAGES}
+    first = session_config({**common, **stop}, cameras=2)
+    part = train_here(first)
+    assert part.step == stop.get("training.stop_after_step", 5)
+    train_here(session_config(common, cameras=2), resume=first.run_dir / "checkpoints" / "last.pth.tar")
+
+    expected, got = (load_checkpoint(d / "checkpoints" / "checkpoint_epoch_2.pth.tar") for d in (uninterrupted, first.run_dir))
+    for key in ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "epoch", "step"):
+        assert identical(got[key], expected[key]), key
+    steps = [[line for line in read_metrics(d) if "train/batch_loss" in line] for d in (uninterrupted, first.run_dir)]
+    assert steps[0] == steps[1]
+
+
+def test_resume_leaves_no_trace_in_metrics_and_best(session_config: ConfigFactory, uninterrupted: Path) -> None:
+    """An interruption in mid-epoch must not add a validation that the whole run did not have, nor move `best`."""
+    common = {"training.experiment_name": "trace", "training.stages": STAGES}
+    first = session_config({**common, "training.stop_after_step": 7}, cameras=2)
+    train_here(first)
+    train_here(session_config(common, cameras=2), resume=first.run_dir / "checkpoints" / "last.pth.tar")
+    assert read_metrics(first.run_dir) == read_metrics(uninterrupted)
+    expected, got = (load_checkpoint(d / "checkpoints" / "last.pth.tar") for d in (uninterrupted, first.run_dir))
+    assert (got["best_metric"], got["stale"]) == (expected["best_metric"], expected["stale"])
+    names = [
+        {(p.name, p.resolve().name) for p in (d / "checkpoints").glob("*.pth.tar")} for d in (uninterrupted, first.run_dir)
+    ]
+    assert names[0] == names[1]
+
+
+def test_run_is_reproducible_and_follows_its_seed(tiny_config: ConfigFactory) -> None:
+    runs = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = tiny_config({"training.experiment_name": name, "training.seed": seed, "training.max_steps": 3})
+        torch.manual_seed(hash(name) % 1000)  # what ran before in the process must not matter
+        train_here(config)
+        runs.append(weights(config.run_dir / "checkpoints" / "last.pth.tar"))
+    assert identical(runs[0], runs[1])
+    assert distance(runs[2], runs[0]) > 1e-3
+
+
+def test_stages_train_what_they_say(session_config: ConfigFactory, uninterrupted: Path) -> None:
+    """Head alone for four steps: the backbone stands still to the last bit; then everything moves."""
+    config = session_config(
+        {"training.experiment_name": "stage", "training.stages": STAGES, "training.stop_after_step": 4}, cameras=2
+    )
+    start = Trainer(config, ALONE).model.state_dict()
+    train_here(config)
+    middle = load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["state_dict"]
+    end = load_checkpoint(uninterrupted / "checkpoints" / "last.pth.tar")["state_dict"]
+    for name in start:
+        if name.startswith("paligemma_vlm."):
+            assert torch.equal(start[name], middle[name]), name
+    moved = [name for name in start if not torch.equal(start[name], middle[name])]
+    assert len(moved) > 10
+    # Rows of the embedding table that no prompt uses do not move; tensors as a whole do.
+    assert [name for name in start if torch.equal(middle[name], end[name]) and "k_proj.bias" not in name] == []
+
+
+def test_learning_rate_logged_is_the_rate_that_was_used(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"lr_scheduler.warmup_steps": 4})
+    trainer = Trainer(config, ALONE)
+    used: list[float] = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    trainer.run()
+    logged = [line["train/lr"] for line in read_metrics(config.run_dir) if "train/lr" in line]
+    assert used[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert logged == pytest.approx(used)
+
+
+def validation_refs(trainer: Trainer) -> list[SampleRef]:
+    return [SampleRef(n, n) for n in range(len(trainer.data.validation))]
+
+
+def test_validation_equals_a_naive_pass(tiny_config: ConfigFactory, two_camera_dir: Path) -> None:
+    """The objective on fixed noise, and the mean absolute error of sampled actions in real units."""
+    config = tiny_config(
+        {
+            "data.val_parquet_files": str(two_camera_dir),
+            "training.ema_decay": 0.0,
+            "training.max_steps": 4,
+            "training.val_action_samples": 1000,
+        }
+    )
+    trainer = train_here(config)
+    refs = validation_refs(trainer)
+    trainer.model.eval().requires_grad_(False)
+    total, count = naive_sums(trainer, refs, validation=True)
+    scale = (np.array(trainer.preprocessor.statistics.action.max) - trainer.preprocessor.statistics.action.min) / 2
+    errors, valid = np.zeros((HORIZON, ACTION_DIM)), np.zeros((HORIZON, ACTION_DIM))
+    for ref in refs:
+        batch = collate(trainer, [ref], validation=True)
+        sampled = trainer.model(**arguments_from_batch(batch, sample=True))[0].numpy()
+        mask = batch["action_mask"][0].numpy()
+        errors += np.abs(sampled - batch["action"].view(HORIZON, ACTION_DIM).numpy()) * scale * mask
+        valid += mask
+    metrics = trainer.validate()
+    assert metrics["val/epoch_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert metrics["val/action_mae"] == pytest.approx(errors.sum() / valid.sum(), rel=1e-4)
+    assert metrics["val/action_mae_per_dim"] == pytest.approx((errors.sum(0) / valid.sum(0)).tolist(), rel=1e-4)
+    assert metrics["val/action_mae_per_step"] == pytest.approx((errors.sum(1) / valid.sum(1)).tolist(), rel=1e-4)
+    assert read_metrics(config.run_dir)[-1]["val/epoch_loss"] == metrics["val/epoch_loss"]
+
+
+def test_validation_is_deterministic_and_changes_nothing(tiny_config: ConfigFactory) -> None:
+    trainer = train_here(tiny_config({"training.max_steps": 3}))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = trainer.validate()
+    torch.manual_seed(99)
+    second = trainer.validate()
+    torch.set_rng_state(state)
+    assert first == second
+    assert identical(trainer.model.state_dict(), before)
+    third = trainer.validate()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert third == first
+
+
+def test_validation_looks_at_the_averaged_weights(tiny_config: ConfigFactory) -> None:
+    trainer = train_here(tiny_config({"training.max_steps": 6, "training.ema_decay": 0.99, "optimizer.lr": 1e-2}))
+    averaged = trainer.validate()["val/epoch_loss"]
+    assert trainer.ema is not None
+    with trainer.ema.applied(trainer.model):
+        total, count = naive_sums(trainer, validation_refs(trainer), validation=True)
+    assert averaged == pytest.approx((total / count).item(), rel=1e-5)
+    total, count = naive_sums(trainer, validation_refs(trainer), validation=True)
+    assert abs(averaged - (total / count).item()) > 1e-4
+
+
+def test_validation_samples_actions_spread_over_the_set(
+    tiny_config: ConfigFactory, episode_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config({"data.val_parquet_files": str(episode_dir), "data.batch_size": 4, "training.val_action_samples": 8})
+    trainer = Trainer(config, ALONE)
+    seen: list[int] = []
+    original = trainer._action_errors
+
+    def noting(batch: dict[str, Any]) -> Any:
+        seen.extend(batch["position"].tolist())
+        return original(batch)
+
+    monkeypatch.setattr(trainer, "_action_errors", noting)
+    trainer.validate()
+    size = len(trainer.data.validation)
+    assert size == 84
+    assert len(seen) == 8
+    assert max(seen) > 0.75 * size > 0.25 * size > min(seen)
+
+
+def test_best_is_the_lowest_validation_and_last_the_last(tiny_config: ConfigFactory) -> None:
+    config = tiny_config(
+        {"training.epochs": 4, "optimizer.lr": 3e-2, "lr_scheduler.type": "constant", "training.ema_decay": 0.0}
+    )
+    train_here(config)
+    losses = {line["step"]: line["val/epoch_loss"] for line in read_metrics(config.run_dir) if "val/epoch_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    folder = config.run_dir / "checkpoints"
+    saved = load_checkpoint(folder / "model_best.pth.tar")
+    assert (saved["step"], saved["best_metric"]) == (best, losses[best])
+    assert load_checkpoint(folder / "last.pth.tar")["step"] == max(losses)
+    assert load_checkpoint(folder / "last.pth.tar")["best_metric"] == losses[best]
+
+
+def test_without_validation_best_follows_last(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"data.val_fraction": 0.0})
+    trainer = train_here(config)
+    assert trainer.data.validation is None
+    folder = config.run_dir / "checkpoints"
+    assert load_checkpoint(folder / "model_best.pth.tar")["step"] == load_checkpoint(folder / "last.pth.tar")["step"]
+    assert not any("val/epoch_loss" in line for line in read_metrics(config.run_dir))
+
+
+def test_checkpoints_between_epochs_are_kept_only_while_linked(tiny_config: ConfigFactory) -> None:
+    config = tiny_config(
+        {"training.validate_every_n_steps": 1, "training.stop_after_step": 8, "training.val_action_samples": 0}
+    )
+    train_here(config)
+    folder = config.run_dir / "checkpoints"
+    linked = {(folder / name).resolve().name for name in ("last.pth.tar", "model_best.pth.tar")}
+    between = {path.name for path in folder.glob("checkpoint_step_*.pth.tar")}
+    assert between <= linked
+    assert "checkpoint_step_8.pth.tar" in between
+    assert {path.name for path in folder.glob("checkpoint_step_*.sha256")} == {f"{name}.sha256" for name in between}
+    assert (folder / "checkpoint_epoch_1.pth.tar").exists()
+
+
+def test_checkpoint_numbers_follow_save_every_n_epochs(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"training.epochs": 5, "training.save_every_n_epochs": 2, "data.val_fraction": 0.0})
+    train_here(config)
+    names = {path.name for path in (config.run_dir / "checkpoints").glob("checkpoint_*.pth.tar")}
+    assert names == {f"checkpoint_epoch_{n}.pth.tar" for n in (2, 4, 5)}
+
+
+def test_metrics_lines_are_the_promised_ones(trained_run: Path) -> None:
+    import json
+
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/batch_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    promised = {"step", "epoch", "train/batch_loss", "train/lr", "train/grad_norm", "train/samples_per_s", "train/data_wait"}
+    assert all(promised <= set(line) for line in steps)
+    assert all(0 <= line["train/data_wait"] <= 1 and line["train/samples_per_s"] > 0 for line in steps)
+    assert [line["epoch"] for line in steps] == pytest.approx([n / 5 for n in range(1, 11)])
+    validations = [line for line in lines if "val/epoch_loss" in line]
+    assert [line["step"] for line in validations] == [5, 10]
+    assert all(line["val/action_mae"] > 0 for line in validations)
+
+
+def test_one_tiny_batch_is_learned_by_heart(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    write_episodes(tmp_path / "data", lengths=(8,))
+    config = tiny_config(
+        {
+            "data.train_parquet_files": str(tmp_path / "data"),
+            "data.val_parquet_files": str(tmp_path / "data"),
+            "data.augmentation.enabled": False,
+            "data.batch_size": 8,
+            "model.action_head_config.num_flow_samples": 8,
+            "model.action_head_config.num_inference_timesteps": 10,
+            "training.epochs": 250,
+            "training.log_interval": 50,
+            "training.validate_every_n_steps": 1000,
+            "training.save_every_n_epochs": 1000,
+            "training.ema_decay": 0.0,
+            "optimizer.lr": 4e-3,
+            "optimizer.weight_decay": 0.0,
+            "lr_scheduler.warmup_steps": 10,
+        }
+    )
+    trainer = train_here(config)
+    actions = np.stack([trainer.data.train[n]["action"][:ACTION_DIM].numpy() for n in range(8)])
+    scale = trainer.preprocessor.action.scale
+    spread = np.abs((actions - actions.mean(0)) * scale).mean()  # what the best constant answer would cost
+    losses = [line["train/batch_loss"] for line in read_metrics(config.run_dir) if "train/batch_loss" in line]
+    assert losses[-1] < 0.1 * losses[0]
+    assert read_metrics(config.run_dir)[-1]["val/action_mae"] < 0.25 * spread
+
+
+def test_data_sources_are_mixed_by_weight_and_validation_is_split_off_each(
+    tiny_config: ConfigFactory, episode_dir: Path, two_camera_dir: Path
+) -> None:
+    sources = [{"path": str(episode_dir), "weight": 3.0}, {"path": str(two_camera_dir), "weight": 1.0}]
+    trainer = Trainer(tiny_config({"data.train_parquet_files": sources}), ALONE)
+    data = trainer.data
+    first = sum(int(n) for n, f in zip(data.train.index.length, data.train.index.file, strict=True) if f < 3)
+    assert data.train.index.paths[0].startswith(str(episode_dir))
+    assert data.train.index.paths[3].startswith(str(two_camera_dir))
+    samples = np.concatenate([data.order.batch(step)[1] for step in range(data.order.steps_per_epoch)])
+    assert len(samples) == len(data.train)
+    assert (samples < first).mean() == pytest.approx(0.75, abs=0.01)
+    held_out = {path.rpartition("/")[0] for path in np.array(data.validation.index.paths)[data.validation.index.file]}
+    assert held_out == {str(episode_dir), str(two_camera_dir)}
+    keys = [
+        {(i.paths[f], int(s)) for f, s in zip(i.file, i.start, strict=True)} for i in (data.train.index, data.validation.index)
+    ]
+    assert not keys[0] & keys[1]
+
+
+def test_validation_files_are_used_whole_when_given(tiny_config: ConfigFactory, two_camera_dir: Path) -> None:
+    trainer = Trainer(tiny_config({"data.val_parquet_files": str(two_camera_dir)}), ALONE)
+    assert len(trainer.data.train) == len(trainer.data.validation) == 84
+    refs = [ref for batch in ValidationSampler(84, 2048, 16, 0, 1) for ref in batch]
+    assert len(refs) == 84
+
+
+def test_resume_of_another_model_is_refused(tiny_config: ConfigFactory, trained_run: Path) -> None:
+    resume = trained_run / "checkpoints" / "last.pth.tar"
+    with pytest.raises(CheckpointError, match="action_head_config differs"):
+        Trainer(tiny_config({"model.action_head_config.embed_dim": 64}, cameras=2), ALONE, resume)
+    with pytest.raises(CheckpointError, match=r"last\.pth\.tar"):
+        Trainer(tiny_config({"model.vlm_config.freeze_vision_tower": True}, cameras=2), ALONE, resume)
+
+
+def test_total_batch_must_divide_over_processes_and_accumulation(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"data.batch_size": 6, "training.gradient_accumulation_steps": 2})
+    with pytest.raises(ConfigError, match=r"data\.batch_size: got 6, .*= 4"):
+        Trainer(config, Distributed(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), ("batch_size 16", "gradient_accumulation_steps", "bfloat16")),
+        (torch.distributed.DistBackendError("NCCL timeout"), ("NCCL_TIMEOUT=1800", "rank")),
+    ],
+)
+def test_known_failures_say_their_remedy(
+    tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, error: Exception, words: tuple[str, ...]
+) -> None:
+    """S10.2."""
+    trainer = Trainer(tiny_config(), ALONE)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "_train_step", fails)
+    with pytest.raises(TrainingError) as caught:
+        trainer.run()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_validation_loss_that_does_not_fall_is_diagnosed(
+    tiny_config: ConfigFactory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S10.2."""
+    trainer = Trainer(tiny_config({"training.epochs": 7, "training.validate_every_n_steps": 5}), ALONE)
+    monkeypatch.setattr(trainer, "validate", lambda: {"val/epoch_loss": 1.0})
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    warnings = [record.getMessage() for record in caplog.records if "has not fallen" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "lower optimizer.lr" in warnings[0]
+
+
+def test_a_second_run_of_the_same_name_moves_the_first_aside(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"training.max_steps": 1})
+    train_here(config)
+    before = (config.run_dir / "checkpoints" / "last.pth.tar").resolve().read_bytes()
+    train_here(tiny_config({"training.max_steps": 2}))
+    (aside,) = config.run_dir.parent.glob("run.*")
+    assert (aside / "checkpoints" / "last.pth.tar").resolve().read_bytes() == before
+    assert (aside / "config.yaml").exists()
+    assert load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["step"] == 2
+    assert read_metrics(config.run_dir)[0]["step"] == 1
