@@ -153,6 +153,9 @@ def test_policy_takes_another_number_of_steps(policy: Policy, observation: Obser
     default = policy.infer(observation, seed=0)["actions"]
     np.testing.assert_array_equal(policy.infer(observation, seed=0, num_steps=4)["actions"], default)
     assert np.abs(policy.infer(observation, seed=0, num_steps=1)["actions"] - default).max() > 1e-4
+    for steps in (0, -3):
+        with pytest.raises(DataError, match=f"num_steps: got {steps}"):
+            policy.infer(observation, seed=0, num_steps=steps)
 
 
 def test_policy_accepts_pictures_of_any_size_and_memory_layout(policy: Policy, observation: Observation) -> None:

@@ -199,6 +199,29 @@ def test_set_wins_over_flags_and_file(config_file: Path) -> None:
     assert resolved(config_file).optimizer.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("folder", "given"),
+    [
+        ("", "exp/demo/checkpoints/last.pth.tar"),
+        ("exp", "demo/checkpoints/last.pth.tar"),
+        ("exp/demo", "checkpoints/last.pth.tar"),
+        ("exp/demo/checkpoints", "last.pth.tar"),
+        ("other", "../exp/demo/checkpoints/last.pth.tar"),
+    ],
+)
+def test_resumed_run_goes_on_in_the_folder_of_its_checkpoint(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, given: str
+) -> None:
+    (tmp_path / "exp" / "demo" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    assert resolved(config_file, "--resume_checkpoint", given).run_dir.resolve() == tmp_path / "exp" / "demo"
+    named = resolved(config_file, "--resume_checkpoint", given, "--experiment_name", "fork")
+    assert named.training.experiment_name == "fork"
+    assert resolved(config_file).training.experiment_name == "run"  # no checkpoint named, wherever one stands
+    assert resolved(config_file, "--resume_checkpoint", "auto").training.experiment_name == "run"
+
+
 def test_data_info_counts_what_is_there(capfd: pytest.CaptureFixture[str], two_camera_dir: Path) -> None:
     code, out, _ = call(capfd, "data", "info", two_camera_dir, "--json")
     assert code == 0

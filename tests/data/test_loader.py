@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from paligemma_vla import flow
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import VLAConfig, source_paths
 from paligemma_vla.data import loader as loader_module
-from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor, source_paths
+from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor
 from paligemma_vla.data.sampling import RunSampler, SampleOrder, SampleRef, derive_seed
 from paligemma_vla.errors import DataError
 from paligemma_vla.normalization import DatasetStatistics

@@ -124,20 +124,34 @@ def test_save_replaces_whole_files_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert sorted(p.name for p in path.parent.iterdir()) == ["a.pth.tar", "a.pth.tar.sha256"]
 
 
-@pytest.mark.parametrize("step", ["save", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["save", "fsync", "first rename", "last rename"])
 def test_save_that_is_interrupted_leaves_the_old_file_good(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pth.tar"
     save_checkpoint(path, payload(1))
+    rename = Path.replace
 
     def dies(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    target = {"save": (torch, "save"), "fsync": (os, "fsync"), "replace": (Path, "replace")}[step]
+    def dies_at_the_checkpoint(self: Path, target: Path) -> Path:
+        return dies() if Path(target) == path else rename(self, target)  # type: ignore[func-returns-value, return-value]
+
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "save": (torch, "save", dies),
+        "fsync": (os, "fsync", dies),
+        "first rename": (Path, "replace", dies),
+        "last rename": (Path, "replace", dies_at_the_checkpoint),
+    }
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(*target, dies)
+        patch.setattr(*patches[step])
         save_checkpoint(path, payload(2))
     assert load_checkpoint(path)["epoch"] == 1
     assert not list(tmp_path.glob(".*"))
+    save_checkpoint(path, payload(3))
+    assert load_checkpoint(path)["epoch"] == 3
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
 
 
 def test_link_points_at_its_target_and_moves(tmp_path: Path) -> None:

@@ -31,12 +31,14 @@ def start(config: VLAConfig, folder: Path, *flags: str) -> subprocess.CompletedP
 
 def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> None:
     """Two stages (DDP is wrapped anew), accumulation, and a last batch of one sample, which leaves a rank without any."""
-    write_episodes(tmp_path / "train", lengths=(9, 2, 14, 8), cameras=2)  # 33 samples: batches of 16, 16 and 1
-    write_episodes(tmp_path / "val", lengths=(3, 18), cameras=2, seed=1)
+    write_episodes(tmp_path / "train", lengths=(9, 2, 14, 8), cameras=2)  # 33 samples: the fifth batch of 8 has 1
+    write_episodes(tmp_path / "val", lengths=(3, 38), cameras=2, seed=1)  # 41: a rank has more batches than the other
     overrides = {
         "data.train_parquet_files": str(tmp_path / "train"),
         "data.val_parquet_files": str(tmp_path / "val"),
-        "training.stages": [{"train": "head", "steps": 2}, {"train": "all"}],
+        "data.batch_size": 8,
+        "training.val_action_samples": 16,
+        "training.stages": [{"train": "head", "steps": 3}, {"train": "all"}],
         "training.gradient_accumulation_steps": 2,
     }
     one = tiny_config({**overrides, "training.experiment_name": "one"}, cameras=2)
@@ -46,7 +48,7 @@ def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> 
     train_here(one)
 
     lines = [read_metrics(config.run_dir) for config in (one, two)]
-    assert len(lines[0]) == len(lines[1]) == 6 + 2
+    assert len(lines[0]) == len(lines[1]) == 10 + 2
     for a, b in zip(*lines, strict=True):
         assert a["step"] == b["step"]
         for key in ("train/batch_loss", "train/lr", "val/epoch_loss", "val/action_mae"):

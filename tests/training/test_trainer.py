@@ -266,21 +266,30 @@ def test_validation_looks_at_the_averaged_weights(tiny_config: ConfigFactory) ->
 def test_validation_samples_actions_spread_over_the_set(
     tiny_config: ConfigFactory, episode_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config({"data.val_parquet_files": str(episode_dir), "data.batch_size": 4, "training.val_action_samples": 8})
+    config = tiny_config({"data.val_parquet_files": str(episode_dir), "data.batch_size": 4, "training.val_action_samples": 16})
     trainer = Trainer(config, ALONE)
     seen: list[int] = []
-    original = trainer._action_errors
 
-    def noting(batch: dict[str, Any]) -> Any:
-        seen.extend(batch["position"].tolist())
-        return original(batch)
+    def noting(batch: dict[str, Any], sample: bool = False, **more: Any) -> Any:
+        if sample:
+            seen.extend(batch["position"].tolist())
+        return arguments_from_batch(batch, sample, **more)
 
-    monkeypatch.setattr(trainer, "_action_errors", noting)
+    monkeypatch.setattr("paligemma_vla.training.validation.arguments_from_batch", noting)
     trainer.validate()
     size = len(trainer.data.validation)
     assert size == 84
-    assert len(seen) == 8
-    assert max(seen) > 0.75 * size > 0.25 * size > min(seen)
+    assert len(seen) == 16
+    assert {position * 3 // size for position in seen} == {0, 1, 2}  # every third of the set is among them
+
+
+def test_validation_has_no_figure_where_no_label_reaches(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    write_episodes(tmp_path / "val", lengths=(2, 3))
+    metrics = Trainer(tiny_config({"data.val_parquet_files": str(tmp_path / "val")}), ALONE).validate()
+    *reached, last = metrics["val/action_mae_per_step"]  # the horizon is 4
+    assert last is None
+    assert all(value > 0 for value in reached)
+    assert metrics["val/action_mae"] > 0
 
 
 def test_best_is_the_lowest_validation_and_last_the_last(tiny_config: ConfigFactory) -> None:

@@ -7,10 +7,13 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paligemma_vla.config import VLAConfig, load_config, parse_assignments
 from paligemma_vla.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from paligemma_vla.data.loader import VLADataset
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +56,11 @@ def resolve_config(args: argparse.Namespace) -> VLAConfig:
         value = getattr(args, flag)
         if value is not None:
             overrides[key] = value
-    resumed = Path(args.resume_checkpoint or "auto").absolute()
-    if args.experiment_name is None and resumed.parent.name == "checkpoints":
-        # A run that is named by its checkpoint goes on in its own folder.
-        overrides["training.experiment_name"] = resumed.parents[1].name
-        overrides["training.checkpoint_dir"] = str(Path(args.resume_checkpoint).parents[2])
+    if args.resume_checkpoint not in (None, "auto") and args.experiment_name is None:
+        folder = Path(args.resume_checkpoint).absolute().parent
+        if folder.name == "checkpoints":  # a run that is named by its checkpoint goes on in its own folder
+            overrides["training.experiment_name"] = folder.parent.name
+            overrides["training.checkpoint_dir"] = str(folder.parents[1])
     if args.use_wandb:
         overrides["wandb.enabled"] = True
     return load_config(args.config_path, {**overrides, **parse_assignments(args.set)})
@@ -106,12 +109,21 @@ def train(config: VLAConfig, args: argparse.Namespace) -> int:
     if distributed.main:  # only now: a run that cannot begin leaves no trace
         prepare_run_dir(config, resume is not None)
     distributed.barrier()
-    metrics = trainer.run()
+    trainer.run()
     if distributed.main:
-        summary = "  ".join(f"{name} {value:.5f}" for name, value in metrics.items() if isinstance(value, float))
-        logger.info("finished; %s\ncheckpoints in %s", summary, config.run_dir / "checkpoints")
+        logger.info(
+            "checkpoints in %s, report: %s", config.run_dir / "checkpoints", write_run_report(config, trainer.data.train)
+        )
     distributed.close()
     return 0
+
+
+def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
+    """The run's report.html: curves, throughput, a sample of the data."""
+    from paligemma_vla.evaluation.report import Report, write_report
+
+    title = f"Training: {config.training.experiment_name}"
+    return write_report(config.run_dir / "report.html", Report(title=title, run_dir=config.run_dir, dataset=data.index))
 
 
 def find_resume(config: VLAConfig, wanted: str | None) -> Path | None:

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from paligemma_vla.config import AugmentationConfig
 from paligemma_vla.errors import DataError
@@ -30,6 +30,10 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
                 f"shrink it before writing"
             )
         return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{where}: got {len(data)} bytes that are neither JPEG nor PNG; restore it, or leave the episode out"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: cannot be decoded as JPEG or PNG ({error}); restore it, or leave the episode out") from error
 

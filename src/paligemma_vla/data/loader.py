@@ -220,10 +220,11 @@ def check_fit(index: EpisodeIndex, preprocessor: Preprocessor, config: VLAConfig
 def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None) -> Preprocessor:
     """The preprocessor of a configuration: the backbone's tokenizer and image settings, and the statistics file."""
     data, vlm = config.data, config.model.vlm_config
+    statistics = DatasetStatistics.load(data.normalization_stats_path)  # first: it costs nothing
     prompts, image = load_prompt_and_image_spec(
         model_name_or_path or vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
     )
-    return Preprocessor(prompts, image, DatasetStatistics.load(data.normalization_stats_path), data.normalization)
+    return Preprocessor(prompts, image, statistics, data.normalization)
 
 
 class Collator:

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from paligemma_vla.errors import ConfigError, TrainingError, VLAError
 
+COMMUNICATION_REMEDY = (
+    "a rank died (out of memory, killed) or hangs, see the first error above; if it was only slow (first epoch, large "
+    "checkpoints), set NCCL_TIMEOUT=1800 or more, in seconds"
+)
+
 
 @dataclass(frozen=True)
 class Distributed:
@@ -105,4 +110,6 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
         kind, _, text = str(message).partition(": ")
         if kind in {error_class.__name__ for error_class in VLAError.__subclasses__()}:
             raise TrainingError(text) from error  # every rank met it, and it says by itself what to mend
-        raise TrainingError(f"rank {rank} failed (exit {failure.exitcode}): {message}") from error
+        # A negative exit is a signal: the watchdog of NCCL aborts a rank that waited too long for another.
+        remedy = f"\n  {COMMUNICATION_REMEDY}" if failure.exitcode < 0 else ""
+        raise TrainingError(f"rank {rank} failed (exit {failure.exitcode}): {message}{remedy}") from error

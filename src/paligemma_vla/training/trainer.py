@@ -29,7 +29,7 @@ from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
-from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.distributed import COMMUNICATION_REMEDY, Distributed
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.tracking import Tracker
 from paligemma_vla.training.validation import to_device, validate
@@ -186,6 +186,8 @@ class Trainer:
         if self.step not in starts and self.parallel is not self.model:
             return
         train = next(train for first, train in reversed(self.stages) if first <= self.step)
+        if self.distributed.main and self.config.training.stages:
+            logger.info("step %d: training %s", self.step, "the head alone" if train == "head" else "backbone and head")
         if self.step in starts or self.parallel is self.model:
             self.model.set_stage(train)
         if self.distributed.world_size > 1:
@@ -351,17 +353,19 @@ class Trainer:
         """Turn the failures that users know (S10.2) into messages with the remedy."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}: reduce it, or split it "
-                f"with training.gradient_accumulation_steps; model.vlm_config.dtype: bfloat16, activation_checkpointing: true "
-                f"and freezing the backbone save more (docs/troubleshooting.md)"
-            ) from error
-        except torch.distributed.DistBackendError as error:
-            raise TrainingError(
-                f"communication between processes failed at step {self.step} ({first_line(error)}): a rank died or "
-                f"hangs, see its log; if it was only slow (first epoch, large checkpoints), set NCCL_TIMEOUT=1800 or more"
-            ) from error
+        except (MemoryError, RuntimeError) as error:
+            reason = first_line(error)
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+                raise TrainingError(
+                    f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}: reduce it, or "
+                    f"split it with training.gradient_accumulation_steps; model.vlm_config.dtype: bfloat16, "
+                    f"activation_checkpointing: true and freezing the backbone save more (docs/troubleshooting.md)"
+                ) from error
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+                raise TrainingError(
+                    f"communication between processes failed at step {self.step} ({reason}): {COMMUNICATION_REMEDY}"
+                ) from error
+            raise
 
 
 class _Meter:

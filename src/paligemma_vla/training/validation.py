@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,21 +31,15 @@ def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed:
     units, also per dimension and per step of the horizon (null where no label reaches).
     """
     settings, device = config.training, distributed.device
-    size = max(1, config.data.batch_size // distributed.world_size)
-    sampler = ValidationSampler(len(data), settings.val_max_samples, size, distributed.rank, distributed.world_size)
-    # Validation sets are small and read often: loading in place beats starting workers each time.
-    in_place = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-    sampled = -(-settings.val_action_samples // (size * distributed.world_size))
-    every = max(1, len(sampler) // max(1, sampled))  # spread over the set, not its first episodes only
     head = config.model.action_head_config
     sums = torch.zeros(2, device=device)
     errors = torch.zeros(2, head.horizon, head.per_action_dim, device=device)
     model.eval()
-    for number, loaded in enumerate(batches(build_loader(data, sampler, in_place, pin_memory=False))):
-        batch = to_device(loaded, device)
+    for batch in _share(data, settings.val_max_samples, config, distributed):
         output: FlowOutput = model(**arguments_from_batch(batch))
         sums += torch.stack([output.loss_sum, output.valid_count])
-        if number % every == 0 and number // every < sampled:
+    if settings.val_action_samples:
+        for batch in _share(data, settings.val_action_samples, config, distributed):
             errors += _action_errors(model, batch, data.preprocessor.action)
     sums, errors = distributed.sum(sums), distributed.sum(errors)
     metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
@@ -54,6 +49,16 @@ def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed:
         metrics["val/action_mae_per_dim"] = _means(total.sum(0), count.sum(0))
         metrics["val/action_mae_per_step"] = _means(total.sum(1), count.sum(1))
     return metrics
+
+
+def _share(data: VLADataset, samples: int, config: VLAConfig, distributed: Distributed) -> Iterator[Batch]:
+    """This process's batches of `samples` samples that are spread evenly over the set, on its device."""
+    size = max(1, config.data.batch_size // distributed.world_size)
+    sampler = ValidationSampler(len(data), samples, size, distributed.rank, distributed.world_size)
+    # Validation sets are small and read often: loading in place beats starting workers each time.
+    in_place = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    for batch in batches(build_loader(data, sampler, in_place, pin_memory=False)):
+        yield to_device(batch, distributed.device)
 
 
 def _action_errors(model: nn.Module, batch: Batch, normalizer: Normalizer) -> Tensor:

@@ -32,10 +32,14 @@ class FlowOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ProjectedContext:
-    """Keys and values (B, heads, T + 1, D / heads) of every block, and the mask (B, 1, 1, T + 1) of what may be attended."""
+    """What the velocity needs of an observation, at every flow time.
+
+    keys_values: (B, heads, T, D / heads) of every block. mask: (B, 1, 1, T), what may be attended. state: (B, 1, D), or None.
+    """
 
     keys_values: list[KeyValue]
     mask: Tensor
+    state: Tensor | None
 
 
 class TimeEmbedding(nn.Module):
@@ -142,14 +146,13 @@ class FlowmatchingActionHead(nn.Module):
         context = self.context_proj(self.context_norm(fused_tokens))
         if context_mask is None:
             context_mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-        mask = context_mask.bool()
+        encoded = None
         if self.config.use_state_input:
             if state is None:
                 raise ValueError("state: got None, expected (B, P); use_state_input is true")
-            context = torch.cat([context, self.state_encoder(state)[:, None].to(context.dtype)], dim=1)
-            mask = F.pad(mask, (0, 1), value=True)
+            encoded = self.state_encoder(state)[:, None]
         keys_values = [block.project_context(context) for block in cast("list[Block]", self.blocks)]
-        return ProjectedContext(keys_values, mask[:, None, None, :])
+        return ProjectedContext(keys_values, context_mask.bool()[:, None, None, :], encoded)
 
     def predict_velocity(
         self,
@@ -168,7 +171,8 @@ class FlowmatchingActionHead(nn.Module):
             context = self.project_context(context, context_mask, state)
         draws = action if action.dim() == 4 else action[:, None]  # (B, M, K, A)
         time = torch.as_tensor(time, dtype=torch.float32, device=action.device)
-        condition = F.silu(self.time_embedding(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1)))
+        condition = self.time_embedding(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1))
+        condition = F.silu(condition if context.state is None else condition + context.state)  # (B or 1, M, D)
         x = self.action_encoder(draws) + self.position
         for block, key_value in zip(self.blocks, context.keys_values, strict=True):
             x = block(x, condition, key_value, context.mask)
