@@ -33,7 +33,11 @@ class ImageSpec:
     resize: str = "stretch"
 
     def apply(self, image: Image.Image, box: Box | None = None) -> NDArray[np.uint8]:
-        """Resize an RGB image to (3, size, size) uint8; `box` (left, top, right, bottom; shares of the sides) crops first.
+        """An RGB image of any size as (3, size, size) uint8; `box` as in `fit`."""
+        return to_pixels(self.fit(image, box))
+
+    def fit(self, image: Image.Image, box: Box | None = None) -> Image.Image:
+        """Resize an RGB image to size x size; `box` (left, top, right, bottom; shares of the sides) crops first.
 
         `stretch` is what PaliGemma's own processor does; `pad` keeps the aspect and fills with black.
         """
@@ -43,7 +47,12 @@ class ImageSpec:
             left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
             pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
             image = image.resize((self.size, self.size), Image.Resampling(self.resample), box=pixels)
-        return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
+        return image
+
+
+def to_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """An RGB image as (3, H, W) uint8."""
+    return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
 
 
 def _pad_to_square(image: Image.Image) -> Image.Image:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader, expand_paths, iterate_numbers, open_parquet, read_layout
+from paligemma_vla.data.episodes import EpisodeIndex, expand_paths, open_parquet, read_layout
+from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.errors import DataError
 from support import LENGTHS, METADATA, encode_image, read_rows, write_episodes
 

@@ -14,7 +14,7 @@ from PIL import Image
 from paligemma_vla.config import AugmentationConfig
 from paligemma_vla.data.images import MAX_PIXELS, decode_image, jitter_colour, random_crop
 from paligemma_vla.errors import DataError
-from paligemma_vla.preprocess import ImageSpec
+from paligemma_vla.preprocess import ImageSpec, to_pixels
 from support import encode_image
 
 
@@ -114,10 +114,27 @@ def test_random_crop_never_rounds_to_outside() -> None:
     ImageSpec(8, (0.5,) * 3, (0.5,) * 3).apply(image, box)
 
 
+def jittered(pixels: np.ndarray, config: AugmentationConfig, seed: int) -> np.ndarray:
+    """`jitter_colour` of (3, H, W) pixels."""
+    return to_pixels(jitter_colour(Image.fromarray(pixels.transpose(1, 2, 0)), config, np.random.default_rng(seed)))
+
+
+def test_jitter_equals_the_three_steps_one_after_the_other() -> None:
+    pixels = np.random.default_rng(0).integers(60, 160, (3, 20, 20), dtype=np.uint8)
+    config = AugmentationConfig(brightness=0.3, contrast=0.3, saturation=0.3)
+    for seed in range(10):
+        brightness, contrast, saturation = 1 + 0.3 * np.random.default_rng(seed).uniform(-1, 1, 3)
+        image = pixels * brightness
+        grey = np.tensordot([0.299, 0.587, 0.114], image, axes=1)
+        image = grey + saturation * (image - grey)
+        image = grey.mean() + contrast * (image - grey.mean())
+        assert np.abs(jittered(pixels, config, seed) - np.clip(image, 0, 255)).max() < 1.5
+
+
 def test_jitter_without_ranges_is_the_identity() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 7), dtype=np.uint8)
     still = AugmentationConfig(brightness=0.0, contrast=0.0, saturation=0.0)
-    np.testing.assert_array_equal(jitter_colour(pixels, still, np.random.default_rng(0)), pixels)
+    np.testing.assert_array_equal(jittered(pixels, still, 0), pixels)
 
 
 def test_jitter_changes_what_it_is_named_after() -> None:
@@ -126,7 +143,7 @@ def test_jitter_changes_what_it_is_named_after() -> None:
 
     def many(source: np.ndarray, **ranges: float) -> np.ndarray:
         config = AugmentationConfig(**{"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, **ranges})
-        return np.stack([jitter_colour(source, config, np.random.default_rng(seed)) for seed in range(20)]).astype(float)
+        return np.stack([jittered(source, config, seed) for seed in range(20)]).astype(float)
 
     np.testing.assert_array_equal(many(grey, saturation=0.5), np.repeat(grey[None], 20, axis=0))  # grey has no saturation
     bright = many(pixels, brightness=0.3) / pixels

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from paligemma_vla.config import AugmentationConfig
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.preprocess import Box
 
 MAX_PIXELS = 32_000_000
-GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601 luma
+GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
 
 def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
@@ -30,12 +29,12 @@ def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
                 f"shrink it before writing"
             )
         return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f"{where}: got {len(data)} bytes that are neither JPEG nor PNG; restore it, or leave the episode out"
-        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot be decoded as JPEG or PNG ({error}); restore it, or leave the episode out") from error
+        # Pillow's own text for unknown bytes names an object's address.
+        reason = "its bytes are of neither kind" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise DataError(
+            f"{where}: cannot be decoded as JPEG or PNG ({reason}); restore it, or leave the episode out"
+        ) from error
 
 
 def random_crop(scale: float, rng: np.random.Generator) -> Box:
@@ -44,14 +43,14 @@ def random_crop(scale: float, rng: np.random.Generator) -> Box:
     return left, top, left + scale, top + scale
 
 
-def jitter_colour(pixels: NDArray[np.uint8], config: AugmentationConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Change brightness, contrast and saturation of (3, H, W) uint8 by random factors around 1."""
+def jitter_colour(image: Image.Image, config: AugmentationConfig, rng: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation of an RGB image by random factors around 1.
+
+    All three are linear in a pixel's colours, so together they are one 3 x 4 matrix, which Pillow applies in one pass.
+    """
     ranges = np.array([config.brightness, config.contrast, config.saturation])
-    brightness, contrast, saturation = (1 + ranges * rng.uniform(-1, 1, 3)).astype(np.float32)
-    image = pixels.astype(np.float32) * brightness
-    grey = np.tensordot(GREY, image, axes=1)  # (H, W)
-    image = grey + saturation * (image - grey)
-    mean = grey.mean()
-    image = mean + contrast * (image - mean)
-    jittered: NDArray[np.uint8] = np.clip(image + 0.5, 0, 255).astype(np.uint8)
-    return jittered
+    brightness, contrast, saturation = 1 + ranges * rng.uniform(-1, 1, 3)
+    mean = np.asarray(image.convert("L")).mean()
+    colours = contrast * brightness * (saturation * np.eye(3) + (1 - saturation) * GREY)
+    offset = np.full((3, 1), (1 - contrast) * brightness * mean)
+    return image.convert("RGB", tuple(np.hstack([colours, offset]).flatten().tolist()))

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paligemma_vla import flow, schema
 from paligemma_vla.config import AugmentationConfig, VLAConfig
-from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader
+from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.images import decode_image, jitter_colour, random_crop
+from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics
-from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec
+from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
 
 Batch = dict[str, Any]
 
@@ -170,8 +171,8 @@ class VLADataset(Dataset[Item]):
             if augmentation is None or rng is None:
                 images.append(spec.apply(image))
             else:
-                pixels = spec.apply(image, random_crop(augmentation.crop_scale, rng))
-                images.append(jitter_colour(pixels, augmentation, rng))
+                fitted = spec.fit(image, random_crop(augmentation.crop_scale, rng))
+                images.append(to_pixels(jitter_colour(fitted, augmentation, rng)))
         return images, present
 
     def _chunk(self, file: int, row: int, remaining: int) -> tuple[Any, Any]:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from paligemma_vla.data.episodes import EpisodeIndex, Layout, iterate_numbers
+from paligemma_vla.data.episodes import EpisodeIndex, Layout
+from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.normalization import Accumulator, DatasetStatistics
 
 

@@ -58,8 +58,8 @@ class CollectConfig:
     seed: int = 0
     workers: int = 1
     image_size: int = 64
-    noise_share: float = 0.7
-    noise_scale: tuple[float, float] = (0.15, 0.5)
+    noise_share: float = 0.5
+    noise_scale: tuple[float, float] = (0.1, 0.3)
     noise_memory: float = 0.9
     steps_after_success: int = 8
     done_every: int = 6

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from paligemma_vla import schema
-from paligemma_vla.data.episodes import EpisodeIndex, EpisodeReader
+from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.images import decode_image
+from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation.charts import Line, bullet, chunk_chart, columns, line_chart, smooth
 from paligemma_vla.evaluation.page import Html, data_url, duration, figure, fill, join, legend, number, percent, section, tiles

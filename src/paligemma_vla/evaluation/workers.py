@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,7 +35,7 @@ class WorkerPool:
         self._executor: ProcessPoolExecutor | None = None
         if workers:
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(workers, context, prepare, arguments)
+            self._executor = ProcessPoolExecutor(workers, context, _start, (prepare, arguments))
         elif prepare is not None:
             prepare(*arguments)
 
@@ -69,6 +72,20 @@ class WorkerPool:
     def close(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """First thing in a worker. Watch the parent: killed, it cannot tell its workers, which would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare(*arguments)
 
 
 def _result(job: Any, future: Future[Result]) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ class PaliGemmaVLM(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
         self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
         if config.activation_checkpointing:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():  # 5.23 prefers a new name, which 5.17 does not know yet
+                warnings.simplefilter("ignore", FutureWarning)
+                self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def hidden_size(self) -> int:

@@ -1,8 +1,9 @@
 """FlowmatchingActionHead: a transformer over action tokens that predicts the velocity of a flow from noise to actions.
 
-Each block: self-attention among the action tokens, cross-attention to context and state, an MLP, all modulated by the flow
-time (adaLN-zero, Peebles and Xie 2023). The keys and values of context and state do not depend on the flow time, so they are
-projected once per observation and shared by all Euler steps, and in training by all M (t, noise) draws.
+Each block: self-attention among the action tokens, cross-attention to context and state, an MLP, all modulated by flow time
+and state (adaLN-zero, Peebles and Xie 2023); attention alone is slow to learn to read a few exact numbers out of many tokens.
+The keys and values of context and state do not depend on the flow time, so they are projected once per observation and shared
+by all Euler steps, and in training by all M (t, noise) draws.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FlowOutput(NamedTuple):
 class ProjectedContext:
     """What the velocity needs of an observation, at every flow time.
 
-    keys_values: (B, heads, T, D / heads) of every block. mask: (B, 1, 1, T), what may be attended. state: (B, 1, D), or None.
+    keys_values: (B, heads, T + 1, D / heads) of every block. mask: (B, 1, 1, T + 1), what may be attended. state: (B, 1, D).
     """
 
     keys_values: list[KeyValue]
@@ -146,13 +147,14 @@ class FlowmatchingActionHead(nn.Module):
         context = self.context_proj(self.context_norm(fused_tokens))
         if context_mask is None:
             context_mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-        encoded = None
+        mask, encoded = context_mask.bool(), None
         if self.config.use_state_input:
             if state is None:
                 raise ValueError("state: got None, expected (B, P); use_state_input is true")
-            encoded = self.state_encoder(state)[:, None]
+            encoded = self.state_encoder(state)[:, None]  # (B, 1, D)
+            context, mask = torch.cat([context, encoded.to(context.dtype)], dim=1), F.pad(mask, (0, 1), value=True)
         keys_values = [block.project_context(context) for block in cast("list[Block]", self.blocks)]
-        return ProjectedContext(keys_values, context_mask.bool()[:, None, None, :], encoded)
+        return ProjectedContext(keys_values, mask[:, None, None, :], encoded)
 
     def predict_velocity(
         self,
