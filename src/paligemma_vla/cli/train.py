@@ -112,7 +112,9 @@ def train(config: VLAConfig, args: argparse.Namespace) -> int:
     trainer.run()
     if distributed.main:
         logger.info(
-            "checkpoints in %s, report: %s", config.run_dir / "checkpoints", write_run_report(config, trainer.data.train)
+            "finished; checkpoints in %s, report: %s",
+            config.run_dir / "checkpoints",
+            write_run_report(config, trainer.data.train),
         )
     distributed.close()
     return 0

@@ -137,18 +137,21 @@ class EpisodeIndex:
 
 def _same_robot(path: str, layout: Layout, first_path: str, first: Layout) -> None:
     """Refuse files that differ in dimensions, or that both say what their numbers and pixels mean and contradict."""
-    facts = [
-        (f"column {schema.STATE}, numbers per row", layout.state_dim, first.state_dim),
-        (f"column {schema.ACTION}, numbers per row", layout.action_dim, first.action_dim),
-    ]
-    for name in ("image_orientation", "control_hz", "action_convention", "state_names", "action_names"):
-        got, expected = getattr(layout.metadata, name), getattr(first.metadata, name)
-        if got and expected:
-            facts.append((f"metadata {name}", got, expected))
-    for name, got, expected in facts:
+    for name, got, expected in [
+        (schema.STATE, layout.state_dim, first.state_dim),
+        (schema.ACTION, layout.action_dim, first.action_dim),
+    ]:
         if got != expected:
             raise DataError(
-                f"{path}: {name}: got {got}, expected {expected} as in {first_path}; train on one robot's data at a time"
+                f"{path}: column {name}: got {got} numbers per row, expected {expected} as in {first_path}; train on one "
+                f"robot's data at a time"
+            )
+    for name in ("image_orientation", "control_hz", "action_convention", "state_names", "action_names"):
+        said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
+        if said and said_first and said != said_first:
+            raise DataError(
+                f"{path}: metadata {name}: got {said}, expected {said_first} as in {first_path}; train on one robot's data at "
+                f"a time"
             )
 
 

@@ -256,7 +256,9 @@ def _episode(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> Html:
             strips[camera].append(fill('<img alt="step {}" src="{}">', step, _thumbnail(column[place].as_buffer(), where)))
     actions = reader.actions(file, start, start + length)
     shown = min(actions.shape[1], DIMENSIONS_SHOWN)
-    names = list(index.layout.metadata.action_names) or [f"action[{n}]" for n in range(shown)]
+    names = list(index.layout.metadata.action_names)
+    if len(names) != actions.shape[1]:
+        names = [f"action[{n}]" for n in range(shown)]
     chart = line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120)
     content = join([*(fill('<div class="strip">{}</div>', join(strip)) for strip in strips), chart])
     note = f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else ""

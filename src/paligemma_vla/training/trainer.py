@@ -97,6 +97,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved, str(resume))
         self.parallel: nn.Module = self.model
+        self.learning: str | None = None
         self.tracker: Tracker | None = None
 
     def _check_division(self) -> None:
@@ -182,14 +183,13 @@ class Trainer:
 
     def _enter_stage(self) -> None:
         """At the first step, and where a stage begins: say what learns, and tell DDP anew."""
-        starts = [first for first, _ in self.stages]
-        if self.step not in starts and self.parallel is not self.model:
-            return
         train = next(train for first, train in reversed(self.stages) if first <= self.step)
+        if train == self.learning:
+            return
+        self.learning = train
+        self.model.set_stage(train)
         if self.distributed.main and self.config.training.stages:
             logger.info("step %d: training %s", self.step, "the head alone" if train == "head" else "backbone and head")
-        if self.step in starts or self.parallel is self.model:
-            self.model.set_stage(train)
         if self.distributed.world_size > 1:
             device = self.distributed.device
             ids = [device.index] if device.type == "cuda" else None
