@@ -145,13 +145,10 @@ def test_demo_pair_starts_cannot_be_told_apart(env, first, second):
 
 
 @pytest.mark.parametrize("task", DEMO_TASKS)
-def test_demo_box_is_the_union_of_metaworlds_own(env, task):
+def test_demo_box_covers_metaworlds_own(env, task):
     env.reset(task, 0, "stock")
     own = simulator(env)._random_reset_space
-    env.reset(env.opposite(task), 0, "stock")
-    other = simulator(env)._random_reset_space
-    np.testing.assert_allclose(SCENES[task].low, np.minimum(own.low, other.low))
-    np.testing.assert_allclose(SCENES[task].high, np.maximum(own.high, other.high))
+    assert (SCENES[task].low <= own.low).all() and (SCENES[task].high >= own.high).all()
 
 
 @pytest.mark.parametrize("task", SLIDING)
@@ -165,7 +162,7 @@ def test_demo_starts_are_unsolved_and_cover_metaworlds_own(env, task):
         starts.append(travel_of(env, task))
         assert not env.solved()
     at_stock = np.isclose(starts, travel.stock, atol=1e-9)
-    assert 5 <= at_stock.sum() <= 25
+    assert 10 <= at_stock.sum() <= 30
     middle = np.mean(travel.unsolved)
     assert np.min(starts) < middle - 0.03 and np.max(starts) > middle + 0.03
     for end in travel.unsolved:
@@ -250,7 +247,7 @@ def test_step_clips_and_refuses_to_go_on_after_the_limit(env):
     for _ in range(env.max_steps("drawer-close") - 1):
         result = env.step(np.zeros(4))
     assert result.done
-    with pytest.raises(SimulatorError, match="over after 200 steps"):
+    with pytest.raises(SimulatorError, match="over after 300 steps"):
         env.step(np.zeros(4))
 
 
@@ -272,6 +269,23 @@ def test_restore_continues_exactly(env):
     second = [(env.step(env.expert_action()), env._observed.copy()) for _ in range(60)]
     assert [a for a, _ in first] == [a for a, _ in second]
     np.testing.assert_array_equal([o for _, o in first], [o for _, o in second])
+
+
+@pytest.mark.parametrize("task", ["drawer-close", "window-open", "hammer", "soccer"])
+def test_meshes_out_of_view_are_left_out_and_no_pixel_changes(env, task, monkeypatch):
+    left_out = []
+    for seed in range(3):
+        env.reset(task, seed, start_away=True)
+        for _ in range(10):
+            for _ in range(8):
+                env.step(env.expert_action())
+            camera, data = env._task().camera(64), simulator(env).data
+            left_out.append(camera._out_of_view(data).sum())
+            picture = env.render(64)
+            with monkeypatch.context() as patch:
+                patch.setattr(camera, "_out_of_view", lambda data, camera=camera: np.zeros(len(camera._meshes), bool))
+                np.testing.assert_array_equal(picture, env.render(64))
+    assert min(left_out) >= 3
 
 
 @pytest.mark.parametrize("task", ["button-press", "push", "reach"])

@@ -132,8 +132,6 @@ class VLAModel(nn.Module):
                 input_ids,
                 image_mask,
             )
-            if self.detach_context:
-                context = context.detach()
             if actions_gt_seq is None:
                 noise = None if flow_noise is None else flow_noise[:, 0]
                 actions: Tensor = self.action_head.get_action(context, state_batch, mask, noise, num_steps)

@@ -1,8 +1,9 @@
 """How an episode of a MetaWorld task begins when nothing but the instruction may tell what to do.
 
 MetaWorld starts the two tasks of a pair differently: other ranges of places, the drawer shut for one and out for the other.
-A policy could then read the task off the picture. Here both tasks of a pair draw the place from one box, the union of
-MetaWorld's two, and drawer and window start anywhere along their travel where the task is not solved yet.
+A policy could then read the task off the picture. Here both tasks of a pair draw the place from one box, twice as wide as
+MetaWorld's, so that it must be seen and cannot be guessed; drawer and window start along their travel, where the task is not
+solved yet.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 Range = tuple[float, float]
 
-STOCK_SHARE = 1 / 3  # of demo resets that start at MetaWorld's own point of the travel, so that it is learnt as well
+STOCK_SHARE = 1 / 2  # of demo resets that start at MetaWorld's own point of the travel, so that it is learnt as well
 HOME_STEPS = 50  # simulator steps in which MetaWorld brings the hand home
 AWAY_LOW, AWAY_HIGH = (-0.25, 0.40, 0.10), (0.25, 0.65, 0.40)  # metres: where a displaced hand may begin
 AWAY_LEAST, AWAY_TRIES = 0.06, 20
@@ -43,18 +44,19 @@ class Scene:
     travel: Travel | None = None
 
 
-FAUCET = Scene((-0.1, 0.8, 0.0), (0.1, 0.85, 0.0))
-WINDOW_BOX = ((-0.1, 0.7, 0.16), (0.1, 0.9, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
-DRAWER_BOX = ((-0.1, 0.9, 0.0), (0.1, 0.9, 0.0))
+FAUCET = Scene((-0.15, 0.77, 0.0), (0.15, 0.85, 0.0))
+WINDOW_BOX = ((-0.1, 0.67, 0.16), (0.1, 0.93, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
+DRAWER_BOX = ((-0.24, 0.9, 0.0), (0.24, 0.9, 0.0))
 
-# The ranges keep 1 cm from the point where the success test turns (`test_demo_starts_are_unsolved` measures it).
+# The ranges keep at least 1 cm from the point where the success test turns (`test_demo_starts_are_unsolved` measures it);
+# drawers 3 cm and more, because random pushes move them that far.
 SCENES: dict[str, Scene] = {
     "faucet-open": FAUCET,
     "faucet-close": FAUCET,
     "window-open": Scene(*WINDOW_BOX, Travel("window_slide", stock=0.0, unsolved=(0.0, 0.18), done=(0.195, 0.2))),
     "window-close": Scene(*WINDOW_BOX, Travel("window_slide", stock=0.2, unsolved=(0.05, 0.2), done=(0.0, 0.03))),
-    "drawer-open": Scene(*DRAWER_BOX, Travel("goal_slidey", stock=0.0, unsolved=(-0.15, 0.0), done=(-0.1606, -0.1604))),
-    "drawer-close": Scene(*DRAWER_BOX, Travel("goal_slidey", stock=-0.15, unsolved=(-0.16, -0.04), done=(-0.02, 0.0))),
+    "drawer-open": Scene(*DRAWER_BOX, Travel("goal_slidey", stock=0.0, unsolved=(-0.13, 0.0), done=(-0.1606, -0.1604))),
+    "drawer-close": Scene(*DRAWER_BOX, Travel("goal_slidey", stock=-0.15, unsolved=(-0.16, -0.07), done=(-0.02, 0.0))),
 }
 
 
