@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, build_preprocessor
 from paligemma_vla.data.statistics import compute_statistics
@@ -98,3 +99,13 @@ def trained_run(session_config: ConfigFactory) -> Path:
     config = session_config({"training.experiment_name": "trained", "optimizer.lr": 5e-3}, cameras=2)
     train_here(config)
     return config.run_dir
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained_run: Path) -> Path:
+    return trained_run / "checkpoints" / "last.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def policy(checkpoint: Path) -> Policy:
+    return Policy.from_checkpoint(checkpoint)

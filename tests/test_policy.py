@@ -30,16 +30,6 @@ ConfigFactory = Callable[..., VLAConfig]
 Observation = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(trained_run: Path) -> Path:
-    return trained_run / "checkpoints" / "last.pth.tar"
-
-
-@pytest.fixture(scope="module")
-def policy(checkpoint: Path) -> Policy:
-    return Policy.from_checkpoint(checkpoint)
-
-
 def observation_of(row: dict[str, Any]) -> Observation:
     """What a robot would send at this row: decoded pictures of their own size, real units."""
     observation: Observation = {"state": np.array(row["state"]), "prompt": row["prompt"]}

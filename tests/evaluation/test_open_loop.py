@@ -30,16 +30,6 @@ Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(trained_run: Path) -> Path:
-    return trained_run / "checkpoints" / "last.pth.tar"
-
-
-@pytest.fixture(scope="module")
-def policy(checkpoint: Path) -> Policy:
-    return Policy.from_checkpoint(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def rows(two_camera_dir: Path) -> Rows:
     return read_rows(two_camera_dir)
 

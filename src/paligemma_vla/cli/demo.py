@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from paligemma_vla.cli.train import train
     from paligemma_vla.config import load_config, parse_assignments
 
     paths = {
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     with _stage(wall, "statistics"):
         _statistics(config)
     with _stage(wall, "training"):
-        _train(config)
+        train(config, device="cpu")
     with _stage(wall, "evaluation"):
         conditions = _evaluate(args, config)
     summary = _summarise(conditions, wall)
@@ -107,16 +108,6 @@ def _statistics(config: Any) -> None:
     statistics = compute_statistics(config.data.train_parquet_files, "data.train_parquet_files")
     statistics.save(config.data.normalization_stats_path)
     logger.info("%s: %d rows", config.data.normalization_stats_path, statistics.state.count)
-
-
-def _train(config: Any) -> None:
-    from paligemma_vla.cli.train import prepare_run_dir
-    from paligemma_vla.training.distributed import join
-    from paligemma_vla.training.trainer import Trainer
-
-    trainer = Trainer(config, join("cpu"))
-    prepare_run_dir(config, resuming=False)
-    trainer.run()
 
 
 def _evaluate(args: argparse.Namespace, config: Any) -> dict[str, Any]:

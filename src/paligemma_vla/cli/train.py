@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     if args.nproc is not None and args.nproc < 1:
         raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
     if "LOCAL_RANK" in os.environ or (args.nproc or 1) == 1:
-        return train(config, args)
+        return train(config, args.device, args.resume_checkpoint)
     from paligemma_vla.training.distributed import launch
 
     return launch(_worker, args, int(args.nproc))
@@ -93,18 +93,18 @@ def _worker(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    return record(train)(resolve_config(args), args) or 0
+    return record(train)(resolve_config(args), args.device, args.resume_checkpoint) or 0
 
 
-def train(config: VLAConfig, args: argparse.Namespace) -> int:
-    """Train in this process."""
+def train(config: VLAConfig, device: str | None = None, resume_checkpoint: str | None = None) -> int:
+    """Train in this process. device: None takes the best there is; resume_checkpoint: a path, or `auto`."""
     from paligemma_vla.training.distributed import join
     from paligemma_vla.training.trainer import Trainer
 
-    distributed = join(args.device)
+    distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
-    resume = find_resume(config, args.resume_checkpoint)
+    resume = find_resume(config, resume_checkpoint)
     trainer = Trainer(config, distributed, resume)
     if distributed.main:  # only now: a run that cannot begin leaves no trace
         prepare_run_dir(config, resume is not None)
