@@ -22,7 +22,7 @@ from paligemma_vla.schema import Observation
 # MetaWorld's own `corner` cameras come upside down, and look at the arm rather than at what it works on.
 VIEW = View(lookat=(0.02, 0.70, 0.12), distance=1.05, azimuth=135.0, elevation=-40.0)
 STATE_DIM = 4  # of MetaWorld's 39 observed numbers, these say nothing about object and goal
-DEMO_MAX_STEPS, MAX_STEPS = 300, 500  # MetaWorld refuses a 501st step
+DEMO_MAX_STEPS, MAX_STEPS = 240, 500  # MetaWorld refuses a 501st step
 
 SPEC = EnvSpec(
     robot="metaworld-sawyer",

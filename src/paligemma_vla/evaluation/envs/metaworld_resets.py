@@ -1,7 +1,7 @@
 """How an episode of a MetaWorld task begins when nothing but the instruction may tell what to do.
 
 MetaWorld starts the two tasks of a pair differently: other ranges of places, the drawer shut for one and out for the other.
-A policy could then read the task off the picture. Here both tasks of a pair draw the place from one box, twice as wide as
+A policy could then read the task off the picture. Here both tasks of a pair draw the place from one box, wider than
 MetaWorld's, so that it must be seen and cannot be guessed; drawer and window start along their travel, where the task is not
 solved yet.
 """
@@ -37,16 +37,16 @@ class Travel:
 
 @dataclass(frozen=True)
 class Scene:
-    """The box of places (x, y, z in metres) shared by the two tasks of a pair, and the travel of a sliding part."""
+    """The box of places (x, y, z in metres; z at one of its ends) shared by a pair, and the travel of a sliding part."""
 
     low: tuple[float, float, float]
     high: tuple[float, float, float]
     travel: Travel | None = None
 
 
-FAUCET = Scene((-0.15, 0.77, 0.0), (0.15, 0.85, 0.0))
-WINDOW_BOX = ((-0.1, 0.67, 0.16), (0.1, 0.93, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
-DRAWER_BOX = ((-0.24, 0.9, 0.0), (0.24, 0.9, 0.0))
+FAUCET = Scene((-0.125, 0.78, 0.0), (0.125, 0.85, 0.0))
+WINDOW_BOX = ((-0.1, 0.68, 0.16), (0.1, 0.92, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
+DRAWER_BOX = ((-0.27, 0.9, 0.0), (0.27, 0.9, 0.0))
 
 # The ranges keep at least 1 cm from the point where the success test turns (`test_demo_starts_are_unsolved` measures it);
 # drawers 3 cm and more, because random pushes move them that far.
@@ -81,7 +81,10 @@ def draw_start(simulator: Any, scene: Scene, rng: np.random.Generator, done: boo
     The place goes in where MetaWorld keeps the random vector of a task, so its own reset derives target and success from
     it. Rewards, which it normalises by its own start, are not meaningful afterwards; nothing here uses them.
     """
-    simulator._last_rand_vec = rng.uniform(scene.low, scene.high)
+    place = rng.uniform(scene.low, scene.high)
+    # One camera cannot tell a high object from a near one: two heights can be learnt, a continuum would blur the place.
+    place[2] = (scene.low, scene.high)[rng.integers(2)][2]
+    simulator._last_rand_vec = place
     simulator._freeze_rand_vec = True
     simulator.reset()
     if scene.travel is not None:
