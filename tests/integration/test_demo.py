@@ -16,10 +16,10 @@ def test_demo_of_the_drawer_pair_learns_to_follow_the_instruction(tmp_path: Path
     command = [
         *(sys.executable, "-m", "paligemma_vla.cli.main", "demo"),
         *("--config_path", str(Path(__file__).parents[2] / "configs" / "demo.yaml")),
-        *("--tasks", "drawer-open", "drawer-close", "--demonstrations", "24"),
+        *("--tasks", "drawer-open", "drawer-close", "--demonstrations", "16"),
         *("--episodes", "10", "--control_episodes", "5", "--data_dir", "data"),
         *("--set", "training.max_steps=400", "--set", "training.validate_every_n_steps=200"),
-        *("--set", "data.num_workers=0"),
+        *("--set", "training.stages=[{train: head, steps: 100}, {train: all}]"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
@@ -27,7 +27,7 @@ def test_demo_of_the_drawer_pair_learns_to_follow_the_instruction(tmp_path: Path
     run = tmp_path / "experiments" / "demo"
     summary = json.loads((run / "demo_summary.json").read_text())
     assert set(summary["tasks"]) == {"drawer-open", "drawer-close"}
-    # Loose: a full demonstration trains eight times as long, on six times as many episodes.
+    # Loose: a full demonstration trains ten times as long, on twenty times as many episodes.
     assert summary["mean_success"] >= 0.5
     assert summary["wrong_prompt_mean_success"] <= 0.3
     assert summary["mean_success"] - summary["random_action_mean_success"] >= 0.4

@@ -47,7 +47,7 @@ CONDITIONS: tuple[tuple[str, str, str, dict[str, str], int], ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_path", default="configs/demo.yaml")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="T")
-    parser.add_argument("--demonstrations", type=int, default=300, help="episodes recorded per task (default: %(default)s)")
+    parser.add_argument("--demonstrations", type=int, default=340, help="episodes recorded per task (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=20, help="evaluation episodes per task (default: %(default)s)")
     parser.add_argument("--control_episodes", type=int, default=10, help="the same for the controls (default: %(default)s)")
     parser.add_argument("--data_dir", type=Path, default=Path("experiments/demo_data"), help="kept between calls")
