@@ -120,7 +120,6 @@ class OffscreenCamera:
 
     def render(self, data: Any) -> NDArray[np.uint8]:
         """Picture (size, size, 3) uint8 RGB of the bodies in `data`, where the last forward pass has put them."""
-        self._model.geom_group[:] = self._groups
         self._model.geom_group[self._meshes[self._out_of_view(data)]] = HIDDEN_GROUP
         self._renderer.update_scene(data, self._camera, self._option)
         self._model.geom_group[:] = self._groups
