@@ -134,7 +134,7 @@ def test_play_prompts_and_grey_image(env):
 
 
 def test_play_random_needs_no_policy_and_repeats(env):
-    outcomes = [play(env, None, "drawer-close", 0, Condition(policy="random", seed=s)) for s in (0, 0)]
+    outcomes = [play(env, None, "drawer-open", 0, Condition(policy="random", seed=s)) for s in (0, 0)]
     assert outcomes[0] == outcomes[1]
     assert not outcomes[0].success and outcomes[0].steps == 240
 
@@ -144,7 +144,7 @@ def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tm
     with RolloutPool("metaworld", policy_factory=Expert, workers=2) as pool:
         result = pool.run(config)
         stock = pool.run(replace(config, resets="stock", episodes=1, output_dir=None))
-        random = pool.run(RolloutConfig(tasks=("drawer-close",), episodes=1, policy="random"))
+        random = pool.run(RolloutConfig(tasks=("drawer-open",), episodes=1, policy="random"))
     with RolloutPool("metaworld", policy_factory=Expert, workers=0) as pool:
         here = pool.run(replace(config, output_dir=None))
     assert result.episodes == here.episodes
