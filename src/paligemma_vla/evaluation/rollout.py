@@ -115,8 +115,7 @@ class RolloutPool:
         started = time.monotonic()
         tasks = self._check(config)
         films = config.max_videos if config.output_dir else 0
-        condition = Condition(**{name: getattr(config, name) for name in Condition.__dataclass_fields__})
-        jobs = ((task, index, condition, films > 0) for task in tasks for index in range(config.episodes))
+        jobs = ((task, index, config, films > 0) for task in tasks for index in range(config.episodes))
         outcomes: list[EpisodeOutcome] = []
         chosen: list[EpisodeOutcome] = []
         label = f"{config.prompts}/{config.resets}/{config.image}/{config.policy}"

@@ -93,6 +93,6 @@ def _result(job: Any, future: Future[Result]) -> Result:
         return future.result()
     except (VLAError, BrokenProcessPool):
         raise
-    except Exception as error:
+    except Exception as error:  # of any kind: it goes on, only told which job met it
         error.add_note(f"in a worker process, on {job}")
         raise

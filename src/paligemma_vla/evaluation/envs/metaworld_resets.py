@@ -84,7 +84,7 @@ def draw_start(simulator: Any, scene: Scene, rng: np.random.Generator, done: boo
     it. Rewards, which it normalises by its own start, are not meaningful afterwards; nothing here uses them.
     """
     place = rng.uniform(scene.low, scene.high)
-    # One camera cannot tell a high object from a near one: two heights can be learnt, a continuum would blur the place.
+    # MetaWorld plays each task of a pair at a height of its own; here both are played at either.
     place[2] = (scene.low, scene.high)[rng.integers(2)][2]
     simulator._last_rand_vec = place
     simulator._freeze_rand_vec = True

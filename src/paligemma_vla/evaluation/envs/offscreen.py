@@ -80,8 +80,8 @@ class OffscreenCamera:
     """Draws one model from one view, upright, at one size.
 
     Shadows, reflections and multisampling are off: without a GPU they are 15/16 of the time. Meshes out of view are left
-    out, which changes no pixel and halves what is left. Sites are not drawn, because MuJoCo scenes mark the goal with one,
-    and a policy must not see where the goal is.
+    out, which changes no pixel and takes two fifths off what is left. Sites are not drawn, because MuJoCo scenes mark the goal
+    with one, and a policy must not see where the goal is.
     """
 
     def __init__(self, model: Any, size: int, view: View) -> None:
