@@ -28,9 +28,9 @@ ClassPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no silent conversion between types."""
+    """Base of every section: frozen, no unknown keys, no silent conversion between types, every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class DataSource(Section):
@@ -88,7 +88,10 @@ class VLMConfig(Section):
     num_cameras: Positive | None = Field(None, description="More cameras than two; null: 2 with use_aux_camera, else 1.")
     freeze_vision_tower: bool = Field(False, description="SigLIP and its projector keep their weights.")
     freeze_language_model: bool = Field(False, description="Gemma keeps its weights.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type; weights are kept in float32.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="Compute type; weights are kept in float32. bfloat16 on a CPU without AVX-512 BF16 computes in float32.",
+    )
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, ~30 % slower.")
 

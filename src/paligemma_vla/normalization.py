@@ -177,7 +177,8 @@ class DatasetStatistics:
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> DatasetStatistics:
         if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
-            raise DataError(f"{where}: expected statistics of version {VERSION}; compute them again")
+            got = f"version {raw.get('version')!r}" if isinstance(raw, Mapping) else type(raw).__name__
+            raise DataError(f"{where}: got {got}, expected statistics of version {VERSION}; compute them again")
         return cls(
             Statistics.from_dict(raw.get("state"), f"{where}: state"),
             Statistics.from_dict(raw.get("action"), f"{where}: action"),

@@ -14,7 +14,7 @@ from PIL import Image
 from paligemma_vla import flow, schema
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.sampling import derive_seed
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
@@ -79,7 +79,8 @@ class Policy:
 
         observation: `image_1 .. image_N` (H, W, 3) uint8 RGB, any size; cameras after the first may be left out. `state` (P,)
         in real units. `prompt`. seed: of the initial noise; None draws a fresh one. num_steps: Euler steps; None: the
-        configuration's. Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong observation.
+        configuration's. Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong
+        observation, `CheckpointError` when the answer is not finite.
         """
         return {"actions": self.infer_batch([observation], [seed], num_steps)[0]}
 
@@ -87,7 +88,7 @@ class Policy:
     def infer_batch(
         self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int | None], num_steps: int | None = None
     ) -> NDArray[np.float32]:
-        """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments as in `infer`."""
+        """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments and errors as in `infer`."""
         names = self.metadata["cameras"]
         if num_steps is not None and num_steps < 1:
             raise DataError(f"num_steps: got {num_steps}, expected at least 1 Euler step")
@@ -114,7 +115,13 @@ class Policy:
             flow_noise=noise,
             num_steps=num_steps,
         )
-        return self.preprocessor.action.denormalize(actions[..., : self.preprocessor.action.dimension].cpu().numpy())
+        answer = self.preprocessor.action.denormalize(actions[..., : self.preprocessor.action.dimension].cpu().numpy())
+        if not np.isfinite(answer).all():
+            raise CheckpointError(
+                "the policy's actions are not finite: the training run diverged; use an earlier checkpoint, or lower "
+                "optimizer.lr and train again"
+            )
+        return answer
 
     def _noise(self, seed: int | None) -> torch.Tensor:
         head = self.config.model.action_head_config

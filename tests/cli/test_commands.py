@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +122,17 @@ def test_help_of_train_names_the_specifications_flags(capfd: pytest.CaptureFixtu
         ("data info {junk}", "cannot be read as Parquet"),
         ("data", "ACTION"),
         ("tiny --output_dir {tmp}/t --image_size 30 --patch_size 16", "--image_size 30 --patch_size 16"),
+        ("train --config_path {config} --set optimizer.lr=.inf", "optimizer.lr: got inf, expected: a finite number"),
+        ("train --config_path {config} --set training.checkpoint_dir={junk}", "junk.pth.tar"),
+        ("collect --tasks drawer-open --episodes -1 --output_dir {tmp}/c", "got -1, expected a whole number of at least 1"),
+        ("collect --tasks drawer-open --episodes 1 --output_dir {junk}", "junk.pth.tar: File exists"),
+        (
+            "rollout --tasks drawer-open --episodes 1 --seed -1 --output_dir {tmp}/r",
+            "got -1, expected a whole number of at least 0",
+        ),
+        ("rollout --tasks drawer-open --episodes 1 --policy random --output_dir {junk}", "junk.pth.tar: File exists"),
+        ("demo --demonstrations 0", "got 0, expected a whole number of at least 1"),
+        ("demo", "configs/demo.yaml: no such file; run from the project's folder, or name it with --config_path"),
         ("nonsense", "nonsense"),
         ("", "COMMAND"),
     ],
@@ -148,6 +162,7 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (DataError("a.parquet: row 3"), 2, "error: a.parquet: row 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device; free it, or give another"),
         (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops"),
     ],
 )
@@ -161,6 +176,22 @@ def test_guarded_turns_errors_into_status_and_message(
     err = capfd.readouterr().err
     assert err.startswith(message)
     assert "Traceback" not in err
+
+
+def test_terminated_command_says_so_and_closes_what_is_open(capfd: pytest.CaptureFixture[str]) -> None:
+    closed = []
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            closed.append(True)
+        return 0
+
+    assert cli.guarded(run, argparse.Namespace(debug=False)) == 143
+    assert closed
+    assert capfd.readouterr().err == "terminated\n"
 
 
 def resolved(config_file: Path, *flags: str) -> VLAConfig:

@@ -116,6 +116,42 @@ def test_writer_killed_after_publishing_does_not_write_the_shard_twice(tmp_path:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_writer_recovers_a_journal_beyond_the_shards_that_are_left(tmp_path: Path, episode: Episode) -> None:
+    """Shards 0 and 1 were taken away after the kill; the journal of shard 2 is all that holds its episode."""
+    folder = tmp_path / "left"
+    folder.mkdir()
+    with EpisodeWriter(tmp_path / "other", METADATA) as other:
+        other.write(episode)
+        journal = (tmp_path / "other" / ".episodes-00000.arrows").read_bytes()
+    (folder / ".episodes-00002.arrows").write_bytes(journal)
+    with EpisodeWriter(folder, METADATA) as writer:
+        assert writer.episodes_written == 1
+        writer.write(episode)
+    assert sorted(path.name for path in folder.glob("*.parquet")) == ["episodes-00002.parquet", "episodes-00003.parquet"]
+    assert len(EpisodeIndex.build(str(folder))) == 2
+
+
+def test_two_writers_of_one_prefix_are_refused(tmp_path: Path, episode: Episode) -> None:
+    with EpisodeWriter(tmp_path, METADATA) as writer:
+        writer.write(episode)
+        with pytest.raises(DataError, match="'episodes' is being written by another process"):
+            EpisodeWriter(tmp_path, METADATA)
+        with EpisodeWriter(tmp_path, METADATA, prefix="further") as further:
+            further.write(episode)
+    with EpisodeWriter(tmp_path, METADATA) as again:
+        assert again.episodes_written == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_writer_names_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
+    write_episodes(tmp_path, lengths=(3,))
+    (path,) = tmp_path.glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=rf"{path.name}: cannot be read .*; restore the file, or take it away"):
+        EpisodeWriter(tmp_path, METADATA)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_writer_closed_and_opened_again_goes_on(tmp_path: Path) -> None:
     first, second = write_episodes(tmp_path, lengths=(3, 4)), write_episodes(tmp_path, lengths=(5,), seed=3)
     assert [row["state"] for row in read_rows(tmp_path)] == [s.tolist() for e in [*first, *second] for s in e.state]

@@ -205,7 +205,7 @@ def test_policy_that_diverged_is_named_not_averaged(checkpoint: Path, two_camera
     broken = Policy.from_checkpoint(checkpoint)
     with torch.no_grad():
         next(iter(broken.model.action_head.parameters())).fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="episode 0, step 0 are not finite"):
+    with pytest.raises(CheckpointError, match="are not finite: the training run diverged"):
         evaluate(broken, str(two_camera_dir))
 
 

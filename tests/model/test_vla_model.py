@@ -184,7 +184,12 @@ def test_frozen_backbone_keeps_no_graph(session_config: ConfigFactory, batch: Ba
 
 
 @torch.no_grad()
-def test_bfloat16_computes_in_bfloat16_on_float32_masters(session_config: ConfigFactory, model: VLAModel, batch: Batch) -> None:
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bfloat16_computes_in_bfloat16_on_float32_masters(
+    session_config: ConfigFactory, model: VLAModel, batch: Batch, monkeypatch: pytest.MonkeyPatch, hardware: bool
+) -> None:
+    """A CPU without instructions for bfloat16 computes in float32: there it would be slower, not faster."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
     half = VLAModel(session_config({"model.vlm_config.dtype": "bfloat16"}, cameras=2)).eval()
     half.load_state_dict(model.state_dict())
     kinds: list[torch.dtype] = []
@@ -192,7 +197,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_masters(session_config: Config
         lambda module, args, output: kinds.append(output.dtype)
     )
     got, expected = half(**arguments_from_batch(batch)), model(**arguments_from_batch(batch))
-    assert kinds == [torch.bfloat16]
+    assert kinds == [torch.bfloat16 if hardware else torch.float32]
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert got.loss_sum.dtype == torch.float32
     assert (got.velocity - expected.velocity).norm() / expected.velocity.norm() < 0.05

@@ -67,13 +67,18 @@ def test_flipped_byte_is_found(trained_run: Path, tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_checkpoint_copied_alone_is_read_and_said_to_be_unverified(
-    trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = Path(shutil.copy(trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar", tmp_path))
-    with caplog.at_level(logging.WARNING):
-        assert load_checkpoint(path)["epoch"] == 2
-    assert "unverified" in caplog.text
+def test_checkpoint_copied_alone_is_verified_by_the_checksums_inside(trained_run: Path, tmp_path: Path) -> None:
+    """A copy of the link `last.pth.tar` has another name than the file whose sha256 there is."""
+    path = Path(shutil.copy(trained_run / "checkpoints" / "last.pth.tar", tmp_path))
+    assert load_checkpoint(path)["epoch"] == 2
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.pth\.tar: damaged: the checksum of '.*' in it is wrong"):
+        load_checkpoint(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="is it a whole checkpoint"):
+        load_checkpoint(path)
 
 
 def test_missing_checkpoint_lists_its_neighbours(trained_run: Path) -> None:

@@ -444,6 +444,28 @@ def test_known_failures_say_their_remedy(
         assert word in str(caught.value)
 
 
+def test_run_that_diverges_stops_and_leaves_no_trace_of_it(tiny_config: ConfigFactory) -> None:
+    config = tiny_config({"training.log_interval": 1, "training.validate_every_n_steps": 2, "optimizer.lr": 1e30})
+    trainer = Trainer(config, ALONE)
+    with pytest.raises(TrainingError, match=r"step \d+: got loss nan .*lower optimizer\.lr \(1e\+30\)"):
+        trainer.run()
+    assert all(np.isfinite(line["train/batch_loss"]) for line in read_metrics(config.run_dir) if "train/batch_loss" in line)
+    for path in (config.run_dir / "checkpoints").glob("*.pth.tar"):
+        assert all(torch.isfinite(value).all() for value in load_checkpoint(path)["state_dict"].values())
+
+
+def test_validation_that_is_not_a_number_is_never_the_best(tiny_config: ConfigFactory) -> None:
+    trainer = Trainer(tiny_config(), ALONE)
+    assert not trainer._improved({"val/epoch_loss": float("nan")})
+    assert trainer._improved({"val/epoch_loss": 1.0})
+
+
+def test_stage_that_would_never_begin_is_refused(tiny_config: ConfigFactory) -> None:
+    stages = [{"train": "head", "steps": 4}, {"train": "all"}]
+    with pytest.raises(ConfigError, match=r"training\.stages: the last stage begins after step 4, the run ends with step 4"):
+        Trainer(tiny_config({"training.max_steps": 4, "training.stages": stages}), ALONE)
+
+
 def test_validation_loss_that_does_not_fall_is_diagnosed(
     tiny_config: ConfigFactory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

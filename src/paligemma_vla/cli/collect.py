@@ -7,16 +7,18 @@ import os
 import sys
 from pathlib import Path
 
+from paligemma_vla.cli.arguments import natural, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--env", default="metaworld", help="simulator (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help="for example drawer-open drawer-close")
-    parser.add_argument("--episodes", type=int, required=True, metavar="N", help="kept per task")
+    parser.add_argument("--episodes", type=positive, required=True, metavar="N", help="kept per task")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on in the same folder")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--image_size", type=int, default=64, metavar="PX", help="default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0, help="default: %(default)s")
+    parser.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--image_size", type=positive, default=64, metavar="PX", help="default: %(default)s")
 
 
 def main(args: argparse.Namespace) -> int:

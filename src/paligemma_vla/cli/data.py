@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def describe(paths: list[str]) -> dict[str, Any]:
     """Facts about episode files from flags, footers and the prompt column; images are not read."""
-    index = EpisodeIndex.build(paths, "PATH")
+    index = EpisodeIndex.build(paths, "data info")
     prompts: Counter[str] = Counter()
     image_bytes = 0
     for number, path in enumerate(index.paths):

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from paligemma_vla.cli.arguments import natural, positive
+
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "metaworld"
@@ -47,12 +49,18 @@ CONDITIONS: tuple[tuple[str, str, str, dict[str, str], int], ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_path", default="configs/demo.yaml")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="T")
-    parser.add_argument("--demonstrations", type=int, default=340, help="episodes recorded per task (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=20, help="evaluation episodes per task (default: %(default)s)")
-    parser.add_argument("--control_episodes", type=int, default=10, help="the same for the controls (default: %(default)s)")
+    parser.add_argument(
+        "--demonstrations", type=positive, default=340, help="episodes recorded per task (default: %(default)s)"
+    )
+    parser.add_argument("--episodes", type=positive, default=20, help="evaluation episodes per task (default: %(default)s)")
+    parser.add_argument(
+        "--control_episodes", type=positive, default=10, help="the same for the controls (default: %(default)s)"
+    )
     parser.add_argument("--data_dir", type=Path, default=Path("experiments/demo_data"), help="kept between calls")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="simulator processes (default: one per core)")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument(
+        "--workers", type=natural, default=os.cpu_count() or 1, help="simulator processes (default: one per core)"
+    )
     parser.add_argument("--install_seconds", type=float, default=0.0, help="recorded in the summary; `make demo` measures it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the configuration")
 
@@ -60,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from paligemma_vla.cli.train import train
     from paligemma_vla.config import load_config, parse_assignments
+    from paligemma_vla.errors import ConfigError
 
     paths = {
         "data.train_parquet_files": str(args.data_dir / "episodes"),
@@ -67,6 +76,8 @@ def main(args: argparse.Namespace) -> int:
         "model.vlm_config.model_name_or_path": str(args.data_dir / "tiny-paligemma"),
         "training.seed": args.seed,
     }
+    if not Path(args.config_path).is_file():
+        raise ConfigError(f"{args.config_path}: no such file; run from the project's folder, or name it with --config_path")
     config = load_config(args.config_path, {**paths, **parse_assignments(args.set)})
     wall: dict[str, float] = {"install": args.install_seconds}
     with _stage(wall, "demonstrations"):

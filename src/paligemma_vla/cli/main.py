@@ -1,12 +1,13 @@
 """`paligemma-vla COMMAND`: dispatch, and the promise that a user never sees a traceback unless asked for.
 
-Exit status: 0 only on success, 2 on a usage or input error, 130 when interrupted.
+Exit status: 0 only on success, 2 on a usage or input error, 130 when interrupted, 143 when terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -56,26 +57,44 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: what is open gets closed, and temporary files are removed."""
+
+
+def _terminate(signal_number: int, frame: object) -> None:
+    raise _Terminated
+
+
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; an error becomes one message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return run(args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    except VLAError as error:
-        if args.debug:
-            traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    except _Terminated:
+        sys.stderr.write("terminated\n")
+        return 143
     except BrokenPipeError:
         return 0
-    except Exception as error:  # the last resort: a defect of ours, still without a traceback
+    except Exception as error:
         if args.debug:
             traceback.print_exc()
-        sys.stderr.write(f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where\n")
-        return 1
+        status, message = _told(error)
+        sys.stderr.write(f"{message}\n")
+        return status
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an error."""
+    if isinstance(error, VLAError):
+        return 2, f"error: {error}"
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written, a file where a folder should be
+        where = f"{error.filename}: " if error.filename else ""
+        return 2, f"error: {where}{error.strerror or error}; free it, or give another path"
+    return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 
+from paligemma_vla.cli.arguments import natural, positive
+
 logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument("--image_size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--patch_size", type=int, default=16, help="side of a patch; divides image_size")
-    parser.add_argument("--width", type=int, default=128, help="width of both towers")
-    parser.add_argument("--vision_layers", type=int, default=3)
-    parser.add_argument("--text_layers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image_size", type=positive, default=64, help="side of the images in pixels")
+    parser.add_argument("--patch_size", type=positive, default=16, help="side of a patch; divides image_size")
+    parser.add_argument("--width", type=positive, default=128, help="width of both towers")
+    parser.add_argument("--vision_layers", type=positive, default=3)
+    parser.add_argument("--text_layers", type=positive, default=2)
+    parser.add_argument("--seed", type=natural, default=0)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -147,8 +147,10 @@ def prepare_run_dir(config: VLAConfig, resuming: bool) -> None:
     run_dir = config.run_dir
     if not resuming and (run_dir / "checkpoints").exists():
         aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        saved = any((run_dir / "checkpoints").glob("checkpoint_*.pth.tar"))
         run_dir.rename(aside)
-        logger.info("%s held an earlier run; it was moved to %s (--resume_checkpoint auto would go on with it)", run_dir, aside)
+        hint = " (--resume_checkpoint auto would have gone on with it)" if saved else ", which holds no checkpoint"
+        logger.info("%s held an earlier run; it was moved to %s%s", run_dir, aside, hint)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(config.to_yaml())
     handler = logging.FileHandler(run_dir / "logs" / "train.log")

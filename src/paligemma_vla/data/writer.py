@@ -6,16 +6,18 @@ record batch per episode), so a kill loses at most the episode being written; op
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paligemma_vla import schema
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 ROWS_PER_GROUP = 32
@@ -51,17 +53,17 @@ class EpisodeWriter:
         self.output_dir, self.metadata, self.prefix = Path(output_dir), metadata, prefix
         self.episodes_per_file = episodes_per_file
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.output_dir / f".{prefix}.lock", f"{self.output_dir}: '{prefix}'")
         self._journal: pa.OSFile | None = None
         self._stream: pa.RecordBatchStreamWriter | None = None
         self._schema: pa.Schema | None = None
         self._in_shard = 0
-        shards = sorted(self.output_dir.glob(f"{prefix}-?????.parquet"))
-        # Not their count: a shard may have been taken out, and none is ever overwritten.
-        self._shard = max((int(path.stem[-5:]) + 1 for path in shards), default=0)
-        self.episodes_written = sum(_episodes_in(path) for path in shards)
-        if shards:
-            self._schema = pq.read_schema(shards[0])
-        self._recover()
+        self._shard = self.episodes_written = 0
+        try:
+            self._take_over()
+        except BaseException:
+            self._unlock()
+            raise
 
     def __enter__(self) -> EpisodeWriter:
         return self
@@ -82,13 +84,18 @@ class EpisodeWriter:
             self._close_shard()
 
     def close(self) -> None:
-        """Turn what the journal holds into a Parquet file."""
+        """Turn what the journal holds into a Parquet file, and let others write here."""
         if self._stream is not None:
             self._close_shard()
+        self._unlock()
 
     @property
     def _journal_path(self) -> Path:
         return self.output_dir / f".{self.prefix}-{self._shard:05d}.arrows"
+
+    @property
+    def _shard_path(self) -> Path:
+        return self.output_dir / f"{self.prefix}-{self._shard:05d}.parquet"
 
     def _batch(self, episode: Episode) -> pa.RecordBatch:
         where = f"{self.output_dir}: episode {self.episodes_written} of '{self.prefix}'"
@@ -123,7 +130,7 @@ class EpisodeWriter:
 
     def _publish(self, batches: list[pa.RecordBatch]) -> None:
         """Write a shard to a temporary name, then rename it, then drop the journal: a kill in between loses nothing."""
-        final = self.output_dir / f"{self.prefix}-{self._shard:05d}.parquet"
+        final = self._shard_path
         temporary = final.with_suffix(".tmp")
         shard_schema = batches[0].schema.with_metadata({**batches[0].schema.metadata, EPISODES_KEY: str(len(batches)).encode()})
         images = [name for name in shard_schema.names if name.startswith("image_")]
@@ -145,19 +152,35 @@ class EpisodeWriter:
         self._journal_path.unlink(missing_ok=True)
         self._shard += 1
 
+    def _take_over(self) -> None:
+        """Count what the folder holds, and recover what a killed run left."""
+        shards = sorted(self.output_dir.glob(f"{self.prefix}-?????.parquet"))
+        # Not their count: a shard may have been taken out, and none is ever overwritten.
+        self._shard = max((int(path.stem[-5:]) + 1 for path in shards), default=0)
+        self.episodes_written = sum(_episodes_in(path) for path in shards)
+        if shards:
+            self._schema = read_shard_schema(shards[0])
+        self._recover()
+
+    def _unlock(self) -> None:
+        if not self._lock.closed:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+
     def _recover(self) -> None:
-        """Take over the journal of a killed run; drop one whose shard was already published."""
-        for stale in self.output_dir.glob(f".{self.prefix}-?????.arrows"):
-            if stale != self._journal_path:
-                stale.unlink()
-        if self._journal_path.exists():
-            batches = _read_journal(self._journal_path)
+        """Turn the journals of killed runs into shards; drop one whose shard was already published."""
+        following = self._shard
+        for journal in sorted(self.output_dir.glob(f".{self.prefix}-?????.arrows")):
+            self._shard = int(journal.stem[-5:])
+            batches = [] if self._shard_path.exists() else _read_journal(journal)
             if batches:
                 self._schema = batches[0].schema
                 self.episodes_written += len(batches)
                 self._publish(batches)
+                following = max(following, self._shard)
             else:
-                self._journal_path.unlink()
+                journal.unlink()
+        self._shard = following
 
 
 def check_episode(episode: Episode, where: str) -> None:
@@ -200,8 +223,29 @@ def _read_journal(path: Path) -> list[pa.RecordBatch]:
     return batches
 
 
+def read_shard_schema(path: Path) -> pa.Schema:
+    """Schema of a file of episodes; raises `DataError` when it cannot be read."""
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); restore the file, or take it away") from error
+
+
+def _lock(path: Path, where: str) -> IO[bytes]:
+    """Hold a lock file until it is closed, or the process dies; raises `DataError` when another writer holds it."""
+    file = open(path, "ab")  # noqa: SIM115 - held as long as the writer is
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    raise DataError(f"{where} is being written by another process; wait for it, or write into another folder")
+
+
 def _episodes_in(path: Path) -> int:
-    metadata = pq.read_schema(path).metadata or {}
+    metadata = read_shard_schema(path).metadata or {}
     if EPISODES_KEY not in metadata:
         raise DataError(f"{path}: was not written by EpisodeWriter; write into another folder or under another prefix")
     return int(metadata[EPISODES_KEY])

@@ -114,6 +114,8 @@ class RolloutPool:
         """Play one condition; episode k of a task is the same for any number of workers or tasks."""
         started = time.monotonic()
         tasks = self._check(config)
+        if config.output_dir is not None:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
         films = config.max_videos if config.output_dir else 0
         jobs = ((task, index, config, films > 0) for task in tasks for index in range(config.episodes))
         outcomes: list[EpisodeOutcome] = []
@@ -128,7 +130,6 @@ class RolloutPool:
         videos = self._film(chosen, config.output_dir) if config.output_dir and chosen else []
         result = self._result(config, tasks, outcomes, videos, time.monotonic() - started)
         if config.output_dir is not None:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
             (config.output_dir / "rollout.json").write_text(result.to_json())
         log.info("%s: mean success %.3f, %.0f s", label, result.mean_success, result.wall_s)
         return result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError
@@ -121,8 +123,7 @@ class VLAModel(nn.Module):
 
         Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
         """
-        device_type = image_1_batch.device.type
-        with torch.autocast(device_type, torch.bfloat16, enabled=self.compute_dtype is torch.bfloat16):
+        with _computing_in(self.compute_dtype, image_1_batch.device.type):
             context, mask = self._context(
                 image_1_batch,
                 raw_prompt_texts_batch,
@@ -140,6 +141,17 @@ class VLAModel(nn.Module):
                 context, actions_gt_seq, state_batch, mask, action_mask, flow_time, flow_noise
             )
             return output
+
+
+@contextlib.contextmanager
+def _computing_in(dtype: torch.dtype, device_type: str) -> Iterator[None]:
+    """Matrix products in `dtype`; on a CPU without instructions for bfloat16, where they would be slower, in float32."""
+    on_cpu = device_type == "cpu"
+    enabled = dtype is torch.bfloat16 and (not on_cpu or torch.cpu._is_avx512_bf16_supported())
+    # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; plain products do not.
+    kernel = sdpa_kernel(SDPBackend.MATH) if on_cpu and enabled else contextlib.nullcontext()
+    with torch.autocast(device_type, torch.bfloat16, enabled=enabled), kernel:
+        yield
 
 
 def arguments_from_batch(batch: dict[str, Any], sample: bool = False, num_steps: int | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def link_checkpoint(target: Path, name: str) -> None:
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
 
-    A file without its sha256 (copied alone) is read unverified, which is logged.
+    A file without its sha256 (copied alone, or under another name) is verified by the checksums inside it.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,16 +67,22 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             got = hashlib.file_digest(file, "sha256").hexdigest()
         if got not in digest_path.read_text().split():
             raise CheckpointError(f"{real}: damaged: its sha256 differs from {digest_path.name}; use an older checkpoint")
-    else:
-        logger.warning("%s: no %s beside it, so it is read unverified", real, digest_path.name)
     try:
+        if not digest_path.exists() and (entry := _damaged_entry(real)) is not None:
+            raise CheckpointError(f"{real}: damaged: the checksum of '{entry}' in it is wrong; use an older checkpoint")
         payload = torch.load(real, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
     missing = [key for key in (*SPEC_KEYS, *POLICY_KEYS) if not isinstance(payload, dict) or key not in payload]
     if missing:
         raise CheckpointError(f"{real}: missing {', '.join(missing)}; it was not written by this program")
     return dict(payload)
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """The first entry of the archive whose CRC is wrong: torch does not look at them."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -120,6 +120,11 @@ class Trainer:
         for stage in self.config.training.stages:
             stages.append((first, stage.train))
             first += stage.steps or 0
+        if stages and stages[-1][0] >= self.total_steps:
+            raise ConfigError(
+                f"training.stages: the last stage begins after step {stages[-1][0]}, the run ends with step "
+                f"{self.total_steps}; shorten the stages before it, or raise training.epochs or max_steps"
+            )
         return stages or [(0, "all")]
 
     @property
@@ -149,11 +154,13 @@ class Trainer:
                 loss, norm, wait = self._train_step(stream)
                 self.step += 1
                 meter.add(wait)
+                epoch_ended = self.step % order.steps_per_epoch == 0
+                due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
+                if self.step % settings.log_interval == 0 or due or epoch_ended or self.step == stop:
+                    self._refuse_divergence(loss, norm)
                 if self.step % settings.log_interval == 0 or self.step == self.total_steps:
                     self._log_step({"loss": loss, "norm": norm, "rate": rate}, meter, bar)
                 bar.update()
-                epoch_ended = self.step % order.steps_per_epoch == 0
-                due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
                 improved = False
                 # An early stop is no occasion to validate: it must leave no trace that the whole run would not have.
                 if due or self.step == self.total_steps:
@@ -220,6 +227,17 @@ class Trainer:
             self.ema.update(self.model)
         return self.distributed.sum(total) / count, norm, wait
 
+    def _refuse_divergence(self, loss: Tensor, norm: Tensor) -> None:
+        """Raise `TrainingError` when the weights are lost: once they are, every later loss says so, so asking where the loss
+        is read anyway is enough, before anything is logged, called best, or saved."""
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise TrainingError(
+                f"step {self.step}: got loss {loss.item()} and gradient norm {norm.item()}, expected finite numbers; the run "
+                f"diverged and nothing of it was saved since the last checkpoint: lower optimizer.lr "
+                f"({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
+                f"({self.config.lr_scheduler.warmup_steps})"
+            )
+
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.parallel, DistributedDataParallel):
             return self.parallel.no_sync()
@@ -234,7 +252,7 @@ class Trainer:
 
     def _improved(self, validation: dict[str, Any]) -> bool:
         metric = validation.get(self.config.training.best_metric)
-        if metric is None or metric >= self.best_metric:
+        if metric is None or not metric < self.best_metric:  # NaN is no improvement
             self.stale += 1
             if metric is not None and self.stale == STALE_VALIDATIONS:
                 logger.warning(

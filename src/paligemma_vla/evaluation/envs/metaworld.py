@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from paligemma_vla.errors import SimulatorError, closest
 from paligemma_vla.evaluation.envs import EnvSpec, PromptKind, Resets, StepResult
 from paligemma_vla.evaluation.envs import metaworld_prompts as language
+from paligemma_vla.evaluation.envs.metaworld_experts import SWEEPS
 from paligemma_vla.evaluation.envs.metaworld_resets import SCENES, ModelPositions, draw_start, move_hand_away
 from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
 from paligemma_vla.schema import Observation
@@ -22,6 +23,7 @@ from paligemma_vla.schema import Observation
 # MetaWorld's own `corner` cameras come upside down, and look at the arm rather than at what it works on.
 VIEW = View(lookat=(0.02, 0.70, 0.12), distance=1.05, azimuth=135.0, elevation=-40.0)
 STATE_DIM = 4  # of MetaWorld's 39 observed numbers, these say nothing about object and goal
+HAND, HANDLE = slice(0, 3), slice(4, 7)  # of the 39: x, y, z in metres
 DEMO_MAX_STEPS, MAX_STEPS = 240, 500  # MetaWorld refuses a 501st step
 
 SPEC = EnvSpec(
@@ -177,9 +179,14 @@ class MetaWorldEnvironment:
         return {"image_1": self.render(self._spec.image_size), "state": state}
 
     def expert_action(self) -> NDArray[np.float32]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what we do next
-            action: NDArray[np.float32] = self._task().expert.get_action(self._observed)
+        """See `Environment.expert_action`. MetaWorld's expert, where there is none of ours."""
+        task = self._task()
+        if task.name in SWEEPS:
+            action = SWEEPS[task.name].action(self._observed[HAND], self._observed[HANDLE])
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what we do next
+                action = task.expert.get_action(self._observed)
         return np.clip(action, self._spec.action_low, self._spec.action_high).astype(np.float32)
 
     def render(self, size: int) -> NDArray[np.uint8]:

@@ -1,0 +1,25 @@
+"""Types of command-line numbers: what a flag cannot mean is refused before any work is done."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A whole number, at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least}")
+    return value
