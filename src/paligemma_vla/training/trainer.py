@@ -121,9 +121,11 @@ class Trainer:
             stages.append((first, stage.train))
             first += stage.steps or 0
         if stages and stages[-1][0] >= self.total_steps:
-            raise ConfigError(
-                f"training.stages: the last stage begins after step {stages[-1][0]}, the run ends with step "
-                f"{self.total_steps}; shorten the stages before it, or raise training.epochs or max_steps"
+            logger.warning(
+                "training.stages: the last stage would begin after step %d, but the run ends with step %d; shorten the stages "
+                "before it, or raise training.epochs or max_steps",
+                stages[-1][0],
+                self.total_steps,
             )
         return stages or [(0, "all")]
 

@@ -24,7 +24,7 @@ from paligemma_vla.schema import Observation
 VIEW = View(lookat=(0.02, 0.70, 0.12), distance=1.05, azimuth=135.0, elevation=-40.0)
 STATE_DIM = 4  # of MetaWorld's 39 observed numbers, these say nothing about object and goal
 HAND, HANDLE = slice(0, 3), slice(4, 7)  # of the 39: x, y, z in metres
-DEMO_MAX_STEPS, MAX_STEPS = 240, 500  # MetaWorld refuses a 501st step
+DEMO_MAX_STEPS, MAX_STEPS = 150, 500  # MetaWorld refuses a 501st step
 
 SPEC = EnvSpec(
     robot="metaworld-sawyer",

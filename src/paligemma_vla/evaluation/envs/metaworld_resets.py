@@ -47,8 +47,8 @@ class Scene:
 
 
 FAUCET = Scene((-0.175, 0.78, 0.0), (0.175, 0.85, 0.0))
-WINDOW_BOX = ((-0.15, 0.7, 0.16), (0.15, 0.9, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
-DRAWER_BOX = ((-0.25, 0.9, 0.0), (0.25, 0.9, 0.0))
+WINDOW_BOX = ((-0.1, 0.7, 0.16), (0.1, 0.9, 0.2))  # MetaWorld opens windows at z = 0.16 and closes them at z = 0.2
+DRAWER_BOX = ((-0.32, 0.9, 0.0), (0.32, 0.9, 0.0))
 
 # The ranges keep at least 1 cm from the point where the success test turns (`test_demo_starts_are_unsolved` measures it);
 # drawers 3 cm and more, because random pushes move them that far.
