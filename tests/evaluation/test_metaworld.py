@@ -259,7 +259,7 @@ def test_step_clips_and_refuses_to_go_on_after_the_limit(env):
     for _ in range(env.max_steps("drawer-close") - 1):
         result = env.step(np.zeros(4))
     assert result.done
-    with pytest.raises(SimulatorError, match="over after 240 steps"):
+    with pytest.raises(SimulatorError, match="over after 150 steps"):
         env.step(np.zeros(4))
 
 

@@ -136,7 +136,7 @@ def test_play_prompts_and_grey_image(env):
 def test_play_random_needs_no_policy_and_repeats(env):
     outcomes = [play(env, None, "drawer-open", 0, Condition(policy="random", seed=s)) for s in (0, 0)]
     assert outcomes[0] == outcomes[1]
-    assert not outcomes[0].success and outcomes[0].steps == 240
+    assert not outcomes[0].success and outcomes[0].steps == env.max_steps("drawer-open")
 
 
 def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tmp_path):
