@@ -1,7 +1,7 @@
 """How wrong about the handle's place may an expert be, and still solve its task? Ours beside MetaWorld's.
 
 `python -m benchmarks.expert_tolerance` prints, for each axis, the range of errors (cm) around zero with which at least nine in
-ten starts were solved. No pictures are drawn; it takes two minutes.
+ten starts were solved. No pictures are drawn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Exceptions a user meets. Each message says where, what was got, what was expected, and the remedy.
 
-The command line turns a `VLAError` into one message and exit status 2; anything else is a defect of ours.
+The command line turns a `VLAError` into one message and exit status 2, and a path or disk that cannot be used as well;
+anything else is a defect of ours.
 """
 
 from __future__ import annotations

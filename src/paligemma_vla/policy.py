@@ -116,10 +116,11 @@ class Policy:
             num_steps=num_steps,
         )
         answer = self.preprocessor.action.denormalize(actions[..., : self.preprocessor.action.dimension].cpu().numpy())
-        if not np.isfinite(answer).all():
+        finite = np.isfinite(answer).all(axis=(1, 2))
+        if not finite.all():
             raise CheckpointError(
-                "the policy's actions are not finite: the training run diverged; use an earlier checkpoint, or lower "
-                "optimizer.lr and train again"
+                f"observation {int(np.flatnonzero(~finite)[0])} of {len(answer)}: the policy's actions are not finite: the "
+                f"training run diverged; use an earlier checkpoint, or lower optimizer.lr and train again"
             )
         return answer
 

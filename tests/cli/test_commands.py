@@ -123,7 +123,7 @@ def test_help_of_train_names_the_specifications_flags(capfd: pytest.CaptureFixtu
         ("data", "ACTION"),
         ("tiny --output_dir {tmp}/t --image_size 30 --patch_size 16", "--image_size 30 --patch_size 16"),
         ("train --config_path {config} --set optimizer.lr=.inf", "optimizer.lr: got inf, expected: a finite number"),
-        ("train --config_path {config} --set training.checkpoint_dir={junk}", "junk.pth.tar"),
+        ("train --config_path {config} --set training.checkpoint_dir={junk}", "Not a directory; a folder is expected there"),
         ("collect --tasks drawer-open --episodes -1 --output_dir {tmp}/c", "got -1, expected a whole number of at least 1"),
         ("collect --tasks drawer-open --episodes 1 --output_dir {junk}", "junk.pth.tar: File exists"),
         (
@@ -162,7 +162,7 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (DataError("a.parquet: row 3"), 2, "error: a.parquet: row 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device; free it, or give another"),
+        (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device; free some space, or"),
         (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops"),
     ],
 )
@@ -192,6 +192,7 @@ def test_terminated_command_says_so_and_closes_what_is_open(capfd: pytest.Captur
     assert cli.guarded(run, argparse.Namespace(debug=False)) == 143
     assert closed
     assert capfd.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def resolved(config_file: Path, *flags: str) -> VLAConfig:

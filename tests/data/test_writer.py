@@ -134,7 +134,7 @@ def test_writer_recovers_a_journal_beyond_the_shards_that_are_left(tmp_path: Pat
 def test_two_writers_of_one_prefix_are_refused(tmp_path: Path, episode: Episode) -> None:
     with EpisodeWriter(tmp_path, METADATA) as writer:
         writer.write(episode)
-        with pytest.raises(DataError, match="'episodes' is being written by another process"):
+        with pytest.raises(DataError, match="'episodes' is being written by another writer"):
             EpisodeWriter(tmp_path, METADATA)
         with EpisodeWriter(tmp_path, METADATA, prefix="further") as further:
             further.write(episode)

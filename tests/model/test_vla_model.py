@@ -183,6 +183,18 @@ def test_frozen_backbone_keeps_no_graph(session_config: ConfigFactory, batch: Ba
     assert not contexts[0].requires_grad
 
 
+def test_bfloat16_learns_with_activation_checkpointing(
+    session_config: ConfigFactory, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What backward recomputes must be what forward computed, kernel included."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    keys = {"model.vlm_config.dtype": "bfloat16", "model.vlm_config.activation_checkpointing": True}
+    learning = VLAModel(session_config(keys, cameras=2)).train()
+    learning(**arguments_from_batch(batch)).loss_sum.backward()
+    gradients = [p.grad for p in learning.paligemma_vlm.trainable_parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("hardware", [True, False])
 def test_bfloat16_computes_in_bfloat16_on_float32_masters(

@@ -447,11 +447,10 @@ def test_known_failures_say_their_remedy(
 def test_run_that_diverges_stops_and_leaves_no_trace_of_it(tiny_config: ConfigFactory) -> None:
     config = tiny_config({"training.log_interval": 1, "training.validate_every_n_steps": 2, "optimizer.lr": 1e30})
     trainer = Trainer(config, ALONE)
-    with pytest.raises(TrainingError, match=r"step \d+: got loss nan .*lower optimizer\.lr \(1e\+30\)"):
+    with pytest.raises(TrainingError, match=r"step \d+: got NaN or infinity .*lower optimizer\.lr \(1e\+30\)"):
         trainer.run()
     assert all(np.isfinite(line["train/batch_loss"]) for line in read_metrics(config.run_dir) if "train/batch_loss" in line)
-    for path in (config.run_dir / "checkpoints").glob("*.pth.tar"):
-        assert all(torch.isfinite(value).all() for value in load_checkpoint(path)["state_dict"].values())
+    assert not list((config.run_dir / "checkpoints").glob("*.pth.tar"))
 
 
 def test_validation_that_is_not_a_number_is_never_the_best(tiny_config: ConfigFactory) -> None:

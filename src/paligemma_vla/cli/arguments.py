@@ -20,6 +20,6 @@ def _at_least(least: int, text: str) -> int:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least}")
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least} (and below 2**63)")
     return value

@@ -6,11 +6,15 @@ Exit status: 0 only on success, 2 on a usage or input error, 130 when interrupte
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from paligemma_vla.errors import VLAError
@@ -58,19 +62,33 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception: what is open gets closed, and temporary files are removed."""
+    """SIGTERM, as an exception: what is open gets closed."""
 
 
-def _terminate(signal_number: int, frame: object) -> None:
-    raise _Terminated
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise `_Terminated`, once. Not in the ranks of torchrun: they must end even while a collective blocks."""
+    if "LOCAL_RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; an error becomes one message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        return run(args)
+        with _terminable():
+            return run(args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -87,13 +105,26 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return status
 
 
+# What a user's paths and disks can do to a file operation that no command foresees.
+SURROUNDINGS = {
+    errno.ENOSPC: "free some space, or give a path on another disk",
+    errno.EDQUOT: "free some space, or give a path on another disk",
+    errno.EACCES: "give a path that you may use",
+    errno.EPERM: "give a path that you may use",
+    errno.EROFS: "give a path that can be written",
+    errno.EEXIST: "a folder is expected there; give another path",
+    errno.ENOTDIR: "a folder is expected there; give another path",
+    errno.EISDIR: "a file is expected there; give another path",
+}
+
+
 def _told(error: Exception) -> tuple[int, str]:
     """Exit status and message of an error."""
     if isinstance(error, VLAError):
         return 2, f"error: {error}"
-    if isinstance(error, OSError):  # a full disk, a folder that may not be written, a file where a folder should be
+    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
         where = f"{error.filename}: " if error.filename else ""
-        return 2, f"error: {where}{error.strerror or error}; free it, or give another path"
+        return 2, f"error: {where}{error.strerror}; {SURROUNDINGS[error.errno]}"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"
 
 

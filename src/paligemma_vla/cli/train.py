@@ -149,7 +149,7 @@ def prepare_run_dir(config: VLAConfig, resuming: bool) -> None:
         aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         saved = any((run_dir / "checkpoints").glob("checkpoint_*.pth.tar"))
         run_dir.rename(aside)
-        hint = " (--resume_checkpoint auto would have gone on with it)" if saved else ", which holds no checkpoint"
+        hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"
         logger.info("%s held an earlier run; it was moved to %s%s", run_dir, aside, hint)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(config.to_yaml())

@@ -85,9 +85,11 @@ class EpisodeWriter:
 
     def close(self) -> None:
         """Turn what the journal holds into a Parquet file, and let others write here."""
-        if self._stream is not None:
-            self._close_shard()
-        self._unlock()
+        try:
+            if self._stream is not None:
+                self._close_shard()
+        finally:
+            self._unlock()
 
     @property
     def _journal_path(self) -> Path:
@@ -168,7 +170,7 @@ class EpisodeWriter:
             self._lock.close()
 
     def _recover(self) -> None:
-        """Turn the journals of killed runs into shards; drop one whose shard was already published."""
+        """Turn the journals of killed runs into shards; drop one whose shard is there, so was already published."""
         following = self._shard
         for journal in sorted(self.output_dir.glob(f".{self.prefix}-?????.arrows")):
             self._shard = int(journal.stem[-5:])
@@ -232,16 +234,19 @@ def read_shard_schema(path: Path) -> pa.Schema:
 
 
 def _lock(path: Path, where: str) -> IO[bytes]:
-    """Hold a lock file until it is closed, or the process dies; raises `DataError` when another writer holds it."""
+    """Hold a lock file until it is closed, or the process ends; raises `DataError` when another writer holds it."""
     file = open(path, "ab")  # noqa: SIM115 - held as long as the writer is
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
+        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
             return file
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError as error:
+        file.close()
+        raise DataError(f"{where}: this file system has no locks ({error.strerror}); write into a folder on another") from error
     file.close()
-    raise DataError(f"{where} is being written by another process; wait for it, or write into another folder")
+    raise DataError(f"{where} is being written by another writer; wait for it, or write into another folder")
 
 
 def _episodes_in(path: Path) -> int:

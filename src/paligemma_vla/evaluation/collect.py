@@ -38,6 +38,7 @@ SEED_DOMAIN = 1  # `rollout` has another, so no evaluation starts where a demons
 MAX_ATTEMPTS = 20
 JPEG_QUALITY = 90
 SETTINGS_KEY = "collection"
+REVISION = 2  # raised when the same settings no longer give the same episodes: other experts, starts, lengths
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class CollectConfig:
 
     def settings(self) -> str:
         """Everything that decides what an episode holds, as one line; stored with the episodes."""
-        return repr({k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")})
+        kept = {k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")}
+        return repr({**kept, "revision": REVISION})
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class VLAModel(nn.Module):
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
         self.compute_dtype = getattr(torch, vlm.dtype)
+        self.recomputes = vlm.activation_checkpointing
         self.detach_context = head.detach_context
         self.set_stage("all")
 
@@ -123,7 +124,7 @@ class VLAModel(nn.Module):
 
         Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
         """
-        with _computing_in(self.compute_dtype, image_1_batch.device.type):
+        with _computing_in(self.compute_dtype, image_1_batch.device.type, self.recomputes):
             context, mask = self._context(
                 image_1_batch,
                 raw_prompt_texts_batch,
@@ -144,12 +145,13 @@ class VLAModel(nn.Module):
 
 
 @contextlib.contextmanager
-def _computing_in(dtype: torch.dtype, device_type: str) -> Iterator[None]:
-    """Matrix products in `dtype`; on a CPU without instructions for bfloat16, where they would be slower, in float32."""
+def _computing_in(dtype: torch.dtype, device_type: str, recomputes: bool) -> Iterator[None]:
+    """Autocast to `dtype`; on a CPU without instructions for bfloat16, where that would be slower, float32."""
     on_cpu = device_type == "cpu"
     enabled = dtype is torch.bfloat16 and (not on_cpu or torch.cpu._is_avx512_bf16_supported())
-    # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; plain products do not.
-    kernel = sdpa_kernel(SDPBackend.MATH) if on_cpu and enabled else contextlib.nullcontext()
+    # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; the one made of plain products does
+    # not. A forward pass that backward repeats must find the same kernel there, outside of this context: so none is chosen.
+    kernel = sdpa_kernel(SDPBackend.MATH) if on_cpu and enabled and not recomputes else contextlib.nullcontext()
     with torch.autocast(device_type, torch.bfloat16, enabled=enabled), kernel:
         yield
 

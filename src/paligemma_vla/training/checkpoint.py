@@ -69,7 +69,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             raise CheckpointError(f"{real}: damaged: its sha256 differs from {digest_path.name}; use an older checkpoint")
     try:
         if not digest_path.exists() and (entry := _damaged_entry(real)) is not None:
-            raise CheckpointError(f"{real}: damaged: the checksum of '{entry}' in it is wrong; use an older checkpoint")
+            raise CheckpointError(
+                f"{real}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one"
+            )
         payload = torch.load(real, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error

@@ -84,6 +84,7 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
     MASTER_PORT fixes the port of the rendezvous; otherwise a free one is taken. Raises `TrainingError` naming the first
     rank that failed and why.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -103,6 +104,8 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
     try:
         codes: dict[int, int] = elastic_launch(config, entry)(args)
         return max(codes.values())
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message

@@ -120,7 +120,7 @@ class Trainer:
         for stage in self.config.training.stages:
             stages.append((first, stage.train))
             first += stage.steps or 0
-        if stages and stages[-1][0] >= self.total_steps:
+        if self.distributed.main and stages and stages[-1][0] >= self.total_steps:
             logger.warning(
                 "training.stages: the last stage would begin after step %d, but the run ends with step %d; shorten the stages "
                 "before it, or raise training.epochs or max_steps",
@@ -158,8 +158,9 @@ class Trainer:
                 meter.add(wait)
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
-                if self.step % settings.log_interval == 0 or due or epoch_ended or self.step == stop:
-                    self._refuse_divergence(loss, norm)
+                saving = due or epoch_ended or self.step == stop
+                if saving or self.step % settings.log_interval == 0:
+                    self._refuse_divergence(loss, norm, saving)
                 if self.step % settings.log_interval == 0 or self.step == self.total_steps:
                     self._log_step({"loss": loss, "norm": norm, "rate": rate}, meter, bar)
                 bar.update()
@@ -229,13 +230,19 @@ class Trainer:
             self.ema.update(self.model)
         return self.distributed.sum(total) / count, norm, wait
 
-    def _refuse_divergence(self, loss: Tensor, norm: Tensor) -> None:
-        """Raise `TrainingError` when the weights are lost: once they are, every later loss says so, so asking where the loss
-        is read anyway is enough, before anything is logged, called best, or saved."""
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+    def _refuse_divergence(self, loss: Tensor, norm: Tensor, saving: bool) -> None:
+        """Raise `TrainingError` when the weights are lost, before anything is logged, called best, or saved.
+
+        Once they are, every later loss says so: it is enough to ask where one is read anyway, and for the weights themselves
+        where they may be saved, since the loss is that of the weights before the step.
+        """
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if saving:
+            finite &= torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()]).all()
+        if not finite:
             raise TrainingError(
-                f"step {self.step}: got loss {loss.item()} and gradient norm {norm.item()}, expected finite numbers; the run "
-                f"diverged and nothing of it was saved since the last checkpoint: lower optimizer.lr "
+                f"step {self.step}: got NaN or infinity in the loss ({loss.item()}), the gradient (norm {norm.item()}) or the "
+                f"weights, expected finite numbers; the run diverged and was not saved: lower optimizer.lr "
                 f"({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
                 f"({self.config.lr_scheduler.warmup_steps})"
             )
