@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from paligemma_vla.errors import ConfigError, closest
+from paligemma_vla.errors import ConfigError, closest, first_line
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
@@ -260,7 +260,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+        raise ConfigError(
+            f"{path}: cannot read the configuration ({first_line(error)}); run from the project's folder, or name it with "
+            f"--config_path"
+        ) from error
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: got {type(raw).__name__}, expected a mapping with the sections data, model, training, ...")

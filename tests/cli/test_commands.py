@@ -97,7 +97,7 @@ def test_help_of_train_names_the_specifications_flags(capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --config_path missing.yaml", "missing.yaml: cannot read the configuration"),
+        ("train --config_path missing.yaml", "run from the project's folder, or name it with --config_path"),
         ("train --config_path {config} --set data.batch_sise=3", "data.batch_sise: unknown key; did you mean 'batch_size'?"),
         ("train --config_path {config} --set nonsense", "--set nonsense: expected dotted.key=value"),
         ("train --config_path {config} --epochs 0", "training.epochs: got 0, expected: greater than 0"),
@@ -132,7 +132,7 @@ def test_help_of_train_names_the_specifications_flags(capfd: pytest.CaptureFixtu
         ),
         ("rollout --tasks drawer-open --episodes 1 --policy random --output_dir {junk}", "junk.pth.tar: File exists"),
         ("demo --demonstrations 0", "got 0, expected a whole number of at least 1"),
-        ("demo", "configs/demo.yaml: no such file; run from the project's folder, or name it with --config_path"),
+        ("demo", "configs/demo.yaml: cannot read the configuration"),
         ("nonsense", "nonsense"),
         ("", "COMMAND"),
     ],

@@ -27,7 +27,7 @@ def test_demo_of_the_drawer_pair_learns_to_follow_the_instruction(tmp_path: Path
     run = tmp_path / "experiments" / "demo"
     summary = json.loads((run / "demo_summary.json").read_text())
     assert set(summary["tasks"]) == {"drawer-open", "drawer-close"}
-    # Loose: a full demonstration trains ten times as long, on twenty times as many episodes.
+    # Loose: a full demonstration trains fifteen times as long, on twenty times as many episodes.
     assert summary["mean_success"] >= 0.5
     assert summary["wrong_prompt_mean_success"] <= 0.3
     assert summary["mean_success"] - summary["random_action_mean_success"] >= 0.4

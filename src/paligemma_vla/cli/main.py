@@ -97,7 +97,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         return 143
     except BrokenPipeError:
         return 0
-    except Exception as error:
+    except Exception as error:  # of any kind: a user gets a message and a status, never a traceback unasked
         if args.debug:
             traceback.print_exc()
         status, message = _told(error)
