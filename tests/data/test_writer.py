@@ -147,7 +147,7 @@ def test_writer_names_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
     write_episodes(tmp_path, lengths=(3,))
     (path,) = tmp_path.glob("*.parquet")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match=rf"{path.name}: cannot be read .*; restore the file, or take it away"):
+    with pytest.raises(DataError, match=rf"{path.name}: cannot be read as Parquet .*; restore it, or take it out of the data"):
         EpisodeWriter(tmp_path, METADATA)
     assert not list(tmp_path.glob(".*"))
 

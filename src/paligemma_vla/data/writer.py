@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paligemma_vla import schema
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.data.episodes import open_parquet
+from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 ROWS_PER_GROUP = 32
@@ -161,7 +162,7 @@ class EpisodeWriter:
         self._shard = max((int(path.stem[-5:]) + 1 for path in shards), default=0)
         self.episodes_written = sum(_episodes_in(path) for path in shards)
         if shards:
-            self._schema = read_shard_schema(shards[0])
+            self._schema = stored_schema(shards[0])
         self._recover()
 
     def _unlock(self) -> None:
@@ -225,12 +226,10 @@ def _read_journal(path: Path) -> list[pa.RecordBatch]:
     return batches
 
 
-def read_shard_schema(path: Path) -> pa.Schema:
+def stored_schema(path: Path) -> pa.Schema:
     """Schema of a file of episodes; raises `DataError` when it cannot be read."""
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({first_line(error)}); restore the file, or take it away") from error
+    with open_parquet(str(path)) as file:
+        return file.schema_arrow
 
 
 def _lock(path: Path, where: str) -> IO[bytes]:
@@ -250,7 +249,7 @@ def _lock(path: Path, where: str) -> IO[bytes]:
 
 
 def _episodes_in(path: Path) -> int:
-    metadata = read_shard_schema(path).metadata or {}
+    metadata = stored_schema(path).metadata or {}
     if EPISODES_KEY not in metadata:
         raise DataError(f"{path}: was not written by EpisodeWriter; write into another folder or under another prefix")
     return int(metadata[EPISODES_KEY])

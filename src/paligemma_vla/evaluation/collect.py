@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from paligemma_vla import schema
-from paligemma_vla.data.writer import EpisodeWriter, read_shard_schema
+from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Environment, make_environment
 from paligemma_vla.evaluation.workers import WorkerPool
@@ -194,7 +194,7 @@ def _episode(env: Environment, seen: list[Observation], actions: list[NDArray[np
 def _refuse_other_settings(config: CollectConfig, task: str) -> None:
     """A folder must not mix episodes of one task from two settings; it would be a data set that no command makes."""
     for path in sorted(Path(config.output_dir).glob(f"{task}-?????.parquet"))[:1]:
-        stored = (read_shard_schema(path).metadata or {}).get(schema.METADATA_KEY, b"{}")
+        stored = (stored_schema(path).metadata or {}).get(schema.METADATA_KEY, b"{}")
         settings = schema.DatasetMetadata.from_json(stored, str(path)).extra.get(SETTINGS_KEY)
         if settings != config.settings():
             raise SimulatorError(
