@@ -64,6 +64,9 @@ class DataConfig(Section):
     )
     normalization_stats_path: str = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
+    allow_other_statistics: bool = Field(
+        False, description="Accept statistics whose range the training data leaves: those of another data set, meant to be used."
+    )
     state_dim: Positive = Field(7, description="Numbers in the state column.")
     max_seq_len: Positive = Field(1, description="Frames in a window that ends at the current step; the model sees its last.")
     prompt_max_len: Positive = Field(64, description="Longest instruction in tokens, `<bos>` and newline included.")
@@ -151,6 +154,14 @@ class TrainingConfig(Section):
     val_action_samples: NonNegative = Field(256, description="Validation samples whose actions are sampled and compared.")
     best_metric: Literal["val/epoch_loss", "val/action_mae"] = Field("val/epoch_loss", description="What best means (lower).")
     save_every_n_epochs: Positive = Field(1, description="Epochs between numbered checkpoints.")
+    save_every_n_steps: Positive | None = Field(None, description="Also save in mid-epoch, every so many optimiser steps.")
+    keep_last: Positive | None = Field(
+        None, description="Checkpoints to keep besides best; null: all of whole epochs, and of the others the last."
+    )
+    stop_when_save_fails: bool = Field(False, description="On a full disk: stop; false: say so, keep the old ones, go on.")
+    max_skipped_steps: Positive = Field(
+        10, description="Steps in a row with NaN or infinity in loss or gradient; each is skipped, then the run stops."
+    )
     checkpoint_dir: str = Field("experiments", description="Folder that holds the runs.")
     experiment_name: str = Field("default", pattern=r"^[\w.\-]+$", description="Folder of this run.")
     stop_after_epoch: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")

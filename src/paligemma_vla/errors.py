@@ -7,7 +7,8 @@ anything else is a defect of ours.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class VLAError(Exception):
@@ -36,6 +37,33 @@ class SimulatorError(VLAError):
 
 class TrainingError(VLAError):
     """A run that had to stop (out of memory, a lost rank); the message carries the remedy."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception: what is open gets closed."""
+
+
+class Faults:
+    """Collects the errors of checks that do not depend on each other, so that a user meets all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[VLAError] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep a `VLAError` raised inside, and go on after the block."""
+        try:
+            yield
+        except VLAError as error:
+            self.errors.append(error)
+
+    def tell(self, where: str) -> None:
+        """Raise what was gathered: one error as it is, several as one `ConfigError`."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            lines = "\n".join(str(error) for error in self.errors).splitlines()
+            raise ConfigError("\n  ".join([f"{where}: {len(self.errors)} faults", *lines]))
 
 
 def first_line(error: BaseException) -> str:

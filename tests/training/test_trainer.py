@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.sampling import SampleRef, ValidationSampler
+from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError
 from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
-from support import ACTION_DIM, HORIZON, distance, read_metrics, train_here, write_episodes
+from support import ACTION_DIM, HORIZON, METADATA, distance, make_episode, read_metrics, train_here, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -407,12 +411,80 @@ def test_validation_files_are_used_whole_when_given(tiny_config: ConfigFactory, 
     assert len(refs) == 84
 
 
-def test_resume_of_another_model_is_refused(tiny_config: ConfigFactory, trained_run: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.action_head_config.embed_dim": 64},
+        {"model.vlm_config.freeze_vision_tower": True},
+        {"data.batch_size": 8, "training.seed": 3},
+        {"data.augmentation.enabled": False, "optimizer.lr": 2e-3, "optimizer.betas": [0.9, 0.99]},
+        {"training.stages": [{"train": "head", "steps": 2}, {"train": "all"}], "training.ema_decay": 0.5},
+        {"data.val_fraction": 0.4},
+        {"data.normalization": "mean_std", "data.prompt_max_len": 40},
+        {"training.best_metric": "val/action_mae"},
+    ],
+)
+def test_resume_that_would_be_another_run_lists_what_differs(
+    tiny_config: ConfigFactory, trained_run: Path, change: dict[str, Any]
+) -> None:
     resume = trained_run / "checkpoints" / "last.pth.tar"
-    with pytest.raises(CheckpointError, match="action_head_config differs"):
-        Trainer(tiny_config({"model.action_head_config.embed_dim": 64}, cameras=2), ALONE, resume)
-    with pytest.raises(CheckpointError, match=r"last\.pth\.tar"):
-        Trainer(tiny_config({"model.vlm_config.freeze_vision_tower": True}, cameras=2), ALONE, resume)
+    trained = {"optimizer.lr": 5e-3}
+    with pytest.raises(CheckpointError, match=r"last\.pth\.tar: this would be another run") as caught:
+        Trainer(tiny_config({**trained, **change}, cameras=2), ALONE, resume)
+    for key in change:
+        assert f"\n  {key}" in str(caught.value)
+    other_split = "data.val_fraction" in change or "training.seed" in change  # which changes the episodes as well
+    assert len(str(caught.value).splitlines()) == 1 + len(change) + other_split * 2
+
+
+def test_resume_on_other_data_is_refused_and_on_moved_data_is_not(
+    session_config: ConfigFactory, trained_run: Path, two_camera_dir: Path, tmp_path: Path
+) -> None:
+    resume = trained_run / "checkpoints" / "last.pth.tar"
+    common = {"training.experiment_name": "moved", "optimizer.lr": 5e-3, "training.epochs": 3}
+    moved = Path(shutil.copytree(two_camera_dir, tmp_path / "moved"))
+    statistics = tmp_path / "gone.json"
+    here = {"data.train_parquet_files": str(moved), "data.normalization_stats_path": str(statistics)}
+    assert Trainer(session_config({**common, **here}, cameras=2), ALONE, resume).step == 10
+    write_episodes(moved, lengths=(5,), cameras=2, seed=9)
+    with pytest.raises(CheckpointError, match=r"data\.train_parquet_files: other training episodes"):
+        Trainer(session_config({**common, **here}, cameras=2), ALONE, resume)
+    changed = DatasetStatistics.load(session_config().data.normalization_stats_path)
+    replace(changed, action=changed.state).save(statistics)
+    with pytest.raises(CheckpointError, match=r"gone\.json holds other statistics"):
+        Trainer(session_config({**common, **here, "data.train_parquet_files": str(two_camera_dir)}, cameras=2), ALONE, resume)
+
+
+def test_forced_resume_takes_the_new_settings(tiny_config: ConfigFactory, trained_run: Path) -> None:
+    resume = trained_run / "checkpoints" / "last.pth.tar"
+    change = {"optimizer.lr": 7e-3, "optimizer.weight_decay": 0.5, "lr_scheduler.type": "constant", "training.epochs": 3}
+    config = tiny_config({**change, "training.seed": 3}, cameras=2)
+    forced = Trainer(config, ALONE, resume, force=True)
+    assert forced.step == 10
+    assert {group["lr"] for group in forced.optimizer.param_groups} == {7e-3}
+    assert {group["weight_decay"] for group in forced.optimizer.param_groups} == {0.0, 0.5}
+    before = load_checkpoint(resume)["optimizer"]["state"][0]["exp_avg"]
+    assert torch.equal(forced.optimizer.state_dict()["state"][0]["exp_avg"], before)
+    forced.run()
+    assert load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["step"] == 15
+
+
+def test_resume_with_more_epochs_and_other_intervals_follows_the_longer_run(
+    session_config: ConfigFactory, uninterrupted: Path
+) -> None:
+    """Weights of the first epoch, then the schedule of the longer run: as if the rest had been planned so from there on."""
+    common = {"training.experiment_name": "longer", "training.stages": STAGES}
+    first = session_config({**common, "training.stop_after_epoch": 1}, cameras=2)
+    train_here(first)
+    more = {"training.epochs": 4, "training.log_interval": 3, "training.gradient_accumulation_steps": 2, "data.num_workers": 1}
+    longer = session_config({**common, **more}, cameras=2)
+    trainer = train_here(longer, resume=first.run_dir / "checkpoints" / "last.pth.tar")
+    assert (trainer.step, trainer.total_steps) == (20, 20)
+    fresh = Trainer(session_config({**common, **more, "training.experiment_name": "fresh"}, cameras=2), ALONE)
+    (line,) = [line for line in read_metrics(longer.run_dir) if line["step"] == 6 and "train/lr" in line]
+    head = next(n for n, group in enumerate(fresh.optimizer.param_groups) if group["part"] == "head")
+    rate = fresh.scheduler.base_lrs[head] * fresh.scheduler.lr_lambdas[head](5)
+    assert line["train/lr"] == pytest.approx(rate, rel=1e-12)
 
 
 def test_total_batch_must_divide_over_processes_and_accumulation(tiny_config: ConfigFactory) -> None:
@@ -444,13 +516,111 @@ def test_known_failures_say_their_remedy(
         assert word in str(caught.value)
 
 
-def test_run_that_diverges_stops_and_leaves_no_trace_of_it(tiny_config: ConfigFactory) -> None:
-    config = tiny_config({"training.log_interval": 1, "training.validate_every_n_steps": 2, "optimizer.lr": 1e30})
+@pytest.mark.parametrize("limit", [4, 100])
+def test_run_that_diverges_stops_and_leaves_no_trace_of_it(tiny_config: ConfigFactory, limit: int) -> None:
+    """Also when it ends before so many steps in a row were skipped."""
+    settings = {"training.validate_every_n_steps": 2, "training.save_every_n_steps": 1, "training.max_skipped_steps": limit}
+    config = tiny_config({**settings, "optimizer.lr": 1e30, "lr_scheduler.warmup_steps": 0, "training.stop_after_step": 8})
     trainer = Trainer(config, ALONE)
-    with pytest.raises(TrainingError, match=r"step \d+: got NaN or infinity .*lower optimizer\.lr \(1e\+30\)"):
+    with pytest.raises(TrainingError, match=r"step (5|8): NaN or infinity .* (4|7) steps in a row .*lower optimizer\.lr \(1e\+30\)"):
         trainer.run()
-    assert all(np.isfinite(line["train/batch_loss"]) for line in read_metrics(config.run_dir) if "train/batch_loss" in line)
-    assert not list((config.run_dir / "checkpoints").glob("*.pth.tar"))
+    text = (config.run_dir / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert {load_checkpoint(p)["step"] for p in (config.run_dir / "checkpoints").glob("*.pth.tar")} <= {1, 2}
+
+
+@pytest.fixture(scope="module")
+def huge_sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finite numbers, of which one overflows the loss: row 3 of the second file."""
+    folder = tmp_path_factory.mktemp("huge")
+    rng = np.random.default_rng(5)
+    with EpisodeWriter(folder, METADATA, episodes_per_file=1) as writer:
+        for number, length in enumerate((20, 6, 22)):
+            episode = make_episode(rng, length, number=number)
+            if number == 1:
+                episode.action[3, 1] = 1e30
+            writer.write(episode)
+    return folder
+
+
+def test_step_that_is_not_finite_is_skipped_counted_and_named(
+    session_config: ConfigFactory, huge_sample_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = {
+        "data.train_parquet_files": str(huge_sample_dir),
+        "data.allow_other_statistics": True,
+        "data.val_fraction": 0.0,
+        "data.batch_size": 8,
+        "model.action_head_config.horizon": 1,
+        "training.experiment_name": "huge",
+    }
+    config = session_config(common)
+    with caplog.at_level(logging.WARNING):
+        trainer = train_here(config)
+    assert (trainer.total_steps, trainer.watch.skipped) == (12, 2)  # once an epoch
+    skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(skipped) == 2
+    for message in skipped:
+        (named,) = message.splitlines()[1:]
+        assert named.startswith(f"  {huge_sample_dir / 'episodes-00001.parquet'}: row 3 (loss ")
+    lines = read_metrics(config.run_dir)
+    counts = [line["train/skipped_steps"] for line in lines]
+    assert counts == sorted(counts)
+    assert counts[-1] == 2
+    broken = [line["step"] for line in lines if "train/batch_loss" not in line]
+    assert len(broken) == 2
+
+    # The weights after the run are those of a run whose optimiser never saw these two batches.
+    twin = Trainer(session_config({**common, "training.experiment_name": "twin"}), ALONE)
+    twin._enter_stage()
+    stream = twin._stream(12)
+    for step in range(1, 13):
+        if step in broken:
+            next(stream)
+            twin.scheduler.step()
+        else:
+            twin._train_step(stream)
+    assert identical(twin.model.state_dict(), trainer.model.state_dict())
+    assert identical(twin.ema.state_dict(), trainer.ema.state_dict())
+
+    # And a resume right before a skipped step, and right after it, ends where the whole run ended.
+    whole = load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")
+    for stop in (broken[1] - 1, broken[1]):
+        name = {"training.experiment_name": f"huge_{stop}"}
+        part = session_config({**common, **name, "training.stop_after_step": stop})
+        train_here(part)
+        train_here(session_config({**common, **name}), resume=part.run_dir / "checkpoints" / "last.pth.tar")
+        resumed = load_checkpoint(part.run_dir / "checkpoints" / "last.pth.tar")
+        assert all(identical(resumed[key], whole[key]) for key in ("state_dict", "optimizer", "ema", "watch", "lr_scheduler"))
+        assert read_metrics(part.run_dir) == lines
+
+
+def test_loss_spike_is_told_with_its_samples(
+    tiny_config: ConfigFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One action in 200 is a hundred times too large."""
+    rng = np.random.default_rng(6)
+    with EpisodeWriter(tmp_path / "data", METADATA) as writer:
+        for number in range(5):
+            episode = make_episode(rng, 40, number=number)
+            if number == 2:
+                episode.action[20] *= 100
+            writer.write(episode)
+    overrides = {
+        "data.train_parquet_files": str(tmp_path / "data"),
+        "data.val_fraction": 0.0,
+        "data.batch_size": 5,
+        "data.allow_other_statistics": True,
+        "model.action_head_config.horizon": 1,
+        "training.epochs": 2,
+    }
+    with caplog.at_level(logging.WARNING):
+        train_here(tiny_config(overrides))
+    spikes = [record.getMessage() for record in caplog.records if "times the median" in record.getMessage()]
+    assert 1 <= len(spikes) <= 2
+    for message in spikes:
+        assert message.splitlines()[1].startswith(f"  {tmp_path / 'data' / 'episodes-00000.parquet'}: row 100 (loss ")
 
 
 def test_validation_that_is_not_a_number_is_never_the_best(tiny_config: ConfigFactory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -96,7 +97,7 @@ class VLADataset(Dataset[Item]):
         self.index = parquet_files if isinstance(parquet_files, EpisodeIndex) else EpisodeIndex.build(parquet_files)
         self.preprocessor = processor if isinstance(processor, Preprocessor) else build_preprocessor(config, processor)
         self.options = SampleOptions.from_config(config, training)
-        check_fit(self.index, self.preprocessor, config)
+        check_fit(self.index, self.preprocessor.statistics, config)
         self.reader = EpisodeReader(self.index, self.options.cameras, self.options.cache_bytes)
         self._ends = np.cumsum(self.index.length, dtype=np.int64)
 
@@ -110,6 +111,11 @@ class VLADataset(Dataset[Item]):
         episode = int(np.searchsorted(self._ends, index, side="right"))
         return episode, int(index - (self._ends[episode] - self.index.length[episode]))
 
+    def where(self, index: int) -> str:
+        """File and row of a sample, for messages."""
+        episode, step = self.locate(index)
+        return f"{self.index.paths[self.index.file[episode]]}: row {self.index.start[episode] + step}"
+
     def __getitem__(self, ref: int | SampleRef) -> Item:
         """One sample; an int stands at the position of the same number."""
         ref = ref if isinstance(ref, tuple) else SampleRef(ref, ref)
@@ -117,7 +123,7 @@ class VLADataset(Dataset[Item]):
         episode, step = self.locate(ref.sample)
         file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
         rows, place = self.reader.group_of(file, row)
-        where = f"{self.index.paths[file]}: row {row}"
+        where = self.where(ref.sample)
         prompt = rows.prompt[place].as_py()
         if not isinstance(prompt, str):
             raise DataError(f"{where}, column prompt: got null, expected an instruction")
@@ -188,7 +194,7 @@ class VLADataset(Dataset[Item]):
         return action, mask
 
 
-def check_fit(index: EpisodeIndex, preprocessor: Preprocessor, config: VLAConfig) -> None:
+def check_fit(index: EpisodeIndex, statistics: DatasetStatistics, config: VLAConfig) -> None:
     """Data against configuration and statistics. Raises `DataError` with every mismatch at once."""
     head, layout = config.model.action_head_config, index.layout
     cameras = config.model.vlm_config.cameras
@@ -206,8 +212,8 @@ def check_fit(index: EpisodeIndex, preprocessor: Preprocessor, config: VLAConfig
             f"is absent), or set use_aux_camera: false"
         )
     for name, got, expected in [
-        ("state", preprocessor.state.dimension, layout.state_dim),
-        ("action", preprocessor.action.dimension, layout.action_dim),
+        ("state", len(statistics.state.min), layout.state_dim),
+        ("action", len(statistics.action.min), layout.action_dim),
     ]:
         if got != expected:
             faults.append(
@@ -264,7 +270,7 @@ def build_loader(
         pin_memory=pin_memory and config.data.pin_memory,
         prefetch_factor=config.data.prefetch_factor if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
         generator=torch.Generator(),
     )
@@ -281,8 +287,11 @@ class _AsSampler(Sampler[list[SampleRef]]):
         return len(self.source)  # type: ignore[arg-type]
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C, and a SIGTERM to the whole group, reach the workers too: the trainer finishes its step and then stops them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:

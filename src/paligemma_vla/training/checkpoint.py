@@ -11,6 +11,8 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +22,86 @@ from paligemma_vla.errors import CheckpointError, first_line
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
+RESUME_KEYS = (*POLICY_KEYS, "rng", "stale", "watch", "data")
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Write `payload` (tensors and plain data only) so that `path` is either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(payload, temporary)
-        with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        line = f"{digest}  {path.name}\n"
-        # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
-        old = _digest_path(path).read_text() if path.exists() and _digest_path(path).exists() else ""
-        _write_text(_digest_path(path), old + line)
-        temporary.replace(path)
-        _write_text(_digest_path(path), line)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `payload` (tensors and plain data only) so that `path` is either the old file or the whole new one.
+
+    Raises `CheckpointError` when it cannot be written; nothing that was there is lost then.
+    """
+    temporary = _temporary(path)
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Through a file of Python's: torch's own writer says only `unexpected pos` on a full disk.
+            with open(temporary, "wb") as file:
+                torch.save(payload, file)
+                file.flush()
+                os.fsync(file.fileno())
+            with open(temporary, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            line = f"{digest}  {path.name}\n"
+            # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
+            old = _digest_path(path).read_text() if path.exists() and _digest_path(path).exists() else ""
+            _write_text(_digest_path(path), old + line)
+            temporary.replace(path)
+            _write_text(_digest_path(path), line)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def link_checkpoint(target: Path, name: str) -> None:
     """Point `name` beside `target` at it, at once."""
-    temporary = target.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.replace(target.with_name(name))
+    temporary = _temporary(target.with_name(name))
+    with _writing(target.with_name(name)):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        temporary.replace(target.with_name(name))
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Tell of a disk that is full or gone."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or first_line(error)}); the checkpoints before it are whole; free some "
+            f"space, or keep fewer (training.keep_last)"
+        ) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed save left; only while nothing else saves into `folder`."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
+    """Remove what is neither linked nor among the newest `keep_last`; None keeps every whole epoch's."""
+    linked = {(folder / name).resolve() for name in (LAST, BEST)}
+    numbered = sorted(folder.glob("checkpoint_*.pth.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    kept = numbered[:keep_last] if keep_last else [path for path in numbered if path.name.startswith("checkpoint_epoch_")]
+    for path in numbered:
+        if path not in kept and path.resolve() not in linked:
+            path.unlink()
+            _digest_path(path).unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS
+) -> dict[str, Any]:
     """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
 
-    A file without its sha256 (copied alone, or under another name) is verified by the checksums inside it.
+    keys: what must be there besides the specification's. A file without its sha256 (copied alone, or under another name) is verified by the checksums inside it.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,7 +122,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         payload = torch.load(real, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
-    missing = [key for key in (*SPEC_KEYS, *POLICY_KEYS) if not isinstance(payload, dict) or key not in payload]
+    missing = [key for key in (*SPEC_KEYS, *keys) if not isinstance(payload, dict) or key not in payload]
     if missing:
         raise CheckpointError(f"{real}: missing {', '.join(missing)}; it was not written by this program")
     return dict(payload)
@@ -92,7 +139,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     candidates = [p for p in folder.glob("checkpoint_*.pth.tar") if p.is_file()]
     for path in sorted(candidates, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         try:
-            load_checkpoint(path)
+            load_checkpoint(path, keys=RESUME_KEYS)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
         else:
@@ -101,12 +148,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        temporary.write_text(text)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renames in a folder outlive a loss of power."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _digest_path(path: Path) -> Path:

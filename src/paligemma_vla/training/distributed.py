@@ -40,6 +40,14 @@ class Distributed:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gives, in the order of ranks: plain data of no great size."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

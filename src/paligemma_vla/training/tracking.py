@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -36,10 +37,19 @@ class JsonLines:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
-        self.file = path.open("a", buffering=1)
+        self.path, self.torn = path, False
+        # Unbuffered: after a failed write nothing waits to fail again.
+        self.file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON has no NaN: a figure that is none becomes null.
+        line = json.dumps(_finite({"step": step, **metrics}), allow_nan=False)
+        try:
+            self.file.write((f"\n{line}\n" if self.torn else f"{line}\n").encode())
+            self.torn = False
+        except OSError as error:  # a full disk must not end the run before its checkpoint could
+            self.torn = True
+            logger.error("%s: step %d cannot be written (%s); training goes on", self.path, step, error.strerror)
 
     def close(self) -> None:
         self.file.close()
@@ -111,3 +121,11 @@ class Tracker:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,80 +8,77 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import shlex
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from paligemma_vla import versions
-from paligemma_vla.config import DataSource, VLAConfig, config_from_dict, source_paths
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader, build_preprocessor
-from paligemma_vla.data.sampling import RunSampler, SampleOrder
-from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError, first_line
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import Batch, batches, build_loader
+from paligemma_vla.data.sampling import RunSampler
+from paligemma_vla.errors import CheckpointError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.distributed import COMMUNICATION_REMEDY, Distributed
+from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
+from paligemma_vla.training.preflight import prepare
+from paligemma_vla.training.resume import check_same_run
 from paligemma_vla.training.tracking import Tracker
 from paligemma_vla.training.validation import to_device, validate
+from paligemma_vla.training.watch import LossWatch, name_samples, sample_losses
 
 logger = logging.getLogger(__name__)
 STALE_VALIDATIONS = 5
 
 
-@dataclass
-class Data:
-    """Training and validation sets, and the order of the run."""
+@dataclass(frozen=True)
+class _Step:
+    """One optimiser step: loss over the global batch, gradient norm, its learning rate, seconds waited for data.
 
-    train: VLADataset
-    validation: VLADataset | None
-    order: SampleOrder
+    parts: this process's micro-batches and what the model said to them, to find the samples behind a number.
+    """
 
+    loss: float
+    norm: float
+    rate: float
+    wait: float
+    parts: list[tuple[Batch, FlowOutput]]
 
-def load_data(config: VLAConfig, preprocessor: Preprocessor) -> Data:
-    """Index the files, split off validation episodes, and lay out the order. Raises `DataError`."""
-    settings = config.data
-    files = settings.train_parquet_files
-    sources = [files] if isinstance(files, str) else list(files)
-    indices = [EpisodeIndex.build(source_paths([source]), "data.train_parquet_files") for source in sources]
-    held_out: list[EpisodeIndex] = []
-    if settings.val_parquet_files is not None:
-        held_out = [EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files")]
-    elif settings.val_fraction > 0:
-        pairs = [index.split(settings.val_fraction, config.training.seed) for index in indices]
-        indices, held_out = [train for train, _ in pairs], [validation for _, validation in pairs]
-    weights = [s.weight if isinstance(s, DataSource) else 1.0 for s in sources]
-    weighted = any(isinstance(s, DataSource) for s in sources)
-    order = SampleOrder(
-        [index.steps for index in indices], weights if weighted else None, settings.batch_size, config.training.seed
-    )
-    train = VLADataset(EpisodeIndex.concatenate(indices), preprocessor, config, training=True)
-    validation = VLADataset(EpisodeIndex.concatenate(held_out), preprocessor, config) if held_out else None
-    return Data(train, validation, order)
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 class Trainer:
     """Train one configuration in this process's place among `distributed`.
 
-    resume: a checkpoint to go on from, exactly (D3). Raises `VLAError`s for what the user must mend.
+    resume: a checkpoint to go on from, exactly (D3). force: also one of a run with other data, batch size, rates, ...
+    Raises `VLAError`s for what the user must mend, before any weight of the backbone is loaded.
     """
 
-    def __init__(self, config: VLAConfig, distributed: Distributed, resume: Path | None = None) -> None:
+    def __init__(
+        self, config: VLAConfig, distributed: Distributed, resume: Path | None = None, force: bool = False
+    ) -> None:
         self.config, self.distributed = config, distributed
         torch.manual_seed(config.training.seed)
-        saved = ckpt.load_checkpoint(resume) if resume is not None else None
-        self.preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else build_preprocessor(config)
-        self.data = load_data(config, self.preprocessor)
-        self._check_division()
+        saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
+        kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
+        self.preprocessor, self.data = prepare(config, distributed.world_size, kept)
+        if saved is not None and not force:
+            check_same_run(saved, config, self.data.fingerprint, str(resume))
         self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, saved["backbone"] if saved else None)
         self.model.to(distributed.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -94,19 +91,13 @@ class Trainer:
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
         self.step, self.best_metric, self.stale = 0, float("inf"), 0
+        self.watch = LossWatch(config.training.max_skipped_steps)
+        self.saved_step: int | None = None
         if saved is not None:
             self._restore(saved, str(resume))
         self.parallel: nn.Module = self.model
         self.learning: str | None = None
         self.tracker: Tracker | None = None
-
-    def _check_division(self) -> None:
-        parts = self.distributed.world_size * self.config.training.gradient_accumulation_steps
-        if self.config.data.batch_size % parts:
-            raise ConfigError(
-                f"data.batch_size: got {self.config.data.batch_size}, expected a multiple of processes * "
-                f"gradient_accumulation_steps = {parts}; it is the total over all of them"
-            )
 
     def _total_steps(self) -> int:
         training = self.config.training
@@ -135,7 +126,10 @@ class Trainer:
         return self.step // self.data.order.steps_per_epoch
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, or to where the configuration says to stop. Returns the last validation's metrics."""
+        """Train to the end, or to where the configuration says to stop. Returns the last validation's metrics.
+
+        Ctrl-C and SIGTERM end it after a whole step: it is saved, the way to go on is told, and the signal delivered.
+        """
         settings, order = self.config.training, self.data.order
         stop = min(
             self.total_steps,
@@ -149,20 +143,17 @@ class Trainer:
         stream = self._stream(stop)
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=not self.distributed.main, dynamic_ncols=True)
         meter = _Meter(self.config.data.batch_size)
-        with bar, self._explained():
-            while self.step < stop:
+        with StopRequest() as asked, bar, self._explained():
+            while self.step < stop and not self._asked_to_stop(asked):
                 self._enter_stage()
-                rate = self.optimizer.param_groups[0]["lr"]
-                loss, norm, wait = self._train_step(stream)
+                taken = self._train_step(stream)
                 self.step += 1
-                meter.add(wait)
+                meter.add(taken.wait)
+                self._look_at(taken)
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
-                saving = due or epoch_ended or self.step == stop
-                if saving or self.step % settings.log_interval == 0:
-                    self._refuse_divergence(loss, norm, saving)
                 if self.step % settings.log_interval == 0 or self.step == self.total_steps:
-                    self._log_step({"loss": loss, "norm": norm, "rate": rate}, meter, bar)
+                    self._log_step(taken, meter, bar)
                 bar.update()
                 improved = False
                 # An early stop is no occasion to validate: it must leave no trace that the whole run would not have.
@@ -172,12 +163,40 @@ class Trainer:
                     improved = self._improved(validation)
                     meter.restart()
                 numbered = epoch_ended and self.epoch % settings.save_every_n_epochs == 0
-                if numbered or improved or self.step == stop:
-                    self._save(improved)
+                periodic = settings.save_every_n_steps and self.step % settings.save_every_n_steps == 0
+                if numbered or periodic or improved or self.step == stop:
+                    self._save(improved, last=self.step == stop)
                     meter.restart()
+            if self.step < stop and self.saved_step != self.step:
+                self._save(improved=False, last=True)
         if self.tracker is not None:
             self.tracker.close()
+        if self.step < stop:
+            self._tell_how_to_go_on(asked.name)
+            asked.deliver()
         return validation
+
+    def _asked_to_stop(self, asked: StopRequest) -> bool:
+        """Whether any process was: all of them stop after the same step."""
+        if self.distributed.world_size == 1:
+            return asked.number is not None
+        flag = torch.tensor(float(asked.number is not None), device=self.distributed.device)
+        return bool(self.distributed.sum(flag) > 0)
+
+    def _tell_how_to_go_on(self, reason: str) -> None:
+        if self.distributed.main:
+            several = self.distributed.world_size > 1
+            command = "python main_train_ddp.py" if several else "paligemma-vla train"
+            logger.warning(
+                "stopped by %s after step %d of %d; saved as %s; go on with\n  %s --config_path %s --resume_checkpoint auto%s",
+                reason,
+                self.step,
+                self.total_steps,
+                self._checkpoint_path(),
+                command,
+                shlex.quote(str(self.config.run_dir / "config.yaml")),
+                " (and the same processes)" if several else "",
+            )
 
     def _stream(self, stop: int) -> Iterator[Batch]:
         sampler = RunSampler(
@@ -205,9 +224,10 @@ class Trainer:
             ids = [device.index] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.model, device_ids=ids)
 
-    def _train_step(self, stream: Iterator[Batch]) -> tuple[Tensor, Tensor, float]:
-        """One optimiser step. Returns the loss over the global batch, the gradient norm, and seconds waited for data."""
+    def _train_step(self, stream: Iterator[Batch]) -> _Step:
+        """One optimiser step; weights and moving average stay as they are where loss or gradient is not finite."""
         world, device = self.distributed.world_size, self.distributed.device
+        rate = self.optimizer.param_groups[0]["lr"]
         began = time.perf_counter()
         micro = [next(stream) for _ in range(self.config.training.gradient_accumulation_steps)]
         wait = time.perf_counter() - began
@@ -217,32 +237,73 @@ class Trainer:
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
+        parts = []
         for number, batch in enumerate(micro):
             with self._no_sync() if number < len(micro) - 1 else contextlib.nullcontext():
                 output: FlowOutput = self.parallel(**arguments_from_batch(to_device(batch, device)))
                 # DDP averages gradients over processes; times world, their sum over the global count remains.
                 (output.loss_sum * (world / count)).backward()
             total += output.loss_sum.detach()
+            parts.append((batch, output))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return self.distributed.sum(total) / count, norm, wait
+        loss = self.distributed.sum(total) / count
+        taken = _Step(loss.item(), norm.item(), rate, wait, parts)
+        if taken.finite:
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.model)
+        with warnings.catch_warnings():
+            # The schedule follows the position in the run, so it goes on also where torch misses a step of the optimiser.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+        return taken
 
-    def _refuse_divergence(self, loss: Tensor, norm: Tensor, saving: bool) -> None:
-        """Raise `TrainingError` when the weights are lost, before anything is logged, called best, or saved.
+    def _look_at(self, taken: _Step) -> None:
+        """Tell of a skipped step, or of a loss that stands out, with the samples. Raises `TrainingError` after too many."""
+        if taken.finite:
+            times = self.watch.spike(taken.loss)
+            if times is not None:
+                told = "loss %.4g is %.1f times the median of the steps before, worst samples:\n  %s"
+                self._warn(told, taken.loss, times, self._samples_of(taken))
+            return
+        lost = self.watch.skip()
+        told = "skipped, its loss is %.4g, its gradient's norm %.4g, worst samples:\n  %s"
+        self._warn(told, taken.loss, taken.norm, self._samples_of(taken))
+        if lost:
+            raise self._diverged()
 
-        Once they are, every later loss says so: it is enough to ask where one is read anyway, and for the weights themselves
-        where they may be saved, since the loss is that of the weights before the step.
-        """
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if saving:
-            finite &= torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()]).all()
-        if not finite:
+    def _diverged(self) -> TrainingError:
+        return TrainingError(
+            f"step {self.step}: NaN or infinity in loss or gradient in {self.watch.in_a_row} steps in a row (at most "
+            f"training.max_skipped_steps = {self.watch.limit}); they were skipped, and nothing was saved since. Where the samples "
+            f"named above are the same ones again, look at their numbers, or leave them out (data.exclude_episodes); else the run "
+            f"diverged: lower optimizer.lr ({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
+            f"({self.config.lr_scheduler.warmup_steps})"
+        )
+
+    def _warn(self, message: str, *values: Any) -> None:
+        if self.distributed.main:
+            logger.warning(f"step %d: {message}", self.step, *values)
+
+    def _samples_of(self, taken: _Step) -> str:
+        """The samples behind a step's loss, on whichever process they were."""
+        positions, samples = self.data.order.batch(self.step - 1)
+        sample_at = dict(zip(positions.tolist(), samples.tolist(), strict=True))
+        losses: dict[int, float] = {}
+        for batch, output in taken.parts:
+            valid = batch["action_mask"].any(dim=(1, 2)).tolist()
+            values = sample_losses(output, batch["action_mask"].to(output.velocity.device)).tolist()
+            for position, counts, loss in zip(batch["position"].tolist(), valid, values, strict=True):
+                if counts:  # a filler stands at the position of another
+                    losses[sample_at[position]] = loss
+        merged = {sample: loss for part in self.distributed.gather(losses) for sample, loss in part.items()}
+        return name_samples(self.data.train, merged)
+
+    def _refuse_lost_weights(self) -> None:
+        """Raise `TrainingError` rather than save weights that are not finite: a finite gradient can still overflow them."""
+        if not torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()]).all():
             raise TrainingError(
-                f"step {self.step}: got NaN or infinity in the loss ({loss.item()}), the gradient (norm {norm.item()}) or the "
-                f"weights, expected finite numbers; the run diverged and was not saved: lower optimizer.lr "
+                f"step {self.step}: got NaN or infinity in the weights; the run diverged and was not saved: lower optimizer.lr "
                 f"({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
                 f"({self.config.lr_scheduler.warmup_steps})"
             )
@@ -274,26 +335,37 @@ class Trainer:
         self.best_metric, self.stale = float(metric), 0
         return True
 
-    def _save(self, improved: bool) -> None:
-        """Write this step's checkpoint once; `last` and `best` point at it."""
+    def _save(self, improved: bool, last: bool) -> None:
+        """Write this step's checkpoint once; `last` and `best` point at it. A full disk ends the run only when asked to, or
+        when there is no later save (`last`): the checkpoints before it stay."""
+        if self.watch.in_a_row > 1 and not improved:
+            # The weights may be past saving: the checkpoints before must not make room for them.
+            if last:
+                raise self._diverged()
+            return
+        self._refuse_lost_weights()
         if self.distributed.main:
-            at_epoch = self.step % self.data.order.steps_per_epoch == 0
-            name = f"checkpoint_epoch_{self.epoch}" if at_epoch else f"checkpoint_step_{self.step}"
-            path = self.config.run_dir / "checkpoints" / f"{name}.pth.tar"
-            ckpt.save_checkpoint(path, self._payload())
-            ckpt.link_checkpoint(path, ckpt.LAST)
-            if improved or self.data.validation is None or not (path.parent / ckpt.BEST).exists():
-                ckpt.link_checkpoint(path, ckpt.BEST)
-            self._prune(path.parent)
+            try:
+                self._write_checkpoint(improved)
+            except CheckpointError as error:
+                if last or self.config.training.stop_when_save_fails:
+                    raise
+                logger.error("%s; training goes on (training.stop_when_save_fails)", error)
+        self.saved_step = self.step
         self.distributed.barrier()
 
-    def _prune(self, folder: Path) -> None:
-        """Mid-epoch checkpoints are kept only while `last` or `best` points at them."""
-        kept = {(folder / name).resolve() for name in (ckpt.LAST, ckpt.BEST)}
-        for path in folder.glob("checkpoint_step_*.pth.tar"):
-            if path.resolve() not in kept:
-                path.unlink()
-                path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+    def _checkpoint_path(self) -> Path:
+        at_epoch = self.step % self.data.order.steps_per_epoch == 0
+        name = f"checkpoint_epoch_{self.epoch}" if at_epoch else f"checkpoint_step_{self.step}"
+        return self.config.run_dir / "checkpoints" / f"{name}.pth.tar"
+
+    def _write_checkpoint(self, improved: bool) -> None:
+        path = self._checkpoint_path()
+        ckpt.save_checkpoint(path, self._payload())
+        ckpt.link_checkpoint(path, ckpt.LAST)
+        if improved or self.data.validation is None or not (path.parent / ckpt.BEST).exists():
+            ckpt.link_checkpoint(path, ckpt.BEST)
+        ckpt.prune_checkpoints(path.parent, self.config.training.keep_last)
 
     def _payload(self) -> dict[str, Any]:
         layout = self.data.train.index.layout
@@ -307,6 +379,8 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "rng": {"torch": torch.get_rng_state()},
             "stale": self.stale,
+            "watch": self.watch.state_dict(),
+            "data": self.data.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "preprocessor": self.preprocessor.to_dict(),
             "backbone": _plain(self.model.paligemma_vlm.backbone_dict()),
@@ -316,19 +390,27 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any], where: str) -> None:
         """Take over everything of a checkpoint; refuse one of another model."""
-        before = config_from_dict(saved["config"], where=where)
-        if before.model.action_head_config != self.config.model.action_head_config:
-            raise CheckpointError(f"{where}: its model.action_head_config differs from this run's; resume with its own config")
+        options = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        base_rates = list(self.scheduler.base_lrs)
         try:
             self.model.load_state_dict(saved["state_dict"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where}: does not fit this model ({first_line(error)})") from error
         self.scheduler.load_state_dict(saved["lr_scheduler"])
+        # What the configuration says now holds: a longer run has another schedule, a forced resume other rates.
+        self.scheduler.base_lrs = base_rates
+        for group, option, base, factor in zip(
+            self.optimizer.param_groups, options, base_rates, self.scheduler.lr_lambdas, strict=True
+        ):
+            group.update(option)
+            group["lr"] = base * factor(self.scheduler.last_epoch)
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
+        self.watch.load_state_dict(saved["watch"])
         self.step, self.best_metric, self.stale = saved["step"], saved["best_metric"], saved["stale"]
+        self.saved_step = self.step
         logger.info("resumed %s: step %d, %d epochs completed", where, self.step, self.epoch)
 
     def _describe(self, stop: int) -> None:
@@ -356,18 +438,19 @@ class Trainer:
                 self.distributed.device,
             )
 
-    def _log_step(self, values: dict[str, Any], meter: _Meter, bar: Any) -> None:
+    def _log_step(self, taken: _Step, meter: _Meter, bar: Any) -> None:
         if self.tracker is None:
             return
         metrics = {
             "epoch": self.step / self.data.order.steps_per_epoch,
-            "train/batch_loss": values["loss"].item(),
-            "train/lr": values["rate"],
-            "train/grad_norm": values["norm"].item(),
+            "train/lr": taken.rate,
+            "train/skipped_steps": self.watch.skipped,
             **meter.read(),
         }
+        if taken.finite:
+            metrics |= {"train/batch_loss": taken.loss, "train/grad_norm": taken.norm}
         self.tracker.log(self.step, metrics)
-        bar.set_postfix(loss=f"{metrics['train/batch_loss']:.4f}", samples_s=f"{metrics['train/samples_per_s']:.0f}")
+        bar.set_postfix(loss=f"{taken.loss:.4f}", samples_s=f"{metrics['train/samples_per_s']:.0f}")
 
     def _log_validation(self, metrics: dict[str, Any]) -> None:
         if self.tracker is not None and metrics:

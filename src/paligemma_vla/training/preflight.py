@@ -1,0 +1,162 @@
+"""Before a weight is loaded: everything about data, statistics and tokenizer that cannot work, told at once."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla import schema
+from paligemma_vla.config import DataSource, VLAConfig, source_paths
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.loader import VLADataset, check_fit
+from paligemma_vla.data.reader import iterate_numbers
+from paligemma_vla.data.sampling import SampleOrder
+from paligemma_vla.errors import ConfigError, DataError, Faults
+from paligemma_vla.normalization import DatasetStatistics, Statistics
+from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
+
+logger = logging.getLogger(__name__)
+# The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
+FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
+
+
+@dataclass
+class Data:
+    """Training and validation sets, and the order of the run."""
+
+    train: VLADataset
+    validation: VLADataset | None
+    order: SampleOrder
+
+    @property
+    def fingerprint(self) -> dict[str, str | None]:
+        """What tells these episodes from others, wherever they lie."""
+        validation = None if self.validation is None else self.validation.index.fingerprint
+        return {"training": self.train.index.fingerprint, "validation": validation}
+
+
+def prepare(config: VLAConfig, processes: int, preprocessor: Preprocessor | None = None) -> tuple[Preprocessor, Data]:
+    """Read what a run starts from, and hold all of it against each other.
+
+    preprocessor: that of a checkpoint; None builds it from the configuration. Raises one `VLAError` with every fault.
+    """
+    faults = Faults()
+    with faults.gathered():
+        _check_division(config, processes)
+    statistics = preprocessor.statistics if preprocessor else None
+    if preprocessor is None:
+        with faults.gathered():
+            statistics = DatasetStatistics.load(config.data.normalization_stats_path)
+        with faults.gathered():
+            data, vlm = config.data, config.model.vlm_config
+            prompts, image = load_prompt_and_image_spec(
+                vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
+            )
+    indices: list[EpisodeIndex] = []
+    held_out: list[EpisodeIndex] = []
+    with faults.gathered():
+        indices, held_out = _index(config)
+    if indices:
+        with faults.gathered():
+            _check_sizes(indices, config)
+    for part in (indices, held_out):
+        if part and statistics is not None:
+            with faults.gathered():
+                check_fit(EpisodeIndex.concatenate(part), statistics, config)
+    if indices and statistics is not None and not faults.errors and not config.data.allow_other_statistics:
+        with faults.gathered():
+            for index in indices:
+                _check_range(index, statistics, config.data.normalization_stats_path)
+    faults.tell("this run cannot begin")
+    assert statistics is not None
+    preprocessor = preprocessor or Preprocessor(prompts, image, statistics, config.data.normalization)
+    train = VLADataset(EpisodeIndex.concatenate(indices), preprocessor, config, training=True)
+    validation = VLADataset(EpisodeIndex.concatenate(held_out), preprocessor, config) if held_out else None
+    return preprocessor, Data(train, validation, _order(indices, config))
+
+
+def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
+    """Episodes to train on, per source, and those held out."""
+    settings = config.data
+    indices = [EpisodeIndex.build(source_paths([source]), "data.train_parquet_files") for source in _sources(config)]
+    if settings.val_parquet_files is not None:
+        return indices, [EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files")]
+    if settings.val_fraction == 0:
+        return indices, []
+    pairs = [index.split(settings.val_fraction, config.training.seed) for index in indices]
+    return [train for train, _ in pairs], [validation for _, validation in pairs]
+
+
+def _sources(config: VLAConfig) -> list[str | DataSource]:
+    files = config.data.train_parquet_files
+    return [files] if isinstance(files, str) else list(files)
+
+
+def _order(indices: list[EpisodeIndex], config: VLAConfig) -> SampleOrder:
+    sources = _sources(config)
+    weights = [source.weight if isinstance(source, DataSource) else 1.0 for source in sources]
+    weighted = any(isinstance(source, DataSource) for source in sources)
+    sizes = [index.steps for index in indices]
+    return SampleOrder(sizes, weights if weighted else None, config.data.batch_size, config.training.seed)
+
+
+def _check_division(config: VLAConfig, processes: int) -> None:
+    parts = processes * config.training.gradient_accumulation_steps
+    if config.data.batch_size % parts:
+        raise ConfigError(
+            f"data.batch_size: got {config.data.batch_size}, expected a multiple of processes * gradient_accumulation_steps = "
+            f"{parts}; it is the total over all of them"
+        )
+
+
+def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig) -> None:
+    """The batch against the samples there are, the horizon against the longest episode."""
+    faults = Faults()
+    samples = sum(index.steps for index in indices)
+    longest = max(int(index.length.max()) for index in indices)
+    horizon, batch_size = config.model.action_head_config.horizon, config.data.batch_size
+    with faults.gathered():
+        if batch_size > samples:
+            raise ConfigError(
+                f"data.batch_size: got {batch_size}, expected at most {samples}, the number of training samples; reduce it"
+            )
+    with faults.gathered():
+        if horizon > longest:
+            raise ConfigError(
+                f"model.action_head_config.horizon: got {horizon}, expected at most {longest}, the steps of the longest "
+                f"training episode; reduce it, or check where episodes end"
+            )
+    faults.tell("data.train_parquet_files")
+
+
+def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
+    """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
+    if set(index.digests) <= set(getattr(statistics, "digests", ["x"])):
+        return
+    every = max(1, len(index.paths) // FILES_SAMPLED)
+    for path in index.paths[::every]:
+        for states, actions in islice(iterate_numbers(path, index.layout, ROWS_SAMPLED), 1):
+            metadata = index.layout.metadata
+            for name, values, known, names in [
+                (schema.STATE, states, statistics.state, metadata.state_names),
+                (schema.ACTION, actions, statistics.action, metadata.action_names),
+            ]:
+                _check_values(values, known, f"{path}: column {name}", names, where)
+
+
+def _check_values(values: NDArray[np.float32], known: Statistics, column: str, names: tuple[str, ...], where: str) -> None:
+    slack = 1e-4 * (known.max - known.min) + 1e-6
+    outside = (values < known.min - slack) | (values > known.max + slack)
+    if not outside.any():
+        return
+    row, dimension = (int(i) for i in np.argwhere(outside)[0])
+    called = f" ({names[dimension]})" if dimension < len(names) else ""
+    raise DataError(
+        f"data.normalization_stats_path: {where} is of other data: {column}, dimension {dimension}{called}: got "
+        f"{values[row, dimension]:g}, expected between {known.min[dimension]:g} and {known.max[dimension]:g}; compute the "
+        f"statistics of this data (`paligemma-vla stats`), or set data.allow_other_statistics: true"
+    )
