@@ -113,12 +113,13 @@ def train_here(config: VLAConfig, resume: Path | None = None) -> Any:
     """Train in this process as `main_train.py` does; returns the trainer."""
     import torch
 
-    from paligemma_vla.cli.train import prepare_run_dir
     from paligemma_vla.training.distributed import Distributed
+    from paligemma_vla.training.run_folder import begin_run
     from paligemma_vla.training.trainer import Trainer
 
-    prepare_run_dir(config, resume is not None)
-    trainer = Trainer(config, Distributed(0, 1, torch.device("cpu")), resume)
+    alone = Distributed(0, 1, torch.device("cpu"))
+    trainer = Trainer(config, alone, resume)
+    begin_run(config, trainer.data, alone, trainer.step)
     trainer.run()
     return trainer
 
@@ -131,6 +132,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def parse_config(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> VLAConfig:
     return config_from_dict(raw, overrides)
+
+
+def identical(first: Any, second: Any) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    import torch
+
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(identical(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(identical, first, second))
+    return bool(first == second)
 
 
 def distance(first: Iterable[Any], second: Iterable[Any]) -> float:

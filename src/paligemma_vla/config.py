@@ -65,7 +65,8 @@ class DataConfig(Section):
     normalization_stats_path: str = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
     allow_other_statistics: bool = Field(
-        False, description="Accept statistics whose range the training data leaves: those of another data set, meant to be used."
+        False,
+        description="Accept statistics whose range the training data leaves: those of another data set, on purpose.",
     )
     state_dim: Positive = Field(7, description="Numbers in the state column.")
     max_seq_len: Positive = Field(1, description="Frames in a window that ends at the current step; the model sees its last.")

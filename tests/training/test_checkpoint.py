@@ -17,7 +17,7 @@ from paligemma_vla.errors import CheckpointError
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.checkpoint import link_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 
-PAYLOAD: dict[str, Any] = dict.fromkeys((*ckpt.SPEC_KEYS, *ckpt.POLICY_KEYS), 0)
+PAYLOAD: dict[str, Any] = dict.fromkeys((*ckpt.SPEC_KEYS, *ckpt.RESUME_KEYS), 0)
 
 
 def payload(epoch: int) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_save_that_is_interrupted_leaves_the_old_file_good(tmp_path: Path, step:
         "first rename": (Path, "replace", dies),
         "last rename": (Path, "replace", dies_at_the_checkpoint),
     }
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="no space .*checkpoints before it are whole"):
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"no space .*checkpoints before it are whole"):
         patch.setattr(*patches[step])
         save_checkpoint(path, payload(2))
     assert load_checkpoint(path)["epoch"] == 1
@@ -183,3 +183,33 @@ def test_newest_checkpoint_passes_over_damaged_ones(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_epoch_2.pth.tar"
     assert "passed over" in caplog.text
+
+
+@pytest.mark.parametrize("key", [*ckpt.SPEC_KEYS, *ckpt.RESUME_KEYS])
+def test_key_that_a_resume_needs_is_missed_by_name(tmp_path: Path, key: str) -> None:
+    save_checkpoint(tmp_path / "a.pth.tar", {name: value for name, value in payload(1).items() if name != key})
+    with pytest.raises(CheckpointError, match=rf"a\.pth\.tar: missing {key};"):
+        load_checkpoint(tmp_path / "a.pth.tar", keys=ckpt.RESUME_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "left"),
+    [
+        (None, {"checkpoint_epoch_1", "checkpoint_epoch_2", "checkpoint_step_7"}),
+        (1, {"checkpoint_step_7", "checkpoint_epoch_1"}),
+        (2, {"checkpoint_step_7", "checkpoint_epoch_2", "checkpoint_epoch_1"}),
+        (9, {"checkpoint_step_3", "checkpoint_step_7", "checkpoint_epoch_1", "checkpoint_epoch_2"}),
+    ],
+)
+def test_prune_keeps_the_newest_and_what_is_linked(tmp_path: Path, keep_last: int | None, left: set[str]) -> None:
+    """In the order of writing: epoch 1 (the best), step 3, epoch 2, step 7 (the last)."""
+    for age, name in enumerate(("epoch_1", "step_3", "epoch_2", "step_7")):
+        path = tmp_path / f"checkpoint_{name}.pth.tar"
+        save_checkpoint(path, payload(age))
+        os.utime(path, (age, age))
+        ckpt.link_checkpoint(path, ckpt.LAST)
+        if name == "epoch_1":
+            ckpt.link_checkpoint(path, ckpt.BEST)
+    ckpt.prune_checkpoints(tmp_path, keep_last)
+    for suffix in (".pth.tar", ".pth.tar.sha256"):
+        assert {p.name.removesuffix(suffix) for p in tmp_path.glob(f"checkpoint_*{suffix}")} == left

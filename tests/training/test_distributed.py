@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +17,25 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
-from support import distance, read_metrics, train_here, write_episodes
+from support import distance, identical, read_metrics, train_here, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
 ROOT = Path(__file__).parent.parent.parent
 
 
-def start(config: VLAConfig, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(config: VLAConfig, folder: Path, *flags: str) -> list[str]:
     path = folder / "config.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     command = [sys.executable, str(ROOT / "main_train_ddp.py"), "--config_path", str(path), "--device", "cpu", "--nproc", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return [*command, *flags]
+
+
+def start(config: VLAConfig, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = arguments(config, folder, *flags)
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> None:
@@ -63,6 +72,31 @@ def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> 
     assert distance(saved[1]["ema"]["average"].values(), saved[0]["ema"]["average"].values()) < 1e-4
     log = (two.run_dir / "logs" / "train.log").read_text()
     assert log.count("finished;") == 1  # rank 0 alone speaks
+
+
+def test_processes_that_are_terminated_save_together_and_go_on_exactly(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    """SIGTERM to the launcher alone, as a scheduler sends it."""
+    settings = {"training.epochs": 30, "training.validate_every_n_steps": 1000}
+    configs = [tiny_config({**settings, "training.experiment_name": name}) for name in ("whole", "cut")]
+    whole, cut = configs
+    finished = start(whole, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    running = subprocess.Popen(arguments(cut, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (cut.run_dir / "checkpoints" / "last.pth.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    stderr = running.communicate(timeout=60)[1]
+    assert running.returncode == 143, stderr
+    assert "Traceback" not in stderr
+    assert stderr.count("stopped by ") == 1
+    saved = load_checkpoint(cut.run_dir / "checkpoints" / "last.pth.tar")
+    assert 0 < saved["step"] < 30 * 5
+    finished = start(cut, tmp_path, "--resume_checkpoint", "auto")
+    assert finished.returncode == 0, finished.stderr
+    expected, got = (load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar") for config in configs)
+    for key in ("state_dict", "optimizer", "ema", "step"):
+        assert identical(got[key], expected[key]), key
 
 
 def test_error_in_the_ranks_is_one_message(tiny_config: ConfigFactory, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
-from support import ACTION_DIM, HORIZON, METADATA, distance, make_episode, read_metrics, train_here, write_episodes
+from support import ACTION_DIM, HORIZON, METADATA, distance, identical, make_episode, read_metrics, train_here, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -54,17 +54,6 @@ def naive_sums(trainer: Trainer, refs: list[SampleRef], validation: bool = False
 
 def weights(path: Path) -> list[torch.Tensor]:
     return list(load_checkpoint(path)["state_dict"].values())
-
-
-def identical(first: Any, second: Any) -> bool:
-    """Equal to the last bit, through dictionaries and lists."""
-    if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(identical(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(identical, first, second))
-    return bool(first == second)
 
 
 def test_step_is_the_gradient_of_the_mean_over_valid_elements_of_the_whole_batch(tiny_config: ConfigFactory) -> None:
@@ -522,7 +511,9 @@ def test_run_that_diverges_stops_and_leaves_no_trace_of_it(tiny_config: ConfigFa
     settings = {"training.validate_every_n_steps": 2, "training.save_every_n_steps": 1, "training.max_skipped_steps": limit}
     config = tiny_config({**settings, "optimizer.lr": 1e30, "lr_scheduler.warmup_steps": 0, "training.stop_after_step": 8})
     trainer = Trainer(config, ALONE)
-    with pytest.raises(TrainingError, match=r"step (5|8): NaN or infinity .* (4|7) steps in a row .*lower optimizer\.lr \(1e\+30\)"):
+    with pytest.raises(
+        TrainingError, match=r"step (5|8): NaN or infinity .* (4|7) steps in a row .*lower optimizer\.lr \(1e\+30\)"
+    ):
         trainer.run()
     text = (config.run_dir / "metrics.jsonl").read_text()
     assert "NaN" not in text

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from paligemma_vla.errors import VLAError
+from paligemma_vla.errors import Terminated, VLAError
 
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
@@ -61,20 +61,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception: what is open gets closed."""
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM raise `_Terminated`, once. Not in the ranks of torchrun: they must end even while a collective blocks."""
+    """Let SIGTERM raise `Terminated`, once. Not in the ranks of torchrun: they must end even while a collective blocks."""
     if "LOCAL_RANK" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def terminate(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -85,6 +81,7 @@ def _terminable() -> Iterator[None]:
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; an error becomes one message and exit status 2."""
+    logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         with _terminable():
@@ -92,7 +89,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    except _Terminated:
+    except Terminated:
         sys.stderr.write("terminated\n")
         return 143
     except BrokenPipeError:
@@ -111,6 +108,7 @@ SURROUNDINGS = {
     errno.EDQUOT: "free some space, or give a path on another disk",
     errno.EACCES: "give a path that you may use",
     errno.EPERM: "give a path that you may use",
+    errno.EFBIG: "raise the limit on file sizes, or give a path on another disk",
     errno.EROFS: "give a path that can be written",
     errno.EEXIST: "a folder is expected there; give another path",
     errno.ENOTDIR: "a folder is expected there; give another path",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val_data_override", help="file, folder or glob of validation episodes")
     parser.add_argument("--model_path_override", help="backbone: hub id or folder")
     parser.add_argument("--resume_checkpoint", help="path of a checkpoint, or auto: the run's newest that verifies")
+    parser.add_argument("--force", action="store_true", help="resume although data or settings differ from the checkpoint's")
     parser.add_argument("--use_wandb", action="store_true")
     parser.add_argument("--wandb_project_name")
     parser.add_argument("--wandb_entity")
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     if args.nproc is not None and args.nproc < 1:
         raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
     if "LOCAL_RANK" in os.environ or (args.nproc or 1) == 1:
-        return train(config, args.device, args.resume_checkpoint)
+        return _train(config, args)
     from paligemma_vla.training.distributed import launch
 
     return launch(_worker, args, int(args.nproc))
@@ -93,21 +93,36 @@ def _worker(args: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    return record(train)(resolve_config(args), args.device, args.resume_checkpoint) or 0
+    return record(_train)(resolve_config(args), args) or 0
 
 
-def train(config: VLAConfig, device: str | None = None, resume_checkpoint: str | None = None) -> int:
-    """Train in this process. device: None takes the best there is; resume_checkpoint: a path, or `auto`."""
+def _train(config: VLAConfig, args: argparse.Namespace) -> int:
+    return train(config, args.device, args.resume_checkpoint, args.force, Path(args.config_path))
+
+
+def train(
+    config: VLAConfig,
+    device: str | None = None,
+    resume_checkpoint: str | None = None,
+    force: bool = False,
+    config_path: Path | None = None,
+) -> int:
+    """Train in this process. device: None takes the best there is; resume_checkpoint: a path, or `auto`.
+
+    force: resume in spite of differences. config_path: where the configuration was read, to know that a run is repeated.
+    """
     from paligemma_vla.training.distributed import join
+    from paligemma_vla.training.run_folder import begin_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
     distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
-    resume = find_resume(config, resume_checkpoint)
-    trainer = Trainer(config, distributed, resume)
+    trainer = Trainer(config, distributed, find_resume(config, resume_checkpoint), force)
     if distributed.main:  # only now: a run that cannot begin leaves no trace
-        prepare_run_dir(config, resume is not None)
+        if config_path is not None:
+            warn_of_other_data(config_path, trainer.data)
+        begin_run(config, trainer.data, distributed, trainer.step)
     distributed.barrier()
     trainer.run()
     if distributed.main:
@@ -140,19 +155,3 @@ def find_resume(config: VLAConfig, wanted: str | None) -> Path | None:
     from paligemma_vla.training.checkpoint import newest_checkpoint
 
     return newest_checkpoint(config.run_dir / "checkpoints")
-
-
-def prepare_run_dir(config: VLAConfig, resuming: bool) -> None:
-    """Create the run's folder with config and log. A finished run of the same name is moved aside, never overwritten."""
-    run_dir = config.run_dir
-    if not resuming and (run_dir / "checkpoints").exists():
-        aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        saved = any((run_dir / "checkpoints").glob("checkpoint_*.pth.tar"))
-        run_dir.rename(aside)
-        hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"
-        logger.info("%s held an earlier run; it was moved to %s%s", run_dir, aside, hint)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml())
-    handler = logging.FileHandler(run_dir / "logs" / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)

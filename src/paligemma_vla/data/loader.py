@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, TypedDict
 
 import numpy as np
@@ -262,6 +264,8 @@ def build_loader(
     Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
     """
     workers = config.data.num_workers
+    if workers:
+        _start_forkserver()
     return DataLoader(
         dataset,
         batch_sampler=_AsSampler(sampler),
@@ -287,9 +291,21 @@ class _AsSampler(Sampler[list[SampleRef]]):
         return len(self.source)  # type: ignore[arg-type]
 
 
+def _start_forkserver() -> None:
+    """Start the process that workers are forked from, deaf to SIGTERM (to SIGINT it is anyway): were it gone, its workers
+    would be taken for dead. It ends with this process."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may change what a signal does; started from here, it is as torch leaves it
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a program that is started inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C, and a SIGTERM to the whole group, reach the workers too: the trainer finishes its step and then stops them.
+    # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -36,13 +36,10 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     with _writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Through a file of Python's: torch's own writer says only `unexpected pos` on a full disk.
             with open(temporary, "wb") as file:
-                torch.save(payload, file)
+                digest = _save(payload, file)
                 file.flush()
                 os.fsync(file.fileno())
-            with open(temporary, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             line = f"{digest}  {path.name}\n"
             # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
             old = _digest_path(path).read_text() if path.exists() and _digest_path(path).exists() else ""
@@ -52,6 +49,37 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class _HashedFile:
+    """What `torch.save` writes to: takes the digest on the way, and keeps the error that torch would turn into another."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(payload: dict[str, Any], file: IO[bytes]) -> str:
+    """Serialise into an open file; returns the sha256 of what was written. Raises `OSError` on a full disk."""
+    hashed = _HashedFile(file)
+    try:
+        torch.save(payload, cast(IO[bytes], hashed))  # all that is asked of it is there
+    except RuntimeError:
+        if hashed.error is not None:
+            raise hashed.error from None
+        raise
+    return hashed.digest.hexdigest()
 
 
 def link_checkpoint(target: Path, name: str) -> None:
@@ -70,8 +98,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or first_line(error)}); the checkpoints before it are whole; free some "
-            f"space, or keep fewer (training.keep_last)"
+            f"{path}: cannot be written ({error.strerror or first_line(error)}); the checkpoints before it are whole; free "
+            f"some space, or keep fewer (training.keep_last)"
         ) from error
 
 
@@ -96,12 +124,11 @@ def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
             _digest_path(path).unlink(missing_ok=True)
 
 
-def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS
-) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
     """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
 
-    keys: what must be there besides the specification's. A file without its sha256 (copied alone, or under another name) is verified by the checksums inside it.
+    keys: what must be there besides the specification's. A file without its sha256 (copied alone, or under another name) is
+    verified by the checksums inside it.
     """
     path = Path(path)
     if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paligemma_vla.errors import ConfigError, TrainingError, VLAError
+from paligemma_vla.errors import ConfigError, Terminated, TrainingError, VLAError
 
 COMMUNICATION_REMEDY = (
     "a rank died (out of memory, killed) or hangs, see the first error above; if it was only slow (first epoch, large "
@@ -113,7 +114,7 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
         codes: dict[int, int] = elastic_launch(config, entry)(args)
         return max(codes.values())
     except SignalException as error:
-        raise KeyboardInterrupt from error
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message

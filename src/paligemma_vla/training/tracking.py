@@ -37,18 +37,18 @@ class JsonLines:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
-        self.path, self.torn = path, False
+        self.path = path
         # Unbuffered: after a failed write nothing waits to fail again.
         self.file = path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         # JSON has no NaN: a figure that is none becomes null.
         line = json.dumps(_finite({"step": step, **metrics}), allow_nan=False)
+        end = self.file.seek(0, os.SEEK_END)
         try:
-            self.file.write((f"\n{line}\n" if self.torn else f"{line}\n").encode())
-            self.torn = False
+            self.file.write(f"{line}\n".encode())
         except OSError as error:  # a full disk must not end the run before its checkpoint could
-            self.torn = True
+            self.file.truncate(end)
             logger.error("%s: step %d cannot be written (%s); training goes on", self.path, step, error.strerror)
 
     def close(self) -> None:

@@ -69,9 +69,7 @@ class Trainer:
     Raises `VLAError`s for what the user must mend, before any weight of the backbone is loaded.
     """
 
-    def __init__(
-        self, config: VLAConfig, distributed: Distributed, resume: Path | None = None, force: bool = False
-    ) -> None:
+    def __init__(self, config: VLAConfig, distributed: Distributed, resume: Path | None = None, force: bool = False) -> None:
         self.config, self.distributed = config, distributed
         torch.manual_seed(config.training.seed)
         saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
@@ -167,7 +165,7 @@ class Trainer:
                 if numbered or periodic or improved or self.step == stop:
                     self._save(improved, last=self.step == stop)
                     meter.restart()
-            if self.step < stop and self.saved_step != self.step:
+            if 0 < self.step < stop and self.saved_step != self.step:
                 self._save(improved=False, last=True)
         if self.tracker is not None:
             self.tracker.close()
@@ -184,7 +182,9 @@ class Trainer:
         return bool(self.distributed.sum(flag) > 0)
 
     def _tell_how_to_go_on(self, reason: str) -> None:
-        if self.distributed.main:
+        if self.distributed.main and self.step == 0:
+            logger.warning("stopped by %s before the first step; nothing was saved", reason)
+        elif self.distributed.main:
             several = self.distributed.world_size > 1
             command = "python main_train_ddp.py" if several else "paligemma-vla train"
             logger.warning(
@@ -275,10 +275,10 @@ class Trainer:
     def _diverged(self) -> TrainingError:
         return TrainingError(
             f"step {self.step}: NaN or infinity in loss or gradient in {self.watch.in_a_row} steps in a row (at most "
-            f"training.max_skipped_steps = {self.watch.limit}); they were skipped, and nothing was saved since. Where the samples "
-            f"named above are the same ones again, look at their numbers, or leave them out (data.exclude_episodes); else the run "
-            f"diverged: lower optimizer.lr ({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
-            f"({self.config.lr_scheduler.warmup_steps})"
+            f"training.max_skipped_steps = {self.watch.limit}); they were skipped, and nothing was saved since. Where the "
+            f"samples named above are the same ones again, look at their numbers, or leave them out (data.exclude_episodes); "
+            f"else the run diverged: lower optimizer.lr ({self.config.optimizer.lr:g}) and vlm_lr, or lengthen "
+            f"lr_scheduler.warmup_steps ({self.config.lr_scheduler.warmup_steps})"
         )
 
     def _warn(self, message: str, *values: Any) -> None:
