@@ -9,10 +9,10 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from paligemma_vla import schema
 from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.files import open_parquet
 
 SLOW_GROUP_ROWS = 512
 
@@ -30,17 +30,18 @@ def describe(paths: list[str]) -> dict[str, Any]:
     prompts: Counter[str] = Counter()
     image_bytes = 0
     for number, path in enumerate(index.paths):
-        column = pq.read_table(path, columns=[schema.PROMPT])[schema.PROMPT]
+        with open_parquet(path) as file:
+            footer, column = file.metadata, file.read(columns=[schema.PROMPT])[schema.PROMPT]
         rows = index.start[index.file == number]
         prompts.update(str(value) for value in column.take(rows).to_pylist())
-        footer = pq.read_metadata(path)
         image_bytes += sum(
             footer.row_group(group).column(leaf).total_compressed_size
             for group in range(footer.num_row_groups)
             for leaf in range(footer.num_columns)
             if footer.row_group(group).column(leaf).path_in_schema.startswith("image_")
         )
-    largest = max(int(np.diff(groups).max()) for groups in index.groups)
+    group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
+    largest = int(group_sizes.max())
     metadata = index.layout.metadata
     return {
         "files": len(index.paths),
@@ -61,7 +62,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "image_orientation": metadata.image_orientation,
         "robot": metadata.robot,
         "image_megabytes": round(image_bytes / 1e6, 1),
-        "row_groups": sum(len(groups) - 1 for groups in index.groups),
+        "row_groups": len(group_sizes),
         "largest_row_group": largest,
         "instructions": dict(prompts.most_common()),
     }
