@@ -10,40 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from episode_files import Columns, columns, flags, put, write
 
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.files import open_parquet, read_layout
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.errors import DataError
-from support import LENGTHS, METADATA, encode_image, read_rows, write_episodes
-
-Columns = dict[str, Any]
-
-
-def columns(lengths: tuple[int, ...] = (3, 1, 4)) -> Columns:
-    """Columns of an episode file as plain Python lists."""
-    rng = np.random.default_rng(0)
-    rows = sum(lengths)
-    last = set(np.cumsum(lengths) - 1)
-    first = {0, *(row + 1 for row in last)} - {rows}
-    return {
-        "image_1_bytes": [encode_image(rng) for _ in range(rows)],
-        "state": rng.normal(size=(rows, 3)).tolist(),
-        "action": rng.normal(size=(rows, 2)).tolist(),
-        "prompt": ["open the drawer"] * rows,
-        "is_first": [row in first for row in range(rows)],
-        "is_last": [row in last for row in range(rows)],
-        "is_terminal": [False] * rows,
-    }
-
-
-TYPES = {"image_1_bytes": pa.binary(), "state": pa.list_(pa.float32()), "action": pa.list_(pa.float32())}
-
-
-def write(path: Path, content: Columns, types: dict[str, pa.DataType] | None = None, **options: Any) -> str:
-    kinds = {**TYPES, **(types or {})}
-    pq.write_table(pa.table({name: pa.array(values, kinds.get(name)) for name, values in content.items()}), path, **options)
-    return str(path)
+from support import LENGTHS, METADATA, read_rows, write_episodes
 
 
 def test_index_equals_a_naive_grouping_by_is_first(episode_dir: Path) -> None:
@@ -89,27 +62,14 @@ def test_index_never_reads_image_bytes(tmp_path: Path, episode_dir: Path) -> Non
         EpisodeReader(index, 1, 2**20).group_of(0, 0)
 
 
-def flags(change: Callable[[Columns], None]) -> Columns:
-    content = columns()
-    change(content)
-    return content
-
-
-def put(name: str, row: int, value: Any) -> Callable[[Columns], None]:
-    def change(content: Columns) -> None:
-        content[name][row] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (put("is_first", 0, False), r"row 0, column is_first: got false"),
         (put("is_first", 2, True), r"row 1, column is_last: got false, expected true, because row 2 has is_first"),
-        (put("is_first", 4, False), r"row 4, column is_first: got false, expected true because row 3 has is_last"),
+        (put("is_first", 4, False), r"row 4, column is_first: got false, expected true, because row 3 has is_last"),
         (put("is_last", 2, False), r"row 2, column is_last: got false, expected true, because row 3 has is_first"),
-        (put("is_last", 5, True), r"row 6, column is_first: got false, expected true because row 5 has is_last"),
+        (put("is_last", 5, True), r"row 6, column is_first: got false, expected true, because row 5 has is_last"),
         (put("is_last", 7, False), r"row 7, column is_last: got false, expected true, because it is the last row"),
         (put("is_first", 3, None), r"row 3, column is_first: got null"),
         (put("is_last", 6, None), r"row 6, column is_last: got null"),

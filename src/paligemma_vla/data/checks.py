@@ -66,7 +66,7 @@ def check_prompt(prompt: str, encoder: PromptEncoder) -> None:
     try:
         encoder.text_ids(prompt)
     except DataError as error:
-        raise Unusable(Kind.PROMPT_LENGTH, f"{error}, or {LEAVE_OUT}") from error
+        raise Unusable(Kind.PROMPT_LENGTH, f"{' '.join(str(error).split())}, or {LEAVE_OUT}") from error
 
 
 def layout_misfits(layout: Layout, config: VLAConfig) -> list[str]:

@@ -8,7 +8,8 @@ from enum import StrEnum
 
 from paligemma_vla.errors import DataError
 
-LEAVE_OUT = "leave the episode out (`paligemma-vla data check` writes the list)"
+LEAVE_OUT = "leave the episode out"
+HOW = "`paligemma-vla data check` finds every fault, and lists the episodes to leave out"
 
 
 class Kind(StrEnum):
@@ -53,8 +54,11 @@ class FaultError(DataError):
     """A fault where reading cannot go on."""
 
     def __init__(self, fault: Fault) -> None:
-        super().__init__(fault)  # the one argument: message and pickle (from a loader's worker) follow from it
+        super().__init__(fault)  # the one argument, so that it can be pickled by a loader's worker
         self.fault = fault
+
+    def __str__(self) -> str:
+        return f"{self.fault}\n  {HOW}"
 
 
 class Unusable(Exception):

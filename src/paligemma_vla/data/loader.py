@@ -16,7 +16,7 @@ from paligemma_vla.config import AugmentationConfig, VLAConfig
 from paligemma_vla.data.checks import NO_IMAGE, check_prompt, layout_misfits, prompt_of
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable
-from paligemma_vla.data.images import decode_image, jitter_colour, random_crop
+from paligemma_vla.data.images import decode, jitter_colour, random_crop
 from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import DataError, VLAError
@@ -168,7 +168,10 @@ class VLADataset(Dataset[Item]):
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
                 continue
             name = schema.image_column(camera + 1)
-            image = decode_image(column[place].as_buffer(), f"{source[0]}: row {source[1]}, column {name}")
+            try:
+                image = decode(column[place].as_buffer())
+            except Unusable as error:
+                raise FaultError(error.at(*source, name)) from error
             if augmentation is None or rng is None:
                 images.append(spec.apply(image))
             else:
