@@ -62,6 +62,7 @@ class DataConfig(Section):
     val_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of episodes held out when val_parquet_files is null; 0: no validation."
     )
+    exclude_episodes: str | None = Field(None, description="Episodes to leave out: list written by `paligemma-vla data check`.")
     normalization_stats_path: str = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
     allow_other_statistics: bool = Field(

@@ -133,11 +133,15 @@ def _interpolate(ordered: NDArray[np.float32], position: float) -> NDArray[np.fl
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What `normalization_stats.json` holds: state, action, and the data they were computed from."""
+    """What `normalization_stats.json` holds: state, action, and the data they were computed from.
+
+    datasets: files. digests: of their footers, 16 characters each, in the same order; empty in older files.
+    """
 
     state: Statistics
     action: Statistics
     datasets: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -145,6 +149,7 @@ class DatasetStatistics:
             "state": self.state.to_dict(),
             "action": self.action.to_dict(),
             "datasets": list(self.datasets),
+            "digests": list(self.digests),
         }
 
     def save(self, path: str | Path) -> None:
@@ -182,8 +187,15 @@ class DatasetStatistics:
         return cls(
             Statistics.from_dict(raw.get("state"), f"{where}: state"),
             Statistics.from_dict(raw.get("action"), f"{where}: action"),
-            tuple(raw.get("datasets", ())),
+            _texts(raw.get("datasets", ()), f"{where}: datasets"),
+            _texts(raw.get("digests", ()), f"{where}: digests"),
         )
+
+
+def _texts(raw: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(raw, list | tuple) or not all(isinstance(text, str) for text in raw):
+        raise DataError(f"{where}: expected a list of strings; compute the statistics again")
+    return tuple(raw)
 
 
 class Normalizer:

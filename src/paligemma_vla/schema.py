@@ -90,11 +90,41 @@ class DatasetMetadata:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "metadata") -> DatasetMetadata:
-        """Read what `to_json` wrote; raises `DataError` when it is something else."""
+        """Read what `to_json` wrote; raises `DataError` when it is something else. Fields it does not know are left aside."""
         try:
             raw: Any = json.loads(text)
-            known = {f.name for f in fields(cls)}
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
-        except (ValueError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
             raise DataError(f"{where}: not a JSON object of dataset metadata ({error})") from error
+        if not isinstance(raw, dict):
+            raise DataError(f"{where}: not a JSON object of dataset metadata (got {type(raw).__name__})")
+        values: dict[str, Any] = {}
+        for name in raw.keys() & {entry.name for entry in fields(cls)}:
+            expected, matches = _METADATA_TYPES.get(name, ("a string", _is_text))
+            if not matches(raw[name]):
+                raise DataError(f"{where}: {name}: got {json.dumps(raw[name])[:80]}, expected {expected}")
+            values[name] = tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
         return cls(**values)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+# field -> what it holds in JSON; a string where nothing is said
+_METADATA_TYPES = {
+    **dict.fromkeys(("cameras", "state_names", "action_names"), ("a list of strings", _is_texts)),
+    "control_hz": ("a number of at least 0", _is_rate),
+    "extra": ("an object of strings", _is_text_map),
+}

@@ -10,39 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from episode_files import Columns, columns, flags, put, write
 
-from paligemma_vla.data.episodes import EpisodeIndex, expand_paths, open_parquet, read_layout
+from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
+from paligemma_vla.data.files import open_parquet, read_layout
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.errors import DataError
-from support import LENGTHS, METADATA, encode_image, read_rows, write_episodes
-
-Columns = dict[str, Any]
-
-
-def columns(lengths: tuple[int, ...] = (3, 1, 4)) -> Columns:
-    """Columns of an episode file as plain Python lists."""
-    rng = np.random.default_rng(0)
-    rows = sum(lengths)
-    last = set(np.cumsum(lengths) - 1)
-    first = {0, *(row + 1 for row in last)} - {rows}
-    return {
-        "image_1_bytes": [encode_image(rng) for _ in range(rows)],
-        "state": rng.normal(size=(rows, 3)).tolist(),
-        "action": rng.normal(size=(rows, 2)).tolist(),
-        "prompt": ["open the drawer"] * rows,
-        "is_first": [row in first for row in range(rows)],
-        "is_last": [row in last for row in range(rows)],
-        "is_terminal": [False] * rows,
-    }
-
-
-TYPES = {"image_1_bytes": pa.binary(), "state": pa.list_(pa.float32()), "action": pa.list_(pa.float32())}
-
-
-def write(path: Path, content: Columns, types: dict[str, pa.DataType] | None = None, **options: Any) -> str:
-    kinds = {**TYPES, **(types or {})}
-    pq.write_table(pa.table({name: pa.array(values, kinds.get(name)) for name, values in content.items()}), path, **options)
-    return str(path)
+from support import LENGTHS, METADATA, read_rows, write_episodes
 
 
 def test_index_equals_a_naive_grouping_by_is_first(episode_dir: Path) -> None:
@@ -63,10 +37,10 @@ def test_index_equals_a_naive_grouping_by_is_first(episode_dir: Path) -> None:
 
 def test_index_row_groups_are_the_files(episode_dir: Path) -> None:
     index = EpisodeIndex.build(str(episode_dir))
-    for path, groups in zip(index.paths, index.groups, strict=True):
+    for number, path in enumerate(index.paths):
         footer = pq.read_metadata(path)
         sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
-        assert np.diff(groups).tolist() == sizes
+        assert np.diff(index.row_groups(number)).tolist() == sizes
 
 
 def test_index_never_reads_image_bytes(tmp_path: Path, episode_dir: Path) -> None:
@@ -83,22 +57,9 @@ def test_index_never_reads_image_bytes(tmp_path: Path, episode_dir: Path) -> Non
     broken.write_bytes(content)
     index, whole = EpisodeIndex.build(str(broken)), EpisodeIndex.build(str(source))
     assert index.length.tolist() == whole.length.tolist()
-    assert sum(len(state) for state, _ in iterate_numbers(str(broken), index.layout)) == index.steps
-    with pytest.raises(DataError, match=r"broken\.parquet: row group 0 cannot be read"):
+    assert sum(len(state) for state, _ in iterate_numbers(index, 0)) == index.steps
+    with pytest.raises(DataError, match=r"broken\.parquet: row 0: row group 0 \(rows 0 to \d+\) cannot be read"):
         EpisodeReader(index, 1, 2**20).group_of(0, 0)
-
-
-def flags(change: Callable[[Columns], None]) -> Columns:
-    content = columns()
-    change(content)
-    return content
-
-
-def put(name: str, row: int, value: Any) -> Callable[[Columns], None]:
-    def change(content: Columns) -> None:
-        content[name][row] = value
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -106,12 +67,14 @@ def put(name: str, row: int, value: Any) -> Callable[[Columns], None]:
     [
         (put("is_first", 0, False), r"row 0, column is_first: got false"),
         (put("is_first", 2, True), r"row 1, column is_last: got false, expected true, because row 2 has is_first"),
-        (put("is_first", 4, False), r"row 3, column is_last: got true, expected false, because row 4 has no is_first"),
+        (put("is_first", 4, False), r"row 4, column is_first: got false, expected true, because row 3 has is_last"),
         (put("is_last", 2, False), r"row 2, column is_last: got false, expected true, because row 3 has is_first"),
-        (put("is_last", 5, True), r"row 5, column is_last: got true, expected false, because row 6 has no is_first"),
+        (put("is_last", 5, True), r"row 6, column is_first: got false, expected true, because row 5 has is_last"),
         (put("is_last", 7, False), r"row 7, column is_last: got false, expected true, because it is the last row"),
         (put("is_first", 3, None), r"row 3, column is_first: got null"),
         (put("is_last", 6, None), r"row 6, column is_last: got null"),
+        (put("is_terminal", 1, True), r"row 1, column is_terminal: got true, expected false, because only the last row"),
+        (put("is_terminal", 2, None), r"row 2, column is_terminal: got null"),
     ],
 )
 def test_broken_chain_names_file_row_and_column(tmp_path: Path, change: Callable[[Columns], None], message: str) -> None:
@@ -135,7 +98,7 @@ def test_file_without_rows_is_refused(tmp_path: Path) -> None:
 def test_missing_column_is_named(tmp_path: Path, name: str) -> None:
     content = columns()
     del content[name]
-    with pytest.raises(DataError, match=f"missing column {name}; got "):
+    with pytest.raises(DataError, match=f"column {name}: missing; got "):
         EpisodeIndex.build(write(tmp_path / "x.parquet", content))
 
 
@@ -166,7 +129,7 @@ def test_every_kind_of_list_reads_the_same(tmp_path: Path, make: Callable[[int],
     path = write(tmp_path / "x.parquet", content, {"state": make(3), "action": make(2)}, row_group_size=3)
     index = EpisodeIndex.build(path)
     assert (index.layout.state_dim, index.layout.action_dim) == (3, 2)
-    numbers = [np.concatenate(parts) for parts in zip(*iterate_numbers(path, index.layout, rows=3), strict=True)]
+    numbers = [np.concatenate(parts) for parts in zip(*iterate_numbers(index, 0, rows=3), strict=True)]
     np.testing.assert_array_equal(numbers[0], np.float32(content["state"]))
     np.testing.assert_array_equal(numbers[1], np.float32(content["action"]))
     reader = EpisodeReader(index, 1, 2**20)
@@ -214,7 +177,7 @@ def test_bad_numbers_name_file_row_and_column(
     path = write(tmp_path / folder / "bad.parquet", content, {"state": kind, "action": kind}, row_group_size=4)
     index = EpisodeIndex.build(path)
     with pytest.raises(DataError, match=message) as caught:
-        list(iterate_numbers(path, index.layout, rows=5))
+        list(iterate_numbers(index, 0, rows=5))
     assert str(caught.value).startswith(path)
     with pytest.raises(DataError, match=message):
         EpisodeReader(index, 1, 2**20).group_of(0, 6)
@@ -223,13 +186,13 @@ def test_bad_numbers_name_file_row_and_column(
 def test_fixed_size_lists_with_a_null_row_name_it(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.parquet", flags(put("state", 5, None)), {"state": pa.list_(pa.float32(), 3)})
     with pytest.raises(DataError, match="row 5, column state: got null"):
-        list(iterate_numbers(path, EpisodeIndex.build(path).layout))
+        list(iterate_numbers(EpisodeIndex.build(path), 0))
 
 
 def test_damaged_numbers_are_a_data_error(tmp_path: Path) -> None:
     path = tmp_path / "bad.parquet"
     write(path, columns(), use_dictionary=False)
-    layout = EpisodeIndex.build(str(path)).layout
+    index = EpisodeIndex.build(str(path))
     footer = pq.read_metadata(path).row_group(0)
     column = next(footer.column(n) for n in range(footer.num_columns) if footer.column(n).path_in_schema.startswith("state"))
     content = bytearray(path.read_bytes())
@@ -238,7 +201,7 @@ def test_damaged_numbers_are_a_data_error(tmp_path: Path) -> None:
     )
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.parquet"):
-        list(iterate_numbers(str(path), layout))
+        list(iterate_numbers(index, 0))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -4])
@@ -298,9 +261,9 @@ def test_concatenate_equals_building_at_once(episode_dir: Path) -> None:
     joined = EpisodeIndex.concatenate([EpisodeIndex.build(paths[:2]), EpisodeIndex.build(paths[2:])])
     whole = EpisodeIndex.build(paths)
     assert joined.paths == whole.paths
-    for name in ("file", "start", "length"):
+    for name in ("file", "start", "length", "groups", "group_offsets", "stamps", "digests"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
-    assert [g.tolist() for g in joined.groups] == [g.tolist() for g in whole.groups]
+    assert [joined.row_groups(n).tolist() for n in range(3)] == [whole.row_groups(n).tolist() for n in range(3)]
 
 
 def test_expand_paths_takes_file_folder_glob_and_list(tmp_path: Path) -> None:
@@ -329,4 +292,4 @@ def test_reader_cache_stays_within_its_bound_and_reads_the_same(episode_dir: Pat
         file, start, length = int(index.file[episode]), int(index.start[episode]), int(index.length[episode])
         np.testing.assert_array_equal(small.actions(file, start, start + length), large.actions(file, start, start + length))
     assert len(small._groups) == 1
-    assert len(large._groups) == sum(len(groups) - 1 for groups in index.groups)
+    assert len(large._groups) == sum(len(index.row_groups(n)) - 1 for n in range(len(index.paths)))

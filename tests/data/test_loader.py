@@ -132,14 +132,14 @@ def test_augmentation_is_a_function_of_the_position_and_off_in_evaluation(
 def test_only_frames_that_the_model_uses_are_decoded(
     two_camera_dataset: VLADataset, tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
-    decoded: list[str] = []
-    original = loader_module.decode_image
+    decoded: list[Any] = []
+    original = loader_module.decode
 
-    def counting(data: Any, where: str) -> Image.Image:
-        decoded.append(where)
-        return original(data, where)
+    def counting(data: Any) -> Image.Image:
+        decoded.append(data)
+        return original(data)
 
-    monkeypatch.setattr(loader_module, "decode_image", counting)
+    monkeypatch.setattr(loader_module, "decode", counting)
     dataset = make(tiny_config({"data.max_seq_len": window}, cameras=2), two_camera_dataset.preprocessor)
     for number in range(20):
         decoded.clear()

@@ -1,20 +1,32 @@
-"""`paligemma-vla data info PATH`: what is in some episode files."""
+"""`paligemma-vla data info PATH` and `data check PATH`: what is in some episode files, and what is wrong with it.
+
+`data check` exits with 0 when it finds nothing, 1 when it finds faults.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import warnings
 from collections import Counter
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from paligemma_vla import schema
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.config import load_config
+from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
+from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
+from paligemma_vla.data.exclusions import ExclusionList
+from paligemma_vla.data.faults import Fault
+from paligemma_vla.data.files import open_parquet
 
 SLOW_GROUP_ROWS = 512
+SHOWN_PER_FILE = 20
+BAR: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     info = actions.add_parser("info", help="episodes, steps, cameras, dimensions, instructions")
     info.add_argument("path", nargs="+", help="files, folders or globs")
     info.add_argument("--json", action="store_true", help="print JSON")
+    check = actions.add_parser("check", help="find every fault, and list the episodes to leave out")
+    check.add_argument("path", nargs="+", help="files, folders or globs")
+    check.add_argument("--json", action="store_true", help="print JSON, with every fault")
+    check.add_argument("--exclusion_list", default="excluded_episodes.json", metavar="FILE", help="where to write the list")
+    check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")
+    check.add_argument("--allow_prompt_changes", action="store_true", help="an instruction may change within an episode")
 
 
 def describe(paths: list[str]) -> dict[str, Any]:
@@ -30,17 +48,18 @@ def describe(paths: list[str]) -> dict[str, Any]:
     prompts: Counter[str] = Counter()
     image_bytes = 0
     for number, path in enumerate(index.paths):
-        column = pq.read_table(path, columns=[schema.PROMPT])[schema.PROMPT]
+        with open_parquet(path) as file:
+            footer, column = file.metadata, file.read(columns=[schema.PROMPT])[schema.PROMPT]
         rows = index.start[index.file == number]
         prompts.update(str(value) for value in column.take(rows).to_pylist())
-        footer = pq.read_metadata(path)
         image_bytes += sum(
             footer.row_group(group).column(leaf).total_compressed_size
             for group in range(footer.num_row_groups)
             for leaf in range(footer.num_columns)
             if footer.row_group(group).column(leaf).path_in_schema.startswith("image_")
         )
-    largest = max(int(np.diff(groups).max()) for groups in index.groups)
+    group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
+    largest = int(group_sizes.max())
     metadata = index.layout.metadata
     return {
         "files": len(index.paths),
@@ -61,7 +80,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "image_orientation": metadata.image_orientation,
         "robot": metadata.robot,
         "image_megabytes": round(image_bytes / 1e6, 1),
-        "row_groups": sum(len(groups) - 1 for groups in index.groups),
+        "row_groups": len(group_sizes),
         "largest_row_group": largest,
         "instructions": dict(prompts.most_common()),
     }
@@ -76,6 +95,87 @@ def _shown(value: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
+    return check(args) if args.action == "check" else info(args)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Find every fault; write the exclusion list when there is something to leave out."""
+    files = expand_paths(args.path, "data check")
+    options = _check_options(args)
+    with warnings.catch_warnings(), tqdm(total=sum(map(os.path.getsize, files)), **BAR) as bar:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
+        diagnosis = diagnose(files, options, bar.update)
+    excluded = diagnosis.excluded
+    if excluded:
+        ExclusionList(args.exclusion_list, excluded).save()
+    if args.json:
+        sys.stdout.write(json.dumps(_check_report(diagnosis, args.exclusion_list if excluded else None), indent=1) + "\n")
+    else:
+        _print_faults(diagnosis)
+        if excluded:
+            sys.stdout.write(
+                f"\nwrote {args.exclusion_list}; to leave these out, add to the configuration\n"
+                f"  data:\n    exclude_episodes: {args.exclusion_list}\n"
+            )
+    return 1 if diagnosis.faults else 0
+
+
+def _check_options(args: argparse.Namespace) -> CheckOptions:
+    if args.config_path is None:
+        return CheckOptions(allow_prompt_changes=args.allow_prompt_changes)
+    from paligemma_vla.preprocess import load_prompt_and_image_spec  # heavy
+
+    config = load_config(args.config_path)
+    data, vlm = config.data, config.model.vlm_config
+    prompts, _ = load_prompt_and_image_spec(
+        vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
+    )
+    return CheckOptions(prompts, config, args.allow_prompt_changes)
+
+
+def _check_report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str, Any]:
+    faults: list[tuple[Fault, int | None]] = [(fault, None) for fault in diagnosis.misfits]
+    faults += [(fault, next(iter(file.episodes_of(fault)), None)) for file in diagnosis.files for fault in file.faults]
+    return {
+        "files": len(diagnosis.files),
+        "episodes": diagnosis.episodes,
+        "steps": diagnosis.steps,
+        "faults": [
+            {
+                "file": fault.file,
+                "row": fault.row,
+                "column": fault.column,
+                "episode": episode,
+                "kind": fault.kind.value,
+                "message": str(fault),
+            }
+            for fault, episode in faults
+        ],
+        "excluded_episodes": diagnosis.bad_episodes,
+        "exclusion_list": exclusion_list,
+    }
+
+
+def _print_faults(diagnosis: Diagnosis) -> None:
+    for faults in (diagnosis.misfits, *(file.faults for file in diagnosis.files)):
+        for fault in faults[:SHOWN_PER_FILE]:
+            sys.stdout.write(f"{fault}\n")
+        if len(faults) > SHOWN_PER_FILE:
+            sys.stdout.write(f"{faults[0].file}: {len(faults) - SHOWN_PER_FILE} more faults; --json prints all\n")
+    kinds = Counter(fault.kind.value for fault in diagnosis.faults)
+    if kinds:
+        sys.stdout.write("\n")
+    for kind, count in kinds.most_common():
+        sys.stdout.write(f"{count:>8}  {kind}\n")
+    bad_files = sum(bool(file.faults) for file in diagnosis.files)
+    sys.stdout.write(
+        f"{diagnosis.bad_episodes} of {diagnosis.episodes} episodes, in {bad_files} of {len(diagnosis.files)} files, "
+        f"cannot be used; {diagnosis.steps} steps were checked\n"
+    )
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print facts about the files."""
     facts = describe(args.path)
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")

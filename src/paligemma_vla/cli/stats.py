@@ -8,6 +8,8 @@ import logging
 from tqdm import tqdm
 
 from paligemma_vla.config import load_config, source_paths
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.exclusions import load_exclusions
 from paligemma_vla.data.statistics import compute_statistics
 
 logger = logging.getLogger(__name__)
@@ -23,9 +25,13 @@ def main(args: argparse.Namespace) -> int:
     override = {"data.train_parquet_files": args.train_data_override} if args.train_data_override else {}
     config = load_config(args.config_path, override)
     where = "--train_data_override" if override else "data.train_parquet_files"
-    with tqdm(unit=" rows", desc="statistics", dynamic_ncols=True) as bar:
-        statistics = compute_statistics(source_paths(config.data.train_parquet_files), where, bar.update)
+    exclude = load_exclusions(config.data.exclude_episodes)
+    index = EpisodeIndex.build(source_paths(config.data.train_parquet_files), where, exclude)
+    with tqdm(total=index.steps, unit=" rows", desc="statistics", dynamic_ncols=True) as bar:
+        statistics = compute_statistics(index, where, bar.update)
     statistics.save(args.output_path)
+    if exclude is not None:
+        logger.info("%s: %d episodes (or whole files) left out", exclude.path, index.excluded)
     logger.info(
         "%s: %d rows of %d file(s), state %d, action %d dimensions",
         args.output_path,

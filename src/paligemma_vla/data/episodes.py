@@ -1,25 +1,38 @@
-"""Index of Parquet files, from flags and footers: which rows are an episode, which row group holds a row.
+"""Index of episode files: which rows are an episode, which row group holds a row.
 
-Image bytes are never touched here; `reader.py` reads rows.
+Built from flags and footers (`files.py`), kept between runs (`index_cache.py`); `reader.py` reads rows.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from paligemma_vla import schema
-from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.data.exclusions import NOTHING, ExclusionList
+from paligemma_vla.data.faults import raise_first
+from paligemma_vla.data.files import (
+    FileFacts,
+    Layout,
+    Rows,
+    chain_faults,
+    identify,
+    joint_layout,
+    read_facts,
+    robot_faults,
+    segment,
+)
+from paligemma_vla.data.index_cache import cache_path, load_facts, save_facts
+from paligemma_vla.errors import DataError
 
 
 def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
@@ -41,32 +54,14 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
     return list(found)
 
 
-def open_parquet(path: str) -> pq.ParquetFile:
-    """Open one file; raises `DataError` when it is not Parquet or is cut short."""
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
-        ) from error
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the columns hold: number of cameras, numbers in state (P) and action (A), and the writer's metadata."""
-
-    cameras: int
-    state_dim: int
-    action_dim: int
-    metadata: DatasetMetadata
-
-
 @dataclass(frozen=True)
 class EpisodeIndex:
     """Where every episode lies.
 
-    paths: files. Per episode: file (int32), start (int64, row in its file), length (int32).
-    groups: per file, the first row of each row group, and the number of rows at the end (int64).
+    paths: files. Per episode, in the order of files and rows: file (int32), start (int64, row in its file), length (int32).
+    groups: of all files one after the other, the first row of each row group, and the file's number of rows (int64); those
+    of file f lie at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes and mtime in ns (int64). digests: per
+    file, of its footer (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
     """
 
     paths: tuple[str, ...]
@@ -74,23 +69,45 @@ class EpisodeIndex:
     file: NDArray[np.int32]
     start: NDArray[np.int64]
     length: NDArray[np.int32]
-    groups: tuple[NDArray[np.int64], ...]
+    groups: NDArray[np.int64]
+    group_offsets: NDArray[np.int64]
+    stamps: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    excluded: int = 0
 
     @classmethod
-    def build(cls, paths: str | Sequence[str], where: str = "data.train_parquet_files") -> EpisodeIndex:
-        """Index files from their flags, in parallel. Raises `DataError` naming file, row and column of the first fault."""
+    def build(
+        cls,
+        paths: str | Sequence[str],
+        where: str = "data.train_parquet_files",
+        exclude: ExclusionList | None = None,
+    ) -> EpisodeIndex:
+        """Index files from their flags, in parallel. Raises `DataError` naming file, row and column of the first fault.
+
+        exclude: what it lists is left out before anything is judged.
+        """
         files = expand_paths(paths, where)
-        with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-            parts = list(pool.map(_index_file, files))
-        for path, part in zip(files, parts, strict=True):
-            _same_robot(path, part.layout, files[0], parts[0].layout)
+        kept = [path for path in files if exclude is None or not exclude.leaves_out(path)]
+        facts = _gather([paths] if isinstance(paths, str) else paths, files, kept)
+        for path in kept[1:]:
+            raise_first(robot_faults(path, facts[path].layout, kept[0], facts[kept[0]].layout))
+        episodes = [_episodes(path, facts[path], exclude) for path in kept]
+        excluded = len(files) - len(kept) + sum(left_out for _, _, left_out in episodes)
+        if not sum(len(starts) for starts, _, _ in episodes):
+            listed = exclude.path if exclude else "nothing"
+            raise DataError(f"{where}: every episode is left out by {listed}; give other data, or mend this and check it again")
+        entries = [facts[path] for path in kept]
         return cls(
-            paths=tuple(files),
-            layout=replace(parts[0].layout, cameras=max(part.layout.cameras for part in parts)),
-            file=np.concatenate([np.full(len(p.start), n, np.int32) for n, p in enumerate(parts)]),
-            start=np.concatenate([p.start for p in parts]),
-            length=np.concatenate([p.length for p in parts]),
-            groups=tuple(p.groups for p in parts),
+            paths=tuple(kept),
+            layout=joint_layout([entry.layout for entry in entries]),
+            file=np.repeat(np.arange(len(kept), dtype=np.int32), [len(starts) for starts, _, _ in episodes]),
+            start=np.concatenate([starts for starts, _, _ in episodes]),
+            length=np.concatenate([lengths for _, lengths, _ in episodes]).astype(np.int32),
+            groups=np.concatenate([entry.groups for entry in entries]),
+            group_offsets=np.cumsum([0, *(len(entry.groups) for entry in entries)], dtype=np.int64),
+            stamps=np.array([entry.identity[:2] for entry in entries], np.int64),
+            digests=np.array([entry.digest for entry in entries], np.uint64),
+            excluded=excluded,
         )
 
     @classmethod
@@ -98,15 +115,22 @@ class EpisodeIndex:
         """Several indices end to end; raises `DataError` when they are not of one robot."""
         first = parts[0]
         for part in parts:
-            _same_robot(part.paths[0], part.layout, first.paths[0], first.layout)
-        offsets = np.cumsum([0, *(len(part.paths) for part in parts[:-1])]).astype(np.int32)
+            raise_first(robot_faults(part.paths[0], part.layout, first.paths[0], first.layout))
+        files = np.cumsum([0, *(len(part.paths) for part in parts[:-1])])
+        groups = np.cumsum([0, *(len(part.groups) for part in parts[:-1])])
         return cls(
             paths=tuple(path for part in parts for path in part.paths),
-            layout=replace(first.layout, cameras=max(part.layout.cameras for part in parts)),
-            file=np.concatenate([part.file + offset for part, offset in zip(parts, offsets, strict=True)]),
+            layout=joint_layout([part.layout for part in parts]),
+            file=np.concatenate([part.file + offset for part, offset in zip(parts, files.astype(np.int32), strict=True)]),
             start=np.concatenate([part.start for part in parts]),
             length=np.concatenate([part.length for part in parts]),
-            groups=tuple(groups for part in parts for groups in part.groups),
+            groups=np.concatenate([part.groups for part in parts]),
+            group_offsets=np.concatenate(
+                [[0], *(part.group_offsets[1:] + offset for part, offset in zip(parts, groups, strict=True))]
+            ).astype(np.int64),
+            stamps=np.concatenate([part.stamps for part in parts]),
+            digests=np.concatenate([part.digests for part in parts]),
+            excluded=sum(part.excluded for part in parts),
         )
 
     def __len__(self) -> int:
@@ -117,11 +141,53 @@ class EpisodeIndex:
         """Number of time steps (rows) in all episodes."""
         return int(self.length.sum())
 
+    @property
+    def nbytes(self) -> int:
+        """Memory the index takes, paths included."""
+        arrays = (self.file, self.start, self.length, self.groups, self.group_offsets, self.stamps, self.digests)
+        return sum(array.nbytes for array in arrays) + sum(sys.getsizeof(path) for path in self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data, not of where it lies: footers of the files, and which rows are the episodes, in order. 32 characters.
+
+        Another machine with the same data under another folder gets the same one.
+        """
+        digest = hashlib.blake2b(np.int64(len(self.paths)).tobytes(), digest_size=16)
+        for array, kind in ((self.digests, "<u8"), (self.file, "<i4"), (self.start, "<i8"), (self.length, "<i4")):
+            digest.update(array.astype(kind).tobytes())
+        return digest.hexdigest()
+
+    def row_groups(self, file: int) -> Rows:
+        """First row of each row group of a file, and its number of rows at the end."""
+        return self.groups[self.group_offsets[file] : self.group_offsets[file + 1]]
+
+    def holds(self, file: int, rows: Rows) -> NDArray[np.bool_]:
+        """Which rows of a file belong to an episode of this index."""
+        first, stop = np.searchsorted(self.file, [file, file + 1])
+        starts, lengths = self.start[first:stop], self.length[first:stop]
+        if len(starts) == 0:
+            return np.zeros(len(rows), bool)
+        place = np.searchsorted(starts, rows, side="right") - 1
+        held: NDArray[np.bool_] = (place >= 0) & (rows < (starts + lengths)[place])
+        return held
+
+    def check_unchanged(self, file: int) -> None:
+        """Raise `DataError` when a file is no longer the one that was indexed."""
+        path, (size, modified) = self.paths[file], self.stamps[file].tolist()
+        remedy = "put it back as it was, or start a new run: order and statistics depend on it"
+        expected = f"expected {_stamp(size, modified)}; {remedy}"
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise DataError(f"{path}: gone since it was indexed: got {error.strerror}, {expected}") from error
+        if (status.st_size, status.st_mtime_ns) != (size, modified):
+            got = _stamp(status.st_size, status.st_mtime_ns)
+            raise DataError(f"{path}: changed since it was indexed: got {got}, {expected}")
+
     def select(self, episodes: NDArray[np.int64]) -> EpisodeIndex:
-        """The same files with some of the episodes."""
-        return EpisodeIndex(
-            self.paths, self.layout, self.file[episodes], self.start[episodes], self.length[episodes], self.groups
-        )
+        """The same files with some of the episodes, given in ascending order."""
+        return replace(self, file=self.file[episodes], start=self.start[episodes], length=self.length[episodes])
 
     def split(self, fraction: float, seed: int) -> tuple[EpisodeIndex, EpisodeIndex]:
         """Split by whole episodes into (training, validation); `fraction` of them, at least one, go to validation."""
@@ -135,130 +201,31 @@ class EpisodeIndex:
         return self.select(np.sort(order[count:])), self.select(np.sort(order[:count]))
 
 
-def _same_robot(path: str, layout: Layout, first_path: str, first: Layout) -> None:
-    """Refuse files that differ in dimensions, or that both say what their numbers and pixels mean and contradict."""
-    for name, got, expected in [
-        (schema.STATE, layout.state_dim, first.state_dim),
-        (schema.ACTION, layout.action_dim, first.action_dim),
-    ]:
-        if got != expected:
-            raise DataError(
-                f"{path}: column {name}: got {got} numbers per row, expected {expected} as in {first_path}; train on one "
-                f"robot's data at a time"
-            )
-    for name in ("image_orientation", "control_hz", "action_convention", "state_names", "action_names"):
-        said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
-        if said and said_first and said != said_first:
-            raise DataError(
-                f"{path}: metadata {name}: got {said}, expected {said_first} as in {first_path}; train on one robot's data at "
-                f"a time"
-            )
+def _stamp(size: int, modified: int) -> str:
+    return f"{size} bytes of {datetime.fromtimestamp(modified / 1e9).isoformat(sep=' ', timespec='microseconds')}"
 
 
-@dataclass(frozen=True)
-class _FileIndex:
-    layout: Layout
-    start: NDArray[np.int64]
-    length: NDArray[np.int32]
-    groups: NDArray[np.int64]
+def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str]) -> Mapping[str, FileFacts]:
+    """Facts of the kept files: from the cache where they have not changed, else from the files, in parallel."""
+    cache = cache_path(arguments)
+    known = load_facts(cache)
+    absolute = {path: os.path.abspath(path) for path in files}
+    identities = {path: identify(path) for path in kept}
+    facts = {path: known[absolute[path]] for path in kept if absolute[path] in known}
+    facts = {path: entry for path, entry in facts.items() if entry.identity == identities[path]}
+    missing = [path for path in kept if path not in facts]
+    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+        facts.update(zip(missing, pool.map(lambda path: read_facts(path, identities[path]), missing), strict=True))
+    gone = known.keys() - set(absolute.values())
+    if missing or gone:
+        current = {path: entry for path, entry in known.items() if path not in gone}
+        save_facts(cache, {**current, **{absolute[path]: entry for path, entry in facts.items()}})
+    return facts
 
 
-def _index_file(path: str) -> _FileIndex:
-    with open_parquet(path) as file:
-        layout = read_layout(path, file)
-        rows = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
-        try:
-            table = file.read(columns=[schema.IS_FIRST, schema.IS_LAST], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path}: columns is_first, is_last: cannot be read ({first_line(error)}); restore the file"
-            ) from error
-    first, last = (_flags(path, table, name) for name in (schema.IS_FIRST, schema.IS_LAST))
-    starts, ends = np.flatnonzero(first), np.flatnonzero(last)
-    _check_chain(path, starts, ends, len(first))
-    return _FileIndex(layout, starts, (ends - starts + 1).astype(np.int32), np.cumsum([0, *rows], dtype=np.int64))
-
-
-def _flags(path: str, table: pa.Table, name: str) -> NDArray[np.bool_]:
-    column = table[name]
-    if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-        raise DataError(f"{path}: row {row}, column {name}: got null, expected true or false")
-    return np.asarray(column.to_numpy(), bool)
-
-
-def _check_chain(path: str, starts: NDArray[np.int64], ends: NDArray[np.int64], rows: int) -> None:
-    """Episodes must follow one another without a gap: first..last, first..last, to the end of the file."""
-    remedy = "mend the flags, or leave the episode out"
-    if rows == 0:
-        raise DataError(f"{path}: got 0 rows, expected at least one episode; take the file out of the data")
-    if len(starts) == 0 or starts[0] != 0:
-        raise DataError(f"{path}: row 0, column is_first: got false, expected true at the first row of a file; {remedy}")
-    wanted = np.append(starts[1:] - 1, rows - 1)
-    if len(ends) == len(wanted) and (ends == wanted).all():
-        return
-    missing = np.setdiff1d(wanted, ends)
-    row = int(min(np.setxor1d(wanted, ends)))
-    if len(missing) and missing[0] == row:
-        why = "it is the last row of the file" if row == rows - 1 else f"row {row + 1} has is_first"
-        raise DataError(f"{path}: row {row}, column is_last: got false, expected true, because {why}; {remedy}")
-    raise DataError(
-        f"{path}: row {row}, column is_last: got true, expected false, because row {row + 1} has no is_first; {remedy}"
-    )
-
-
-def read_layout(path: str, file: pq.ParquetFile) -> Layout:
-    """Check the columns of one open file (S1.1) and tell their dimensions. Raises `DataError` naming the column."""
-    arrow = file.schema_arrow
-    required = [schema.image_column(1), schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS]
-    missing = [name for name in required if name not in arrow.names]
-    if missing:
-        raise DataError(f"{path}: missing column {', '.join(missing)}; got {', '.join(arrow.names)}")
-    cameras = 1
-    while schema.image_column(cameras + 1) in arrow.names:
-        cameras += 1
-    for name, matches, expected in [
-        *((schema.image_column(n + 1), _is_bytes, "binary") for n in range(cameras)),
-        *((name, _is_number_list, "a list of float32 or float64") for name in (schema.STATE, schema.ACTION)),
-        (schema.PROMPT, _is_text, "string"),
-        *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
-    ]:
-        if not matches(arrow.field(name).type):
-            raise DataError(f"{path}: column {name}: got type {arrow.field(name).type}, expected {expected}")
-    metadata = (arrow.metadata or {}).get(schema.METADATA_KEY)
-    return Layout(
-        cameras=cameras,
-        state_dim=_dimension(path, file, schema.STATE),
-        action_dim=_dimension(path, file, schema.ACTION),
-        metadata=DatasetMetadata.from_json(metadata, path) if metadata else DatasetMetadata(),
-    )
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
-    )
-
-
-def _is_number_list(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and pa.types.is_floating(kind.value_type))
-
-
-def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
-    kind = file.schema_arrow.field(name).type
-    if pa.types.is_fixed_size_list(kind):
-        return int(kind.list_size)
-    try:
-        first = next(file.iter_batches(batch_size=1, columns=[name], use_threads=False), None)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: column {name}: cannot be read ({first_line(error)}); restore the file") from error
-    if first is None or first.num_rows == 0:
-        raise DataError(f"{path}: got 0 rows, expected at least one episode; take the file out of the data")
-    return 0 if first[name][0].as_py() is None else len(first[name][0])
+def _episodes(path: str, facts: FileFacts, exclude: ExclusionList | None) -> tuple[Rows, Rows, int]:
+    """First rows and lengths of a file's episodes, and how many are left out. Raises `DataError` for a broken chain."""
+    rows = int(facts.groups[-1])
+    ranges = exclude.ranges(path, rows, facts.digest) if exclude else NOTHING
+    raise_first(chain_faults(path, facts.flags, rows, ranges))
+    return *segment(facts.flags, rows, ranges), len(ranges)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from paligemma_vla.config import AugmentationConfig
+from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.preprocess import Box
 
@@ -16,25 +17,31 @@ GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
 
 def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
-    """Decode one JPEG or PNG to RGB.
+    """Decode one JPEG or PNG to RGB; raises `DataError`, starting with `where` (file, row, column)."""
+    try:
+        return decode(data)
+    except Unusable as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def decode(data: bytes | memoryview) -> Image.Image:
+    """Decode one JPEG or PNG to RGB; raises `Unusable`.
 
     The size is read from the header and checked before any pixel is decoded: a small file can unfold to gigabytes.
-    Raises `DataError`, starting with `where` (file, row, column).
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"{where}: got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS // 10**6} megapixels; "
-                f"shrink it before writing"
-            )
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if image.width * image.height <= MAX_PIXELS:
+            return image.convert("RGB")
+        size = f"{image.width} x {image.height}"
+    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
+        size = "more than 178 megapixels"
+    except Exception as error:  # hostile bytes lead Pillow to struct.error, zlib.error, IndexError, MemoryError and others
         # Pillow's own text for unknown bytes names an object's address.
         reason = "its bytes are of neither kind" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise DataError(
-            f"{where}: cannot be decoded as JPEG or PNG ({reason}); restore it, or leave the episode out"
-        ) from error
+        raise Unusable(Kind.IMAGE, f"cannot be decoded as JPEG or PNG ({reason}); restore it, or {LEAVE_OUT}") from error
+    limit = f"at most {MAX_PIXELS // 10**6} megapixels"
+    raise Unusable(Kind.IMAGE_SIZE, f"got an image of {size}, expected {limit}; shrink it before writing, or {LEAVE_OUT}")
 
 
 def random_crop(scale: float, rng: np.random.Generator) -> Box:

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paligemma_vla import flow, schema
 from paligemma_vla.config import AugmentationConfig, VLAConfig
+from paligemma_vla.data.checks import NO_IMAGE, check_prompt, layout_misfits, prompt_of
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.images import decode_image, jitter_colour, random_crop
+from paligemma_vla.data.faults import FaultError, Unusable
+from paligemma_vla.data.images import decode, jitter_colour, random_crop
 from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import DataError, VLAError
@@ -125,15 +127,14 @@ class VLADataset(Dataset[Item]):
         episode, step = self.locate(ref.sample)
         file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
         rows, place = self.reader.group_of(file, row)
-        where = self.where(ref.sample)
-        prompt = rows.prompt[place].as_py()
-        if not isinstance(prompt, str):
-            raise DataError(f"{where}, column prompt: got null, expected an instruction")
-        images, present = self._images(rows.images, place, where, ref)
+        path = self.index.paths[file]
         try:
-            input_ids, attention_mask = pre.prompts.encode([prompt], present[None])
-        except DataError as error:
-            raise DataError(f"{where}, column prompt: {error}") from error
+            prompt = prompt_of(rows.prompt, place)
+            check_prompt(prompt, pre.prompts)
+        except Unusable as error:
+            raise FaultError(error.at(path, row, schema.PROMPT)) from error
+        images, present = self._images(rows.images, place, (path, row), ref)
+        input_ids, attention_mask = pre.prompts.encode([prompt], present[None])
         action, action_mask = self._chunk(file, row, int(self.index.length[episode]) - step)
         generator = torch.Generator().manual_seed(derive_seed(options.seed, f"{options.stream} flow", ref.position))
         chunk = (options.horizon, options.per_action_dim)
@@ -160,12 +161,12 @@ class VLADataset(Dataset[Item]):
         except VLAError as error:
             return error
 
-    def _images(self, columns: Sequence[Any], place: int, where: str, ref: SampleRef) -> tuple[list[Any], Any]:
+    def _images(self, columns: Sequence[Any], place: int, source: tuple[str, int], ref: SampleRef) -> tuple[list[Any], Any]:
         """Images of one row, (3, H, W) uint8 per camera, and which cameras are present (N,)."""
         spec, augmentation = self.preprocessor.image, self.options.augmentation
         present = np.array([column is not None and column[place].is_valid for column in columns])
         if not present[0]:
-            raise DataError(f"{where}, column image_1_bytes: got null, expected an image; only further cameras may be absent")
+            raise FaultError(NO_IMAGE.at(*source, schema.image_column(1)))
         rng = None
         if augmentation is not None:
             rng = np.random.default_rng(derive_seed(self.options.seed, "augmentation", ref.position))
@@ -175,7 +176,10 @@ class VLADataset(Dataset[Item]):
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
                 continue
             name = schema.image_column(camera + 1)
-            image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
+            try:
+                image = decode(column[place].as_buffer())
+            except Unusable as error:
+                raise FaultError(error.at(*source, name)) from error
             if augmentation is None or rng is None:
                 images.append(spec.apply(image))
             else:
@@ -198,21 +202,8 @@ class VLADataset(Dataset[Item]):
 
 def check_fit(index: EpisodeIndex, statistics: DatasetStatistics, config: VLAConfig) -> None:
     """Data against configuration and statistics. Raises `DataError` with every mismatch at once."""
-    head, layout = config.model.action_head_config, index.layout
-    cameras = config.model.vlm_config.cameras
-    faults = []
-    if layout.state_dim != config.data.state_dim:
-        faults.append(f"data.state_dim: got {config.data.state_dim}, expected {layout.state_dim} as in column state")
-    if layout.action_dim > head.per_action_dim or (layout.action_dim < head.per_action_dim and not config.data.pad_action_dim):
-        faults.append(
-            f"model.action_head_config.per_action_dim: got {head.per_action_dim}, expected {layout.action_dim} as in column "
-            f"action (data.pad_action_dim: true pads narrower data)"
-        )
-    if layout.cameras < cameras:
-        faults.append(
-            f"model.vlm_config: expects {cameras} cameras, the data has {layout.cameras}; add columns (null where a camera "
-            f"is absent), or set use_aux_camera: false"
-        )
+    layout = index.layout
+    faults = layout_misfits(layout, config)
     for name, got, expected in [
         ("state", len(statistics.state.min), layout.state_dim),
         ("action", len(statistics.action.min), layout.action_dim),

@@ -13,34 +13,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.data.episodes import EpisodeIndex, Layout, open_parquet
+from paligemma_vla.data.checks import number_faults, to_matrix
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.faults import FaultError, raise_first
+from paligemma_vla.data.files import READ_ERRORS, Rows, open_parquet, unreadable_group
 from paligemma_vla.errors import DataError, first_line
 
 OPEN_FILES = 64
 
 
-def number_matrix(column: pa.Array, dimension: int, path: str, name: str, first_row: int) -> NDArray[np.float32]:
-    """A list column whose first entry is row `first_row` as an array (rows, dimension).
-
-    Raises `DataError` naming the row that is null, of another length or not finite."""
-    flat = column.flatten()
-    lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
-    if column.null_count or (lengths != dimension).any():
-        row = int(np.flatnonzero(lengths != dimension)[0])
-        got = "null" if lengths[row] < 0 else f"{lengths[row]} numbers"
-        raise DataError(f"{path}: row {first_row + row}, column {name}: got {got}, expected {dimension} numbers")
-    values: NDArray[np.float32] = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dimension)
-    if not np.isfinite(values).all():
-        row, item = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise DataError(
-            f"{path}: row {first_row + row}, column {name}: dimension {item} is {values[row, item]}, expected a finite number"
-        )
-    return values
-
-
 @dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of one row group: state (R, P), action (R, A), prompts, images per camera (None: no such column)."""
+class Group:
+    """One row group: state (R, P), action (R, A), prompts, images per camera (None: no such column).
+
+    Rows of episodes that the index does not hold may be of any content.
+    """
 
     state: NDArray[np.float32]
     action: NDArray[np.float32]
@@ -61,7 +48,7 @@ class EpisodeReader:
 
     def _clear(self) -> None:
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], Group] = OrderedDict()
         self._cached = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,9 +58,9 @@ class EpisodeReader:
         self.__dict__.update(state)
         self._clear()
 
-    def group_of(self, file: int, row: int) -> tuple[Rows, int]:
+    def group_of(self, file: int, row: int) -> tuple[Group, int]:
         """The row group that holds a row, and the row's place in it."""
-        starts = self.index.groups[file]
+        starts = self.index.row_groups(file)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         key = (file, group)
         rows = self._groups.get(key)
@@ -97,26 +84,36 @@ class EpisodeReader:
             start += len(part)
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _load(self, file: int, group: int) -> Rows:
-        path, first_row = self.index.paths[file], int(self.index.groups[file][group])
-        parquet = self._open(file)
+    def _load(self, file: int, group: int) -> Group:
+        groups = self.index.row_groups(file)
         available = [schema.image_column(n + 1) for n in range(self.cameras)]
-        images = [name for name in available if name in parquet.schema_arrow.names]
-        try:
-            table = parquet.read_row_group(
-                group, columns=[schema.STATE, schema.ACTION, schema.PROMPT, *images], use_threads=False
-            ).combine_chunks()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: row group {group} cannot be read ({first_line(error)}); restore the file") from error
+        table = self._read(file, group, [schema.STATE, schema.ACTION, schema.PROMPT, *available])
         arrays = {name: table[name].combine_chunks() for name in table.column_names}
-        layout = self.index.layout
-        return Rows(
-            state=number_matrix(arrays[schema.STATE], layout.state_dim, path, schema.STATE, first_row),
-            action=number_matrix(arrays[schema.ACTION], layout.action_dim, path, schema.ACTION, first_row),
+        rows, layout = np.arange(groups[group], groups[group + 1]), self.index.layout
+        return Group(
+            state=_numbers(self.index, file, schema.STATE, arrays[schema.STATE], layout.state_dim, rows),
+            action=_numbers(self.index, file, schema.ACTION, arrays[schema.ACTION], layout.action_dim, rows),
             prompt=arrays[schema.PROMPT],
             images=tuple(arrays.get(name) for name in available),
             nbytes=table.nbytes,
         )
+
+    def _read(self, file: int, group: int, columns: list[str]) -> pa.Table:
+        """The columns of a row group that the file has. Raises `DataError` when it cannot be read or the file has changed."""
+        path, groups = self.index.paths[file], self.index.row_groups(file)
+        try:
+            parquet = self._open(file)
+            there = [name for name in columns if name in parquet.schema_arrow.names]
+            table = parquet.read_row_group(group, columns=there, use_threads=False).combine_chunks()
+        except (DataError, *READ_ERRORS) as error:
+            self.index.check_unchanged(file)  # which explains it better
+            if isinstance(error, DataError):
+                raise
+            raise FaultError(unreadable_group(path, group, groups, first_line(error))) from error
+        self.index.check_unchanged(file)  # after reading: what was read before a change is what was indexed
+        if table.num_rows != groups[group + 1] - groups[group]:
+            raise FaultError(unreadable_group(path, group, groups, f"got {table.num_rows} rows"))
+        return table
 
     def _open(self, file: int) -> pq.ParquetFile:
         parquet = self._files.get(file)
@@ -129,21 +126,45 @@ class EpisodeReader:
         return parquet
 
 
-def iterate_numbers(path: str, layout: Layout, rows: int = 65536) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Stream (state (R, P), action (R, A)) of one file, touching no other column."""
-    with open_parquet(path) as file:
-        first_row = 0
-        batches = file.iter_batches(batch_size=rows, columns=[schema.STATE, schema.ACTION], use_threads=False)
-        while (batch := _next_batch(batches, path)) is not None:
-            yield (
-                number_matrix(batch[schema.STATE], layout.state_dim, path, schema.STATE, first_row),
-                number_matrix(batch[schema.ACTION], layout.action_dim, path, schema.ACTION, first_row),
-            )
-            first_row += batch.num_rows
+def _numbers(index: EpisodeIndex, file: int, name: str, column: pa.Array, dimension: int, rows: Rows) -> NDArray[np.float32]:
+    """A list column (R, dimension) of some rows of a file; raises `DataError` for a bad row of an episode that is held."""
+    values = to_matrix(column, dimension)
+    if not np.isfinite(values).all():
+        held = np.flatnonzero(index.holds(file, rows))
+        raise_first(number_faults(index.paths[file], name, column.take(pa.array(held)), values[held], rows[held]))
+    return values
 
 
-def _next_batch(batches: Iterator[pa.RecordBatch], path: str) -> pa.RecordBatch | None:
+def iterate_numbers(
+    index: EpisodeIndex, file: int, rows: int = 65536
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Stream (state (R, P), action (R, A)) of a file's episodes, touching no other column.
+
+    Row groups without a row of them are not read: they may be unreadable.
+    """
+    path, bounds, layout = index.paths[file], index.row_groups(file), index.layout
+    held = index.holds(file, np.arange(bounds[-1]))
+    groups = [group for group in range(len(bounds) - 1) if held[bounds[group] : bounds[group + 1]].any()]
+    numbers = np.concatenate([np.arange(bounds[group], bounds[group + 1]) for group in groups] or [bounds[:0]])
+    with open_parquet(path, stream=True) as parquet:
+        columns = [schema.STATE, schema.ACTION]
+        batches = parquet.iter_batches(batch_size=rows, row_groups=groups, columns=columns, use_threads=False)
+        while (batch := _next_batch(batches, parquet, path, bounds, groups)) is not None:
+            here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
+            state = _numbers(index, file, schema.STATE, batch[schema.STATE], layout.state_dim, here)
+            action = _numbers(index, file, schema.ACTION, batch[schema.ACTION], layout.action_dim, here)
+            yield state[held[here]], action[held[here]]
+
+
+def _next_batch(
+    batches: Iterator[pa.RecordBatch], parquet: pq.ParquetFile, path: str, bounds: Rows, groups: list[int]
+) -> pa.RecordBatch | None:
     try:
         return next(batches, None)
-    except (pa.ArrowException, OSError) as error:
+    except READ_ERRORS as error:
+        for group in groups:  # a batch may lie in several: find the one to blame
+            try:
+                parquet.read_row_group(group, columns=[schema.STATE, schema.ACTION], use_threads=False)
+            except READ_ERRORS as cause:
+                raise FaultError(unreadable_group(path, group, bounds, first_line(cause))) from cause
         raise DataError(f"{path}: columns state, action: cannot be read ({first_line(error)}); restore the file") from error

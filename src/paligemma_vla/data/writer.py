@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paligemma_vla import schema
-from paligemma_vla.data.episodes import open_parquet
+from paligemma_vla.data.files import open_parquet
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 
@@ -145,6 +145,7 @@ class EpisodeWriter:
             compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(_leaves(shard_schema, plain), "ZSTD")},
             use_dictionary=[schema.PROMPT],
             write_statistics=_leaves(shard_schema, plain),
+            write_page_checksum=True,
         )
         with writer:
             for batch in batches:

@@ -120,8 +120,13 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
         message: Any = failure.message
         message = message.get("message", message) if isinstance(message, dict) else message
         kind, _, text = str(message).partition(": ")
-        if kind in {error_class.__name__ for error_class in VLAError.__subclasses__()}:
+        if kind in _names(VLAError):
             raise TrainingError(text) from error  # every rank met it, and it says by itself what to mend
         # A negative exit is a signal: the watchdog of NCCL aborts a rank that waited too long for another.
         remedy = f"\n  {COMMUNICATION_REMEDY}" if failure.exitcode < 0 else ""
         raise TrainingError(f"rank {rank} failed (exit {failure.exitcode}): {message}{remedy}") from error
+
+
+def _names(kind: type[BaseException]) -> set[str]:
+    """Names of an error's class and of all that are made from it."""
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from paligemma_vla import schema
 from paligemma_vla.config import DataSource, VLAConfig, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.exclusions import hex_digest, load_exclusions
 from paligemma_vla.data.loader import VLADataset, check_fit
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.data.sampling import SampleOrder
@@ -19,7 +19,6 @@ from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
 
-logger = logging.getLogger(__name__)
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
 
@@ -82,9 +81,11 @@ def prepare(config: VLAConfig, processes: int, preprocessor: Preprocessor | None
 def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
     """Episodes to train on, per source, and those held out."""
     settings = config.data
-    indices = [EpisodeIndex.build(source_paths([source]), "data.train_parquet_files") for source in _sources(config)]
+    exclude = load_exclusions(settings.exclude_episodes)
+    sources = [source_paths([source]) for source in _sources(config)]
+    indices = [EpisodeIndex.build(paths, "data.train_parquet_files", exclude) for paths in sources]
     if settings.val_parquet_files is not None:
-        return indices, [EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files")]
+        return indices, [EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files", exclude)]
     if settings.val_fraction == 0:
         return indices, []
     pairs = [index.split(settings.val_fraction, config.training.seed) for index in indices]
@@ -135,17 +136,16 @@ def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig) -> None:
 
 def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
     """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
-    if set(index.digests) <= set(statistics.digests):
+    if {hex_digest(digest) for digest in index.digests.tolist()} <= set(statistics.digests):
         return
-    every = max(1, len(index.paths) // FILES_SAMPLED)
-    for path in index.paths[::every]:
-        for states, actions in islice(iterate_numbers(path, index.layout, ROWS_SAMPLED), 1):
-            metadata = index.layout.metadata
+    metadata = index.layout.metadata
+    for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
+        for states, actions in islice(iterate_numbers(index, file, ROWS_SAMPLED), 1):
             for name, values, known, names in [
                 (schema.STATE, states, statistics.state, metadata.state_names),
                 (schema.ACTION, actions, statistics.action, metadata.action_names),
             ]:
-                _check_values(values, known, f"{path}: column {name}", names, where)
+                _check_values(values, known, f"{index.paths[file]}: column {name}", names, where)
 
 
 def _check_values(values: NDArray[np.float32], known: Statistics, column: str, names: tuple[str, ...], where: str) -> None:

@@ -419,13 +419,14 @@ class Trainer:
             total = sum(p.numel() for p in self.model.parameters())
             validation = len(self.data.validation.index) if self.data.validation else 0
             logger.info(
-                "%s: %.1f M parameters, %.1f M learn; %d training episodes (%d steps), %d validation episodes",
+                "%s: %.1f M parameters, %.1f M learn; %d training episodes (%d steps), %d validation episodes%s",
                 self.config.training.experiment_name,
                 total / 1e6,
                 learning / 1e6,
                 len(self.data.train.index),
                 len(self.data.train),
                 validation,
+                f"; {self._excluded()} episodes (or whole files) left out" if self.config.data.exclude_episodes else "",
             )
             logger.info(
                 "optimiser steps %d to %d of %d, %d per epoch, total batch %d on %d process(es), %s",
@@ -437,6 +438,13 @@ class Trainer:
                 self.distributed.world_size,
                 self.distributed.device,
             )
+
+    def _excluded(self) -> int:
+        """Episodes that the exclusion list left out. A split off validation set counts the same ones again."""
+        sets = [self.data.train]
+        if self.data.validation is not None and self.config.data.val_parquet_files is not None:
+            sets.append(self.data.validation)
+        return sum(data.index.excluded for data in sets)
 
     def _log_step(self, taken: _Step, meter: _Meter, bar: Any) -> None:
         if self.tracker is None:

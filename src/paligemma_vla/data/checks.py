@@ -1,0 +1,88 @@
+"""The rules for values in rows: one copy, which the readers enforce and `data check` reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, Kind, Unusable
+from paligemma_vla.data.files import Layout, Rows
+from paligemma_vla.errors import DataError
+from paligemma_vla.preprocess import PromptEncoder
+
+NO_IMAGE = Unusable(Kind.NO_IMAGE, "got null, expected an image; only further cameras may be absent")
+
+
+def to_matrix(column: pa.Array, dimension: int) -> NDArray[np.float32]:
+    """A list column as an array (rows, dimension); a row that is null or of another length is NaN."""
+    lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is reported as a fault
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    whole = lengths == dimension
+    if whole.all():
+        return flat.reshape(-1, dimension)  # type: ignore[no-any-return]
+    values = np.full((len(column), dimension), np.nan, np.float32)
+    ends = np.cumsum(np.maximum(lengths, 0))
+    values[whole] = flat[(ends - dimension)[whole, None] + np.arange(dimension)]
+    return values
+
+
+def number_faults(path: str, name: str, column: pa.Array, values: NDArray[np.float32], rows: Rows) -> Iterator[Fault]:
+    """Rows of a list column that are null, of another length, or hold what is not a finite float32.
+
+    values (R, dimension): `to_matrix` of the column. rows (R,): their numbers in the file.
+    """
+    for place in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+        entry, dimension = column[place].as_py(), values.shape[1]
+        kind = Kind.LENGTH
+        if entry is None or len(entry) != dimension:
+            text = f"got {'null' if entry is None else f'{len(entry)} numbers'}, expected {dimension} numbers"
+        else:
+            kind, item = Kind.NUMBER, int(np.flatnonzero(~np.isfinite(values[place]))[0])
+            got = values[place, item] if entry[item] is None else entry[item]
+            text = f"dimension {item} is {got}, expected a finite float32"
+        yield Fault(path, kind, f"{text}; mend it, or {LEAVE_OUT}", int(rows[place]), name)
+
+
+def prompt_of(column: pa.Array, place: int) -> str:
+    """An instruction; raises `Unusable` when it is null, empty or no text."""
+    try:
+        prompt: Any = column[place].as_py()
+    except UnicodeDecodeError as error:
+        raise Unusable(Kind.PROMPT, f"got bytes that are not UTF-8, expected an instruction; {LEAVE_OUT}") from error
+    if prompt is None or not prompt.strip():
+        got = "null" if prompt is None else "an empty instruction"
+        raise Unusable(Kind.PROMPT, f"got {got}, expected some words; fill it in, or {LEAVE_OUT}")
+    return str(prompt)
+
+
+def check_prompt(prompt: str, encoder: PromptEncoder) -> None:
+    """Raise `Unusable` when the backbone's tokens for an instruction are too many (`data.prompt_max_len`)."""
+    try:
+        encoder.text_ids(prompt)
+    except DataError as error:
+        raise Unusable(Kind.PROMPT_LENGTH, f"{' '.join(str(error).split())}, or {LEAVE_OUT}") from error
+
+
+def layout_misfits(layout: Layout, config: VLAConfig) -> list[str]:
+    """What of a configuration does not fit the data's columns: key, got, expected."""
+    head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
+    misfits = []
+    if layout.state_dim != config.data.state_dim:
+        misfits.append(f"data.state_dim: got {config.data.state_dim}, expected {layout.state_dim} as in column state")
+    if layout.action_dim > head.per_action_dim or (layout.action_dim < head.per_action_dim and not config.data.pad_action_dim):
+        misfits.append(
+            f"model.action_head_config.per_action_dim: got {head.per_action_dim}, expected {layout.action_dim} as in column "
+            f"action (data.pad_action_dim: true pads narrower data)"
+        )
+    if layout.cameras < cameras:
+        misfits.append(
+            f"model.vlm_config: expects {cameras} cameras, the data has {layout.cameras}; add columns (null where a camera "
+            f"is absent), or set use_aux_camera: false"
+        )
+    return misfits

@@ -1,0 +1,266 @@
+"""Everything that is wrong with episode files, found in one pass, and the list of episodes to leave out because of it.
+
+It goes through the checks that the readers raise from, and goes on where they stop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from threading import Event, Lock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from paligemma_vla import schema
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.checks import NO_IMAGE, check_prompt, layout_misfits, number_faults, prompt_of, to_matrix
+from paligemma_vla.data.exclusions import NOTHING, Excluded, hex_digest
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable
+from paligemma_vla.data.files import (
+    READ_ERRORS,
+    Layout,
+    Rows,
+    chain_faults,
+    footer_digest,
+    group_bounds,
+    identify,
+    joint_layout,
+    open_parquet,
+    read_flags,
+    robot_faults,
+    segment,
+    survey,
+    unreadable_group,
+)
+from paligemma_vla.data.images import decode
+from paligemma_vla.errors import first_line
+from paligemma_vla.preprocess import PromptEncoder
+
+BATCH_ROWS = 256
+Progress = Callable[[float], object]
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """prompts: also judge the length of instructions. config: also judge dimensions and cameras."""
+
+    prompts: PromptEncoder | None = None
+    config: VLAConfig | None = None
+    allow_prompt_changes: bool = False
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One file: its faults, and the first row of each episode, as far as they could be told.
+
+    layout: None when the file cannot be used as a whole.
+    """
+
+    path: str
+    faults: tuple[Fault, ...]
+    starts: Rows = field(default_factory=lambda: NOTHING[:, 0])
+    rows: int = 0
+    layout: Layout | None = None
+    digest: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether a fault is of the whole file, so that none of its episodes can be used."""
+        return any(fault.row is None for fault in self.faults)
+
+    def episodes_of(self, fault: Fault) -> range:
+        """Numbers, in the file, of the episodes a fault touches."""
+        if fault.row is None or len(self.starts) == 0:
+            return range(0)
+        first, last = np.searchsorted(self.starts, [fault.row, fault.row + fault.rows - 1], side="right") - 1
+        return range(int(first), int(last) + 1)
+
+    def excluded(self) -> list[Excluded]:
+        """What of this file has to be left out."""
+        file = os.path.realpath(self.path)
+        if self.whole:
+            reasons = tuple(sorted({fault.kind.value for fault in self.faults}))
+            return [Excluded(file, None, None, None, reasons, self.digest)]
+        bad: dict[int, set[str]] = {}
+        for fault in self.faults:
+            for episode in self.episodes_of(fault):
+                bad.setdefault(episode, set()).add(fault.kind.value)
+        bounds = np.append(self.starts, self.rows).tolist()
+        return [
+            Excluded(file, bounds[n], bounds[n + 1] - bounds[n], n, tuple(sorted(reasons)), self.digest)
+            for n, reasons in sorted(bad.items())
+        ]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Every file that was examined. misfits: what of the configuration fits none of it."""
+
+    files: tuple[Examined, ...]
+    misfits: tuple[Fault, ...]
+
+    @property
+    def faults(self) -> list[Fault]:
+        return [*self.misfits, *(fault for file in self.files for fault in file.faults)]
+
+    @property
+    def excluded(self) -> list[Excluded]:
+        return [entry for file in self.files for entry in file.excluded()]
+
+    @property
+    def episodes(self) -> int:
+        return sum(len(file.starts) for file in self.files)
+
+    @property
+    def steps(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def bad_episodes(self) -> int:
+        return sum(len(file.starts) if file.whole else len(file.excluded()) for file in self.files)
+
+
+def diagnose(files: Sequence[str], options: CheckOptions, progress: Progress) -> Diagnosis:
+    """Examine files, several at a time. progress: called with the bytes done since its last call."""
+    stop = Event()
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        reports = list(pool.map(lambda path: examine(path, options, _stoppable(progress, stop)), files))
+    finally:
+        stop.set()  # an interrupt does not wait for the files in hand
+        pool.shutdown(cancel_futures=True)
+    reports = _compare(reports)
+    usable = [report for report in reports if report.layout is not None]
+    misfits: list[Fault] = []
+    if options.config is not None and usable:
+        layout = joint_layout([report.layout for report in usable if report.layout is not None])
+        misfits = [Fault(usable[0].path, Kind.CONFIG, text) for text in layout_misfits(layout, options.config)]
+    return Diagnosis(tuple(reports), tuple(misfits))
+
+
+def _stoppable(progress: Progress, stop: Event) -> Progress:
+    lock = Lock()
+
+    def advance(size: float) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        with lock:
+            progress(size)
+
+    return advance
+
+
+def _compare(reports: list[Examined]) -> list[Examined]:
+    """Add what contradicts the first file that can be used."""
+    usable = [report for report in reports if report.layout is not None]
+    return [_compared(report, usable[0]) if usable else report for report in reports]
+
+
+def _compared(report: Examined, first: Examined) -> Examined:
+    if report.layout is None or first.layout is None:
+        return report
+    odd = tuple(robot_faults(report.path, report.layout, first.path, first.layout))
+    return replace(report, faults=(*odd, *report.faults), layout=None) if odd else report
+
+
+def examine(path: str, options: CheckOptions, progress: Progress) -> Examined:
+    """Every fault of one file by itself."""
+    try:
+        size = identify(path)[0]
+        with open_parquet(path, stream=True) as file:
+            return _examine(path, file, options, lambda share: progress(size * share))
+    except FaultError as error:
+        return Examined(path, (error.fault,))
+
+
+def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Progress) -> Examined:
+    """As `examine`, of an open file. progress: called with the share of it that is done since its last call."""
+    layout, faults = survey(path, file)
+    groups, digest = group_bounds(file), hex_digest(footer_digest(path))
+    rows = int(groups[-1])
+    broken = {fault.column for fault in faults}
+    starts: Rows = NOTHING[:, 0]
+    try:
+        if rows and not broken & set(schema.FLAGS):
+            flags = read_flags(path, file)
+            starts, _ = segment(flags, rows, NOTHING)
+            faults += chain_faults(path, flags, rows, NOTHING)
+    except FaultError as error:
+        faults.append(error.fault)
+    cameras = [schema.image_column(n + 1) for n in range(layout.cameras)]
+    columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
+    judge = _Judge(path, layout, options, frozenset(starts.tolist()))
+    for group in range(len(groups) - 1):
+        for column in columns:
+            faults += _group_faults(file, path, group, groups, column, judge)
+            progress((groups[group + 1] - groups[group]) / max(rows, 1) / len(columns))
+    faults.sort(key=lambda fault: (-1 if fault.row is None else fault.row, fault.column or ""))
+    whole = any(fault.row is None for fault in faults)
+    return Examined(path, tuple(faults), starts, rows, None if whole else layout, digest)
+
+
+def _group_faults(file: pq.ParquetFile, path: str, group: int, groups: Rows, column: str, judge: _Judge) -> Iterator[Fault]:
+    """Faults of one column in one row group, read in batches: a row group may be as large as the file."""
+    row, stop = int(groups[group]), int(groups[group + 1])
+    batches = None
+    while True:
+        try:
+            if batches is None:
+                batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
+            batch = next(batches, None)
+            why = "" if batch is not None or row == stop else f"it ends at row {row}"
+        except READ_ERRORS as error:
+            batch, why = None, first_line(error)
+        if batch is None:
+            break
+        yield from judge(column, batch.column(0), np.arange(row, row + batch.num_rows))
+        row += batch.num_rows
+    if why:
+        yield unreadable_group(path, group, groups, why, column)
+
+
+class _Judge:
+    """The checks of one file's columns, called with their batches in the order of rows."""
+
+    def __init__(self, path: str, layout: Layout, options: CheckOptions, starts: frozenset[int]) -> None:
+        self.path, self.options, self.starts = path, options, starts
+        self.dimensions = {schema.STATE: layout.state_dim, schema.ACTION: layout.action_dim}
+        self.previous: str | None = None
+
+    def __call__(self, column: str, values: pa.Array, rows: Rows) -> Iterator[Fault]:
+        if column in self.dimensions:
+            matrix = to_matrix(values, self.dimensions[column])
+            return number_faults(self.path, column, values, matrix, rows)
+        check = self._prompt if column == schema.PROMPT else self._image
+        return self._each(check, column, values, rows)
+
+    def _each(
+        self, check: Callable[[pa.Array, int, int, str], None], column: str, values: pa.Array, rows: Rows
+    ) -> Iterator[Fault]:
+        for place, row in enumerate(rows.tolist()):
+            try:
+                check(values, place, row, column)
+            except Unusable as error:
+                yield error.at(self.path, row, column)
+
+    def _image(self, values: pa.Array, place: int, row: int, column: str) -> None:
+        if values[place].is_valid:
+            decode(values[place].as_buffer())
+        elif column == schema.image_column(1):
+            raise NO_IMAGE
+
+    def _prompt(self, values: pa.Array, place: int, row: int, column: str) -> None:
+        before, self.previous = self.previous, None
+        prompt = self.previous = prompt_of(values, place)
+        if self.options.prompts is not None:
+            check_prompt(prompt, self.options.prompts)
+        changed = before not in (None, prompt) and len(self.starts) > 0 and row not in self.starts
+        if changed and not self.options.allow_prompt_changes:
+            text = (
+                f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before; two episodes glued? Mend the flags"
+            )
+            raise Unusable(Kind.PROMPT_CHANGE, f"{text}, {LEAVE_OUT}, or allow it with --allow_prompt_changes")

@@ -1,0 +1,319 @@
+"""One episode file: opening it, what its columns hold, its flags and footer. No image byte is touched here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from paligemma_vla import schema
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_first
+from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.schema import DatasetMetadata
+
+# What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
+READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
+STREAM_BUFFER = 2**18
+SAMPLED_ROWS = 1024
+FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
+
+Rows = NDArray[np.int64]
+
+
+def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
+    """Open one file; its page checksums, where it has them, are verified by whatever reads from it.
+
+    stream: columns are read piece by piece, so that a large row group need not fit into memory.
+    Raises `FaultError` when it is not Parquet or is cut short.
+    """
+    try:
+        return pq.ParquetFile(
+            path,
+            memory_map=False,  # reading a mapped file that was cut short kills the process
+            pre_buffer=not stream,
+            buffer_size=STREAM_BUFFER if stream else 0,
+            page_checksum_verification=True,
+        )
+    except READ_ERRORS as error:
+        text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
+        raise FaultError(Fault(path, Kind.FILE, text)) from error
+
+
+def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
+    """Row group `group` of a file whose row groups begin at `groups` cannot be read."""
+    first, stop = int(groups[group]), int(groups[group + 1])
+    text = f"row group {group} (rows {first} to {stop - 1}) cannot be read ({why}); restore the file, or {LEAVE_OUT}"
+    return Fault(path, Kind.GROUP, text, first, column, stop - first)
+
+
+def group_bounds(file: pq.ParquetFile) -> Rows:
+    """First row of each row group, and the number of rows at the end (G + 1,)."""
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def footer_digest(path: str) -> int:
+    """64 bits over the footer of a readable Parquet file: sizes, offsets, statistics, schema and metadata.
+
+    It does not depend on the file's name, place and dates.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(-FOOTER_TAIL, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-FOOTER_TAIL - length, os.SEEK_END)
+            return int.from_bytes(hashlib.blake2b(file.read(length), digest_size=8).digest(), "little")
+    except OSError as error:
+        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns hold: number of cameras, numbers in state (P) and action (A), and the writer's metadata."""
+
+    cameras: int
+    state_dim: int
+    action_dim: int
+    metadata: DatasetMetadata
+
+
+def joint_layout(layouts: Sequence[Layout]) -> Layout:
+    """Layout of files of one robot together: the first one's, with as many cameras as any of them has."""
+    return replace(layouts[0], cameras=max(layout.cameras for layout in layouts))
+
+
+def robot_faults(path: str, layout: Layout, first_path: str, first: Layout) -> Iterator[Fault]:
+    """Files that differ in dimensions, or that both say what their numbers and pixels mean and contradict."""
+    remedy = f"as in {first_path}; train on one robot's data at a time"
+    for name, got, expected in [
+        (schema.STATE, layout.state_dim, first.state_dim),
+        (schema.ACTION, layout.action_dim, first.action_dim),
+    ]:
+        if got != expected:
+            yield Fault(path, Kind.ROBOT, f"got {got} numbers per row, expected {expected} {remedy}", column=name)
+    for name in ("image_orientation", "control_hz", "action_convention", "state_names", "action_names"):
+        said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
+        if said and said_first and said != said_first:
+            yield Fault(path, Kind.ROBOT, f"metadata {name}: got {said}, expected {said_first} {remedy}")
+
+
+def read_layout(path: str, file: pq.ParquetFile) -> Layout:
+    """Check the columns of one open file (S1.1) and tell their dimensions. Raises `FaultError` naming the column."""
+    layout, faults = survey(path, file)
+    raise_first(faults)
+    return layout
+
+
+def survey(path: str, file: pq.ParquetFile) -> tuple[Layout, list[Fault]]:
+    """Layout of one open file, and every fault of its columns; dimensions that a fault hides are 0."""
+    if file.metadata.num_rows == 0:
+        text = "got 0 rows, expected at least one episode; take the file out of the data"
+        return Layout(0, 0, 0, DatasetMetadata()), [Fault(path, Kind.EMPTY, text)]
+    faults = list(_column_faults(path, file.schema_arrow))
+    dimensions = {schema.STATE: 0, schema.ACTION: 0}
+    for name in dimensions.keys() - {str(fault.column) for fault in faults}:
+        try:
+            dimensions[name] = _dimension(path, file, name)
+        except FaultError as error:
+            faults.append(error.fault)
+    metadata, stored = DatasetMetadata(), (file.schema_arrow.metadata or {}).get(schema.METADATA_KEY)
+    try:
+        metadata = DatasetMetadata.from_json(stored) if stored else metadata
+    except DataError as error:
+        faults.append(Fault(path, Kind.METADATA, f"{error}; write it as docs/data_format.md says"))
+    return Layout(count_cameras(file.schema_arrow), dimensions[schema.STATE], dimensions[schema.ACTION], metadata), faults
+
+
+def count_cameras(arrow: pa.Schema) -> int:
+    """Number of image columns, counted from 1 without a gap."""
+    cameras = 0
+    while schema.image_column(cameras + 1) in arrow.names:
+        cameras += 1
+    return cameras
+
+
+def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
+    cameras = max(1, count_cameras(arrow))
+    for name, matches, expected in [
+        *((schema.image_column(n + 1), _is_bytes, "binary") for n in range(cameras)),
+        *((name, _is_number_list, "a list of float32 or float64") for name in (schema.STATE, schema.ACTION)),
+        (schema.PROMPT, _is_text, "string"),
+        *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
+    ]:
+        if name not in arrow.names:
+            yield Fault(path, Kind.COLUMN, f"missing; got {', '.join(arrow.names)}", column=name)
+        elif arrow.names.count(name) > 1:
+            yield Fault(path, Kind.COLUMN, f"got {arrow.names.count(name)} columns of that name, expected one", column=name)
+        elif not matches(arrow.field(name).type):
+            yield Fault(path, Kind.TYPE, f"got type {arrow.field(name).type}, expected {expected}", column=name)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
+    )
+
+
+def _is_number_list(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and pa.types.is_floating(kind.value_type))
+
+
+def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
+    """Numbers per row: the commonest length at the beginning of the first row group that can be read.
+
+    Not the first row's: that one may be at fault, and be left out.
+    """
+    kind = file.schema_arrow.field(name).type
+    dimension = int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 0
+    why = "its lists are empty"
+    for group in range(file.metadata.num_row_groups):
+        if dimension:
+            break
+        try:
+            batches = file.iter_batches(batch_size=SAMPLED_ROWS, row_groups=[group], columns=[name], use_threads=False)
+            batch = next(batches, None)
+        except READ_ERRORS as error:
+            why = first_line(error)
+            continue
+        lengths = [] if batch is None else batch.column(0).value_lengths().drop_null().to_numpy()
+        values, counts = np.unique(np.asarray(lengths, np.int64), return_counts=True)
+        dimension = int(values[counts.argmax()]) if len(values) else 0
+    if not dimension:
+        raise FaultError(Fault(path, Kind.GROUP, f"cannot be read ({why}), expected numbers; restore the file", column=name))
+    return dimension
+
+
+@dataclass(frozen=True)
+class FlagRows:
+    """Rows of one file in which a flag is true, ascending. null: 3 * row + number in `schema.FLAGS` of every null."""
+
+    first: Rows
+    last: Rows
+    terminal: Rows
+    null: Rows
+
+
+def read_flags(path: str, file: pq.ParquetFile) -> FlagRows:
+    """Flags of one open file; raises `FaultError` when they cannot be read."""
+    try:
+        table = file.read(columns=list(schema.FLAGS), use_threads=False)
+    except READ_ERRORS as error:
+        text = f"columns {', '.join(schema.FLAGS)}: cannot be read ({first_line(error)}); restore the file"
+        raise FaultError(Fault(path, Kind.GROUP, text)) from error
+    rows, null = [], []
+    for number, name in enumerate(schema.FLAGS):
+        column = table[name]
+        rows.append(np.flatnonzero(column.fill_null(False).to_numpy()))
+        null.append(3 * np.flatnonzero(column.is_null().to_numpy()) + number if column.null_count else rows[0][:0])
+    first, last, terminal = rows
+    return FlagRows(first, last, terminal, np.sort(np.concatenate(null)))
+
+
+def segment(flags: FlagRows, rows: int, excluded: Rows) -> tuple[Rows, Rows]:
+    """First rows and lengths of the episodes of a file, as far as its flags tell.
+
+    A new one begins at is_first and after is_last. excluded (X, 2): row ranges [first, stop) that are left out.
+    """
+    bounds = np.unique(np.concatenate([[0, rows], flags.first, flags.last + 1, excluded.ravel()]).astype(np.int64))
+    starts, lengths = bounds[:-1], np.diff(bounds)
+    if len(excluded):
+        kept = ~_inside(starts, excluded)
+        starts, lengths = starts[kept], lengths[kept]
+    return starts, lengths
+
+
+def _inside(rows: Rows, ranges: Rows) -> NDArray[np.bool_]:
+    """Which of some rows lie in any of the ranges [first, stop)."""
+    if len(ranges) == 0:
+        return np.zeros(len(rows), bool)
+    ordered = ranges[np.argsort(ranges[:, 0])]
+    place = np.searchsorted(ordered[:, 0], rows, side="right") - 1
+    inside: NDArray[np.bool_] = (place >= 0) & (rows < np.maximum.accumulate(ordered[:, 1])[place])
+    return inside
+
+
+def chain_faults(path: str, flags: FlagRows, rows: int, excluded: Rows) -> list[Fault]:
+    """Faults of the flags outside the excluded ranges: every episode runs from is_first to is_last without a gap.
+
+    is_terminal may stand in an episode's last row only. In the order of rows.
+    """
+    starts, lengths = segment(flags, rows, excluded)
+    lasts = starts + lengths - 1
+    null = flags.null[~_inside(flags.null // 3, excluded)]
+    headless = starts[~np.isin(starts, flags.first) & ~np.isin(3 * starts, null)]
+    endless = lasts[~np.isin(lasts, flags.last) & ~np.isin(3 * lasts + 1, null)]
+    early = flags.terminal[~np.isin(flags.terminal, lasts) & ~_inside(flags.terminal, excluded)]
+    faults = [(int(code) // 3, schema.FLAGS[int(code) % 3], "got null, expected true or false") for code in null]
+    for row, after_last in zip(headless.tolist(), np.isin(headless - 1, flags.last), strict=True):
+        why = (
+            f", because row {row - 1} {'has is_last' if after_last else 'is excluded'}"
+            if row
+            else " at the first row of a file"
+        )
+        faults.append((row, schema.IS_FIRST, f"got false, expected true{why}"))
+    for row, before_first in zip(endless.tolist(), np.isin(endless + 1, flags.first), strict=True):
+        why = f"row {row + 1} {'has is_first' if before_first else 'is excluded'}"
+        why = "it is the last row of the file" if row == rows - 1 else why
+        faults.append((row, schema.IS_LAST, f"got false, expected true, because {why}"))
+    for row in early.tolist():
+        why = "because only the last row of an episode may be terminal"
+        faults.append((row, schema.IS_TERMINAL, f"got true, expected false, {why}"))
+    remedy = f"mend the flags, or {LEAVE_OUT}"
+    return [Fault(path, Kind.FLAGS, f"{text}; {remedy}", row, column) for row, column, text in sorted(faults)]
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What indexing learns from one file, exclusions aside.
+
+    identity: size, mtime_ns, ctime_ns. digest: see `footer_digest`. groups: see `group_bounds`.
+    """
+
+    identity: tuple[int, int, int]
+    layout: Layout
+    digest: int
+    groups: Rows
+    flags: FlagRows
+
+
+def identify(path: str) -> tuple[int, int, int]:
+    """Size, mtime_ns and ctime_ns of a file; raises `FaultError` when it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
+    """Read footer and flags of one file. Raises `FaultError` naming file and column."""
+    with open_parquet(path) as file:
+        layout = read_layout(path, file)
+        return FileFacts(identity, layout, footer_digest(path), group_bounds(file), read_flags(path, file))
+
+
+def replace_file(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file under another name, then give it its own: neither a kill nor another process leaves half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,103 @@
+"""What indexing learnt from files, kept on disk: a file that has not changed since is not opened again.
+
+A cache that is damaged, of another version or not writable is as good as none. Nothing but time depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.data.files import FileFacts, FlagRows, Layout, replace_file
+from paligemma_vla.schema import DatasetMetadata
+
+VERSION = 1
+ROWS = ("groups", *(field.name for field in fields(FlagRows)))
+logger = logging.getLogger(__name__)
+
+
+def cache_path(arguments: Sequence[str]) -> Path:
+    """Where the facts about the files behind some arguments (files, folders, globs) are kept."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    absolute = "\n".join(os.path.abspath(argument) for argument in arguments)
+    key = hashlib.blake2b(os.fsencode(absolute), digest_size=16).hexdigest()
+    return Path(folder, "paligemma_vla", "index", f"{key}.npz")
+
+
+def load_facts(path: Path) -> dict[str, FileFacts]:
+    """Facts by absolute path of the file; none when there is no cache that can be used."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return _unpack({name: arrays[name] for name in arrays.files})
+    except Exception as error:  # of any kind: bytes on a disk can be anything, and the files themselves are there
+        logger.debug("%s: no index is taken from there (%s)", path, error)
+        return {}
+
+
+def save_facts(path: Path, facts: Mapping[str, FileFacts]) -> None:
+    """Replace the cache by these facts; does nothing where it cannot be written."""
+    stream = io.BytesIO()
+    np.savez(stream, **_pack(facts))  # type: ignore[arg-type]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, stream.getbuffer())
+    except OSError as error:
+        logger.debug("%s: the index is not kept (%s)", path, error)
+
+
+def _pack(facts: Mapping[str, FileFacts]) -> dict[str, NDArray[Any]]:
+    layouts = [_layout_text(entry.layout) for entry in facts.values()]
+    distinct = sorted(set(layouts))
+    number = {text: place for place, text in enumerate(distinct)}
+    header = json.dumps({"version": VERSION, "paths": list(facts), "layouts": distinct})
+    rows = {name: [_rows(entry, name) for entry in facts.values()] for name in ROWS}
+    return {
+        "header": np.frombuffer(header.encode(), np.uint8),
+        "identity": np.array([entry.identity for entry in facts.values()], np.int64),
+        "digest": np.array([entry.digest for entry in facts.values()], np.uint64),
+        "layout": np.array([number[text] for text in layouts], np.int64),
+        **{name: np.concatenate(parts) for name, parts in rows.items()},
+        **{f"{name}_count": np.array([len(part) for part in parts], np.int64) for name, parts in rows.items()},
+    }
+
+
+def _unpack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FileFacts]:
+    header = json.loads(arrays["header"].tobytes())
+    if header["version"] != VERSION:
+        raise ValueError(f"version {header['version']}")
+    layouts = [_layout(text) for text in header["layouts"]]
+    rows = {name: np.split(arrays[name], np.cumsum(arrays[f"{name}_count"])[:-1]) for name in ROWS}
+    return {
+        path: FileFacts(
+            identity=tuple(arrays["identity"][place].tolist()),
+            layout=layouts[arrays["layout"][place]],
+            digest=int(arrays["digest"][place]),
+            groups=rows["groups"][place],
+            flags=FlagRows(*(rows[field.name][place] for field in fields(FlagRows))),
+        )
+        for place, path in enumerate(header["paths"])
+    }
+
+
+def _rows(entry: FileFacts, name: str) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = entry.groups if name == "groups" else getattr(entry.flags, name)
+    return rows
+
+
+def _layout_text(layout: Layout) -> str:
+    return json.dumps([layout.cameras, layout.state_dim, layout.action_dim, layout.metadata.to_json()])
+
+
+def _layout(text: str) -> Layout:
+    cameras, state_dim, action_dim, metadata = json.loads(text)
+    return Layout(cameras, state_dim, action_dim, DatasetMetadata.from_json(metadata))
