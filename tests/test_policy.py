@@ -97,7 +97,7 @@ def test_policy_needs_nothing_but_its_checkpoint(
 ) -> None:
     """Backbone folder, episodes, statistics and config are deleted; the file is moved and stands alone."""
     model = shutil.copytree(tiny_model_dir, tmp_path / "work" / "model")
-    write_episodes(tmp_path / "work" / "data", lengths=(5, 4), cameras=2)
+    write_episodes(tmp_path / "work" / "data", lengths=(5, 12), cameras=2)
     compute_statistics(str(tmp_path / "work" / "data"), "x").save(tmp_path / "work" / "stats.json")
     config = session_config(
         {

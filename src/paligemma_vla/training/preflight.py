@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,6 +22,9 @@ from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
+# As a share of their range: more of the same task leaves it a little, which is told and does no harm.
+SLACK = 0.1
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -66,7 +70,7 @@ def prepare(config: VLAConfig, processes: int, preprocessor: Preprocessor | None
         if part and statistics is not None:
             with faults.gathered():
                 check_fit(EpisodeIndex.concatenate(part), statistics, config)
-    if indices and statistics is not None and not faults.errors and not config.data.allow_other_statistics:
+    if preprocessor is None and statistics is not None and not faults.errors and not config.data.allow_other_statistics:
         with faults.gathered():
             for index in indices:
                 _check_range(index, statistics, config.data.normalization_stats_path)
@@ -136,8 +140,11 @@ def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig) -> None:
 
 def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
     """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
-    if {hex_digest(digest) for digest in index.digests.tolist()} <= set(statistics.digests):
+    known_files = set(statistics.digests)
+    others = sum(hex_digest(digest) not in known_files for digest in index.digests.tolist())
+    if not others:
         return
+    logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
     metadata = index.layout.metadata
     for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
         for states, actions in islice(iterate_numbers(index, file, ROWS_SAMPLED), 1):
@@ -149,7 +156,7 @@ def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str)
 
 
 def _check_values(values: NDArray[np.float32], known: Statistics, column: str, names: tuple[str, ...], where: str) -> None:
-    slack = 1e-4 * (known.max - known.min) + 1e-6
+    slack = SLACK * (known.max - known.min) + 1e-6
     outside = (values < known.min - slack) | (values > known.max + slack)
     if not outside.any():
         return

@@ -1,0 +1,107 @@
+"""What cannot work is told before a weight is loaded, all of it at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.errors import VLAError
+from paligemma_vla.training import preflight
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.trainer import Trainer
+from support import write_episodes
+
+ConfigFactory = Callable[..., VLAConfig]
+
+
+def message(config: VLAConfig, processes: int = 1) -> str:
+    with pytest.raises(VLAError) as caught:
+        preflight.prepare(config, processes)
+    return str(caught.value)
+
+
+def test_every_fault_of_data_statistics_tokenizer_and_sizes_is_told_at_once(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    config = tiny_config(
+        {
+            "data.state_dim": 5,
+            "data.batch_size": 1001,
+            "data.normalization_stats_path": str(tmp_path / "missing.json"),
+            "model.vlm_config.model_name_or_path": str(tmp_path / "no-model"),
+            "model.vlm_config.num_cameras": 3,
+            "model.action_head_config.horizon": 41,
+            "model.action_head_config.per_action_dim": 9,
+        }
+    )
+    told = message(config, processes=2)
+    for words in (
+        "data.batch_size: got 1001, expected a multiple of processes * gradient_accumulation_steps = 2",
+        "data.batch_size: got 1001, expected at most ",
+        "missing.json: no such statistics file",
+        "cannot load '",
+        "model.action_head_config.horizon: got 41, expected at most 40, the steps of the longest training episode",
+        "data.state_dim: got 5, expected 3 as in column state",
+        "per_action_dim: got 9, expected 2 as in column action",
+        "expects 3 cameras, the data has 1",
+    ):
+        assert words in told
+
+
+def test_statistics_of_other_dimensions_are_refused(tiny_config: ConfigFactory, tmp_path: Path, statistics_path: Path) -> None:
+    raw = json.loads(statistics_path.read_text())
+    raw["action"] = raw["state"]
+    (tmp_path / "stats.json").write_text(json.dumps(raw))
+    told = message(tiny_config({"data.normalization_stats_path": str(tmp_path / "stats.json")}))
+    assert "statistics of 3 action dimensions, the data has 2" in told
+
+
+def test_statistics_of_other_data_are_refused_unless_allowed(
+    tiny_config: ConfigFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numbers ten times as large are other data; the same files under another name are not."""
+    here = tmp_path / "data"
+    write_episodes(here)
+    statistics = compute_statistics(str(here), "test")
+    path = tmp_path / "stats.json"
+    statistics.save(path)
+    settings = {"data.train_parquet_files": str(here), "data.normalization_stats_path": str(path)}
+    moved = here.rename(tmp_path / "moved")
+    with caplog.at_level(logging.WARNING):
+        preflight.prepare(tiny_config({**settings, "data.train_parquet_files": str(moved)}), 1)
+    assert not caplog.records
+
+    raw = json.loads(path.read_text())
+    raw["digests"] = []
+    path.write_text(json.dumps(raw))
+    settings["data.train_parquet_files"] = str(moved)
+    with caplog.at_level(logging.WARNING):
+        preflight.prepare(tiny_config(settings), 1)  # other files, but numbers like theirs
+    assert "was not computed from 3 of the 3 training files" in caplog.text
+
+    raw["action"]["max"][1] = 0.1
+    path.write_text(json.dumps(raw))
+    told = message(tiny_config(settings))
+    assert f"{path} is of other data: {moved}" in told
+    assert "column action, dimension 1 (dy): got 0." in told
+    assert "and 0.1; compute the statistics of this data" in told
+    preflight.prepare(tiny_config({**settings, "data.allow_other_statistics": True}), 1)
+
+
+@pytest.mark.parametrize("resuming", [False, True])
+def test_faults_are_told_before_the_backbone_is_loaded(
+    tiny_config: ConfigFactory, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, resuming: bool
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr("paligemma_vla.training.trainer.VLAModel", load)
+    config = tiny_config({"data.batch_size": 999}, cameras=2)
+    with pytest.raises(VLAError, match=r"data\.batch_size: got 999, expected at most"):
+        Trainer(config, Distributed(0, 1, torch.device("cpu")), checkpoint if resuming else None)
