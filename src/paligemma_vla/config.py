@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from paligemma_vla.errors import ConfigError, closest, first_line
+from paligemma_vla.storage import is_url, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
@@ -164,7 +165,7 @@ class TrainingConfig(Section):
     max_skipped_steps: Positive = Field(
         10, description="Steps in a row with NaN or infinity in loss or gradient; each is skipped, then the run stops."
     )
-    checkpoint_dir: str = Field("experiments", description="Folder that holds the runs.")
+    checkpoint_dir: str = Field("experiments", description="Folder that holds the runs, or its URL (s3://, gs://, ...).")
     experiment_name: str = Field("default", pattern=r"^[\w.\-]+$", description="Folder of this run.")
     stop_after_epoch: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     stop_after_step: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
@@ -210,7 +211,15 @@ class VLAConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.training.checkpoint_dir) / self.training.experiment_name
+        """The run's folder on this machine: of a run on a URL its working copy."""
+        folder = self.training.checkpoint_dir
+        return (working_copy(folder) if is_url(folder) else Path(folder)) / self.training.experiment_name
+
+    @property
+    def run_url(self) -> str | None:
+        """Where the run's folder is published, when `checkpoint_dir` is a URL."""
+        folder = self.training.checkpoint_dir
+        return f"{folder.rstrip('/')}/{self.training.experiment_name}" if is_url(folder) else None
 
 
 def json_schema() -> str:

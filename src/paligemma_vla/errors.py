@@ -39,6 +39,10 @@ class TrainingError(VLAError):
     """A run that had to stop (out of memory, a lost rank); the message carries the remedy."""
 
 
+class StorageError(VLAError):
+    """A place behind a URL that cannot be reached."""
+
+
 class Terminated(BaseException):
     """SIGTERM, as an exception: what is open gets closed."""
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from paligemma_vla.config import VLAConfig, load_config, parse_assignments
 from paligemma_vla.errors import CheckpointError, ConfigError
+from paligemma_vla.storage import is_url
 
 if TYPE_CHECKING:
     from paligemma_vla.data.loader import VLADataset
+    from paligemma_vla.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_data_override", help="file, folder or glob of training episodes")
     parser.add_argument("--val_data_override", help="file, folder or glob of validation episodes")
     parser.add_argument("--model_path_override", help="backbone: hub id or folder")
-    parser.add_argument("--resume_checkpoint", help="path of a checkpoint, or auto: the run's newest that verifies")
+    parser.add_argument("--resume_checkpoint", help="path or URL of a checkpoint, or auto: the run's newest that verifies")
     parser.add_argument("--force", action="store_true", help="resume although data or settings differ from the checkpoint's")
     parser.add_argument("--use_wandb", action="store_true")
     parser.add_argument("--wandb_project_name")
@@ -57,10 +59,10 @@ def resolve_config(args: argparse.Namespace) -> VLAConfig:
         if value is not None:
             overrides[key] = value
     if args.resume_checkpoint not in (None, "auto") and args.experiment_name is None:
-        folder = Path(args.resume_checkpoint).absolute().parent
-        if folder.name == "checkpoints":  # a run that is named by its checkpoint goes on in its own folder
-            overrides["training.experiment_name"] = folder.parent.name
-            overrides["training.checkpoint_dir"] = str(folder.parents[1])
+        place = args.resume_checkpoint if is_url(args.resume_checkpoint) else str(Path(args.resume_checkpoint).absolute())
+        runs, name, folder, _ = ["", "", "", *place.rsplit("/", 3)][-4:]
+        if folder == "checkpoints":  # a run that is named by its checkpoint goes on in its own folder
+            overrides |= {"training.experiment_name": name, "training.checkpoint_dir": runs}
     if args.use_wandb:
         overrides["wandb.enabled"] = True
     return load_config(args.config_path, {**overrides, **parse_assignments(args.set)})
@@ -112,25 +114,28 @@ def train(
     force: resume in spite of differences. config_path: where the configuration was read, to know that a run is repeated.
     """
     from paligemma_vla.training.distributed import join
+    from paligemma_vla.training.mirror import Mirror
     from paligemma_vla.training.run_folder import begin_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
     distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
-    trainer = Trainer(config, distributed, find_resume(config, resume_checkpoint), force)
+    mirror = Mirror.of(config)
+    trainer = Trainer(config, distributed, find_resume(config, resume_checkpoint, mirror), force)
     if distributed.main:  # only now: a run that cannot begin leaves no trace
+        trainer.mirror = mirror
         if config_path is not None:
             warn_of_other_data(config_path, trainer.data)
-        begin_run(config, trainer.data, distributed, trainer.step)
+        begin_run(config, trainer.data, distributed, trainer.step, mirror)
     distributed.barrier()
     trainer.run()
     if distributed.main:
-        logger.info(
-            "finished; checkpoints in %s, report: %s",
-            config.run_dir / "checkpoints",
-            write_run_report(config, trainer.data.train),
-        )
+        report = write_run_report(config, trainer.data.train)
+        if mirror is not None:
+            mirror.publish(config.training.keep_last)
+        folder = config.run_url or config.run_dir
+        logger.info("finished; checkpoints in %s/checkpoints, report: %s/%s", folder, folder, report.name)
     distributed.close()
     return 0
 
@@ -143,10 +148,10 @@ def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
     return write_report(config.run_dir / "report.html", Report(title=title, run_dir=config.run_dir, dataset=data.index))
 
 
-def find_resume(config: VLAConfig, wanted: str | None) -> Path | None:
+def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None = None) -> str | Path | None:
     """The checkpoint to go on from. `auto` finds none in a fresh run, and then starts it."""
-    if wanted is None:
-        return None
+    if wanted is None or is_url(wanted):
+        return wanted
     if wanted != "auto":
         path = Path(wanted)
         if not path.is_file():
@@ -154,4 +159,4 @@ def find_resume(config: VLAConfig, wanted: str | None) -> Path | None:
         return path
     from paligemma_vla.training.checkpoint import newest_checkpoint
 
-    return newest_checkpoint(config.run_dir / "checkpoints")
+    return newest_checkpoint(config.run_dir / "checkpoints") if mirror is None else mirror.newest_checkpoint()

@@ -200,14 +200,13 @@ class VLADataset(Dataset[Item]):
         return action, mask
 
 
-def check_fit(index: EpisodeIndex, statistics: DatasetStatistics, config: VLAConfig) -> None:
-    """Data against configuration and statistics. Raises `DataError` with every mismatch at once."""
+def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config: VLAConfig) -> None:
+    """Data against configuration and statistics (where there are any). Raises `DataError` with every mismatch at once."""
     layout = index.layout
     faults = layout_misfits(layout, config)
-    for name, got, expected in [
-        ("state", len(statistics.state.min), layout.state_dim),
-        ("action", len(statistics.action.min), layout.action_dim),
-    ]:
+    columns = [(schema.STATE, layout.state_dim), (schema.ACTION, layout.action_dim)]
+    for name, expected in columns if statistics is not None else []:
+        got = len(getattr(statistics, name).min)
         if got != expected:
             faults.append(
                 f"data.normalization_stats_path: statistics of {got} {name} dimensions, the data has {expected}; compute "

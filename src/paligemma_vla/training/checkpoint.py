@@ -10,8 +10,9 @@ import hashlib
 import logging
 import os
 import pickle
+import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,11 +20,13 @@ from typing import IO, Any, cast
 import torch
 
 from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.storage import fetch, is_url
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
 RESUME_KEYS = (*POLICY_KEYS, "rng", "stale", "watch", "data")
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
+DIGEST = ".sha256"
 logger = logging.getLogger(__name__)
 
 
@@ -114,22 +117,29 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
-    """Remove what is neither linked nor among the newest `keep_last`; None keeps every whole epoch's."""
-    linked = {(folder / name).resolve() for name in (LAST, BEST)}
+    """Remove what is neither linked nor to be kept; see `superfluous`."""
+    linked = {(folder / name).resolve().name for name in (LAST, BEST)}
     numbered = sorted(folder.glob("checkpoint_*.pth.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    kept = numbered[:keep_last] if keep_last else [path for path in numbered if path.name.startswith("checkpoint_epoch_")]
-    for path in numbered:
-        if path not in kept and path.resolve() not in linked:
-            path.unlink()
-            _digest_path(path).unlink(missing_ok=True)
+    for name in superfluous([path.name for path in numbered], linked, keep_last):
+        (folder / name).unlink()
+        _digest_path(folder / name).unlink(missing_ok=True)
+
+
+def superfluous(newest_first: Sequence[str], linked: Set[str], keep_last: int | None) -> list[str]:
+    """Names of numbered checkpoints that go: not linked, and not of the newest `keep_last`; None keeps all of whole epochs."""
+    kept = newest_first[:keep_last] if keep_last else [n for n in newest_first if n.startswith("checkpoint_epoch_")]
+    return [name for name in newest_first if name not in kept and name not in linked]
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
     """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
 
     keys: what must be there besides the specification's. A file without its sha256 (copied alone, or under another name) is
-    verified by the checksums inside it.
+    verified by the checksums inside it. One behind a URL is fetched first.
     """
+    if is_url(str(path)):
+        with tempfile.TemporaryDirectory() as folder:
+            return load_checkpoint(fetch(str(path), Path(folder) / Path(path).name), device, keys)
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.pth.tar")) if path.parent.is_dir() else []
@@ -196,4 +206,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _digest_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
+    return path.with_name(f"{path.name}{DIGEST}")

@@ -67,7 +67,7 @@ def prepare(config: VLAConfig, processes: int, preprocessor: Preprocessor | None
         with faults.gathered():
             _check_sizes(indices, config)
     for part in (indices, held_out):
-        if part and statistics is not None:
+        if part:
             with faults.gathered():
                 check_fit(EpisodeIndex.concatenate(part), statistics, config)
     if preprocessor is None and statistics is not None and not faults.errors and not config.data.allow_other_statistics:

@@ -27,18 +27,21 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import first_line
 from paligemma_vla.training.checkpoint import remove_leftovers
 from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.preflight import Data
 
 logger = logging.getLogger(__name__)
 CONFIG, STATISTICS, ENVIRONMENT, PATCH = "config.yaml", "normalization_stats.json", "environment.json", "code.patch"
 
 
-def begin_run(config: VLAConfig, data: Data, distributed: Distributed, step: int) -> None:
+def begin_run(config: VLAConfig, data: Data, distributed: Distributed, step: int, mirror: Mirror | None = None) -> None:
     """Prepare `config.run_dir` for a run that starts at `step`; above 0 it goes on with what is there.
 
     An earlier run of the same name is moved aside, never overwritten.
     """
     run_dir = config.run_dir
+    if mirror is not None:
+        mirror.begin(resuming=step > 0)
     if step == 0 and (run_dir / "checkpoints").exists():
         _move_aside(run_dir)
     for name in ("logs", "checkpoints"):

@@ -26,13 +26,14 @@ from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, batches, build_loader
 from paligemma_vla.data.sampling import RunSampler
-from paligemma_vla.errors import CheckpointError, TrainingError, first_line
+from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.distributed import COMMUNICATION_REMEDY, Distributed
 from paligemma_vla.training.interrupt import StopRequest
+from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.resume import check_same_run
@@ -65,11 +66,14 @@ class _Step:
 class Trainer:
     """Train one configuration in this process's place among `distributed`.
 
+    mirror: set after construction where the run's folder is published elsewhere.
     resume: a checkpoint to go on from, exactly (D3). force: also one of a run with other data, batch size, rates, ...
     Raises `VLAError`s for what the user must mend, before any weight of the backbone is loaded.
     """
 
-    def __init__(self, config: VLAConfig, distributed: Distributed, resume: Path | None = None, force: bool = False) -> None:
+    def __init__(
+        self, config: VLAConfig, distributed: Distributed, resume: str | Path | None = None, force: bool = False
+    ) -> None:
         self.config, self.distributed = config, distributed
         torch.manual_seed(config.training.seed)
         saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
@@ -91,6 +95,7 @@ class Trainer:
         self.step, self.best_metric, self.stale = 0, float("inf"), 0
         self.watch = LossWatch(config.training.max_skipped_steps)
         self.saved_step: int | None = None
+        self.mirror: Mirror | None = None
         if saved is not None:
             self._restore(saved, str(resume))
         self.parallel: nn.Module = self.model
@@ -347,7 +352,7 @@ class Trainer:
         if self.distributed.main:
             try:
                 self._write_checkpoint(improved)
-            except CheckpointError as error:
+            except (CheckpointError, StorageError) as error:
                 if last or self.config.training.stop_when_save_fails:
                     raise
                 logger.error("%s; training goes on (training.stop_when_save_fails)", error)
@@ -365,7 +370,11 @@ class Trainer:
         ckpt.link_checkpoint(path, ckpt.LAST)
         if improved or self.data.validation is None or not (path.parent / ckpt.BEST).exists():
             ckpt.link_checkpoint(path, ckpt.BEST)
-        ckpt.prune_checkpoints(path.parent, self.config.training.keep_last)
+        keep_last = self.config.training.keep_last
+        if self.mirror is not None:
+            self.mirror.publish(keep_last)
+            keep_last = 1
+        ckpt.prune_checkpoints(path.parent, keep_last)
 
     def _payload(self) -> dict[str, Any]:
         layout = self.data.train.index.layout

@@ -1,0 +1,71 @@
+"""Places that are not on this machine: URLs that pyarrow (s3://, gs://, hdfs://) or fsspec (hf://, sftp://, ...) reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from paligemma_vla.errors import StorageError, first_line
+
+# Those that pyarrow reaches without another package.
+NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is a URL rather than a path."""
+    return "://" in place
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder for what can be had again: under $XDG_CACHE_HOME, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "paligemma_vla", *parts)
+
+
+def working_copy(url: str) -> Path:
+    """The folder of this machine that stands for a URL."""
+    return cache_folder("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Tell of a place that cannot be reached. Of any kind: each file system has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise StorageError(
+            f"{url}: cannot be reached ({first_line(error)}); check the address, the network and the credentials (for s3:// "
+            f"the usual AWS_ variables)"
+        ) from error
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system behind a URL, and the path in it. Raises `StorageError`."""
+    import fsspec
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import FileSystem
+
+    with reaching(url):
+        if url.startswith(NATIVE):
+            native, path = FileSystem.from_uri(url.rstrip("/"))
+            return ArrowFSWrapper(native), path
+        system, path = fsspec.core.url_to_fs(url.rstrip("/"))
+        return system, path
+
+
+def fetch(url: str, target: Path) -> Path:
+    """Copy a file behind a URL to `target`, which is whole or not there. Raises `StorageError`."""
+    system, path = file_system(url)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with reaching(url):
+            system.get_file(path, str(temporary))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
