@@ -41,7 +41,7 @@ from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import PromptEncoder
 
 BATCH_ROWS = 256
-Progress = Callable[[float], object]
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def diagnose(files: Sequence[str], options: CheckOptions, progress: Progress) ->
 def _stoppable(progress: Progress, stop: Event) -> Progress:
     lock = Lock()
 
-    def advance(size: float) -> None:
+    def advance(size: int) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         with lock:
@@ -172,12 +172,26 @@ def examine(path: str, options: CheckOptions, progress: Progress) -> Examined:
     try:
         size = identify(path)[0]
         with open_parquet(path, stream=True) as file:
-            return _examine(path, file, options, lambda share: progress(size * share))
+            return _examine(path, file, options, _in_bytes(size, progress))
     except FaultError as error:
         return Examined(path, (error.fault,))
 
 
-def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Progress) -> Examined:
+def _in_bytes(size: int, progress: Progress) -> Callable[[float], None]:
+    """Turn shares of a file into whole bytes that add up to its size."""
+    done, told = 0.0, 0
+
+    def advance(share: float) -> None:
+        nonlocal done, told
+        done += share
+        now = min(size, round(size * done))
+        progress(now - told)
+        told = now
+
+    return advance
+
+
+def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Callable[[float], None]) -> Examined:
     """As `examine`, of an open file. progress: called with the share of it that is done since its last call."""
     layout, faults = survey(path, file)
     groups, digest = group_bounds(file), hex_digest(footer_digest(path))

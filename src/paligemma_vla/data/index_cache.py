@@ -37,7 +37,7 @@ def cache_path(arguments: Sequence[str]) -> Path:
 def load_facts(path: Path) -> dict[str, FileFacts]:
     """Facts by absolute path of the file; none when there is no cache that can be used."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return _unpack({name: arrays[name] for name in arrays.files})
     except Exception as error:  # of any kind: bytes on a disk can be anything, and the files themselves are there
         logger.debug("%s: no index is taken from there (%s)", path, error)
