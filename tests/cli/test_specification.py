@@ -76,7 +76,7 @@ def run(workplace: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_statistics_command(run, workplace: Path) -> None:
     printed = run(STATISTICS)
     raw = json.loads((workplace / "normalization_stats.json").read_text())
-    assert set(raw) == {"version", "state", "action", "datasets"}
+    assert set(raw) == {"version", "state", "action", "datasets", "digests"}
     assert all(
         len(raw[name][field]) == 7 for name in ("state", "action") for field in ("min", "max", "mean", "std", "q01", "q99")
     )

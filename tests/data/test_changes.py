@@ -17,7 +17,7 @@ from episode_files import columns, write
 
 from paligemma_vla.data import episodes as episodes_module
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.files import FileFacts, read_facts
+from paligemma_vla.data.index_cache import FileFacts, read_facts
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError

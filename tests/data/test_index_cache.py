@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from episode_files import columns, flags, put, write
 
-from paligemma_vla.data import files as files_module
 from paligemma_vla.data import index_cache
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import Excluded, ExclusionList
@@ -41,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Names of the files opened since it was last called."""
     names: list[str] = []
-    original = files_module.open_parquet
+    original = index_cache.open_parquet
 
     def recording(path: str, stream: bool = False) -> object:
         names.append(Path(path).name)
@@ -52,7 +51,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         names.clear()
         return found
 
-    monkeypatch.setattr(files_module, "open_parquet", recording)
+    monkeypatch.setattr(index_cache, "open_parquet", recording)
     return since
 
 

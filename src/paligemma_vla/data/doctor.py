@@ -24,18 +24,16 @@ from paligemma_vla.data.files import (
     READ_ERRORS,
     Layout,
     Rows,
-    chain_faults,
     footer_digest,
     group_bounds,
     identify,
     joint_layout,
     open_parquet,
-    read_flags,
     robot_faults,
-    segment,
     survey,
     unreadable_group,
 )
+from paligemma_vla.data.flags import chain_faults, read_flags, segment
 from paligemma_vla.data.images import decode
 from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import PromptEncoder

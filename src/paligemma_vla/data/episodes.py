@@ -1,6 +1,6 @@
 """Index of episode files: which rows are an episode, which row group holds a row.
 
-Built from flags and footers (`files.py`), kept between runs (`index_cache.py`); `reader.py` reads rows.
+Built from footers and flags (`files.py`, `flags.py`), kept between runs (`index_cache.py`); `reader.py` reads rows.
 """
 
 from __future__ import annotations
@@ -20,18 +20,9 @@ from numpy.typing import NDArray
 
 from paligemma_vla.data.exclusions import NOTHING, ExclusionList
 from paligemma_vla.data.faults import raise_first
-from paligemma_vla.data.files import (
-    FileFacts,
-    Layout,
-    Rows,
-    chain_faults,
-    identify,
-    joint_layout,
-    read_facts,
-    robot_faults,
-    segment,
-)
-from paligemma_vla.data.index_cache import cache_path, load_facts, save_facts
+from paligemma_vla.data.files import Layout, Rows, identify, joint_layout, robot_faults
+from paligemma_vla.data.flags import chain_faults, segment
+from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
 from paligemma_vla.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""What indexing learnt from files, kept on disk: a file that has not changed since is not opened again.
+"""What indexing learns from files, kept on disk: a file that has not changed since is not opened again.
 
 A cache that is damaged, of another version or not writable is as good as none. Nothing but time depends on it.
 """
@@ -11,19 +11,41 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.data.files import FileFacts, FlagRows, Layout, replace_file
+from paligemma_vla.data.files import Layout, Rows, footer_digest, group_bounds, open_parquet, read_layout, replace_file
+from paligemma_vla.data.flags import FlagRows, read_flags
 from paligemma_vla.schema import DatasetMetadata
 
 VERSION = 1
 ROWS = ("groups", *(field.name for field in fields(FlagRows)))
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What indexing learns from one file, exclusions aside.
+
+    identity: size, mtime_ns, ctime_ns. digest: see `footer_digest`. groups: see `group_bounds`.
+    """
+
+    identity: tuple[int, int, int]
+    layout: Layout
+    digest: int
+    groups: Rows
+    flags: FlagRows
+
+
+def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
+    """Read footer and flags of one file. Raises `FaultError` naming file and column."""
+    with open_parquet(path) as file:
+        layout = read_layout(path, file)
+        return FileFacts(identity, layout, footer_digest(path), group_bounds(file), read_flags(path, file))
 
 
 def cache_path(arguments: Sequence[str]) -> Path:
