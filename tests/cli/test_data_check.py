@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -165,6 +166,20 @@ def test_check_that_cannot_begin_or_write_exits_2(
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_info_of_a_damaged_instruction_column_is_one_message(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, episode_dir: Path
+) -> None:
+    path = tmp_path / "x.parquet"
+    content = bytearray(sorted(episode_dir.glob("*.parquet"))[0].read_bytes())
+    footer = pq.read_metadata(io.BytesIO(content)).row_group(0)
+    leaf = next(footer.column(n) for n in range(footer.num_columns) if footer.column(n).path_in_schema == "prompt")
+    content[leaf.dictionary_page_offset + leaf.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    code, _, err = call(capfd, "data", "info", path)
+    assert code == 2
+    assert f"error: {path}: column prompt: cannot be read" in err
 
 
 def test_statistics_leave_out_what_the_configuration_names(capfd: pytest.CaptureFixture[str], data: Path, tiny_config) -> None:

@@ -113,6 +113,16 @@ def test_whole_file_is_left_out_unopened_and_unknown_files_do_not_matter(tmp_pat
     assert (index.paths, len(index), index.excluded) == ((good,), 3, 1)
 
 
+def test_file_of_which_no_episode_is_left_disturbs_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet", columns())
+    exclude = listed(tmp_path / "l.json", *(entry("a.parquet", *rows) for rows in ((0, 3), (3, 1), (4, 4))))
+    index = EpisodeIndex.build(str(tmp_path), "x", exclude)
+    assert (index.file.tolist(), index.excluded) == ([1, 1, 1], 3)
+    assert compute_statistics(str(tmp_path), "x", exclude=exclude).state.count == 8
+    assert not index.holds(0, np.arange(8)).any()
+
+
 def test_excluded_survives_concatenate_and_split(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.parquet", columns())

@@ -209,6 +209,19 @@ def test_exclusions_and_faults_are_judged_anew_each_time(data: Path, cache: Path
     assert opened() == []
 
 
+def test_list_that_leaves_out_every_file_after_others_went_is_refused_as_ever(data: Path, cache: Path) -> None:
+    EpisodeIndex.build(str(data))
+    for name in "bc":
+        (data / f"{name}.parquet").unlink()
+    write(data / "d.parquet", columns())
+    (data / "a.parquet").unlink()
+    whole = Excluded(os.path.realpath(data / "d.parquet"), None, None, None, (), None)
+    for _ in range(2):
+        with pytest.raises(DataError, match="every episode is left out by l"):
+            EpisodeIndex.build(str(data), "x", ExclusionList("l", [whole]))
+    assert len(EpisodeIndex.build(str(data))) == 3
+
+
 def test_cache_lies_below_home_when_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))

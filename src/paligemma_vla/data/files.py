@@ -47,6 +47,15 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
         raise FaultError(Fault(path, Kind.FILE, text)) from error
 
 
+def read_columns(path: str, file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
+    """Some columns of an open file as a whole; raises `FaultError` when they cannot be read."""
+    try:
+        return file.read(columns=list(columns), use_threads=False)
+    except READ_ERRORS as error:
+        what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+        raise FaultError(Fault(path, Kind.GROUP, f"{what}: cannot be read ({first_line(error)}); restore the file")) from error
+
+
 def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
     """Row group `group` of a file whose row groups begin at `groups` cannot be read."""
     first, stop = int(groups[group]), int(groups[group + 1])

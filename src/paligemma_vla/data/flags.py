@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind
-from paligemma_vla.data.files import READ_ERRORS, Rows
-from paligemma_vla.errors import first_line
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, Kind
+from paligemma_vla.data.files import Rows, read_columns
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,7 @@ class FlagRows:
 
 def read_flags(path: str, file: pq.ParquetFile) -> FlagRows:
     """Flags of one open file; raises `FaultError` when they cannot be read."""
-    try:
-        table = file.read(columns=list(schema.FLAGS), use_threads=False)
-    except READ_ERRORS as error:
-        text = f"columns {', '.join(schema.FLAGS)}: cannot be read ({first_line(error)}); restore the file"
-        raise FaultError(Fault(path, Kind.GROUP, text)) from error
+    table = read_columns(path, file, schema.FLAGS)
     rows, null = [], []
     for number, name in enumerate(schema.FLAGS):
         column = table[name]

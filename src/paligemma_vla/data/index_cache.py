@@ -88,7 +88,7 @@ def _pack(facts: Mapping[str, FileFacts]) -> dict[str, NDArray[Any]]:
         "identity": np.array([entry.identity for entry in facts.values()], np.int64),
         "digest": np.array([entry.digest for entry in facts.values()], np.uint64),
         "layout": np.array([number[text] for text in layouts], np.int64),
-        **{name: np.concatenate(parts) for name, parts in rows.items()},
+        **{name: np.concatenate([np.empty(0, np.int64), *parts]) for name, parts in rows.items()},
         **{f"{name}_count": np.array([len(part) for part in parts], np.int64) for name, parts in rows.items()},
     }
 
