@@ -71,12 +71,8 @@ def chain_faults(path: str, flags: FlagRows, rows: int, excluded: Rows) -> list[
     early = flags.terminal[~np.isin(flags.terminal, lasts) & ~_inside(flags.terminal, excluded)]
     faults = [(int(code) // 3, schema.FLAGS[int(code) % 3], "got null, expected true or false") for code in null]
     for row, after_last in zip(headless.tolist(), np.isin(headless - 1, flags.last), strict=True):
-        why = (
-            f", because row {row - 1} {'has is_last' if after_last else 'is excluded'}"
-            if row
-            else " at the first row of a file"
-        )
-        faults.append((row, schema.IS_FIRST, f"got false, expected true{why}"))
+        why = f"row {row - 1} {'has is_last' if after_last else 'is excluded'}" if row else "it is the first row of the file"
+        faults.append((row, schema.IS_FIRST, f"got false, expected true, because {why}"))
     for row, before_first in zip(endless.tolist(), np.isin(endless + 1, flags.first), strict=True):
         why = f"row {row + 1} {'has is_first' if before_first else 'is excluded'}"
         why = "it is the last row of the file" if row == rows - 1 else why
