@@ -91,6 +91,20 @@ def test_decode_of_damaged_bytes_is_an_image_or_a_data_error(kind: str) -> None:
     assert refused >= 100
 
 
+@pytest.mark.parametrize("stage", ["PIL.Image.open", "PIL.Image.Image.convert"])
+@pytest.mark.parametrize("kind", [struct.error, zlib.error, IndexError, KeyError, MemoryError, RecursionError, AttributeError])
+def test_decode_turns_any_failure_of_pillow_into_a_data_error(
+    monkeypatch: pytest.MonkeyPatch, stage: str, kind: type[Exception]
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise kind("deep inside")
+
+    data = encoded("PNG")
+    monkeypatch.setattr(stage, fail)
+    with pytest.raises(DataError, match=r"^x: cannot be decoded as JPEG or PNG \('?deep inside'?\); restore it"):
+        decode_image(data, "x")
+
+
 def test_random_crop_stays_inside_and_keeps_the_scale() -> None:
     rng = np.random.default_rng(0)
     left, top, right, bottom = np.array([random_crop(0.8, rng) for _ in range(500)]).T

@@ -22,7 +22,7 @@ from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList
 from paligemma_vla.data.faults import Fault
-from paligemma_vla.data.files import open_parquet
+from paligemma_vla.data.files import open_parquet, read_columns
 
 SLOW_GROUP_ROWS = 512
 SHOWN_PER_FILE = 20
@@ -49,7 +49,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
     image_bytes = 0
     for number, path in enumerate(index.paths):
         with open_parquet(path) as file:
-            footer, column = file.metadata, file.read(columns=[schema.PROMPT])[schema.PROMPT]
+            footer, column = file.metadata, read_columns(path, file, [schema.PROMPT])[schema.PROMPT]
         rows = index.start[index.file == number]
         prompts.update(str(value) for value in column.take(rows).to_pylist())
         image_bytes += sum(

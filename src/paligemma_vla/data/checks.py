@@ -15,8 +15,6 @@ from paligemma_vla.data.files import Layout, Rows
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import PromptEncoder
 
-NO_IMAGE = Unusable(Kind.NO_IMAGE, "got null, expected an image; only further cameras may be absent")
-
 
 def to_matrix(column: pa.Array, dimension: int) -> NDArray[np.float32]:
     """A list column as an array (rows, dimension); a row that is null or of another length is NaN."""
@@ -47,6 +45,12 @@ def number_faults(path: str, name: str, column: pa.Array, values: NDArray[np.flo
             got = values[place, item] if entry[item] is None else entry[item]
             text = f"dimension {item} is {got}, expected a finite float32"
         yield Fault(path, kind, f"{text}; mend it, or {LEAVE_OUT}", int(rows[place]), name)
+
+
+def missing_image() -> Unusable:
+    """What is wrong with a first camera without a picture."""
+    text = f"got null, expected an image: only further cameras may be absent; fill it in, or {LEAVE_OUT}"
+    return Unusable(Kind.NO_IMAGE, text)
 
 
 def prompt_of(column: pa.Array, place: int) -> str:

@@ -17,31 +17,29 @@ import pyarrow.parquet as pq
 
 from paligemma_vla import schema
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.checks import NO_IMAGE, check_prompt, layout_misfits, number_faults, prompt_of, to_matrix
+from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, number_faults, prompt_of, to_matrix
 from paligemma_vla.data.exclusions import NOTHING, Excluded, hex_digest
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable
 from paligemma_vla.data.files import (
     READ_ERRORS,
     Layout,
     Rows,
-    chain_faults,
     footer_digest,
     group_bounds,
     identify,
     joint_layout,
     open_parquet,
-    read_flags,
     robot_faults,
-    segment,
     survey,
     unreadable_group,
 )
+from paligemma_vla.data.flags import chain_faults, read_flags, segment
 from paligemma_vla.data.images import decode
 from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import PromptEncoder
 
 BATCH_ROWS = 256
-Progress = Callable[[float], object]
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def diagnose(files: Sequence[str], options: CheckOptions, progress: Progress) ->
 def _stoppable(progress: Progress, stop: Event) -> Progress:
     lock = Lock()
 
-    def advance(size: float) -> None:
+    def advance(size: int) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         with lock:
@@ -172,12 +170,26 @@ def examine(path: str, options: CheckOptions, progress: Progress) -> Examined:
     try:
         size = identify(path)[0]
         with open_parquet(path, stream=True) as file:
-            return _examine(path, file, options, lambda share: progress(size * share))
+            return _examine(path, file, options, _in_bytes(size, progress))
     except FaultError as error:
         return Examined(path, (error.fault,))
 
 
-def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Progress) -> Examined:
+def _in_bytes(size: int, progress: Progress) -> Callable[[float], None]:
+    """Turn shares of a file into whole bytes that add up to its size."""
+    done, told = 0.0, 0
+
+    def advance(share: float) -> None:
+        nonlocal done, told
+        done += share
+        now = min(size, round(size * done))
+        progress(now - told)
+        told = now
+
+    return advance
+
+
+def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Callable[[float], None]) -> Examined:
     """As `examine`, of an open file. progress: called with the share of it that is done since its last call."""
     layout, faults = survey(path, file)
     groups, digest = group_bounds(file), hex_digest(footer_digest(path))
@@ -196,31 +208,31 @@ def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: P
     judge = _Judge(path, layout, options, frozenset(starts.tolist()))
     for group in range(len(groups) - 1):
         for column in columns:
-            faults += _group_faults(file, path, group, groups, column, judge)
+            try:
+                for first_row, values in _batches(file, path, group, groups, column):
+                    faults += judge(column, values, np.arange(first_row, first_row + len(values)))
+            except FaultError as error:
+                faults.append(error.fault)
             progress((groups[group + 1] - groups[group]) / max(rows, 1) / len(columns))
     faults.sort(key=lambda fault: (-1 if fault.row is None else fault.row, fault.column or ""))
     whole = any(fault.row is None for fault in faults)
     return Examined(path, tuple(faults), starts, rows, None if whole else layout, digest)
 
 
-def _group_faults(file: pq.ParquetFile, path: str, group: int, groups: Rows, column: str, judge: _Judge) -> Iterator[Fault]:
-    """Faults of one column in one row group, read in batches: a row group may be as large as the file."""
+def _batches(file: pq.ParquetFile, path: str, group: int, groups: Rows, column: str) -> Iterator[tuple[int, pa.Array]]:
+    """One column of one row group, piece by piece (it may be as large as the file), each with its first row's number.
+
+    Raises `FaultError` where it cannot be read further.
+    """
     row, stop = int(groups[group]), int(groups[group + 1])
-    batches = None
-    while True:
-        try:
-            if batches is None:
-                batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
-            batch = next(batches, None)
-            why = "" if batch is not None or row == stop else f"it ends at row {row}"
-        except READ_ERRORS as error:
-            batch, why = None, first_line(error)
-        if batch is None:
-            break
-        yield from judge(column, batch.column(0), np.arange(row, row + batch.num_rows))
-        row += batch.num_rows
-    if why:
-        yield unreadable_group(path, group, groups, why, column)
+    try:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
+            yield row, batch.column(0)
+            row += batch.num_rows
+    except READ_ERRORS as error:
+        raise FaultError(unreadable_group(path, group, groups, first_line(error), column)) from error
+    if row != stop:
+        raise FaultError(unreadable_group(path, group, groups, f"it ends at row {row}", column))
 
 
 class _Judge:
@@ -251,7 +263,7 @@ class _Judge:
         if values[place].is_valid:
             decode(values[place].as_buffer())
         elif column == schema.image_column(1):
-            raise NO_IMAGE
+            raise missing_image()
 
     def _prompt(self, values: pa.Array, place: int, row: int, column: str) -> None:
         before, self.previous = self.previous, None
@@ -260,7 +272,6 @@ class _Judge:
             check_prompt(prompt, self.options.prompts)
         changed = before not in (None, prompt) and len(self.starts) > 0 and row not in self.starts
         if changed and not self.options.allow_prompt_changes:
-            text = (
-                f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before; two episodes glued? Mend the flags"
-            )
-            raise Unusable(Kind.PROMPT_CHANGE, f"{text}, {LEAVE_OUT}, or allow it with --allow_prompt_changes")
+            text = f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before"
+            remedy = f"two episodes glued? Mend the flags, {LEAVE_OUT}, or allow it with --allow_prompt_changes"
+            raise Unusable(Kind.PROMPT_CHANGE, f"{text}; {remedy}")

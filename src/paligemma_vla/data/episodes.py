@@ -1,6 +1,6 @@
 """Index of episode files: which rows are an episode, which row group holds a row.
 
-Built from flags and footers (`files.py`), kept between runs (`index_cache.py`); `reader.py` reads rows.
+Built from footers and flags (`files.py`, `flags.py`), kept between runs (`index_cache.py`); `reader.py` reads rows.
 """
 
 from __future__ import annotations
@@ -20,18 +20,9 @@ from numpy.typing import NDArray
 
 from paligemma_vla.data.exclusions import NOTHING, ExclusionList
 from paligemma_vla.data.faults import raise_first
-from paligemma_vla.data.files import (
-    FileFacts,
-    Layout,
-    Rows,
-    chain_faults,
-    identify,
-    joint_layout,
-    read_facts,
-    robot_faults,
-    segment,
-)
-from paligemma_vla.data.index_cache import cache_path, load_facts, save_facts
+from paligemma_vla.data.files import Layout, Rows, identify, joint_layout, robot_faults
+from paligemma_vla.data.flags import chain_faults, segment
+from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
 from paligemma_vla.errors import DataError
 
 
@@ -94,8 +85,10 @@ class EpisodeIndex:
         episodes = [_episodes(path, facts[path], exclude) for path in kept]
         excluded = len(files) - len(kept) + sum(left_out for _, _, left_out in episodes)
         if not sum(len(starts) for starts, _, _ in episodes):
-            listed = exclude.path if exclude else "nothing"
-            raise DataError(f"{where}: every episode is left out by {listed}; give other data, or mend this and check it again")
+            assert exclude is not None  # a file without episodes has been refused
+            raise DataError(
+                f"{where}: every episode is left out by {exclude.path}; mend them and check again, or give other data"
+            )
         entries = [facts[path] for path in kept]
         return cls(
             paths=tuple(kept),
@@ -174,16 +167,14 @@ class EpisodeIndex:
 
     def check_unchanged(self, file: int) -> None:
         """Raise `DataError` when a file is no longer the one that was indexed."""
-        path, (size, modified) = self.paths[file], self.stamps[file].tolist()
-        remedy = "put it back as it was, or start a new run: order and statistics depend on it"
-        expected = f"expected {_stamp(size, modified)}; {remedy}"
+        path, indexed = self.paths[file], tuple(self.stamps[file].tolist())
         try:
             status = os.stat(path)
         except OSError as error:
-            raise DataError(f"{path}: gone since it was indexed: got {error.strerror}, {expected}") from error
-        if (status.st_size, status.st_mtime_ns) != (size, modified):
-            got = _stamp(status.st_size, status.st_mtime_ns)
-            raise DataError(f"{path}: changed since it was indexed: got {got}, {expected}")
+            raise DataError(_changed(path, "gone", str(error.strerror), indexed)) from error
+        current = status.st_size, status.st_mtime_ns
+        if current != indexed:
+            raise DataError(_changed(path, "changed", _stamp(current), indexed))
 
     def select(self, episodes: NDArray[np.int64]) -> EpisodeIndex:
         """The same files with some of the episodes, given in ascending order."""
@@ -201,7 +192,13 @@ class EpisodeIndex:
         return self.select(np.sort(order[count:])), self.select(np.sort(order[:count]))
 
 
-def _stamp(size: int, modified: int) -> str:
+def _changed(path: str, what: str, got: str, indexed: tuple[int, ...]) -> str:
+    remedy = "put it back as it was, or start a new run: order and statistics depend on it"
+    return f"{path}: {what} since it was indexed: got {got}, expected {_stamp(indexed)}; {remedy}"
+
+
+def _stamp(stamp: tuple[int, ...]) -> str:
+    size, modified = stamp
     return f"{size} bytes of {datetime.fromtimestamp(modified / 1e9).isoformat(sep=' ', timespec='microseconds')}"
 
 

@@ -1,4 +1,4 @@
-"""One episode file: opening it, what its columns hold, its flags and footer. No image byte is touched here."""
+"""One episode file: opening it, what its columns hold, its footer. No image byte is touched here."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
     except READ_ERRORS as error:
         text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
         raise FaultError(Fault(path, Kind.FILE, text)) from error
+
+
+def read_columns(path: str, file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
+    """Some columns of an open file as a whole; raises `FaultError` when they cannot be read."""
+    try:
+        return file.read(columns=list(columns), use_threads=False)
+    except READ_ERRORS as error:
+        what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+        raise FaultError(Fault(path, Kind.GROUP, f"{what}: cannot be read ({first_line(error)}); restore the file")) from error
 
 
 def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
@@ -198,99 +207,6 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
     return dimension
 
 
-@dataclass(frozen=True)
-class FlagRows:
-    """Rows of one file in which a flag is true, ascending. null: 3 * row + number in `schema.FLAGS` of every null."""
-
-    first: Rows
-    last: Rows
-    terminal: Rows
-    null: Rows
-
-
-def read_flags(path: str, file: pq.ParquetFile) -> FlagRows:
-    """Flags of one open file; raises `FaultError` when they cannot be read."""
-    try:
-        table = file.read(columns=list(schema.FLAGS), use_threads=False)
-    except READ_ERRORS as error:
-        text = f"columns {', '.join(schema.FLAGS)}: cannot be read ({first_line(error)}); restore the file"
-        raise FaultError(Fault(path, Kind.GROUP, text)) from error
-    rows, null = [], []
-    for number, name in enumerate(schema.FLAGS):
-        column = table[name]
-        rows.append(np.flatnonzero(column.fill_null(False).to_numpy()))
-        null.append(3 * np.flatnonzero(column.is_null().to_numpy()) + number if column.null_count else rows[0][:0])
-    first, last, terminal = rows
-    return FlagRows(first, last, terminal, np.sort(np.concatenate(null)))
-
-
-def segment(flags: FlagRows, rows: int, excluded: Rows) -> tuple[Rows, Rows]:
-    """First rows and lengths of the episodes of a file, as far as its flags tell.
-
-    A new one begins at is_first and after is_last. excluded (X, 2): row ranges [first, stop) that are left out.
-    """
-    bounds = np.unique(np.concatenate([[0, rows], flags.first, flags.last + 1, excluded.ravel()]).astype(np.int64))
-    starts, lengths = bounds[:-1], np.diff(bounds)
-    if len(excluded):
-        kept = ~_inside(starts, excluded)
-        starts, lengths = starts[kept], lengths[kept]
-    return starts, lengths
-
-
-def _inside(rows: Rows, ranges: Rows) -> NDArray[np.bool_]:
-    """Which of some rows lie in any of the ranges [first, stop)."""
-    if len(ranges) == 0:
-        return np.zeros(len(rows), bool)
-    ordered = ranges[np.argsort(ranges[:, 0])]
-    place = np.searchsorted(ordered[:, 0], rows, side="right") - 1
-    inside: NDArray[np.bool_] = (place >= 0) & (rows < np.maximum.accumulate(ordered[:, 1])[place])
-    return inside
-
-
-def chain_faults(path: str, flags: FlagRows, rows: int, excluded: Rows) -> list[Fault]:
-    """Faults of the flags outside the excluded ranges: every episode runs from is_first to is_last without a gap.
-
-    is_terminal may stand in an episode's last row only. In the order of rows.
-    """
-    starts, lengths = segment(flags, rows, excluded)
-    lasts = starts + lengths - 1
-    null = flags.null[~_inside(flags.null // 3, excluded)]
-    headless = starts[~np.isin(starts, flags.first) & ~np.isin(3 * starts, null)]
-    endless = lasts[~np.isin(lasts, flags.last) & ~np.isin(3 * lasts + 1, null)]
-    early = flags.terminal[~np.isin(flags.terminal, lasts) & ~_inside(flags.terminal, excluded)]
-    faults = [(int(code) // 3, schema.FLAGS[int(code) % 3], "got null, expected true or false") for code in null]
-    for row, after_last in zip(headless.tolist(), np.isin(headless - 1, flags.last), strict=True):
-        why = (
-            f", because row {row - 1} {'has is_last' if after_last else 'is excluded'}"
-            if row
-            else " at the first row of a file"
-        )
-        faults.append((row, schema.IS_FIRST, f"got false, expected true{why}"))
-    for row, before_first in zip(endless.tolist(), np.isin(endless + 1, flags.first), strict=True):
-        why = f"row {row + 1} {'has is_first' if before_first else 'is excluded'}"
-        why = "it is the last row of the file" if row == rows - 1 else why
-        faults.append((row, schema.IS_LAST, f"got false, expected true, because {why}"))
-    for row in early.tolist():
-        why = "because only the last row of an episode may be terminal"
-        faults.append((row, schema.IS_TERMINAL, f"got true, expected false, {why}"))
-    remedy = f"mend the flags, or {LEAVE_OUT}"
-    return [Fault(path, Kind.FLAGS, f"{text}; {remedy}", row, column) for row, column, text in sorted(faults)]
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What indexing learns from one file, exclusions aside.
-
-    identity: size, mtime_ns, ctime_ns. digest: see `footer_digest`. groups: see `group_bounds`.
-    """
-
-    identity: tuple[int, int, int]
-    layout: Layout
-    digest: int
-    groups: Rows
-    flags: FlagRows
-
-
 def identify(path: str) -> tuple[int, int, int]:
     """Size, mtime_ns and ctime_ns of a file; raises `FaultError` when it is not there."""
     try:
@@ -298,13 +214,6 @@ def identify(path: str) -> tuple[int, int, int]:
     except OSError as error:
         raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
-    """Read footer and flags of one file. Raises `FaultError` naming file and column."""
-    with open_parquet(path) as file:
-        layout = read_layout(path, file)
-        return FileFacts(identity, layout, footer_digest(path), group_bounds(file), read_flags(path, file))
 
 
 def replace_file(path: str | Path, content: bytes | memoryview) -> None:

@@ -1,4 +1,4 @@
-"""What indexing learnt from files, kept on disk: a file that has not changed since is not opened again.
+"""What indexing learns from files, kept on disk: a file that has not changed since is not opened again.
 
 A cache that is damaged, of another version or not writable is as good as none. Nothing but time depends on it.
 """
@@ -11,19 +11,41 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.data.files import FileFacts, FlagRows, Layout, replace_file
+from paligemma_vla.data.files import Layout, Rows, footer_digest, group_bounds, open_parquet, read_layout, replace_file
+from paligemma_vla.data.flags import FlagRows, read_flags
 from paligemma_vla.schema import DatasetMetadata
 
 VERSION = 1
 ROWS = ("groups", *(field.name for field in fields(FlagRows)))
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What indexing learns from one file, exclusions aside.
+
+    identity: size, mtime_ns, ctime_ns. digest: see `footer_digest`. groups: see `group_bounds`.
+    """
+
+    identity: tuple[int, int, int]
+    layout: Layout
+    digest: int
+    groups: Rows
+    flags: FlagRows
+
+
+def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
+    """Read footer and flags of one file. Raises `FaultError` naming file and column."""
+    with open_parquet(path) as file:
+        layout = read_layout(path, file)
+        return FileFacts(identity, layout, footer_digest(path), group_bounds(file), read_flags(path, file))
 
 
 def cache_path(arguments: Sequence[str]) -> Path:
@@ -37,7 +59,7 @@ def cache_path(arguments: Sequence[str]) -> Path:
 def load_facts(path: Path) -> dict[str, FileFacts]:
     """Facts by absolute path of the file; none when there is no cache that can be used."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return _unpack({name: arrays[name] for name in arrays.files})
     except Exception as error:  # of any kind: bytes on a disk can be anything, and the files themselves are there
         logger.debug("%s: no index is taken from there (%s)", path, error)
@@ -66,7 +88,7 @@ def _pack(facts: Mapping[str, FileFacts]) -> dict[str, NDArray[Any]]:
         "identity": np.array([entry.identity for entry in facts.values()], np.int64),
         "digest": np.array([entry.digest for entry in facts.values()], np.uint64),
         "layout": np.array([number[text] for text in layouts], np.int64),
-        **{name: np.concatenate(parts) for name, parts in rows.items()},
+        **{name: np.concatenate([np.empty(0, np.int64), *parts]) for name, parts in rows.items()},
         **{f"{name}_count": np.array([len(part) for part in parts], np.int64) for name, parts in rows.items()},
     }
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paligemma_vla import flow, schema
 from paligemma_vla.config import AugmentationConfig, VLAConfig
-from paligemma_vla.data.checks import NO_IMAGE, check_prompt, layout_misfits, prompt_of
+from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, prompt_of
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable
 from paligemma_vla.data.images import decode, jitter_colour, random_crop
@@ -166,7 +166,7 @@ class VLADataset(Dataset[Item]):
         spec, augmentation = self.preprocessor.image, self.options.augmentation
         present = np.array([column is not None and column[place].is_valid for column in columns])
         if not present[0]:
-            raise FaultError(NO_IMAGE.at(*source, schema.image_column(1)))
+            raise FaultError(missing_image().at(*source, schema.image_column(1)))
         rng = None
         if augmentation is not None:
             rng = np.random.default_rng(derive_seed(self.options.seed, "augmentation", ref.position))

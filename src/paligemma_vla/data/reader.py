@@ -103,7 +103,8 @@ class EpisodeReader:
         path, groups = self.index.paths[file], self.index.row_groups(file)
         try:
             parquet = self._open(file)
-            there = [name for name in columns if name in parquet.schema_arrow.names]
+            names = parquet.schema_arrow.names
+            there = [name for name in columns if name in names]
             table = parquet.read_row_group(group, columns=there, use_threads=False).combine_chunks()
         except (DataError, *READ_ERRORS) as error:
             self.index.check_unchanged(file)  # which explains it better

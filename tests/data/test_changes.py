@@ -1,0 +1,166 @@
+"""Files that change under a run, damaged pages, digests and fingerprints, and what an index costs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from episode_files import columns, write
+
+from paligemma_vla.data import episodes as episodes_module
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index_cache import FileFacts, read_facts
+from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.errors import DataError
+from support import write_episodes
+
+
+def rewrite(path: Path) -> None:
+    write(path, columns((4, 4)))
+
+
+def touch(path: Path) -> None:
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+def replace(path: Path) -> None:
+    rewrite(path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("change", [rewrite, touch, truncate, replace, Path.unlink])
+@pytest.mark.parametrize("open_already", [False, True])
+def test_reader_refuses_a_file_that_is_no_longer_the_one_indexed(
+    tmp_path: Path, change: Callable[[Path], None], open_already: bool
+) -> None:
+    path = tmp_path / "x.parquet"
+    write(path, columns(), row_group_size=4)
+    size = path.stat().st_size
+    reader = EpisodeReader(EpisodeIndex.build(str(path)), 1, 2**20)
+    if open_already:
+        reader.group_of(0, 0)
+    change(path)
+    what = "gone" if change is Path.unlink else "changed"
+    message = (
+        rf"x\.parquet: {what} since it was indexed: got .*, expected {size} bytes of 20.*; put it back as it was, or start"
+    )
+    with pytest.raises(DataError, match=message):
+        reader.group_of(0, 7)
+
+
+def test_reader_goes_on_with_a_file_that_was_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write(path, columns(), row_group_size=4)
+    reader = EpisodeReader(EpisodeIndex.build(str(path)), 1, 2**20)
+    reader.group_of(0, 0)
+    path.rename(tmp_path / "aside")
+    with pytest.raises(DataError, match="gone"):
+        reader.group_of(0, 7)
+    (tmp_path / "aside").rename(path)
+    assert reader.group_of(0, 7)[1] == 3
+
+
+@pytest.mark.parametrize("name", ["image_1_bytes", "state", "action", "prompt"])
+def test_flipped_byte_in_a_page_of_the_writers_files_is_an_error(tmp_path: Path, name: str) -> None:
+    """No flip gives other data silently. (A few bytes of a page's header say what nobody reads.)"""
+    write_episodes(tmp_path, lengths=(30,))
+    (path,) = tmp_path.glob("*.parquet")
+    whole = path.read_bytes()
+
+    def content() -> list[Any]:
+        group = EpisodeReader(EpisodeIndex.build(str(path)), 1, 2**20).group_of(0, 0)[0]
+        return [
+            group.state.tolist(),
+            group.action.tolist(),
+            group.prompt.to_pylist(),
+            [i and i.to_pylist() for i in group.images],
+        ]
+
+    expected = content()
+    footer = pq.read_metadata(path).row_group(0)
+    leaf = next(footer.column(n) for n in range(footer.num_columns) if footer.column(n).path_in_schema.startswith(name))
+    start = leaf.dictionary_page_offset or leaf.data_page_offset
+    refused = 0
+    for place in np.linspace(start, start + leaf.total_compressed_size - 1, 25).astype(int):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert content() == expected
+        except DataError as error:
+            assert "row 0: row group 0 (rows 0 to 29)" in str(error)
+            refused += 1
+    assert refused >= 12
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    index = EpisodeIndex.build(str(path))
+    if name in ("state", "action"):
+        with pytest.raises(DataError, match=r"row group 0 \(rows 0 to 29\) cannot be read"):
+            list(iterate_numbers(index, 0))
+
+
+def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path: Path) -> None:
+    write_episodes(tmp_path / "a", per_file=4)
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")  # other dates as well
+    first, second = (EpisodeIndex.build(str(tmp_path / name)) for name in ("a", "elsewhere"))
+    assert first.fingerprint == second.fingerprint
+    assert first.digests.tolist() == second.digests.tolist()
+    assert compute_statistics(str(tmp_path / "a"), "x").digests == tuple(f"{d:016x}" for d in first.digests.tolist())
+
+    write_episodes(tmp_path / "other", per_file=4, seed=1)
+    train, validation = first.split(0.3, 0)
+    different = [
+        first,
+        EpisodeIndex.build(list(reversed(first.paths))),
+        EpisodeIndex.build(list(first.paths[:2])),
+        EpisodeIndex.build(str(tmp_path / "other")),
+        EpisodeIndex.concatenate([first, second]),
+        train,
+        validation,
+    ]
+    assert len({index.fingerprint for index in different}) == len(different)
+
+
+def test_digest_changes_with_any_part_of_the_file_that_the_footer_knows(tmp_path: Path) -> None:
+    def digest(**options: object) -> int:
+        return int(EpisodeIndex.build(write(tmp_path / "x.parquet", content, **options)).digests[0])  # type: ignore[arg-type]
+
+    content = columns()
+    seen = {digest()}
+    assert digest() in seen
+    seen |= {digest(row_group_size=4), digest(compression="zstd")}
+    content["state"][3][1] = 100.0
+    seen.add(digest())
+    content["image_1_bytes"][0] += b"\0"
+    seen.add(digest())
+    assert len(seen) == 5
+
+
+def test_index_of_many_files_takes_64_bytes_an_episode_and_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured, so that an object per file or episode would show; paths are counted as the strings they are."""
+    path = write(tmp_path / "x.parquet", columns(), row_group_size=3)
+    facts: FileFacts = read_facts(path, (1, 2, 3))
+    files = [f"{tmp_path}/folder/episodes-{number:06d}.parquet" for number in range(1000)]
+    monkeypatch.setattr(episodes_module, "expand_paths", lambda paths, where: files)
+    monkeypatch.setattr(episodes_module, "_gather", lambda arguments, files, kept: dict.fromkeys(kept, facts))
+    tracemalloc.start()
+    index = EpisodeIndex.build(str(tmp_path))
+    gc.collect()
+    measured = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    strings = sum(path.__sizeof__() for path in files)
+    limit = 64 * len(index) + 64 * 3 * len(files)
+    assert (len(index), len(index.groups)) == (3000, 4000)
+    assert index.nbytes - strings <= limit
+    assert measured <= limit + 20_000

@@ -1,0 +1,229 @@
+"""The index on disk: as if it were not there, but for the files that need not be opened."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from episode_files import columns, flags, put, write
+
+from paligemma_vla.data import index_cache
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.exclusions import Excluded, ExclusionList
+from paligemma_vla.errors import DataError
+
+Opened = Callable[[], list[str]]
+ARRAYS = ("file", "start", "length", "groups", "group_offsets", "stamps", "digests")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, in use."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "paligemma_vla" / "index"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, name in enumerate("abc"):
+        write(folder / f"{name}.parquet", columns((3, number + 1, 4)), row_group_size=3)
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """Names of the files opened since it was last called."""
+    names: list[str] = []
+    original = index_cache.open_parquet
+
+    def recording(path: str, stream: bool = False) -> object:
+        names.append(Path(path).name)
+        return original(path, stream)
+
+    def since() -> list[str]:
+        found = sorted(names)
+        names.clear()
+        return found
+
+    monkeypatch.setattr(index_cache, "open_parquet", recording)
+    return since
+
+
+def same(first: EpisodeIndex, second: EpisodeIndex) -> None:
+    assert (first.paths, first.layout, first.excluded) == (second.paths, second.layout, second.excluded)
+    for name in ARRAYS:
+        a, b = getattr(first, name), getattr(second, name)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def fresh(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> EpisodeIndex:
+    """Built without a cache."""
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / f"none-{time.monotonic_ns()}"))
+        return EpisodeIndex.build(str(data))
+
+
+def test_second_build_opens_no_file_and_is_the_same(data: Path, cache: Path, opened: Opened) -> None:
+    first = EpisodeIndex.build(str(data))
+    assert opened() == ["a.parquet", "b.parquet", "c.parquet"]
+    same(EpisodeIndex.build(str(data)), first)
+    assert opened() == []
+    assert len(list(cache.iterdir())) == 1
+    EpisodeIndex.build([str(data)])
+    EpisodeIndex.build(os.path.relpath(data))
+    assert opened() == []
+
+
+def flip_byte(data: Path) -> None:
+    """One byte of an image, with size and dates as before; only ctime tells."""
+    path = data / "b.parquet"
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    time.sleep(0.02)  # a file system's clock is coarse
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def add(data: Path) -> None:
+    write(data / "b2.parquet", columns((5,)))
+
+
+def remove(data: Path) -> None:
+    (data / "a.parquet").unlink()
+
+
+def replace(data: Path) -> None:
+    time.sleep(0.02)
+    write(data / "new", columns((2, 2)))
+    (data / "new").replace(data / "c.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "read_again"),
+    [(flip_byte, ["b.parquet"]), (add, ["b2.parquet"]), (remove, []), (replace, ["c.parquet"])],
+)
+def test_only_what_changed_is_read_again(
+    data: Path,
+    cache: Path,
+    opened: Opened,
+    change: Callable[[Path], None],
+    read_again: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    EpisodeIndex.build(str(data))
+    opened()
+    change(data)
+    index = EpisodeIndex.build(str(data))
+    assert opened() == read_again
+    same(index, fresh(data, monkeypatch, tmp_path))
+    opened()
+    same(EpisodeIndex.build(str(data)), index)
+    assert opened() == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def other_version(path: Path) -> None:
+    arrays = dict(np.load(path))
+    header = arrays["header"].tobytes().replace(b'"version": 1', b'"version": 9')
+    np.savez(path, **{**arrays, "header": np.frombuffer(header, np.uint8)})  # type: ignore[arg-type]
+
+
+def pickled(path: Path) -> None:
+    np.savez(path, header=np.array([{"a": 1}], object))
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def no_bytes(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def other_bytes(path: Path) -> None:
+    path.write_bytes(b"PK and so on")
+
+
+@pytest.mark.parametrize("damage", [cut, other_version, pickled, folder, no_bytes, other_bytes])
+def test_damaged_cache_is_as_good_as_none(data: Path, cache: Path, opened: Opened, damage: Callable[[Path], None]) -> None:
+    first = EpisodeIndex.build(str(data))
+    (kept,) = cache.iterdir()
+    damage(kept)
+    opened()
+    same(EpisodeIndex.build(str(data)), first)
+    assert opened() == ["a.parquet", "b.parquet", "c.parquet"]
+    same(EpisodeIndex.build(str(data)), first)
+    assert opened() == ([] if damage is not folder else ["a.parquet", "b.parquet", "c.parquet"])
+    assert [path.name for path in cache.iterdir()] == [kept.name]  # nothing half-written stays
+
+
+def test_flipped_bytes_in_the_cache_never_give_another_index(data: Path, cache: Path) -> None:
+    EpisodeIndex.build(str(data))
+    (path,) = cache.iterdir()
+    whole, facts = path.read_bytes(), repr(index_cache.load_facts(path))
+    refused = 0
+    for place in range(0, len(whole), 13):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
+        loaded = index_cache.load_facts(path)
+        refused += not loaded
+        assert not loaded or repr(loaded) == facts
+    assert refused > 100
+
+
+def test_cache_that_cannot_be_written_is_no_error(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    first = EpisodeIndex.build(str(data))
+    same(EpisodeIndex.build(str(data)), first)
+    assert len(opened()) == 6
+
+
+def test_exclusions_and_faults_are_judged_anew_each_time(data: Path, cache: Path, opened: Opened) -> None:
+    write(data / "b.parquet", flags(put("is_last", 2, False)))
+    for _ in range(2):
+        with pytest.raises(DataError, match="row 2, column is_last"):
+            EpisodeIndex.build(str(data))
+    assert len(opened()) == 3
+    bad = Excluded(os.path.realpath(data / "b.parquet"), 0, 3, 0, (), None)
+    assert EpisodeIndex.build(str(data), "x", ExclusionList("l", [bad])).excluded == 1
+    whole = Excluded(os.path.realpath(data / "b.parquet"), None, None, None, (), None)
+    assert len(EpisodeIndex.build(str(data), "x", ExclusionList("l", [whole])).paths) == 2
+    with pytest.raises(DataError, match="row 2, column is_last"):
+        EpisodeIndex.build(str(data))
+    assert opened() == []
+
+
+def test_list_that_leaves_out_every_file_after_others_went_is_refused_as_ever(data: Path, cache: Path) -> None:
+    EpisodeIndex.build(str(data))
+    for name in "bc":
+        (data / f"{name}.parquet").unlink()
+    write(data / "d.parquet", columns())
+    (data / "a.parquet").unlink()
+    whole = Excluded(os.path.realpath(data / "d.parquet"), None, None, None, (), None)
+    for _ in range(2):
+        with pytest.raises(DataError, match="every episode is left out by l"):
+            EpisodeIndex.build(str(data), "x", ExclusionList("l", [whole]))
+    assert len(EpisodeIndex.build(str(data))) == 3
+
+
+def test_cache_lies_below_home_when_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert index_cache.cache_path(["x"]).parent == tmp_path / ".cache" / "paligemma_vla" / "index"
+    assert index_cache.cache_path(["x"]) != index_cache.cache_path(["x", "y"])
