@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from paligemma_vla.data.loader import VLADataset, build_preprocessor
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from support import config_dict, parse_config, train_here, write_episodes
+from zygote import Zygote
 
 torch.set_num_threads(1)
 ConfigFactory = Callable[..., VLAConfig]
@@ -109,3 +110,10 @@ def checkpoint(trained_run: Path) -> Path:
 @pytest.fixture(scope="session")
 def policy(checkpoint: Path) -> Policy:
     return Policy.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Runs real commands in processes of their own, at the price of a fork."""
+    with Zygote() as started:
+        yield started
