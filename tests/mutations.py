@@ -249,7 +249,7 @@ def _retype_column(rng: Rng, table: pa.Table) -> pa.Table:
     name = _any(rng, table.column_names)
     rows = range(table.num_rows)
     wrong = (
-        pa.array([n for n in rows], pa.int64()),
+        pa.array(rows, pa.int64()),
         pa.array([{"a": n} for n in rows]),
         pa.array([[[float(n)]] for n in rows], pa.list_(pa.list_(pa.float32()))),
         pa.array([datetime.date(2024, 1, 1) for _ in rows]),
@@ -415,7 +415,9 @@ def _prompt_unusable(rng: Rng, table: pa.Table) -> pa.Table:
 
 @TABLES.add()
 def _prompt_odd(rng: Rng, table: pa.Table) -> pa.Table:
-    return _with_prompt(rng, table, _any(rng, ("<image>", "<image>" * 20 + " a", "<bos><eos><pad>", "a\0b", "\x1b[31mred", "%s {}")))
+    return _with_prompt(
+        rng, table, _any(rng, ("<image>", "<image>" * 20 + " a", "<bos><eos><pad>", "a\0b", "\x1b[31mred", "%s {}"))
+    )
 
 
 @TABLES.add(*IMAGES)
@@ -615,7 +617,9 @@ def _merge_key(rng: Rng, text: str) -> str:
 
 @TEXTS.add("train")
 def _escaped_character(rng: Rng, text: str) -> str:
-    return text.replace("experiment_name: run", f'experiment_name: "a{_any(rng, (chr(92) + "0", chr(92) + "ud800", chr(92) + "n"))}"')
+    return text.replace(
+        "experiment_name: run", f'experiment_name: "a{_any(rng, (chr(92) + "0", chr(92) + "ud800", chr(92) + "n"))}"'
+    )
 
 
 @TEXTS.add("train")
@@ -648,7 +652,21 @@ def _tag(rng: Rng, text: str) -> str:
 
 # ---- keys and values of a configuration
 
-PATHS = ("", "/nonexistent/x", ".", "/etc/passwd", "/dev/null", "a\0b", "x" * 5000, "~", "*", "**/*.nothing", "[", "\ud800", " ")
+PATHS = (
+    "",
+    "/nonexistent/x",
+    ".",
+    "/etc/passwd",
+    "/dev/null",
+    "a\0b",
+    "x" * 5000,
+    "~",
+    "*",
+    "**/*.nothing",
+    "[",
+    "\ud800",
+    " ",
+)
 HUGE = "a-number-of-6000-digits"
 VALUES: tuple[Any, ...] = (
     None,

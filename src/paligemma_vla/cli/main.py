@@ -101,9 +101,11 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         if args.debug:
             traceback.print_exc()
         status, message = _told(error)
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{_printable(message)}\n")
         return status
 
+
+LONGEST_LINE, MOST_LINES = 500, 40
 
 # What a user's paths and disks can do to a file operation that no command foresees.
 SURROUNDINGS = {
@@ -115,6 +117,11 @@ SURROUNDINGS = {
     errno.EEXIST: "a folder is expected there; give another path",
     errno.ENOTDIR: "a folder is expected there; give another path",
     errno.EISDIR: "a file is expected there; give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "links lead in a circle there; give another path",
+    errno.EINVAL: "give a path that this file system can hold",
+    errno.ENODEV: "give a path to a file or folder",
+    errno.ENXIO: "give a path to a file or folder",
 }
 
 
@@ -126,6 +133,13 @@ def _told(error: Exception) -> tuple[int, str]:
         where = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {where}{error.strerror}; {SURROUNDINGS[error.errno]}"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"
+
+
+def _printable(message: str) -> str:
+    """A message may quote what a damaged file holds: control characters, or a hundred thousand of any."""
+    lines = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n")]
+    shown = "\n".join(lines[:MOST_LINES] + [f"  ... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
 
 
 if __name__ == "__main__":
