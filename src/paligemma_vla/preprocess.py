@@ -94,7 +94,7 @@ class PromptEncoder:
             if self.overflow != "truncate":
                 raise DataError(
                     f"prompt: got {len(ids)} tokens, expected at most data.prompt_max_len = {self.max_len}: "
-                    f"'{prompt[:60]}...'; raise it, or set data.prompt_overflow: truncate"
+                    f"{prompt[:60]!r}...; raise it, or set data.prompt_overflow: truncate"
                 )
             ids = ids[: self.max_len - len(self._newline)] + self._newline
         return np.array(ids, np.int64)
@@ -163,7 +163,7 @@ def load_prompt_and_image_spec(
     try:
         processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind: a folder that is almost right raises KeyError, AttributeError, ...
         raise ModelError(not_loadable(model_name_or_path, error)) from error
     if not isinstance(processor, PaliGemmaProcessor):
         raise ModelError(
