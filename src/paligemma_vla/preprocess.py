@@ -20,6 +20,7 @@ from paligemma_vla.errors import DataError, ModelError, first_line
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
 
 Box = tuple[float, float, float, float]
+LONGEST_PROMPT = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class PromptEncoder:
         prompt = prompt.strip()
         if not prompt:
             raise DataError("prompt: got an empty instruction, expected some words")
+        if len(prompt) > LONGEST_PROMPT:  # tokens of ten million characters would take ten seconds and a gigabyte
+            raise DataError(f"prompt: got {len(prompt)} characters, expected an instruction of at most {LONGEST_PROMPT}")
         # The image token written in a prompt would be taken for a picture.
         ids = [self.bos_id, *(i for i in self._ids(prompt + "\n") if i != self.image_id)]
         if len(ids) > self.max_len:
