@@ -22,6 +22,7 @@ from paligemma_vla.errors import ConfigError, closest, first_line
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
 LARGEST_FILE, MOST_VALUES = 2**20, 100_000
+MOST_ACTION_TOKENS = 8192
 
 # No count of this project can mean more, and numbers beyond overflow in the libraries below.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -463,6 +464,17 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             head.embed_dim % (2 * head.num_heads) != 0,
             [f"{head_path}.num_heads", f"{head_path}.embed_dim"],
             f"got {head.num_heads}, expected embed_dim ({head.embed_dim}) to be a multiple of 2 * num_heads",
+        ),
+        (
+            head.num_flow_samples * head.horizon > MOST_ACTION_TOKENS,
+            [f"{head_path}.num_flow_samples", f"{head_path}.horizon"],
+            f"got {head.num_flow_samples}, expected num_flow_samples * horizon ({head.horizon}) of at most "
+            f"{MOST_ACTION_TOKENS}: so many action tokens per sample pass through the head",
+        ),
+        (
+            int(head.mlp_ratio * head.embed_dim) < 1,
+            [f"{head_path}.mlp_ratio", f"{head_path}.embed_dim"],
+            f"got {head.mlp_ratio}, expected at least one hidden unit: mlp_ratio * embed_dim ({head.embed_dim}) of at least 1",
         ),
         (
             vlm.num_cameras == 1 and vlm.use_aux_camera,

@@ -1,7 +1,7 @@
 """Damaged episode files and configurations: each is used cleanly, or refused with one clear message and exit status 2.
 
-`make test` takes 100 of each, `make test-long` another 1,000 files and 300 configurations. To look at one of them:
-`pytest -k 'parquet and 17-'`, or `mutate_parquet(17, ...)` of tests/mutations.py.
+`make test` takes 100 of each, `make test-long` another 1,000 files and 300 configurations. A test's number is its seed:
+`pytest 'tests/integration/test_mutations.py::test_parquet_mutations_pass_or_are_refused[17]'` repeats one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class Command:
     accepted: tuple[int, ...] = (0, 2)
 
 
-TRAIN = Command(("train", "--config_path", "config.yaml", "--device", "cpu", "--set", "training.max_steps=1"))
 COMMANDS = {
     "stats": Command(("stats", "--config_path", "config.yaml", "--output_path", "statistics.json")),
-    "train": TRAIN,
+    "train": Command(("train", "--config_path", "config.yaml", "--device", "cpu", "--set", "training.max_steps=1")),
 }
 
 
@@ -90,14 +89,19 @@ def faults(result: Result, accepted: tuple[int, ...]) -> list[str]:
     return [text for text, met in checks.items() if met]
 
 
-def check(zygote: Zygote, mutation: Mutation, name: str, command: Command, folder: Path) -> None:
-    result = zygote.run(list(command.argv), folder, timeout=SECONDS)
-    found = faults(result, command.accepted)
-    if name in mutation.refused and result.status == 0:
-        found.append("it was accepted, and cannot have been used")
-    if mutation.sound and result.status != 0:
-        found.append("it was refused, and is sound")
-    assert not found, f"{mutation}, {name}: {'; '.join(found)}\n{result.stderr[-MESSAGE:]}"
+def check(zygote: Zygote, mutation: Mutation, commands: dict[str, Command], folder: Path) -> None:
+    """Run each command on the input in `folder`; what any of them did wrong is reported together."""
+    reports = []
+    for name, command in commands.items():
+        result = zygote.run(list(command.argv), folder, timeout=SECONDS)
+        found = faults(result, command.accepted)
+        if name in mutation.refused and result.status == 0:
+            found.append("it was accepted, and cannot have been used")
+        if mutation.sound and result.status != 0:
+            found.append("it was refused, and is sound")
+        if found:
+            reports.append(f"{mutation}, {name}: {'; '.join(found)}\n{result.stderr[-MESSAGE:]}")
+    assert not reports, "\n".join(reports)
 
 
 @pytest.mark.parametrize("seed", seeds(100, 1000))
@@ -107,15 +111,14 @@ def test_parquet_mutations_pass_or_are_refused(
     mutation = mutate_parquet(seed, source)
     (folder / "mutated.parquet").write_bytes(mutation.content)
     (folder / "config.yaml").write_text(configuration.replace(str(source), "mutated.parquet"), encoding="utf-8")
-    for name, command in COMMANDS.items():
-        check(zygote, mutation, name, command, folder)
+    check(zygote, mutation, COMMANDS, folder)
 
 
 @pytest.mark.parametrize("seed", seeds(100, 300))
 def test_yaml_mutations_pass_or_are_refused(seed: int, zygote: Zygote, configuration: str, folder: Path) -> None:
     mutation = mutate_yaml(seed, configuration)
     (folder / "config.yaml").write_bytes(mutation.content)
-    check(zygote, mutation, "train", TRAIN, folder)
+    check(zygote, mutation, {"train": COMMANDS["train"]}, folder)
 
 
 def test_mutations_are_the_same_for_the_same_seed(source: Path, configuration: str) -> None:
@@ -126,6 +129,4 @@ def test_mutations_are_the_same_for_the_same_seed(source: Path, configuration: s
 
 def test_unmutated_input_passes(zygote: Zygote, source: Path, configuration: str, folder: Path) -> None:
     (folder / "config.yaml").write_text(configuration, encoding="utf-8")
-    unmutated = Mutation(-1, "nothing", b"", sound=True)
-    for name, command in COMMANDS.items():
-        check(zygote, unmutated, name, command, folder)
+    check(zygote, Mutation(-1, "nothing", b"", sound=True), COMMANDS, folder)
