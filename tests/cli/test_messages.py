@@ -30,10 +30,15 @@ def test_message_is_no_longer_than_a_screen(capfd: pytest.CaptureFixture[str]) -
     assert message.endswith("  ... and 960 more\n")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENAMETOOLONG, errno.ELOOP])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ESTALE])
 def test_message_of_a_path_that_cannot_be_used_has_a_remedy(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     status, message = told(OSError(number, "reason", "file"), capfd)
     assert (status, message.startswith("error: file: reason; ")) == (2, True)
+
+
+def test_message_of_exhausted_memory_has_a_remedy(capfd: pytest.CaptureFixture[str]) -> None:
+    status, message = told(MemoryError(), capfd)
+    assert (status, message.startswith("error: out of memory; lower data.batch_size")) == (2, True)
 
 
 def test_message_of_a_defect_says_so(capfd: pytest.CaptureFixture[str]) -> None:

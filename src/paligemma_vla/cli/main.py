@@ -111,6 +111,9 @@ LONGEST_LINE, MOST_LINES = 500, 40
 SURROUNDINGS = {
     errno.ENOSPC: "free some space, or give a path on another disk",
     errno.EDQUOT: "free some space, or give a path on another disk",
+    errno.ENOENT: "it is not there, or was taken away during the run; give another path",
+    errno.EIO: "the disk failed; look at it, or give a path on another",
+    errno.ESTALE: "the network disk was lost; mount it again",
     errno.EACCES: "give a path that you may use",
     errno.EPERM: "give a path that you may use",
     errno.EROFS: "give a path that can be written",
@@ -132,6 +135,8 @@ def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in SURROUNDINGS:
         where = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {where}{error.strerror}; {SURROUNDINGS[error.errno]}"
+    if isinstance(error, MemoryError):
+        return 2, "error: out of memory; lower data.batch_size, data.cache_mb or data.num_workers, or the sizes of the model"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"
 
 
