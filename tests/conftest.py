@@ -122,6 +122,6 @@ def policy(checkpoint: Path) -> Policy:
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """Runs real commands in processes of their own, at the price of a fork."""
-    with Zygote() as started:
+    """Runs real commands in processes of their own, at the price of a fork. The limit spares the machine, not the tests."""
+    with Zygote(memory=8 * 2**30) as started:
         yield started

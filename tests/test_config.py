@@ -144,6 +144,57 @@ def test_config_converts_nothing_silently(key: str, value: object) -> None:
     assert [fault.partition(": ")[0] for fault in faults({key: value})] == [key]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.batch_size", 2**31),
+        ("data.num_workers", 10**4),
+        ("data.prompt_max_len", 10**6),
+        ("data.normalization_stats_path", ""),
+        ("data.train_parquet_files", ""),
+        ("data.train_parquet_files", "a\0b"),
+        ("data.train_parquet_files", [{"path": "a", "weight": 1e300}]),
+        ("model.action_head_config.embed_dim", 10**6),
+        ("model.action_head_config.num_layers", 10**5),
+        ("model.action_head_config.horizon", 10**30),
+        ("model.action_head_config.horizon", -1),
+        ("model.action_head_config.mlp_ratio", 1e9),
+        ("model.action_head_config.mlp_ratio", 1e-9),
+        ("model.action_head_config.num_flow_samples", 10**4),
+        ("optimizer.betas", [0.9, 1.0]),
+        ("optimizer.lr", 1e300),
+        ("training.seed", 2**64),
+        ("training.experiment_name", ".."),
+        ("training.experiment_name", "x" * 300),
+        ("training.checkpoint_dir", "\ud800"),
+        ("wandb.entity", "a\0"),
+    ],
+)
+def test_config_refuses_what_no_run_can_mean(key: str, value: object) -> None:
+    (fault,) = faults({key: value})
+    assert fault.startswith(key)
+    assert len(fault) < 300
+
+
+def test_config_refuses_more_action_tokens_than_a_batch_can_hold() -> None:
+    head = "model.action_head_config"
+    (fault,) = faults({f"{head}.num_flow_samples": 200, f"{head}.horizon": 100})
+    assert fault.startswith(f"{head}.num_flow_samples: got 200, expected num_flow_samples * horizon (100) of at most 8192")
+
+
+def test_config_shows_no_number_that_python_would_not_write() -> None:
+    assert faults({"data.batch_size": 16**5000}) == [
+        "data.batch_size: got a number of thousands of digits, expected: less than 2147483648"
+    ]
+
+
+def test_config_names_a_key_that_is_no_text() -> None:
+    with pytest.raises(ConfigError, match="2 faults"):
+        config_from_dict({**MINIMAL, 1: 2, "a\nb": 3})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"'a\\nb': unknown key"):
+        config_from_dict({**MINIMAL, "a\nb": 3})
+
+
 def test_config_is_frozen() -> None:
     config = config_from_dict(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
@@ -209,6 +260,43 @@ def test_yaml_reads_scientific_numbers(text: str, value: object) -> None:
 def test_yaml_refuses_a_key_given_twice(text: str) -> None:
     with pytest.raises(ConfigError, match=r"f\.yaml: .*'a' is given twice.*line [34]"):
         parse_yaml(text, "f.yaml")
+
+
+def test_yaml_merge_keys_give_defaults_that_other_keys_replace() -> None:
+    text = "base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}\n"
+    assert parse_yaml(text, "f.yaml")["more"] == {"a": 1, "b": 3}
+
+
+def test_yaml_refuses_aliases_that_unfold_without_end() -> None:
+    laughs = "\n".join(["l0: &l0 [x]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40))])
+    for text in (laughs, "a: &a [*a]", "a: &a {b: {c: *a}}", laughs.replace("[", "{<<: [").replace("]", "]}")):
+        with pytest.raises(ConfigError, match=r"f\.yaml: not valid YAML: .*(more than 100000 values|merging)"):
+            parse_yaml(text, "f.yaml")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("number", ["1" * 10**6 + "e", "1." + "1" * 10**6 + "e", "1_" * 10**5 + "e", "1e" + "1" * 10**6 + "x"])
+def test_yaml_text_that_nearly_is_a_number_takes_no_time(number: str) -> None:
+    assert parse_yaml(f"x: {number}", "f.yaml") == {"x": number}
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "{a: " * 10_000, "- " * 10_000])
+def test_yaml_refuses_endless_nesting(text: str) -> None:
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        parse_yaml(text, "f.yaml")
+
+
+def test_yaml_refuses_a_file_too_large_to_be_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "big.yaml").write_bytes(b"a" * 2**21)
+    for path in (tmp_path / "big.yaml", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"{path}: got more than 1 MB, expected a configuration"):
+            load_config(path)
+
+
+@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "!!timestamp x", "!!float x", "!!binary é", "2024-13-45"])
+def test_yaml_values_that_their_tags_cannot_take_name_the_file(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^f\.yaml: not valid YAML: .+"):
+        parse_yaml(f"a: {value}", "f.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: [1", "a: !!python/object/apply:os.system [ls]", "\t- a", "a: b: c", "? [1]\n: 2\n"])

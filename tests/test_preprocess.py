@@ -96,6 +96,12 @@ def test_prompt_empty_is_refused(tiny_model_dir: Path, prompt: str) -> None:
         load(tiny_model_dir)[0].encode(["open the drawer", prompt], np.ones((2, 1), bool))
 
 
+@pytest.mark.parametrize("overflow", ["error", "truncate"])
+def test_prompt_of_a_books_length_is_refused_unread(tiny_model_dir: Path, overflow: str) -> None:
+    with pytest.raises(DataError, match="got 100001 characters, expected an instruction of at most 100000"):
+        load(tiny_model_dir, overflow=overflow)[0].text_ids("a" * 100_001)
+
+
 def test_prompt_image_token_typed_by_a_person_is_no_picture(tiny_model_dir: Path) -> None:
     encoder, _ = load(tiny_model_dir)
     ids, _ = encoder.encode(["open <image> the <image><image> drawer"], np.ones((1, 1), bool))

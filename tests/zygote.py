@@ -1,11 +1,12 @@
 """Real commands, in processes of their own, without paying for the imports each time.
 
 One single-threaded process has imported torch, transformers, pyarrow and the commands; each request forks a child of it that
-runs `paligemma-vla ARGV` to its end, as the interpreter would: exit handlers, uncaught errors and all.
+runs `paligemma-vla ARGV` to its end, uncaught errors and exit handlers included.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -15,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 LIGHT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -141,13 +143,28 @@ def _fork(request: dict[str, Any], folder: str) -> int:
             resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
         os.close(ready)
         os.close(set_up)
-        from paligemma_vla.cli.main import main
-
-        sys.exit(main(request["argv"]))
+        _run(request["argv"])
     os.close(set_up)
     os.read(ready, 1)  # ends when the child has closed its end: it leads its group now
     os.close(ready)
     return pid
+
+
+def _run(argv: list[str]) -> NoReturn:
+    """Run a command and end as `sys.exit` would, but for the teardown of the modules, which takes longer than most commands."""
+    from paligemma_vla.cli.main import main
+
+    try:
+        status: Any = main(argv)
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def _redirect(path: str, number: int) -> None:

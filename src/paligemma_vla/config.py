@@ -7,24 +7,30 @@ by `to_yaml`, complete, into the run's folder and into every checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paligemma_vla.errors import ConfigError, closest, first_line
 from paligemma_vla.storage import is_url, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
+LARGEST_FILE, MOST_VALUES = 2**20, 100_000
+MOST_ACTION_TOKENS = 8192
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# No count of this project can mean more, and numbers beyond overflow in the libraries below.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+PathText = Annotated[str, Field(min_length=1)]
 ClassPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
@@ -33,13 +39,21 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @field_validator("*")
+    @classmethod
+    def _without_nul(cls, value: Any) -> Any:
+        """No file system, and no C string, can hold a NUL character."""
+        if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("text without NUL characters")
+        return value
+
 
 class DataSource(Section):
-    path: str = Field(description="File, folder or glob of Parquet files.")
-    weight: float = Field(1.0, gt=0, description="Share of the samples drawn from here, relative to the other sources.")
+    path: PathText = Field(description="File, folder or glob of Parquet files.")
+    weight: float = Field(1.0, gt=0, le=1e6, description="Share of the samples drawn from here, relative to the other sources.")
 
 
-ParquetFiles = str | Annotated[tuple[str | DataSource, ...], Field(strict=False, min_length=1)]
+ParquetFiles = PathText | Annotated[tuple[PathText | DataSource, ...], Field(strict=False, min_length=1)]
 
 
 def source_paths(files: str | Sequence[str | DataSource]) -> list[str]:
@@ -63,24 +77,28 @@ class DataConfig(Section):
     val_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of episodes held out when val_parquet_files is null; 0: no validation."
     )
-    exclude_episodes: str | None = Field(None, description="Episodes to leave out: list written by `paligemma-vla data check`.")
-    normalization_stats_path: str = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
+    exclude_episodes: PathText | None = Field(
+        None, description="Episodes to leave out: list written by `paligemma-vla data check`."
+    )
+    normalization_stats_path: PathText = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
     allow_other_statistics: bool = Field(
         False,
         description="Accept statistics whose range the training data leaves: those of another data set, on purpose.",
     )
-    state_dim: Positive = Field(7, description="Numbers in the state column.")
-    max_seq_len: Positive = Field(1, description="Frames in a window that ends at the current step; the model sees its last.")
-    prompt_max_len: Positive = Field(64, description="Longest instruction in tokens, `<bos>` and newline included.")
+    state_dim: Positive = Field(7, le=4096, description="Numbers in the state column.")
+    max_seq_len: Positive = Field(
+        1, le=4096, description="Frames in a window that ends at the current step; the model sees its last."
+    )
+    prompt_max_len: Positive = Field(64, le=4096, description="Longest instruction in tokens, `<bos>` and newline included.")
     prompt_overflow: Literal["error", "truncate"] = Field("error", description="What to do with a longer instruction.")
     image_resize: Literal["stretch", "pad"] = Field("stretch", description="stretch as PaliGemma does, or pad to a square.")
     pad_action_dim: bool = Field(
         False, description="Accept data with fewer action numbers than per_action_dim: padded, and left out of the loss."
     )
     batch_size: Positive = Field(32, description="Samples per optimiser step, over all processes and accumulation.")
-    num_workers: NonNegative = Field(2, description="Loader processes per training process; 0: load in place.")
-    prefetch_factor: Positive = Field(2, description="Batches each worker prepares ahead.")
+    num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in place.")
+    prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
     pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
     cache_mb: NonNegative = Field(256, description="Still-compressed row groups kept in memory, per loader process, MB.")
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
@@ -88,10 +106,10 @@ class DataConfig(Section):
 
 class VLMConfig(Section):
     backbone: ClassPath = Field(PALIGEMMA, description="`package.module:Class`: images + prompts -> (B, T, E).")
-    model_name_or_path: str = Field(description="Hub id (google/paligemma-3b-pt-224) or a local folder.")
+    model_name_or_path: PathText = Field(description="Hub id (google/paligemma-3b-pt-224) or a local folder.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     use_aux_camera: bool = Field(False, description="Use image_2 as well.")
-    num_cameras: Positive | None = Field(None, description="More cameras than two; null: 2 with use_aux_camera, else 1.")
+    num_cameras: Positive | None = Field(None, le=16, description="More cameras than two; null: 2 with use_aux_camera, else 1.")
     freeze_vision_tower: bool = Field(False, description="SigLIP and its projector keep their weights.")
     freeze_language_model: bool = Field(False, description="Gemma keeps its weights.")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -110,15 +128,15 @@ class VLMConfig(Section):
 class ActionHeadConfig(Section):
     head: ClassPath = Field(FLOW_HEAD, description="`package.module:Class` with `loss` and `get_action`.")
     use_state_input: bool = Field(True, description="Give the head the robot's state.")
-    horizon: Positive = Field(8, description="Actions in a chunk (K).")
-    per_action_dim: Positive = Field(7, description="Numbers in one action (A).")
-    action_dim: Positive | None = Field(None, description="horizon * per_action_dim; may be left out.")
-    embed_dim: Positive = Field(1024, description="Width of the head; need not equal the backbone's.")
-    num_layers: Positive = Field(8, description="Transformer blocks.")
-    num_heads: Positive = Field(8, description="Attention heads; must divide embed_dim.")
-    mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of a block's MLP, relative to embed_dim.")
-    num_inference_timesteps: Positive = Field(50, description="Euler steps when sampling.")
-    num_flow_samples: Positive = Field(1, description="(t, noise) draws per context in training (M).")
+    horizon: Positive = Field(8, le=1024, description="Actions in a chunk (K).")
+    per_action_dim: Positive = Field(7, le=4096, description="Numbers in one action (A).")
+    action_dim: int | None = Field(None, gt=0, description="horizon * per_action_dim; may be left out.")
+    embed_dim: Positive = Field(1024, le=65_536, description="Width of the head; need not equal the backbone's.")
+    num_layers: Positive = Field(8, le=1000, description="Transformer blocks.")
+    num_heads: Positive = Field(8, le=1024, description="Attention heads; must divide embed_dim.")
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="Hidden width of a block's MLP, relative to embed_dim.")
+    num_inference_timesteps: Positive = Field(50, le=1000, description="Euler steps when sampling.")
+    num_flow_samples: Positive = Field(1, le=256, description="(t, noise) draws per context in training (M).")
     detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")
 
     @model_validator(mode="before")
@@ -126,7 +144,7 @@ class ActionHeadConfig(Section):
     def _fill_action_dim(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and raw.get("action_dim") is None:
             product = raw.get("horizon", 8), raw.get("per_action_dim", 7)
-            if all(isinstance(v, int) for v in product):
+            if all(type(v) is int and v > 0 for v in product):
                 raw = {**raw, "action_dim": product[0] * product[1]}
         return raw
 
@@ -144,8 +162,10 @@ class StageConfig(Section):
 class TrainingConfig(Section):
     epochs: Positive = Field(10, description="Passes over the training samples.")
     max_steps: Positive | None = Field(None, description="End after this many optimiser steps, schedule included.")
-    seed: NonNegative = Field(0, description="Order, augmentation, flow time and noise are functions of it and the position.")
-    grad_clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Order, augmentation, flow time and noise are functions of it and the position."
+    )
+    grad_clip_norm: float = Field(1.0, gt=0, le=1e30, description="Largest gradient norm.")
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Moving average of the weights, used by validation and Policy; 0: off."
@@ -165,8 +185,10 @@ class TrainingConfig(Section):
     max_skipped_steps: Positive = Field(
         10, description="Steps in a row with NaN or infinity in loss or gradient; each is skipped, then the run stops."
     )
-    checkpoint_dir: str = Field("experiments", description="Folder that holds the runs, or its URL (s3://, gs://, ...).")
-    experiment_name: str = Field("default", pattern=r"^[\w.\-]+$", description="Folder of this run.")
+    checkpoint_dir: PathText = Field("experiments", description="Folder that holds the runs, or its URL (s3://, gs://, ...).")
+    experiment_name: str = Field(
+        "default", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=128, description="Folder of this run."
+    )
     stop_after_epoch: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     stop_after_step: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the run's folder.")
@@ -174,16 +196,16 @@ class TrainingConfig(Section):
 
 class OptimizerConfig(Section):
     type: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0, description="Rate of the action head.")
-    vlm_lr: float | None = Field(None, gt=0, description="Rate of the backbone; null: the same.")
-    weight_decay: float = Field(0.01, ge=0, description="On matrices; never on norms, biases and embeddings.")
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(1e-4, gt=0, le=1000, description="Rate of the action head.")
+    vlm_lr: float | None = Field(None, gt=0, le=1000, description="Rate of the backbone; null: the same.")
+    weight_decay: float = Field(0.01, ge=0, le=1000, description="On matrices; never on norms, biases and embeddings.")
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0, le=1)
 
 
 class SchedulerConfig(Section):
     type: Literal["cosine", "constant"] = "cosine"
-    T_max: float | None = Field(None, gt=0, description="Length of the cosine in epochs; null: the whole run.")
+    T_max: float | None = Field(None, gt=0, le=1e9, description="Length of the cosine in epochs; null: the whole run.")
     warmup_steps: NonNegative = Field(0, description="Optimiser steps of linear warm-up.")
     min_lr_ratio: Fraction = Field(0.0, description="Rate at the end of the cosine, relative to lr.")
 
@@ -228,7 +250,30 @@ def json_schema() -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice, and aliases that grow without end."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _unfolded(node, {})
+        return node
+
+
+def _unfolded(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Number of values under a node with every alias written out: nine lines of aliases can stand for a billion.
+
+    sizes: what is known already, by the node's id; infinity while a node is being counted, so one within itself is found.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        parts: list[Any] = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        sizes[id(node)] = 1 + sum(_unfolded(part, sizes) for part in parts)
+    if sizes[id(node)] > MOST_VALUES:
+        problem = f"more than {MOST_VALUES} values, with every alias written out,"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return sizes[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -238,16 +283,21 @@ class _Dumper(yaml.SafeDumper):
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),  # one way to match: a million digits take no time
         list("-+0123456789."),
     )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.value[number][0].start_mark)
+    given = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` gives defaults, which keys beside it may replace
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, Hashable):
+            if key in given:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            given.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -256,10 +306,22 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML; a fault raises `ConfigError` with file, line and column."""
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(
+            f"{where}: got more than {LARGEST_FILE // 2**20} MB, expected a configuration; name folders or globs of data "
+            f"instead of single files"
+        )
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not valid YAML: brackets or indentations nested too deeply") from error
+    except Exception as error:  # of any kind: PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, ...
+        raise ConfigError(f"{where}: not valid YAML: {_kind(error)}{' '.join(str(error).split())}") from error
+
+
+def _kind(error: Exception) -> str:
+    """What to say before an error's text where the text alone ('x', for a KeyError) says nothing."""
+    return "" if isinstance(error, (yaml.YAMLError, TypeError, ValueError)) else "a value that its tag cannot take: "
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -280,8 +342,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises `ConfigError` with every fault at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_FILE + 1).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot read the configuration ({first_line(error)}); run from the project's folder, or name it with "
             f"--config_path"
@@ -330,8 +393,7 @@ def _describe(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             faults[path] = f"{path}: missing; it has no default"
         else:
-            got = repr(item["input"])
-            text = f"got {got if len(got) < 80 else got[:77] + '...'}, expected: {_lower(item['msg'])}"
+            text = f"got {_quoted(item['input'])}, expected: {_lower(item['msg'])}"
             faults.setdefault(path, f"{path}: {text}")
     # A union (str or list of str or ...) is reported once per member: the fault furthest inside is the one that helps.
     unions = ("data.train_parquet_files", "data.val_parquet_files")
@@ -342,9 +404,18 @@ def _describe(error: ValidationError) -> list[str]:
     ]
 
 
+def _quoted(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) < 80 else text[:77] + "..."
+
+
 def _dotted(location: tuple[int | str, ...]) -> str:
     """Dotted path of a fault, without the names that pydantic gives to the members of a union."""
-    members = ("str", "DataSource")
+    members = ("str", "constrained-str", "DataSource")
+    location = tuple(part if str(part).isprintable() else repr(part) for part in location)
     inner = [part for part in location[:-1] if part not in members and not str(part).startswith(("tuple[", "function-"))]
     last = location[-1]
     union_member = last in members and "parquet_files" in ".".join(map(str, inner))
@@ -417,6 +488,17 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             head.embed_dim % (2 * head.num_heads) != 0,
             [f"{head_path}.num_heads", f"{head_path}.embed_dim"],
             f"got {head.num_heads}, expected embed_dim ({head.embed_dim}) to be a multiple of 2 * num_heads",
+        ),
+        (
+            head.num_flow_samples * head.horizon > MOST_ACTION_TOKENS,
+            [f"{head_path}.num_flow_samples", f"{head_path}.horizon"],
+            f"got {head.num_flow_samples}, expected num_flow_samples * horizon ({head.horizon}) of at most "
+            f"{MOST_ACTION_TOKENS}: so many action tokens per sample pass through the head",
+        ),
+        (
+            int(head.mlp_ratio * head.embed_dim) < 1,
+            [f"{head_path}.mlp_ratio", f"{head_path}.embed_dim"],
+            f"got {head.mlp_ratio}, expected at least one hidden unit: mlp_ratio * embed_dim ({head.embed_dim}) of at least 1",
         ),
         (
             vlm.num_cameras == 1 and vlm.use_aux_camera,

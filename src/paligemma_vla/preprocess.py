@@ -20,6 +20,7 @@ from paligemma_vla.errors import DataError, ModelError, first_line
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
 
 Box = tuple[float, float, float, float]
+LONGEST_PROMPT = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,15 @@ class PromptEncoder:
         prompt = prompt.strip()
         if not prompt:
             raise DataError("prompt: got an empty instruction, expected some words")
+        if len(prompt) > LONGEST_PROMPT:  # tokens of ten million characters would take ten seconds and a gigabyte
+            raise DataError(f"prompt: got {len(prompt)} characters, expected an instruction of at most {LONGEST_PROMPT}")
         # The image token written in a prompt would be taken for a picture.
         ids = [self.bos_id, *(i for i in self._ids(prompt + "\n") if i != self.image_id)]
         if len(ids) > self.max_len:
             if self.overflow != "truncate":
                 raise DataError(
                     f"prompt: got {len(ids)} tokens, expected at most data.prompt_max_len = {self.max_len}: "
-                    f"'{prompt[:60]}...'; raise it, or set data.prompt_overflow: truncate"
+                    f"{prompt[:60]!r}...; raise it, or set data.prompt_overflow: truncate"
                 )
             ids = ids[: self.max_len - len(self._newline)] + self._newline
         return np.array(ids, np.int64)
@@ -163,7 +166,7 @@ def load_prompt_and_image_spec(
     try:
         processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind: a folder that is almost right raises KeyError, AttributeError, ...
         raise ModelError(not_loadable(model_name_or_path, error)) from error
     if not isinstance(processor, PaliGemmaProcessor):
         raise ModelError(

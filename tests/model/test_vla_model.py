@@ -222,6 +222,13 @@ def test_bfloat16_computes_in_bfloat16_on_float32_masters(
     [
         ("model.vlm_config.backbone", "no.such.module:Class", "model.vlm_config.backbone: cannot find"),
         ("model.action_head_config.head", "paligemma_vla.flow:NoSuchHead", "model.action_head_config.head: cannot find"),
+        ("model.action_head_config.head", "..:Head", "model.action_head_config.head: cannot find"),
+        (
+            "model.vlm_config.backbone",
+            "os:system",
+            r"backbone: got 'os:system', expected a torch\.nn\.Module with trainable",
+        ),
+        ("model.action_head_config.head", "torch.nn:Linear", r"head: got 'torch\.nn:Linear', expected .* with get_action\(\)"),
     ],
 )
 def test_class_that_cannot_be_found_names_the_key(session_config: ConfigFactory, key: str, path: str, message: str) -> None:

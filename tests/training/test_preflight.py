@@ -20,11 +20,12 @@ from paligemma_vla.training.trainer import Trainer
 from support import write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def message(config: VLAConfig, processes: int = 1) -> str:
     with pytest.raises(VLAError) as caught:
-        preflight.prepare(config, processes)
+        preflight.prepare(config, Distributed(0, processes, torch.device("cpu")))
     return str(caught.value)
 
 
@@ -74,7 +75,7 @@ def test_statistics_of_other_data_are_refused_unless_allowed(
     settings = {"data.train_parquet_files": str(here), "data.normalization_stats_path": str(path)}
     moved = here.rename(tmp_path / "moved")
     with caplog.at_level(logging.WARNING):
-        preflight.prepare(tiny_config({**settings, "data.train_parquet_files": str(moved)}), 1)
+        preflight.prepare(tiny_config({**settings, "data.train_parquet_files": str(moved)}), ALONE)
     assert not caplog.records
 
     raw = json.loads(path.read_text())
@@ -82,7 +83,7 @@ def test_statistics_of_other_data_are_refused_unless_allowed(
     path.write_text(json.dumps(raw))
     settings["data.train_parquet_files"] = str(moved)
     with caplog.at_level(logging.WARNING):
-        preflight.prepare(tiny_config(settings), 1)  # other files, but numbers like theirs
+        preflight.prepare(tiny_config(settings), ALONE)  # other files, but numbers like theirs
     assert "was not computed from 3 of the 3 training files" in caplog.text
 
     raw["action"]["max"][1] = 0.1
@@ -91,7 +92,7 @@ def test_statistics_of_other_data_are_refused_unless_allowed(
     assert f"{path} is of other data: {moved}" in told
     assert "column action, dimension 1 (dy): got 0." in told
     assert "and 0.1; compute the statistics of this data" in told
-    preflight.prepare(tiny_config({**settings, "data.allow_other_statistics": True}), 1)
+    preflight.prepare(tiny_config({**settings, "data.allow_other_statistics": True}), ALONE)
 
 
 @pytest.mark.parametrize("resuming", [False, True])
@@ -104,4 +105,4 @@ def test_faults_are_told_before_the_backbone_is_loaded(
     monkeypatch.setattr("paligemma_vla.training.trainer.VLAModel", load)
     config = tiny_config({"data.batch_size": 999}, cameras=2)
     with pytest.raises(VLAError, match=r"data\.batch_size: got 999, expected at most"):
-        Trainer(config, Distributed(0, 1, torch.device("cpu")), checkpoint if resuming else None)
+        Trainer(config, ALONE, checkpoint if resuming else None)

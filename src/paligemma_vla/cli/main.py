@@ -98,14 +98,19 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         if args.debug:
             traceback.print_exc()
         status, message = _told(error)
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{_printable(message)}\n")
         return status
 
+
+LONGEST_LINE, MOST_LINES = 500, 40
 
 # What a user's paths and disks can do to a file operation that no command foresees.
 SURROUNDINGS = {
     errno.ENOSPC: "free some space, or give a path on another disk",
     errno.EDQUOT: "free some space, or give a path on another disk",
+    errno.ENOENT: "it is not there, or was taken away during the run; give another path",
+    errno.EIO: "the disk failed; look at it, or give a path on another",
+    errno.ESTALE: "the network disk was lost; mount it again",
     errno.EACCES: "give a path that you may use",
     errno.EPERM: "give a path that you may use",
     errno.EFBIG: "raise the limit on file sizes, or give a path on another disk",
@@ -113,6 +118,11 @@ SURROUNDINGS = {
     errno.EEXIST: "a folder is expected there; give another path",
     errno.ENOTDIR: "a folder is expected there; give another path",
     errno.EISDIR: "a file is expected there; give another path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "links lead in a circle there; give another path",
+    errno.EINVAL: "give a path that this file system can hold",
+    errno.ENODEV: "give a path to a file or folder",
+    errno.ENXIO: "give a path to a file or folder",
 }
 
 
@@ -123,7 +133,16 @@ def _told(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in SURROUNDINGS:
         where = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {where}{error.strerror}; {SURROUNDINGS[error.errno]}"
+    if isinstance(error, MemoryError):
+        return 2, "error: out of memory; lower data.batch_size, data.cache_mb or data.num_workers, or the sizes of the model"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"
+
+
+def _printable(message: str) -> str:
+    """A message may quote what a damaged file holds: control characters, or a hundred thousand of any."""
+    lines = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n")]
+    shown = "\n".join(lines[:MOST_LINES] + [f"  ... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
 
 
 if __name__ == "__main__":

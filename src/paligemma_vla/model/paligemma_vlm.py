@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PaliGemmaConfig, PaliGemmaModel
 
@@ -117,7 +116,7 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of any kind, SafetensorError among them: see load_prompt_and_image_spec
         raise ModelError(not_loadable(config.model_name_or_path, error)) from error
     model: PaliGemmaModel = loaded[0]
     report: dict[str, Any] = loaded[1]

@@ -12,18 +12,34 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import ModelError
+from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 
 
-def resolve_class(path: str, key: str) -> Any:
-    """The class behind `package.module:Class`; raises `ModelError` naming the config key."""
+def resolve_class(path: str, key: str, promised: str) -> Any:
+    """The class behind `package.module:Class`; raises `ModelError` naming the config key.
+
+    promised: the method by which such a class is told from any other.
+    """
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"{key}: cannot find '{path}' ({error}); expected package.module:Class") from error
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # of any kind: importing runs whatever the module holds
+        raise ModelError(f"{key}: cannot find '{path}' ({first_line(error)}); expected package.module:Class") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, promised)):
+        raise ModelError(f"{key}: got '{path}', expected a torch.nn.Module with {promised}(); docs/architecture.md says more")
+    return found
+
+
+def resolve_backbone(config: VLAConfig) -> Any:
+    """The class of the backbone; raises `ModelError`."""
+    return resolve_class(config.model.vlm_config.backbone, "model.vlm_config.backbone", "trainable_parameters")
+
+
+def resolve_head(config: VLAConfig) -> Any:
+    """The class of the action head; raises `ModelError`."""
+    return resolve_class(config.model.action_head_config.head, "model.action_head_config.head", "get_action")
 
 
 class VLAModel(nn.Module):
@@ -50,8 +66,7 @@ class VLAModel(nn.Module):
                 config.data.prompt_overflow,
                 config.data.image_resize,
             )
-        backbone = resolve_class(vlm.backbone, "model.vlm_config.backbone")
-        action_head = resolve_class(head.head, "model.action_head_config.head")
+        backbone, action_head = resolve_backbone(config), resolve_head(config)
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
         self.compute_dtype = getattr(torch, vlm.dtype)

@@ -17,8 +17,10 @@ from paligemma_vla.data.loader import VLADataset, check_fit
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.data.sampling import SampleOrder
 from paligemma_vla.errors import ConfigError, DataError, Faults
+from paligemma_vla.model.memory import check_head_fits
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
+from paligemma_vla.training.distributed import Distributed
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
@@ -42,14 +44,16 @@ class Data:
         return {"training": self.train.index.fingerprint, "validation": validation}
 
 
-def prepare(config: VLAConfig, processes: int, preprocessor: Preprocessor | None = None) -> tuple[Preprocessor, Data]:
+def prepare(config: VLAConfig, distributed: Distributed, preprocessor: Preprocessor | None = None) -> tuple[Preprocessor, Data]:
     """Read what a run starts from, and hold all of it against each other.
 
     preprocessor: that of a checkpoint; None builds it from the configuration. Raises one `VLAError` with every fault.
     """
     faults = Faults()
     with faults.gathered():
-        _check_division(config, processes)
+        _check_division(config, distributed.world_size)
+    with faults.gathered():
+        check_head_fits(config, distributed.device)
     statistics = preprocessor.statistics if preprocessor else None
     if preprocessor is None:
         with faults.gathered():

@@ -78,7 +78,7 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
         kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
-        self.preprocessor, self.data = prepare(config, distributed.world_size, kept)
+        self.preprocessor, self.data = prepare(config, distributed, kept)
         if saved is not None and not force:
             check_same_run(saved, config, self.data.fingerprint, str(resume))
         self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, saved["backbone"] if saved else None)

@@ -1,0 +1,132 @@
+"""Damaged episode files and configurations: each is used cleanly, or refused with one clear message and exit status 2.
+
+`make test` takes 100 of each, `make test-long` another 1,000 files and 300 configurations. A test's number is its seed:
+`pytest 'tests/integration/test_mutations.py::test_parquet_mutations_pass_or_are_refused[17]'` repeats one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mutations import Mutation, mutate_parquet, mutate_yaml
+from paligemma_vla.data.statistics import compute_statistics
+from support import config_dict, write_episodes
+from zygote import Result, Zygote
+
+SECONDS, PEAK_BYTES, MESSAGE = 60, 1.5e9, 4000
+EPISODES = (6, 2, 9, 4, 1)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that reads mutated input, and the statuses it may end with."""
+
+    argv: tuple[str, ...]
+    accepted: tuple[int, ...] = (0, 2)
+
+
+COMMANDS = {
+    "stats": Command(("stats", "--config_path", "config.yaml", "--output_path", "statistics.json")),
+    "train": Command(("train", "--config_path", "config.yaml", "--device", "cpu", "--set", "training.max_steps=1")),
+}
+
+
+def seeds(short: int, long: int) -> list[Any]:
+    return [*range(short), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(short, short + long))]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One sound file of a few short episodes."""
+    folder = tmp_path_factory.mktemp("source")
+    write_episodes(folder, lengths=EPISODES, per_file=len(EPISODES))
+    return next(folder.glob("*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def configuration(tiny_model_dir: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run that reads every row in one step and one validation, in the folder it is started in."""
+    statistics = tmp_path_factory.mktemp("statistics") / "statistics.json"
+    compute_statistics(str(source), "test").save(statistics)
+    raw = config_dict(tiny_model_dir, source, statistics, Path("experiments"))
+    raw["data"]["batch_size"] = 64
+    raw["wandb"] = {"mode": "offline"}
+    return yaml.safe_dump(raw, sort_keys=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def faults(result: Result, accepted: tuple[int, ...]) -> list[str]:
+    """What a user should not have met."""
+    lines = re.split(r"[\r\n]+", result.stderr.strip())
+    begins = [number for number, line in enumerate(lines) if line.startswith(("error: ", "usage: "))]
+    message = lines[begins[0] :] if begins else []
+    checks = {
+        "it hung": result.hung,
+        f"status {result.status}, expected {accepted}": result.status not in accepted,
+        f"{result.peak_bytes / 1e6:.0f} MB of memory": result.peak_bytes > PEAK_BYTES,
+        "a traceback": "Traceback" in result.stderr,
+        "an internal error": "internal error" in result.stderr,
+        "a Python warning": re.search(r"\w*Warning: ", result.stderr) is not None,
+        "no single message": result.status == 2 and len(begins) != 1,
+        "a message that goes on for other reasons": not all(line.startswith("  ") for line in message[1:]),
+        f"a message of {len(''.join(message))} characters": len("".join(message)) > MESSAGE,
+        "control characters": any(not character.isprintable() for line in message for character in line),
+        "an error, and yet success": result.status == 0 and bool(begins),
+    }
+    return [text for text, met in checks.items() if met]
+
+
+def check(zygote: Zygote, mutation: Mutation, commands: dict[str, Command], folder: Path) -> None:
+    """Run each command on the input in `folder`; what any of them did wrong is reported together."""
+    reports = []
+    for name, command in commands.items():
+        result = zygote.run(list(command.argv), folder, timeout=SECONDS)
+        found = faults(result, command.accepted)
+        if name in mutation.refused and result.status == 0:
+            found.append("it was accepted, and cannot have been used")
+        if mutation.sound and result.status != 0:
+            found.append("it was refused, and is sound")
+        if found:
+            reports.append(f"{mutation}, {name}: {'; '.join(found)}\n{result.stderr[-MESSAGE:]}")
+    assert not reports, "\n".join(reports)
+
+
+@pytest.mark.parametrize("seed", seeds(100, 1000))
+def test_parquet_mutations_pass_or_are_refused(
+    seed: int, zygote: Zygote, source: Path, configuration: str, folder: Path
+) -> None:
+    mutation = mutate_parquet(seed, source)
+    (folder / "mutated.parquet").write_bytes(mutation.content)
+    (folder / "config.yaml").write_text(configuration.replace(str(source), "mutated.parquet"), encoding="utf-8")
+    check(zygote, mutation, COMMANDS, folder)
+
+
+@pytest.mark.parametrize("seed", seeds(100, 300))
+def test_yaml_mutations_pass_or_are_refused(seed: int, zygote: Zygote, configuration: str, folder: Path) -> None:
+    mutation = mutate_yaml(seed, configuration)
+    (folder / "config.yaml").write_bytes(mutation.content)
+    check(zygote, mutation, {"train": COMMANDS["train"]}, folder)
+
+
+def test_mutations_are_the_same_for_the_same_seed(source: Path, configuration: str) -> None:
+    for seed in range(40):
+        assert mutate_parquet(seed, source) == mutate_parquet(seed, source)
+        assert mutate_yaml(seed, configuration) == mutate_yaml(seed, configuration)
+
+
+def test_unmutated_input_passes(zygote: Zygote, source: Path, configuration: str, folder: Path) -> None:
+    (folder / "config.yaml").write_text(configuration, encoding="utf-8")
+    check(zygote, Mutation(-1, "nothing", b"", sound=True), COMMANDS, folder)
