@@ -6,6 +6,7 @@ by `to_yaml`, complete, into the run's folder and into every checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -244,6 +245,15 @@ class VLAConfig(Section):
         return f"{folder.rstrip('/')}/{self.training.experiment_name}" if is_url(folder) else None
 
 
+class InvalidConfig(ConfigError):
+    """A configuration with faults. usable: what the right keys make, where enough of them are right. wrong: the others."""
+
+    def __init__(self, where: str, faults: Sequence[str], usable: VLAConfig | None, wrong: Set[str]) -> None:
+        self.where, self.faults, self.usable, self.wrong = where, list(faults), usable, wrong
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        super().__init__("\n  ".join([f"{where}: {count} in the configuration", *faults]))
+
+
 def json_schema() -> str:
     """JSON schema of the configuration, for completion and checking in editors (configs/vla_config.schema.json)."""
     return json.dumps(VLAConfig.model_json_schema(), indent=2) + "\n"
@@ -366,15 +376,19 @@ def config_from_dict(raw: Mapping[str, Any], overrides: Mapping[str, Any] | None
             section[name] = child if isinstance(child, dict) else {}
             section = section[name]
         section[leaf] = value
+    usable: VLAConfig | None
+    wrong: set[str] = set()
     try:
-        config = VLAConfig.model_validate(merged)
+        usable = VLAConfig.model_validate(merged)
+        faults = []
     except ValidationError as error:
-        faults = _describe(error) + _contradictions_despite(merged, error)
-    else:
-        faults = _contradictions(config)
+        faults = _describe(error)
+        usable, wrong = _mended(merged, error)
+    if usable is not None:
+        faults += _contradictions(usable, wrong)
         if not faults:
-            return config
-    raise ConfigError(f"{where}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n  " + "\n  ".join(faults))
+            return usable
+    raise InvalidConfig(where, faults, usable, wrong)
 
 
 def _copy(value: Any) -> Any:
@@ -422,8 +436,9 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, inner if union_member or str(last).startswith("tuple[") else [*inner, last]))
 
 
-def _contradictions_despite(raw: dict[str, Any], error: ValidationError) -> list[str]:
-    """Contradictions between the keys that are right, so that they are told together with the keys that are wrong."""
+def _mended(raw: dict[str, Any], error: ValidationError) -> tuple[VLAConfig | None, set[str]]:
+    """A configuration of the keys that are right, None where too few are, and the keys that are wrong: so that what the
+    right ones contradict can be told together with the wrong ones."""
     mended = _copy(raw)
     wrong: set[str] = set()
     for item in error.errors():
@@ -438,16 +453,13 @@ def _contradictions_despite(raw: dict[str, Any], error: ValidationError) -> list
         section.pop(leaf, None)
         if leaf in ("train_parquet_files", "model_name_or_path"):
             section[leaf] = "-"
-    try:
-        config = VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended})
-    except ValidationError:
-        mended["model"] = {**mended.get("model", {}), "vlm_config": {"model_name_or_path": "-"}}
-        wrong.add("model.vlm_config")
-        try:
-            config = VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended})
-        except ValidationError:
-            return []
-    return _contradictions(config, wrong)
+    with contextlib.suppress(ValidationError):
+        return VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended}), wrong
+    mended["model"] = {**mended.get("model", {}), "vlm_config": {"model_name_or_path": "-"}}
+    wrong.add("model.vlm_config")
+    with contextlib.suppress(ValidationError):
+        return VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended}), wrong
+    return None, wrong
 
 
 def _lower(message: str) -> str:

@@ -35,7 +35,7 @@ class Command:
 
 COMMANDS = {
     "stats": Command(("stats", "--config_path", "config.yaml", "--output_path", "statistics.json")),
-    "train": Command(("train", "--config_path", "config.yaml", "--device", "cpu", "--set", "training.max_steps=1")),
+    "train": Command(("train", "--config_path", "config.yaml", "--device", "cpu", "--set", "training.max_steps=3")),
 }
 
 
@@ -53,11 +53,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def configuration(tiny_model_dir: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run that reads every row in one step and one validation, in the folder it is started in."""
+    """A run that reads every row in three steps and one validation, in the folder it is started in."""
     statistics = tmp_path_factory.mktemp("statistics") / "statistics.json"
     compute_statistics(str(source), "test").save(statistics)
     raw = config_dict(tiny_model_dir, source, statistics, Path("experiments"))
-    raw["data"]["batch_size"] = 64
+    raw["data"]["batch_size"] = 6
     raw["wandb"] = {"mode": "offline"}
     return yaml.safe_dump(raw, sort_keys=False)
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paligemma_vla.config import VLAConfig, load_config, parse_assignments
+from paligemma_vla.config import InvalidConfig, VLAConfig, load_config, parse_assignments
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.storage import is_url
 
@@ -70,7 +70,12 @@ def resolve_config(args: argparse.Namespace) -> VLAConfig:
 
 def main(args: argparse.Namespace) -> int:
     """Start here, or in `--nproc` processes, or join the group torchrun started."""
-    config = resolve_config(args)
+    try:
+        config = resolve_config(args)
+    except InvalidConfig as error:
+        from paligemma_vla.training.preflight import with_faults_of_data
+
+        raise with_faults_of_data(error) from error
     if args.nproc is not None and args.nproc < 1:
         raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
     if "LOCAL_RANK" in os.environ or (args.nproc or 1) == 1:

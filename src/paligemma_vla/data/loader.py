@@ -27,6 +27,7 @@ from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
 
 Batch = dict[str, Any]
+MISFIT = "data and configuration do not fit"
 
 
 class Item(TypedDict, total=False):
@@ -213,7 +214,7 @@ def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config:
                 f"them for this data"
             )
     if faults:
-        raise DataError("\n  ".join([f"{index.paths[0]}: data and configuration do not fit", *faults]))
+        raise DataError("\n  ".join([f"{index.paths[0]}: {MISFIT}", *faults]))
 
 
 def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None) -> Preprocessor:

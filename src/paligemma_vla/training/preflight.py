@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.config import DataSource, VLAConfig, source_paths
+from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import hex_digest, load_exclusions
-from paligemma_vla.data.loader import VLADataset, check_fit
+from paligemma_vla.data.loader import MISFIT, VLADataset, check_fit
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.data.sampling import SampleOrder
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.memory import check_head_fits
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
-from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.distributed import Distributed, choose_device
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
@@ -50,6 +50,29 @@ def prepare(config: VLAConfig, distributed: Distributed, preprocessor: Preproces
     preprocessor: that of a checkpoint; None builds it from the configuration. Raises one `VLAError` with every fault.
     """
     faults = Faults()
+    made, indices, held_out = _survey(config, distributed, preprocessor, faults)
+    faults.tell("this run cannot begin")
+    assert made is not None
+    train = VLADataset(EpisodeIndex.concatenate(indices), made, config, training=True)
+    validation = VLADataset(EpisodeIndex.concatenate(held_out), made, config) if held_out else None
+    return made, Data(train, validation, _order(indices, config))
+
+
+def with_faults_of_data(error: InvalidConfig) -> ConfigError:
+    """A configuration's faults, and those that the data and the machine have to find with the rest of it."""
+    if error.usable is None:
+        return error
+    faults = Faults()
+    _survey(error.usable, Distributed(0, 1, choose_device(None)), None, faults)
+    lines = [line.strip() for fault in faults.errors for line in str(fault).splitlines()]
+    known = [line for line in lines if not line.endswith(MISFIT) and not any(key in line for key in error.wrong)]
+    return InvalidConfig(error.where, [*error.faults, *known], error.usable, error.wrong)
+
+
+def _survey(
+    config: VLAConfig, distributed: Distributed, preprocessor: Preprocessor | None, faults: Faults
+) -> tuple[Preprocessor | None, list[EpisodeIndex], list[EpisodeIndex]]:
+    """Preprocessor, episodes to train on per source, episodes held out, as far as there are any; the rest are faults."""
     with faults.gathered():
         _check_division(config, distributed.world_size)
     with faults.gathered():
@@ -68,8 +91,7 @@ def prepare(config: VLAConfig, distributed: Distributed, preprocessor: Preproces
     with faults.gathered():
         indices, held_out = _index(config)
     if indices:
-        with faults.gathered():
-            _check_sizes(indices, config)
+        _check_sizes(indices, config, faults)
     for part in (indices, held_out):
         if part:
             with faults.gathered():
@@ -78,12 +100,9 @@ def prepare(config: VLAConfig, distributed: Distributed, preprocessor: Preproces
         with faults.gathered():
             for index in indices:
                 _check_range(index, statistics, config.data.normalization_stats_path)
-    faults.tell("this run cannot begin")
-    assert statistics is not None
-    preprocessor = preprocessor or Preprocessor(prompts, image, statistics, config.data.normalization)
-    train = VLADataset(EpisodeIndex.concatenate(indices), preprocessor, config, training=True)
-    validation = VLADataset(EpisodeIndex.concatenate(held_out), preprocessor, config) if held_out else None
-    return preprocessor, Data(train, validation, _order(indices, config))
+    if preprocessor is None and not faults.errors and statistics is not None:
+        preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
+    return preprocessor, indices, held_out
 
 
 def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
@@ -122,9 +141,8 @@ def _check_division(config: VLAConfig, processes: int) -> None:
         )
 
 
-def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig) -> None:
+def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig, faults: Faults) -> None:
     """The batch against the samples there are, the horizon against the longest episode."""
-    faults = Faults()
     samples = sum(index.steps for index in indices)
     longest = max(int(index.length.max()) for index in indices)
     horizon, batch_size = config.model.action_head_config.horizon, config.data.batch_size
@@ -139,7 +157,6 @@ def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig) -> None:
                 f"model.action_head_config.horizon: got {horizon}, expected at most {longest}, the steps of the longest "
                 f"training episode; reduce it, or check where episodes end"
             )
-    faults.tell("data.train_parquet_files")
 
 
 def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
