@@ -197,9 +197,9 @@ class TrainingConfig(Section):
 
 class OptimizerConfig(Section):
     type: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0, le=1000, description="Rate of the action head.")
-    vlm_lr: float | None = Field(None, gt=0, le=1000, description="Rate of the backbone; null: the same.")
-    weight_decay: float = Field(0.01, ge=0, le=1000, description="On matrices; never on norms, biases and embeddings.")
+    lr: float = Field(1e-4, gt=0, le=1e30, description="Rate of the action head.")
+    vlm_lr: float | None = Field(None, gt=0, le=1e30, description="Rate of the backbone; null: the same.")
+    weight_decay: float = Field(0.01, ge=0, le=1e6, description="On matrices; never on norms, biases and embeddings.")
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0, le=1)
 
