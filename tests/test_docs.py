@@ -137,13 +137,22 @@ def test_commands_in_shell_blocks_parse(path: Path) -> None:
         parser.parse_args(arguments)  # exits, which fails the test, when a flag is unknown
 
 
+def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Flags of a parser and of the actions below it (`data check`)."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from flags_of(below)
+
+
 @document
 def test_flags_that_a_document_names_in_its_prose_exist(path: Path) -> None:
     known = {"--debug", "--help"}
     for command in COMMANDS:
         parser = argparse.ArgumentParser()
         import_module(f"paligemma_vla.cli.{command}").add_arguments(parser)
-        known.update(option for action in parser._actions for option in action.option_strings)
+        known.update(flags_of(parser))
     named = re.findall(r"`[^`\n]*?(--\w+)", prose(path))
     assert not set(named) - known
 
