@@ -24,8 +24,8 @@ from PIL import Image
 from paligemma_vla import schema
 
 Rng = np.random.Generator
-NUMBERS = ("stats", "train")  # commands that read state and action; both read the flags and the schema
-IMAGES = ("train",)  # commands that look at images and instructions
+NUMBERS = ("check", "stats", "train")  # commands that read state and action; both read the flags and the schema
+IMAGES = ("check", "train")  # commands that look at images and instructions
 
 
 @dataclass(frozen=True)

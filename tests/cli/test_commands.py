@@ -266,7 +266,7 @@ def test_data_info_counts_what_is_there(capfd: pytest.CaptureFixture[str], two_c
     assert facts["camera_names"] == ["front", "wrist"]
     assert facts["instructions"] == dict(Counter(row["prompt"] for row in rows if row["is_first"]))
     size = sum(len(row[name] or b"") for row in rows for name in ("image_1_bytes", "image_2_bytes"))
-    assert facts["image_megabytes"] == pytest.approx(size / 1e6, rel=0.1, abs=0.06)
+    assert facts["megabytes"] == pytest.approx(size / 1e6, rel=0.1, abs=0.06)
     code, out, _ = call(capfd, "data", "info", two_camera_dir)
     assert code == 0
     for text in ("episodes", "toy arm", "dx, dy", "open the drawer"):

@@ -34,6 +34,8 @@ class Command:
 
 
 COMMANDS = {
+    "check": Command(("data", "check", "mutated.parquet", "--config_path", "config.yaml"), (0, 1, 2)),
+    "info": Command(("data", "info", "mutated.parquet")),
     "stats": Command(("stats", "--config_path", "config.yaml", "--output_path", "statistics.json")),
     "train": Command(("train", "--config_path", "config.yaml", "--device", "cpu", "--set", "training.max_steps=3")),
 }
@@ -128,5 +130,6 @@ def test_mutations_are_the_same_for_the_same_seed(source: Path, configuration: s
 
 
 def test_unmutated_input_passes(zygote: Zygote, source: Path, configuration: str, folder: Path) -> None:
+    shutil.copy(source, folder / "mutated.parquet")
     (folder / "config.yaml").write_text(configuration, encoding="utf-8")
     check(zygote, Mutation(-1, "nothing", b"", sound=True), COMMANDS, folder)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_vla import schema
 from paligemma_vla.config import load_config
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList
 from paligemma_vla.data.faults import Fault
-from paligemma_vla.data.files import open_parquet, read_columns
+from paligemma_vla.data.reader import episode_prompts
 
 SLOW_GROUP_ROWS = 512
 SHOWN_PER_FILE = 20
@@ -46,18 +45,8 @@ def describe(paths: list[str]) -> dict[str, Any]:
     """Facts about episode files from flags, footers and the prompt column; images are not read."""
     index = EpisodeIndex.build(paths, "data info")
     prompts: Counter[str] = Counter()
-    image_bytes = 0
-    for number, path in enumerate(index.paths):
-        with open_parquet(path) as file:
-            footer, column = file.metadata, read_columns(path, file, [schema.PROMPT])[schema.PROMPT]
-        rows = index.start[index.file == number]
-        prompts.update(str(value) for value in column.take(rows).to_pylist())
-        image_bytes += sum(
-            footer.row_group(group).column(leaf).total_compressed_size
-            for group in range(footer.num_row_groups)
-            for leaf in range(footer.num_columns)
-            if footer.row_group(group).column(leaf).path_in_schema.startswith("image_")
-        )
+    for number in range(len(index.paths)):
+        prompts.update(episode_prompts(index, number))
     group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
     largest = int(group_sizes.max())
     metadata = index.layout.metadata
@@ -79,7 +68,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "control_hz": metadata.control_hz,
         "image_orientation": metadata.image_orientation,
         "robot": metadata.robot,
-        "image_megabytes": round(image_bytes / 1e6, 1),
+        "megabytes": round(sum(os.path.getsize(path) for path in index.paths) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": largest,
         "instructions": dict(prompts.most_common()),

@@ -23,6 +23,7 @@ from paligemma_vla.schema import DatasetMetadata
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 STREAM_BUFFER = 2**18
 SAMPLED_ROWS = 1024
+NAMED = 20  # columns named in a message
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
 
 Rows = NDArray[np.int64]
@@ -49,11 +50,15 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
 
 def read_columns(path: str, file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
     """Some columns of an open file as a whole; raises `FaultError` when they cannot be read."""
+    what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
     try:
-        return file.read(columns=list(columns), use_threads=False)
+        table = file.read(columns=list(columns), use_threads=False)
     except READ_ERRORS as error:
-        what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
         raise FaultError(Fault(path, Kind.GROUP, f"{what}: cannot be read ({first_line(error)}); restore the file")) from error
+    if table.num_rows != file.metadata.num_rows:  # a damaged footer
+        got = f"got {table.num_rows} rows, expected {file.metadata.num_rows} as the file says; restore it"
+        raise FaultError(Fault(path, Kind.GROUP, f"{what}: {got}"))
+    return table
 
 
 def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
@@ -158,11 +163,17 @@ def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
         *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
     ]:
         if name not in arrow.names:
-            yield Fault(path, Kind.COLUMN, f"missing; got {', '.join(arrow.names)}", column=name)
+            yield Fault(path, Kind.COLUMN, f"missing; got {_listed(arrow.names)}", column=name)
         elif arrow.names.count(name) > 1:
             yield Fault(path, Kind.COLUMN, f"got {arrow.names.count(name)} columns of that name, expected one", column=name)
         elif not matches(arrow.field(name).type):
             yield Fault(path, Kind.TYPE, f"got type {arrow.field(name).type}, expected {expected}", column=name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names that come out of a file, on one line of a message."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:NAMED]]
+    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

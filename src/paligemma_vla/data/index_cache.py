@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from paligemma_vla.data.files import Layout, Rows, footer_digest, group_bounds, open_parquet, read_layout, replace_file
 from paligemma_vla.data.flags import FlagRows, read_flags
 from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.storage import cache_folder
 
 VERSION = 1
 ROWS = ("groups", *(field.name for field in fields(FlagRows)))
@@ -50,10 +51,9 @@ def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
 
 def cache_path(arguments: Sequence[str]) -> Path:
     """Where the facts about the files behind some arguments (files, folders, globs) are kept."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     absolute = "\n".join(os.path.abspath(argument) for argument in arguments)
     key = hashlib.blake2b(os.fsencode(absolute), digest_size=16).hexdigest()
-    return Path(folder, "paligemma_vla", "index", f"{key}.npz")
+    return cache_folder("index") / f"{key}.npz"
 
 
 def load_facts(path: Path) -> dict[str, FileFacts]:

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.data.checks import number_faults, to_matrix
+from paligemma_vla.data.checks import number_faults, prompt_of, to_matrix
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.faults import FaultError, raise_first
-from paligemma_vla.data.files import READ_ERRORS, Rows, open_parquet, unreadable_group
+from paligemma_vla.data.faults import FaultError, Unusable, raise_first
+from paligemma_vla.data.files import READ_ERRORS, Rows, open_parquet, read_columns, unreadable_group
 from paligemma_vla.errors import DataError, first_line
 
 OPEN_FILES = 64
@@ -169,3 +169,17 @@ def _next_batch(
             except READ_ERRORS as cause:
                 raise FaultError(unreadable_group(path, group, bounds, first_line(cause))) from cause
         raise DataError(f"{path}: columns state, action: cannot be read ({first_line(error)}); restore the file") from error
+
+
+def episode_prompts(index: EpisodeIndex, file: int) -> list[str]:
+    """The instruction of each episode of a file, at its first row. Raises `DataError` where it cannot be read."""
+    path, starts = index.paths[file], index.start[index.file == file]
+    with open_parquet(path) as parquet:
+        column = read_columns(path, parquet, [schema.PROMPT])[schema.PROMPT].combine_chunks()
+    prompts = []
+    for row in starts.tolist():
+        try:
+            prompts.append(prompt_of(column, row))
+        except Unusable as error:
+            raise FaultError(error.at(path, row, schema.PROMPT)) from error
+    return prompts

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from paligemma_vla import schema
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.images import decode_image
-from paligemma_vla.data.reader import EpisodeReader
+from paligemma_vla.data.reader import EpisodeReader, episode_prompts
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation.charts import Line, bullet, chunk_chart, columns, line_chart, smooth
 from paligemma_vla.evaluation.page import Html, data_url, duration, figure, fill, join, legend, number, percent, section, tiles
@@ -277,9 +276,8 @@ def _instructions(index: EpisodeIndex) -> Html:
     """How often each instruction occurs, read from the prompt column of the first files."""
     counts: Counter[str] = Counter()
     files = index.paths[:FILES_READ]
-    for place, path in enumerate(files):
-        column = pq.read_table(path, columns=[schema.PROMPT])[schema.PROMPT]
-        counts.update(str(value) for value in column.take(index.start[index.file == place]).to_pylist())
+    for place in range(len(files)):
+        counts.update(episode_prompts(index, place))
     shown = counts.most_common(WORDS_SHOWN)
     items = join(fill("<li>{} <span>{}</span></li>", prompt, count) for prompt, count in shown)
     rest = [f"{len(counts) - len(shown):,} more."] if len(counts) > len(shown) else []

@@ -9,6 +9,7 @@ metrics.jsonl, logs/, checkpoints/, report.html
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -59,7 +60,9 @@ def begin_run(config: VLAConfig, data: Data, distributed: Distributed, step: int
 
 
 def _move_aside(run_dir: Path) -> None:
-    aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    stamp = f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (f"{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in itertools.count(2))))
+    aside = next(place for place in map(run_dir.with_name, names) if not place.exists())
     saved = any((run_dir / "checkpoints").glob("checkpoint_*.pth.tar"))
     run_dir.rename(aside)
     hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"
