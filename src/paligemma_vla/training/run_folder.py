@@ -61,8 +61,8 @@ def begin_run(config: VLAConfig, data: Data, distributed: Distributed, step: int
 
 def _move_aside(run_dir: Path) -> None:
     stamp = f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (f"{stamp}{suffix}" for suffix in ("", *(f"-{number}" for number in itertools.count(2))))
-    aside = next(place for place in map(run_dir.with_name, names) if not place.exists())
+    later = (f"{stamp}-{number}" for number in itertools.count(2))
+    aside = next(run_dir.with_name(name) for name in itertools.chain([stamp], later) if not run_dir.with_name(name).exists())
     saved = any((run_dir / "checkpoints").glob("checkpoint_*.pth.tar"))
     run_dir.rename(aside)
     hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"

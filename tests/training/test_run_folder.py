@@ -1,0 +1,136 @@
+"""A run's folder says how it was made, and its config.yaml makes it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import paligemma_vla
+from paligemma_vla.cli.main import main
+from paligemma_vla.config import VLAConfig, load_config
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.run_folder import git_state
+from support import identical, read_metrics, write_episodes
+
+ConfigFactory = Callable[..., VLAConfig]
+
+
+def started(config: VLAConfig, folder: Path, *flags: str) -> int:
+    path = folder / "given.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    return main(["train", "--config_path", str(path), "--device", "cpu", *flags])
+
+
+def test_run_folder_repeats_the_run_although_its_statistics_file_is_gone(
+    tiny_config: ConfigFactory, statistics_path: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copy(statistics_path, tmp_path / "stats.json")
+    config = tiny_config({"data.normalization_stats_path": str(mine)}, cameras=2)
+    assert started(config, tmp_path) == 0
+    Path(mine).unlink()
+    saved = load_config(config.run_dir / "config.yaml")
+    assert saved.data.model_copy(update={"normalization_stats_path": str(mine)}) == config.data
+    assert saved.model_copy(update={"data": config.data}) == config
+
+    assert main(["train", "--config_path", str(config.run_dir / "config.yaml"), "--device", "cpu"]) == 0
+    (aside,) = config.run_dir.parent.glob("run.*")
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.pth.tar") for folder in (aside, config.run_dir))
+    for key in ("state_dict", "optimizer", "ema", "lr_scheduler", "preprocessor", "data"):
+        assert identical(first[key], second[key]), key
+    assert read_metrics(aside) == read_metrics(config.run_dir)
+
+
+def test_run_folder_records_what_each_start_depended_on(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    config = tiny_config({"training.stop_after_epoch": 1, "data.val_fraction": 0.0})
+    assert started(config, tmp_path) == 0
+    assert started(tiny_config({"data.val_fraction": 0.0}), tmp_path, "--resume_checkpoint", "auto") == 0
+    starts = json.loads((config.run_dir / "environment.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 6]
+    for start in starts:
+        assert start["packages"]["torch"] == torch.__version__
+        assert start["packages"]["paligemma-vla"] == paligemma_vla.__version__
+        assert start["device"] == "cpu"
+        index = EpisodeIndex.build(config.data.train_parquet_files)
+        assert start["data"]["fingerprint"] == {"training": index.fingerprint, "validation": None}
+        assert (start["data"]["episodes"], start["data"]["steps"]) == (len(index), index.steps)
+        assert start["git"] is None or set(start["git"]) == {"commit", "changed"}
+    before = DatasetStatistics.load(config.data.normalization_stats_path).to_dict()
+    assert DatasetStatistics.load(config.run_dir / "normalization_stats.json").to_dict() == before
+
+
+def test_git_state_is_the_commit_and_what_was_changed_since(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert git_state(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("a = 1\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    state = git_state(tmp_path)
+    assert state == {"commit": git("rev-parse", "HEAD").strip(), "changed": False, "patch": ""}
+    (tmp_path / "code.py").write_text("a = 2\n")
+    state = git_state(tmp_path)
+    assert state is not None
+    assert state["changed"]
+    patch = state["patch"]
+    (tmp_path / "code.py").write_text("a = 1\n")
+    subprocess.run(["git", "apply"], input=patch, cwd=tmp_path, check=True, text=True)
+    assert (tmp_path / "code.py").read_text() == "a = 2\n"
+
+
+def test_run_that_is_repeated_on_other_data_is_told(
+    tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_episodes(tmp_path / "data")
+    config = tiny_config({"data.train_parquet_files": str(tmp_path / "data"), "data.allow_other_statistics": True})
+    assert started(config, tmp_path) == 0
+    write_episodes(tmp_path / "data", lengths=(4,), seed=5)
+    assert main(["train", "--config_path", str(config.run_dir / "config.yaml"), "--device", "cpu"]) == 0
+    assert "this run will not repeat it" in capfd.readouterr().err
+
+
+def test_file_that_changes_during_training_stops_the_run(
+    tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was saved stays; with the old file back, the run goes on to the very end of an undisturbed one."""
+    from paligemma_vla.training.trainer import Trainer
+
+    write_episodes(tmp_path / "data")
+    file = tmp_path / "data" / "episodes-00001.parquet"
+    settings = {"data.train_parquet_files": str(tmp_path / "data"), "data.cache_mb": 0, "data.allow_other_statistics": True}
+    whole = tiny_config({**settings, "training.experiment_name": "whole"})
+    assert started(whole, tmp_path) == 0
+    config = tiny_config({**settings, "training.save_every_n_steps": 1})
+    step, content = Trainer._train_step, file.read_bytes()
+
+    def and_then_it_changes(self: Trainer, stream: object) -> object:
+        if self.step == 3:
+            write_episodes(tmp_path / "other", seed=8)
+            shutil.copy(tmp_path / "other" / "episodes-00001.parquet", file)
+        return step(self, stream)
+
+    stamp = file.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", and_then_it_changes)
+        assert started(config, tmp_path) == 2
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: {file}: ")
+    assert "changed" in told
+    assert load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["step"] >= 3
+    file.write_bytes(content)
+
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert started(config, tmp_path, "--resume_checkpoint", "auto") == 0
+    first, second = (load_checkpoint(c.run_dir / "checkpoints" / "last.pth.tar") for c in (whole, config))
+    assert identical(first["state_dict"], second["state_dict"])
