@@ -238,6 +238,10 @@ class VLAConfig(Section):
         folder = self.training.checkpoint_dir
         return (working_copy(folder) if is_url(folder) else Path(folder)) / self.training.experiment_name
 
+    def run_place(self, name: str) -> str:
+        """Path, or URL, of something in the run's folder, as a user would name it."""
+        return f"{self.run_url}/{name}" if self.run_url is not None else str(self.run_dir / name)
+
     @property
     def run_url(self) -> str | None:
         """Where the run's folder is published, when `checkpoint_dir` is a URL."""

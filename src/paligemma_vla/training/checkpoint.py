@@ -207,3 +207,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _digest_path(path: Path) -> Path:
     return path.with_name(f"{path.name}{DIGEST}")
+
+
+def plain(value: Any) -> Any:
+    """Configuration of a library as plain data, so that a checkpoint loads with weights_only."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

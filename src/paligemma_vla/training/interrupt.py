@@ -8,6 +8,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
+from paligemma_vla.training.distributed import Distributed
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,7 +21,8 @@ class StopRequest:
     Outside of the main thread, where Python has no signal handlers, it notes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, distributed: Distributed) -> None:
+        self.distributed = distributed
         self.number: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -40,6 +45,13 @@ class StopRequest:
         self.number = number
         # Not through logging or sys.stderr: the signal may have come in the middle of a line of theirs.
         os.write(2, b"\nstopping after this step; once more stops at once, unsaved\n")
+
+    def anywhere(self) -> bool:
+        """Whether any process was asked; each asks at the same step, so all of them stop after the same one."""
+        if self.distributed.world_size == 1:
+            return self.number is not None
+        flag = torch.tensor(float(self.number is not None), device=self.distributed.device)
+        return bool(self.distributed.sum(flag) > 0)
 
     @property
     def name(self) -> str:

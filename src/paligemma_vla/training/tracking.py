@@ -123,6 +123,27 @@ class Tracker:
             sink.close()
 
 
+class Meter:
+    """Throughput and share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.wait, self.steps = time.perf_counter(), 0.0, 0
+
+    def add(self, wait: float) -> None:
+        self.wait += wait
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        values = {"train/samples_per_s": self.steps * self.batch_size / elapsed, "train/data_wait": self.wait / elapsed}
+        self.restart()
+        return values
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shlex
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +35,12 @@ from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.resume import check_same_run
-from paligemma_vla.training.tracking import Tracker
+from paligemma_vla.training.tracking import Meter, Tracker
 from paligemma_vla.training.validation import to_device, validate
-from paligemma_vla.training.watch import LossWatch, name_samples, sample_losses
+from paligemma_vla.training.watch import LossWatch, Step
 
 logger = logging.getLogger(__name__)
 STALE_VALIDATIONS = 5
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One optimiser step: loss over the global batch, gradient norm, its learning rate, seconds waited for data.
-
-    parts: this process's micro-batches and what the model said to them, to find the samples behind a number.
-    """
-
-    loss: float
-    norm: float
-    rate: float
-    wait: float
-    parts: list[tuple[Batch, FlowOutput]]
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 class Trainer:
@@ -93,7 +73,7 @@ class Trainer:
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
         self.step, self.best_metric, self.stale = 0, float("inf"), 0
-        self.watch = LossWatch(config.training.max_skipped_steps)
+        self.watch = LossWatch(config, self.data, distributed)
         self.saved_step: int | None = None
         self.mirror: Mirror | None = None
         if saved is not None:
@@ -145,14 +125,16 @@ class Trainer:
         validation: dict[str, Any] = {}
         stream = self._stream(stop)
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=not self.distributed.main, dynamic_ncols=True)
-        meter = _Meter(self.config.data.batch_size)
-        with StopRequest() as asked, bar, self._explained():
-            while self.step < stop and not self._asked_to_stop(asked):
+        meter = Meter(self.config.data.batch_size)
+        if self.distributed.main and self.step >= stop:
+            logger.info("nothing is left to train: raise training.epochs or max_steps to go on")
+        with StopRequest(self.distributed) as asked, bar, self._explained():
+            while self.step < stop and not asked.anywhere():
                 self._enter_stage()
                 taken = self._train_step(stream)
                 self.step += 1
                 meter.add(taken.wait)
-                self._look_at(taken)
+                self.watch.look_at(self.step, taken)
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
                 if self.step % settings.log_interval == 0 or self.step == self.total_steps:
@@ -179,29 +161,23 @@ class Trainer:
             asked.deliver()
         return validation
 
-    def _asked_to_stop(self, asked: StopRequest) -> bool:
-        """Whether any process was: all of them stop after the same step."""
-        if self.distributed.world_size == 1:
-            return asked.number is not None
-        flag = torch.tensor(float(asked.number is not None), device=self.distributed.device)
-        return bool(self.distributed.sum(flag) > 0)
-
     def _tell_how_to_go_on(self, reason: str) -> None:
-        if self.distributed.main and self.step == 0:
+        if not self.distributed.main:
+            return
+        if self.step == 0:
             logger.warning("stopped by %s before the first step; nothing was saved", reason)
-        elif self.distributed.main:
-            several = self.distributed.world_size > 1
-            command = "python main_train_ddp.py" if several else "paligemma-vla train"
-            logger.warning(
-                "stopped by %s after step %d of %d; saved as %s; go on with\n  %s --config_path %s --resume_checkpoint auto%s",
-                reason,
-                self.step,
-                self.total_steps,
-                self._checkpoint_path(),
-                command,
-                shlex.quote(str(self.config.run_dir / "config.yaml")),
-                " (and the same processes)" if several else "",
-            )
+            return
+        several = self.distributed.world_size > 1
+        logger.warning(
+            "stopped by %s after step %d of %d; saved as %s; go on with\n  %s --config_path %s --resume_checkpoint auto%s",
+            reason,
+            self.step,
+            self.total_steps,
+            self.config.run_place(f"checkpoints/{self._checkpoint_name()}"),
+            "python main_train_ddp.py" if several else "paligemma-vla train",
+            shlex.quote(self.config.run_place("config.yaml")),
+            " (and the same processes)" if several else "",
+        )
 
     def _stream(self, stop: int) -> Iterator[Batch]:
         sampler = RunSampler(
@@ -229,7 +205,7 @@ class Trainer:
             ids = [device.index] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.model, device_ids=ids)
 
-    def _train_step(self, stream: Iterator[Batch]) -> _Step:
+    def _train_step(self, stream: Iterator[Batch]) -> Step:
         """One optimiser step; weights and moving average stay as they are where loss or gradient is not finite."""
         world, device = self.distributed.world_size, self.distributed.device
         rate = self.optimizer.param_groups[0]["lr"]
@@ -252,7 +228,7 @@ class Trainer:
             parts.append((batch, output))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm)
         loss = self.distributed.sum(total) / count
-        taken = _Step(loss.item(), norm.item(), rate, wait, parts)
+        taken = Step(loss.item(), norm.item(), rate, wait, parts)
         if taken.finite:
             self.optimizer.step()
             if self.ema is not None:
@@ -262,56 +238,6 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         return taken
-
-    def _look_at(self, taken: _Step) -> None:
-        """Tell of a skipped step, or of a loss that stands out, with the samples. Raises `TrainingError` after too many."""
-        if taken.finite:
-            times = self.watch.spike(taken.loss)
-            if times is not None:
-                told = "loss %.4g is %.1f times the median of the steps before, worst samples:\n  %s"
-                self._warn(told, taken.loss, times, self._samples_of(taken))
-            return
-        lost = self.watch.skip()
-        told = "skipped, its loss is %.4g, its gradient's norm %.4g, worst samples:\n  %s"
-        self._warn(told, taken.loss, taken.norm, self._samples_of(taken))
-        if lost:
-            raise self._diverged()
-
-    def _diverged(self) -> TrainingError:
-        return TrainingError(
-            f"step {self.step}: NaN or infinity in loss or gradient in {self.watch.in_a_row} steps in a row (at most "
-            f"training.max_skipped_steps = {self.watch.limit}); they were skipped, and nothing was saved since. Where the "
-            f"samples named above are the same ones again, look at their numbers, or leave them out (data.exclude_episodes); "
-            f"else the run diverged: lower optimizer.lr ({self.config.optimizer.lr:g}) and vlm_lr, or lengthen "
-            f"lr_scheduler.warmup_steps ({self.config.lr_scheduler.warmup_steps})"
-        )
-
-    def _warn(self, message: str, *values: Any) -> None:
-        if self.distributed.main:
-            logger.warning(f"step %d: {message}", self.step, *values)
-
-    def _samples_of(self, taken: _Step) -> str:
-        """The samples behind a step's loss, on whichever process they were."""
-        positions, samples = self.data.order.batch(self.step - 1)
-        sample_at = dict(zip(positions.tolist(), samples.tolist(), strict=True))
-        losses: dict[int, float] = {}
-        for batch, output in taken.parts:
-            valid = batch["action_mask"].any(dim=(1, 2)).tolist()
-            values = sample_losses(output, batch["action_mask"].to(output.velocity.device)).tolist()
-            for position, counts, loss in zip(batch["position"].tolist(), valid, values, strict=True):
-                if counts:  # a filler stands at the position of another
-                    losses[sample_at[position]] = loss
-        merged = {sample: loss for part in self.distributed.gather(losses) for sample, loss in part.items()}
-        return name_samples(self.data.train, merged)
-
-    def _refuse_lost_weights(self) -> None:
-        """Raise `TrainingError` rather than save weights that are not finite: a finite gradient can still overflow them."""
-        if not torch.stack([torch.isfinite(parameter).all() for parameter in self.model.parameters()]).all():
-            raise TrainingError(
-                f"step {self.step}: got NaN or infinity in the weights; the run diverged and was not saved: lower optimizer.lr "
-                f"({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
-                f"({self.config.lr_scheduler.warmup_steps})"
-            )
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.parallel, DistributedDataParallel):
@@ -346,9 +272,9 @@ class Trainer:
         if self.watch.in_a_row > 1 and not improved:
             # The weights may be past saving: the checkpoints before must not make room for them.
             if last:
-                raise self._diverged()
+                raise self.watch.diverged(self.step)
             return
-        self._refuse_lost_weights()
+        self.watch.refuse_lost_weights(self.step, self.model)
         if self.distributed.main:
             try:
                 self._write_checkpoint(improved)
@@ -359,13 +285,12 @@ class Trainer:
         self.saved_step = self.step
         self.distributed.barrier()
 
-    def _checkpoint_path(self) -> Path:
+    def _checkpoint_name(self) -> str:
         at_epoch = self.step % self.data.order.steps_per_epoch == 0
-        name = f"checkpoint_epoch_{self.epoch}" if at_epoch else f"checkpoint_step_{self.step}"
-        return self.config.run_dir / "checkpoints" / f"{name}.pth.tar"
+        return f"checkpoint_epoch_{self.epoch}.pth.tar" if at_epoch else f"checkpoint_step_{self.step}.pth.tar"
 
     def _write_checkpoint(self, improved: bool) -> None:
-        path = self._checkpoint_path()
+        path = self.config.run_dir / "checkpoints" / self._checkpoint_name()
         ckpt.save_checkpoint(path, self._payload())
         ckpt.link_checkpoint(path, ckpt.LAST)
         if improved or self.data.validation is None or not (path.parent / ckpt.BEST).exists():
@@ -392,7 +317,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "preprocessor": self.preprocessor.to_dict(),
-            "backbone": _plain(self.model.paligemma_vlm.backbone_dict()),
+            "backbone": ckpt.plain(self.model.paligemma_vlm.backbone_dict()),
             "metadata": layout.metadata.to_json(),
             "versions": versions(),
         }
@@ -455,7 +380,7 @@ class Trainer:
             sets.append(self.data.validation)
         return sum(data.index.excluded for data in sets)
 
-    def _log_step(self, taken: _Step, meter: _Meter, bar: Any) -> None:
+    def _log_step(self, taken: Step, meter: Meter, bar: Any) -> None:
         if self.tracker is None:
             return
         metrics = {
@@ -493,33 +418,3 @@ class Trainer:
                     f"communication between processes failed at step {self.step} ({reason}): {COMMUNICATION_REMEDY}"
                 ) from error
             raise
-
-
-class _Meter:
-    """Throughput and share of time spent waiting for data, since the last reading."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        self.began, self.wait, self.steps = time.perf_counter(), 0.0, 0
-
-    def add(self, wait: float) -> None:
-        self.wait += wait
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        elapsed = max(1e-9, time.perf_counter() - self.began)
-        values = {"train/samples_per_s": self.steps * self.batch_size / elapsed, "train/data_wait": self.wait / elapsed}
-        self.restart()
-        return values
-
-
-def _plain(value: Any) -> Any:
-    """Configuration of a library as plain data, so that a checkpoint loads with weights_only."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
