@@ -100,7 +100,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         patch = _git(folder, "diff", "HEAD", "--binary", "--", ".")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changed": bool(patch), "patch": patch}
 

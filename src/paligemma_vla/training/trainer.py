@@ -7,6 +7,7 @@ forward, sum of squared errors / that count, backward; then clip, AdamW step, sc
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shlex
 import time
@@ -156,6 +157,9 @@ class Trainer:
                 self._save(improved=False, last=True)
         if self.tracker is not None:
             self.tracker.close()
+        # DDP must not be what ends the process group: it would wait, holding Python's lock, for a thread of gloo's that needs it.
+        self.parallel = self.model
+        gc.collect()
         if self.step < stop:
             self._tell_how_to_go_on(asked.name)
             asked.deliver()
