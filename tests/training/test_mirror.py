@@ -25,10 +25,11 @@ SMALL = {"data.batch_size": 8, "data.val_fraction": 0.2}
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """URL of an empty bucket."""
-    boto3 = pytest.importorskip("boto3")
-    server_of = pytest.importorskip("moto.server").ThreadedMotoServer
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_of(ip_address="127.0.0.1", port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:

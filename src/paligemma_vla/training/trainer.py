@@ -157,7 +157,7 @@ class Trainer:
                 self._save(improved=False, last=True)
         if self.tracker is not None:
             self.tracker.close()
-        # DDP must not be what ends the process group: it would wait, holding Python's lock, for a thread of gloo's that needs it.
+        # DDP must not be what ends the process group: it would wait, holding Python's lock, for a thread that needs it.
         self.parallel = self.model
         gc.collect()
         if self.step < stop:
