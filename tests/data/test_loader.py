@@ -177,16 +177,26 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
-def test_two_workers_give_the_batches_of_none(tiny_config: ConfigFactory, two_camera_dataset: VLADataset) -> None:
+def test_workers_prefetch_and_where_a_run_goes_on_change_no_batch(
+    tiny_config: ConfigFactory, two_camera_dataset: VLADataset
+) -> None:
     order = SampleOrder([len(two_camera_dataset)], None, 16, seed=0)
-    results = []
-    for workers in (0, 2):
-        config = tiny_config({"data.num_workers": workers}, cameras=2)
+
+    def read(start: int, **loading: int) -> list[dict[str, Any]]:
+        config = tiny_config({f"data.{key}": value for key, value in loading.items()}, cameras=2)
         data = make(config, two_camera_dataset.preprocessor, training=True)
-        sampler = RunSampler(order, 3, 9, 0, 1, 2)
-        results.append(list(batches(build_loader(data, sampler, config, pin_memory=False))))
-    assert len(results[0]) == len(results[1]) == 12
-    assert all(same(a, b) for a, b in zip(*results, strict=True))
+        return list(batches(build_loader(data, RunSampler(order, start, 9, 0, 1, 2), config, pin_memory=False)))
+
+    expected = read(3, num_workers=0)
+    assert len(expected) == 12
+    for start, loading in [
+        (3, {"num_workers": 1, "prefetch_factor": 4}),
+        (3, {"num_workers": 2, "cache_mb": 0}),
+        (5, {"num_workers": 4, "prefetch_factor": 1}),
+        (8, {"num_workers": 0, "cache_mb": 0}),
+    ]:
+        got = read(start, **loading)
+        assert all(same(a, b) for a, b in zip(got, expected[2 * (start - 3) :], strict=True))
 
 
 def corrupt_image(folder: Path, row: int, value: bytes | None) -> None:
