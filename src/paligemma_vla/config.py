@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paligemma_vla.errors import ConfigError, closest, first_line
-from paligemma_vla.storage import is_url, working_copy
+from paligemma_vla.storage import is_url, read_file, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
@@ -350,14 +350,13 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> VLAConfig:
-    """Read and check a configuration file.
+    """Read and check a configuration file (a path or URL).
 
     overrides: {dotted key: value}, applied before checking (command-line flags).
     Raises `ConfigError` with every fault at once.
     """
     try:
-        with open(path, "rb") as file:
-            text = file.read(LARGEST_FILE + 1).decode("utf-8")
+        text = read_file(path, LARGEST_FILE + 1).decode("utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot read the configuration ({first_line(error)}); run from the project's folder, or name it with "

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.storage import read_file
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
@@ -169,7 +170,7 @@ class DatasetStatistics:
     def load(cls, path: str | Path) -> DatasetStatistics:
         """Read the JSON; raises `DataError` naming the file and what is wrong with it."""
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = json.loads(read_file(path))
         except FileNotFoundError as error:
             raise DataError(
                 f"{path}: no such statistics file; write it with\n  python utils/calculate_normalization_stats.py "

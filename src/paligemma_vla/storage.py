@@ -69,3 +69,14 @@ def fetch(url: str, target: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def read_file(place: str | Path, most: int = -1) -> bytes:
+    """The first `most` bytes (all by default) of a file at a path or URL. Raises `OSError`, or `StorageError` for a URL."""
+    if is_url(str(place)):
+        system, path = file_system(str(place))
+        with reaching(str(place)):
+            content = bytes(system.cat_file(path))  # whole: not every store reads a part
+        return content if most < 0 else content[:most]
+    with open(place, "rb") as file:
+        return file.read(most)

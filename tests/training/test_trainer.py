@@ -17,6 +17,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.sampling import SampleRef, ValidationSampler
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError
+from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint
@@ -442,6 +443,21 @@ def test_resume_on_other_data_is_refused_and_on_moved_data_is_not(
     replace(changed, action=changed.state).save(statistics)
     with pytest.raises(CheckpointError, match=r"gone\.json holds other statistics"):
         Trainer(session_config({**common, **here, "data.train_parquet_files": str(two_camera_dir)}, cameras=2), ALONE, resume)
+
+
+def test_resume_with_another_backbone_is_refused_and_with_a_moved_one_is_not(
+    tiny_config: ConfigFactory, trained_run: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    resume = trained_run / "checkpoints" / "last.pth.tar"
+    moved = shutil.copytree(tiny_model_dir, tmp_path / "moved")
+    spec = TinySpec(image_size=32, patch_size=16, vision_layers=1, text_layers=3, width=32, heads=4, vocabulary=400)
+    other = write_tiny_paligemma(tmp_path / "other", spec)
+    trained = {"optimizer.lr": 5e-3}
+    key = "model.vlm_config.model_name_or_path"
+    assert Trainer(tiny_config({**trained, key: str(moved)}, cameras=2), ALONE, resume).step == 10
+    for path in (str(other), str(tmp_path / "nothing")):
+        with pytest.raises(CheckpointError, match=rf"\n  {key}: {tiny_model_dir} in the checkpoint, {path} now"):
+            Trainer(tiny_config({**trained, key: path}, cameras=2), ALONE, resume)
 
 
 def test_forced_resume_takes_the_new_settings(tiny_config: ConfigFactory, trained_run: Path) -> None:

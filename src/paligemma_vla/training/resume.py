@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.config import VLAConfig, VLMConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.normalization import DatasetStatistics
 
@@ -51,7 +51,8 @@ PLACES = {
 
 def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Mapping[str, str | None], where: str) -> None:
     """Raise `CheckpointError` with every difference that would make a resume silently another run."""
-    before = flatten(config_from_dict(saved["config"], where=f"{where}: config").model_dump(mode="json"))
+    old = config_from_dict(saved["config"], where=f"{where}: config")
+    before = flatten(old.model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
     # A list of stages or of weighted sources is one value: `flatten` does not go into it.
     differences = [
@@ -65,6 +66,11 @@ def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Map
                 f"data.{key}: other {name} episodes ({_short(saved['data'][name])} in the checkpoint, "
                 f"{_short(fingerprint[name])} now)"
             )
+    if _other_backbone(saved, old.model.vlm_config, config.model.vlm_config):
+        differences.append(
+            f"model.vlm_config.model_name_or_path: {old.model.vlm_config.model_name_or_path} in the checkpoint, "
+            f"{config.model.vlm_config.model_name_or_path} now, which is of other sizes or cannot be read"
+        )
     if _other_statistics(saved, config):
         differences.append(f"data.normalization_stats_path: {config.data.normalization_stats_path} holds other statistics")
     if differences:
@@ -88,6 +94,25 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _other_backbone(saved: Mapping[str, Any], before: VLMConfig, now: VLMConfig) -> bool:
+    """Whether another backbone is named. Its weights come out of the checkpoint, so one that has only moved is the same."""
+    if now.model_name_or_path == before.model_name_or_path:
+        return False
+    from transformers import AutoConfig  # heavy, and needed for this alone
+
+    try:
+        named = AutoConfig.from_pretrained(now.model_name_or_path, revision=now.revision).to_dict()
+    except (OSError, ValueError):
+        return True
+    return _sizes(named) != _sizes(saved["backbone"])
+
+
+def _sizes(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers of the two towers: widths, layers, heads, vocabulary."""
+    towers = {name: architecture.get(name, {}) for name in ("vision_config", "text_config")}
+    return {key: value for key, value in flatten(towers).items() if type(value) is int}
 
 
 def _other_statistics(saved: Mapping[str, Any], config: VLAConfig) -> bool:

@@ -51,7 +51,7 @@ def begin_run(config: VLAConfig, data: Data, distributed: Distributed, step: int
     statistics = run_dir / STATISTICS
     data.train.preprocessor.statistics.save(statistics)
     # Its own copy: the file it came from may be computed anew.
-    own = config.data.model_copy(update={"normalization_stats_path": str(statistics)})
+    own = config.data.model_copy(update={"normalization_stats_path": config.run_place(STATISTICS)})
     _write(run_dir / CONFIG, config.model_copy(update={"data": own}).to_yaml())
     _record_start(run_dir, describe_start(data, distributed, step))
     handler = logging.FileHandler(run_dir / "logs" / "train.log")
