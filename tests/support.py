@@ -114,13 +114,14 @@ def train_here(config: VLAConfig, resume: Path | None = None) -> Any:
     import torch
 
     from paligemma_vla.training.distributed import Distributed
-    from paligemma_vla.training.run_folder import begin_run
+    from paligemma_vla.training.run_folder import begin_run, end_run
     from paligemma_vla.training.trainer import Trainer
 
     alone = Distributed(0, 1, torch.device("cpu"))
     trainer = Trainer(config, alone, resume)
-    begin_run(config, trainer.data, alone, trainer.step)
+    lock = begin_run(config, trainer.data, alone, trainer.step, resume)
     trainer.run()
+    end_run(lock)
     return trainer
 
 

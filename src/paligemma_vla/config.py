@@ -27,6 +27,8 @@ LARGEST_FILE, MOST_VALUES = 2**20, 100_000
 MOST_ACTION_TOKENS = 8192
 
 # No count of this project can mean more, and numbers beyond overflow in the libraries below.
+RUN_CONFIG, RUN_STATISTICS, RUN_ENVIRONMENT = "config.yaml", "normalization_stats.json", "environment.json"
+
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -256,6 +258,14 @@ class InvalidConfig(ConfigError):
         self.where, self.faults, self.usable, self.wrong = where, list(faults), usable, wrong
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
         super().__init__("\n  ".join([f"{where}: {count} in the configuration", *faults]))
+
+
+def own_statistics(config_path: str | Path) -> str | None:
+    """The statistics beside a configuration that lies in a run's folder: that folder may have moved since it named them."""
+    path = Path(config_path)
+    statistics = path.with_name(RUN_STATISTICS)
+    is_run = path.name == RUN_CONFIG and path.with_name(RUN_ENVIRONMENT).is_file() and statistics.is_file()
+    return str(statistics) if is_run else None
 
 
 def json_schema() -> str:
@@ -529,6 +539,16 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             bool(open_stages),
             [f"training.stages.{next(iter(open_stages), 0)}.steps"],
             "every stage but the last gives its steps, the last gives none",
+        ),
+        (
+            training.best_metric == "val/action_mae" and training.val_action_samples == 0,
+            ["training.best_metric", "training.val_action_samples"],
+            "got val/action_mae with val_action_samples 0, which measures none; raise it, or take val/epoch_loss",
+        ),
+        (
+            re.fullmatch(r"(\w*:)?/*|~.*|\w+:/(?!/).*", training.checkpoint_dir) is not None,
+            ["training.checkpoint_dir"],
+            f"got '{training.checkpoint_dir}', expected a folder, or a URL with a place in it; `~` is not expanded",
         ),
         (
             whole_backbone_frozen and any(stage.train == "all" for stage in training.stages),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from paligemma_vla.errors import StorageError, first_line
 
@@ -17,7 +19,7 @@ NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")
 
 def is_url(place: str) -> bool:
     """Whether a place is a URL rather than a path."""
-    return "://" in place
+    return re.match(r"[A-Za-z][\w+.-]*://", place) is not None
 
 
 def cache_folder(*parts: str) -> Path:
@@ -80,3 +82,22 @@ def read_file(place: str | Path, most: int = -1) -> bytes:
         return content if most < 0 else content[:most]
     with open(place, "rb") as file:
         return file.read(most)
+
+
+def hold_lock(path: Path) -> IO[bytes] | None:
+    """Hold a lock file until it is closed, or the process ends; None when another process holds it.
+
+    Raises `OSError` where the file system has no locks.
+    """
+    file = open(path, "ab")  # noqa: SIM115 - held as long as the caller is at work
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        file.close()
+        raise
+    file.close()
+    return None

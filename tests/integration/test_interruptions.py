@@ -185,6 +185,19 @@ def test_second_signal_stops_at_once(undisturbed: Undisturbed, zygote: Zygote, t
     assert "Traceback" not in stopped.stderr
 
 
+def test_killed_run_leaves_no_loader_behind(undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path) -> None:
+    config = named(undisturbed, "orphans", num_workers=2)
+    child = zygote.start(arguments(config, tmp_path), tmp_path)
+    wait_for_step(config.run_dir, 1)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(60)
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(child.pid, 0)
+            time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def full_disk(child: Child) -> Iterator[None]:
     """Within the block `child` can write small files, but no checkpoint: a limit on file sizes stands for the full disk."""

@@ -75,17 +75,19 @@ def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> 
 
 
 def test_processes_that_are_terminated_save_together_and_go_on_exactly(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    """SIGTERM to the launcher alone, as a scheduler sends it."""
+    """SIGTERM to the whole group, so that a rank gets it twice: from whoever sent it, and from its launcher."""
     settings = {"training.epochs": 30, "training.validate_every_n_steps": 1000}
     configs = [tiny_config({**settings, "training.experiment_name": name}) for name in ("whole", "cut")]
     whole, cut = configs
     finished = start(whole, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    running = subprocess.Popen(arguments(cut, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        arguments(cut, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (cut.run_dir / "checkpoints" / "last.pth.tar").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    running.send_signal(signal.SIGTERM)
+    os.killpg(running.pid, signal.SIGTERM)
     stderr = running.communicate(timeout=60)[1]
     assert running.returncode == 143, stderr
     assert "Traceback" not in stderr

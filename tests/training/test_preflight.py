@@ -132,3 +132,23 @@ def test_faults_of_the_file_and_of_the_data_are_told_together(
     ):
         assert f"\n  {words}" in told
     assert len(told.splitlines()) == 1 + 6
+
+
+def test_source_inside_another_trains_on_nothing_that_is_held_out(tiny_config: ConfigFactory, episode_dir: Path) -> None:
+    """A subset of the data that is to weigh more."""
+    subset = str(episode_dir / "episodes-00000.parquet")
+    sources = [{"path": str(episode_dir), "weight": 1.0}, {"path": subset, "weight": 3.0}]
+    _, data = preflight.prepare(tiny_config({"data.train_parquet_files": sources, "data.val_fraction": 0.3}), ALONE)
+    assert data.validation is not None
+    held_out, trained_on = ({data_set.where(n) for n in range(len(data_set))} for data_set in (data.validation, data.train))
+    assert held_out
+    assert not held_out & trained_on
+    assert any(place.startswith(subset) for place in held_out)
+
+
+def test_validation_files_that_are_trained_on_are_told(
+    tiny_config: ConfigFactory, episode_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        preflight.prepare(tiny_config({"data.val_parquet_files": str(episode_dir / "episodes-00000.parquet")}), ALONE)
+    assert "data.val_parquet_files: 4 of 4 episodes are trained on as well" in caplog.text

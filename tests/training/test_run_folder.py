@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.normalization import DatasetStatistics
-from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.checkpoint import load_checkpoint, newest_checkpoint
 from paligemma_vla.training.run_folder import git_state
 from support import identical, read_metrics, write_episodes
+from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
 
@@ -134,3 +137,89 @@ def test_file_that_changes_during_training_stops_the_run(
     assert started(config, tmp_path, "--resume_checkpoint", "auto") == 0
     first, second = (load_checkpoint(c.run_dir / "checkpoints" / "last.pth.tar") for c in (whole, config))
     assert identical(first["state_dict"], second["state_dict"])
+
+
+def test_two_starts_of_one_run_at_once_are_refused(tiny_config: ConfigFactory, tmp_path: Path, zygote: Zygote) -> None:
+    config = tiny_config({"training.epochs": 50})
+    path = tmp_path / "c.yaml"
+    path.write_text(config.to_yaml())
+    argv = ["train", "--config_path", str(path), "--device", "cpu"]
+    first = zygote.start(argv, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (config.run_dir / "checkpoints" / "last.pth.tar").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for flags in ([], ["--resume_checkpoint", "auto"]):
+        second = zygote.run([*argv, *flags], tmp_path)
+        assert second.status == 2
+        assert f"{config.run_dir} is being trained by another process" in second.stderr
+    assert [path.name for path in config.run_dir.parent.iterdir() if not path.name.startswith(".")] == ["run"]
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait(60)
+    assert zygote.run([*argv, "--resume_checkpoint", "auto", "--set", "training.epochs=1"], tmp_path).status == 0
+
+
+def test_run_that_was_moved_repeats_with_its_own_statistics(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    config = tiny_config({"training.max_steps": 3, "data.allow_other_statistics": True})
+    assert started(config, tmp_path) == 0
+    moved = config.run_dir.rename(tmp_path / "elsewhere")
+    assert main(["train", "--config_path", str(moved / "config.yaml"), "--device", "cpu"]) == 0
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.pth.tar") for folder in (moved, config.run_dir))
+    assert identical(first["state_dict"], second["state_dict"])
+
+
+def test_resume_into_the_folder_of_another_run_moves_that_one_aside(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    one = tiny_config({"training.experiment_name": "one", "training.stop_after_epoch": 1})
+    two = tiny_config({"training.experiment_name": "two", "training.seed": 1})
+    assert started(one, tmp_path) == started(two, tmp_path) == 0
+    kept = load_checkpoint(two.run_dir / "checkpoints" / "last.pth.tar")
+    resume = str(one.run_dir / "checkpoints" / "last.pth.tar")
+    into = tiny_config({"training.experiment_name": "two"})
+    assert started(into, tmp_path, "--resume_checkpoint", resume, "--experiment_name", "two") == 0
+    (aside,) = two.run_dir.parent.glob("two.*")
+    assert identical(load_checkpoint(aside / "checkpoints" / "last.pth.tar"), kept)
+
+
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    """Killed before its first save, `auto` must go on from the older one, not from what was given up."""
+    config = tiny_config({"training.epochs": 3})
+    assert started(config, tmp_path) == 0
+    folder = config.run_dir / "checkpoints"
+    expected, lines = load_checkpoint(folder / "last.pth.tar"), read_metrics(config.run_dir)
+    older = str(folder / "checkpoint_epoch_1.pth.tar")
+    assert (
+        started(tiny_config({"training.epochs": 3, "training.stop_after_epoch": 1}), tmp_path, "--resume_checkpoint", older)
+        == 0
+    )
+    assert {path.name for path in folder.glob("*.pth.tar")} == {
+        "checkpoint_epoch_1.pth.tar",
+        "last.pth.tar",
+        "model_best.pth.tar",
+    }
+    assert len(list(folder.glob("after_step_5.*/checkpoint_epoch_3.pth.tar"))) == 1
+    assert started(config, tmp_path, "--resume_checkpoint", "auto") == 0
+    assert identical(load_checkpoint(folder / "last.pth.tar")["state_dict"], expected["state_dict"])
+    assert read_metrics(config.run_dir) == lines
+
+
+def test_auto_takes_the_furthest_whatever_the_dates_are(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    config = tiny_config({"training.epochs": 3})
+    assert started(config, tmp_path) == 0
+    for age, name in enumerate(("checkpoint_epoch_3", "checkpoint_epoch_2", "checkpoint_epoch_1")):
+        os.utime(config.run_dir / "checkpoints" / f"{name}.pth.tar", (age, age))
+    found = newest_checkpoint(config.run_dir / "checkpoints")
+    assert found is not None
+    assert found.name == "checkpoint_epoch_3.pth.tar"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\n5\n", b'{"step": "x"}\n[1]', b'{"starts": [{}]}', b"[" * 100_000])
+def test_damaged_records_do_not_keep_a_run_from_going_on(
+    tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
+    config = tiny_config({"training.stop_after_step": 2})
+    assert started(config, tmp_path) == 0
+    (config.run_dir / name).write_bytes(content)
+    assert started(tiny_config({"training.max_steps": 3}), tmp_path, "--resume_checkpoint", "auto") == 0
+    assert main(["train", "--config_path", str(config.run_dir / "config.yaml"), "--device", "cpu"]) == 0
+    assert "Traceback" not in capfd.readouterr().err

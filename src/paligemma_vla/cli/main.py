@@ -1,6 +1,7 @@
 """`paligemma-vla COMMAND`: dispatch, and the promise that a user never sees a traceback unless asked for.
 
-Exit status: 0 only on success, 2 on a usage or input error, 130 when interrupted, 143 when terminated.
+Exit status: 0 only on success, 2 on a usage or input error, 130 when interrupted, 143 when terminated, 141
+when nobody reads what it prints.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from paligemma_vla.errors import Terminated, VLAError
@@ -87,19 +88,30 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         with _terminable():
             return run(args)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        _say("interrupted")
         return 130
     except Terminated:
-        sys.stderr.write("terminated\n")
+        _say("terminated")
         return 143
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError:  # whoever read this has gone, as `| head` does
+        _give_up_stdout()
+        return 141
     except Exception as error:  # of any kind: a user gets a message and a status, never a traceback unasked
         if args.debug:
             traceback.print_exc()
         status, message = _told(error)
-        sys.stderr.write(f"{_printable(message)}\n")
+        _say(_printable(message))
         return status
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # stderr may lead to a full disk, or nowhere any more
+        sys.stderr.write(f"{message}\n")
+
+
+def _give_up_stdout() -> None:
+    """Or the interpreter would complain at its end that it cannot flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 LONGEST_LINE, MOST_LINES = 500, 40

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paligemma_vla.config import InvalidConfig, VLAConfig, load_config, parse_assignments
+from paligemma_vla.config import InvalidConfig, VLAConfig, load_config, own_statistics, parse_assignments
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.storage import is_url
 
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resolve_config(args: argparse.Namespace) -> VLAConfig:
     """The configuration file with the flags applied; --set wins."""
-    overrides: dict[str, Any] = {}
+    statistics = own_statistics(args.config_path)
+    overrides: dict[str, Any] = {"data.normalization_stats_path": statistics} if statistics else {}
     for flag, key in OVERRIDES.items():
         value = getattr(args, flag)
         if value is not None:
@@ -120,27 +121,31 @@ def train(
     """
     from paligemma_vla.training.distributed import join
     from paligemma_vla.training.mirror import Mirror
-    from paligemma_vla.training.run_folder import begin_run, warn_of_other_data
+    from paligemma_vla.training.run_folder import begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
     distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     mirror = Mirror.of(config)
-    trainer = Trainer(config, distributed, find_resume(config, resume_checkpoint, mirror), force)
+    resume = find_resume(config, resume_checkpoint, mirror)
+    if resume_checkpoint == "auto" and resume is None and distributed.main:
+        logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_place("checkpoints"))
+    trainer = Trainer(config, distributed, resume, force)
     if distributed.main:  # only now: a run that cannot begin leaves no trace
         trainer.mirror = mirror
         if config_path is not None:
             warn_of_other_data(config_path, trainer.data)
-        begin_run(config, trainer.data, distributed, trainer.step, mirror)
+        lock = begin_run(config, trainer.data, distributed, trainer.step, resume, mirror)
     distributed.barrier()
     trainer.run()
     if distributed.main:
         report = write_run_report(config, trainer.data.train)
         if mirror is not None:
             mirror.publish(config.training.keep_last)
-        folder = config.run_url or config.run_dir
-        logger.info("finished; checkpoints in %s/checkpoints, report: %s/%s", folder, folder, report.name)
+        places = config.run_place("checkpoints"), config.run_place(report.name)
+        logger.info("finished; checkpoints in %s, report: %s", *places)
+        end_run(lock)
     distributed.close()
     return 0
 

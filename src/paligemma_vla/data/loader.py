@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -27,6 +32,7 @@ from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
 
 Batch = dict[str, Any]
+WATCH_SECONDS = 2.0
 MISFIT = "data and configuration do not fit"
 
 
@@ -265,7 +271,7 @@ def build_loader(
         pin_memory=pin_memory and config.data.pin_memory,
         prefetch_factor=config.data.prefetch_factor if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=partial(_prepare_worker, os.getpid()),
         # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
         generator=torch.Generator(),
     )
@@ -294,11 +300,19 @@ def _start_forkserver() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(trainer: int, worker: int) -> None:
     torch.set_num_threads(1)
     # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    """End this process when the trainer has gone. Torch watches its parent, but that is what workers are forked from."""
+    while Path(f"/proc/{trainer}").exists() or not sys.platform.startswith("linux"):
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
 
 
 def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             line = f"{digest}  {path.name}\n"
             # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
-            old = _digest_path(path).read_text() if path.exists() and _digest_path(path).exists() else ""
+            old = _digests(path) if path.exists() else ""
             _write_text(_digest_path(path), old + line)
             temporary.replace(path)
             _write_text(_digest_path(path), line)
@@ -119,16 +120,16 @@ def remove_leftovers(folder: Path) -> None:
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
     """Remove what is neither linked nor to be kept; see `superfluous`."""
     linked = {(folder / name).resolve().name for name in (LAST, BEST)}
-    numbered = sorted(folder.glob("checkpoint_*.pth.tar"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for name in superfluous([path.name for path in numbered], linked, keep_last):
+    numbered = [path.name for path in newest_first(folder)]
+    for name in superfluous(numbered, linked, keep_last):
         (folder / name).unlink()
         _digest_path(folder / name).unlink(missing_ok=True)
 
 
-def superfluous(newest_first: Sequence[str], linked: Set[str], keep_last: int | None) -> list[str]:
-    """Names of numbered checkpoints that go: not linked, and not of the newest `keep_last`; None keeps all of whole epochs."""
-    kept = newest_first[:keep_last] if keep_last else [n for n in newest_first if n.startswith("checkpoint_epoch_")]
-    return [name for name in newest_first if name not in kept and name not in linked]
+def superfluous(names: Sequence[str], linked: Set[str], keep_last: int | None) -> list[str]:
+    """Numbered checkpoints (newest first) that go: not linked, nor of the newest `keep_last`; None keeps those of epochs."""
+    kept = names[:keep_last] if keep_last else [name for name in names if name.startswith("checkpoint_epoch_")]
+    return [name for name in names if name not in kept and name not in linked]
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
@@ -145,14 +146,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: 
         beside = sorted(p.name for p in path.parent.glob("*.pth.tar")) if path.parent.is_dir() else []
         raise CheckpointError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(beside)}" if beside else ""))
     real = path.resolve()
-    digest_path = _digest_path(real)
-    if digest_path.exists():
-        with open(real, "rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
-        if got not in digest_path.read_text().split():
-            raise CheckpointError(f"{real}: damaged: its sha256 differs from {digest_path.name}; use an older checkpoint")
+    digests = _digests(real)
     try:
-        if not digest_path.exists() and (entry := _damaged_entry(real)) is not None:
+        with open(real, "rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest() if digests else ""
+        if got not in digests.split() and digests:
+            name = _digest_path(real).name
+            raise CheckpointError(f"{real}: damaged: its sha256 differs from {name}; use an older checkpoint")
+        if not digests and (entry := _damaged_entry(real)) is not None:
             raise CheckpointError(
                 f"{real}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one"
             )
@@ -165,6 +166,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: 
     return dict(payload)
 
 
+def _digests(path: Path) -> str:
+    """What the file beside a checkpoint says; nothing when it is not there."""
+    try:
+        return _digest_path(path).read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise CheckpointError(f"{_digest_path(path)}: cannot be read ({error.strerror}); take it away") from error
+
+
 def _damaged_entry(path: Path) -> str | None:
     """The first entry of the archive whose CRC is wrong: torch does not look at them."""
     with zipfile.ZipFile(path) as archive:
@@ -172,9 +183,8 @@ def _damaged_entry(path: Path) -> str | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies; what is passed over is logged."""
-    candidates = [p for p in folder.glob("checkpoint_*.pth.tar") if p.is_file()]
-    for path in sorted(candidates, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+    """The checkpoint of a run that is furthest and verifies; what is passed over is logged."""
+    for path in newest_first(folder):
         try:
             load_checkpoint(path, keys=RESUME_KEYS)
         except CheckpointError as error:
@@ -182,6 +192,40 @@ def newest_checkpoint(folder: Path) -> Path | None:
         else:
             return path
     return None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Numbered checkpoints, the furthest first. Not by date: a copy of the folder has other dates.
+
+    Those that do not even tell their step come first, so that `newest_checkpoint` names them.
+    """
+    found = [path for path in folder.glob("checkpoint_*.pth.tar") if path.is_file()]
+    return sorted(found, key=lambda path: (_step_of(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _step_of(path: Path) -> float:
+    try:
+        # mmap: the small entries are read, not the weights.
+        return float(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["step"])
+    except Exception:  # of any kind: a damaged file can hold anything, and is judged by whoever loads it
+        return float("inf")
+
+
+def set_aside_later(folder: Path, resumed: Path, step: int) -> None:
+    """Move checkpoints of steps after `step` into a folder of their own: a run that goes on from an older one repeats them."""
+    later = [path for path in newest_first(folder) if step < _step_of(path) < float("inf")]
+    if not later:
+        return
+    aside = folder / f"after_step_{step}.{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir()
+    for path in later:
+        for name in (path.name, _digest_path(path).name):
+            if (folder / name).exists():
+                (folder / name).rename(aside / name)
+    for name in (LAST, BEST):
+        if not (folder / name).exists() and resumed.parent.resolve() == folder.resolve():
+            link_checkpoint(folder / resumed.name, name)
+    logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
 
 
 def _write_text(path: Path, text: str) -> None:

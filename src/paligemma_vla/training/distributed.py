@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paligemma_vla.errors import ConfigError, Terminated, TrainingError, VLAError
 
+SAVING_SECONDS = "1800"
 COMMUNICATION_REMEDY = (
     "a rank died (out of memory, killed) or hangs, see the first error above; if it was only slow (first epoch, large "
     "checkpoints), set NCCL_TIMEOUT=1800 or more, in seconds"
@@ -70,19 +71,35 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def _whole(name: str, default: int) -> int:
+    """A whole number out of the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name}: got '{text}' in the environment, expected a whole number")
+    return int(text)
+
+
 def join(device: str | None) -> Distributed:
     """Join the group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, ...), or stand alone.
 
     NCCL on GPUs, one process each, gloo on CPUs (S7.1). NCCL_TIMEOUT: seconds a collective may take (S10.2).
     """
     chosen = choose_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _whole("WORLD_SIZE", 1)
     if world_size == 1:
         return Distributed(0, 1, chosen)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        chosen = torch.device("cuda", _whole("LOCAL_RANK", 0))
         torch.cuda.set_device(chosen)
-    timeout = timedelta(seconds=int(os.environ.get("NCCL_TIMEOUT", "1800")))
+    timeout = timedelta(seconds=_whole("NCCL_TIMEOUT", 1800))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: not set, but WORLD_SIZE is {world_size}; start with torchrun or main_train_ddp.py, or "
+            f"unset WORLD_SIZE"
+        )
+    for name in ("RANK", "MASTER_PORT"):
+        _whole(name, 0)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
     return Distributed(dist.get_rank(), world_size, chosen)
 
@@ -97,8 +114,10 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "0")
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), _whole("MASTER_PORT", 0)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # A rank that is told to stop finishes its step and saves: the launcher's own limit of 30 s would cut that short.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     # Its log would show a traceback of what is told below in one message.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(

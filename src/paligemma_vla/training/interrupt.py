@@ -1,10 +1,12 @@
-"""Ctrl-C and SIGTERM during training: the step is finished and saved before the process goes."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) during training: the step is finished and saved before the process goes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 
 from paligemma_vla.training.distributed import Distributed
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A rank gets a signal from its terminal or scheduler, and soon after the same one from its launcher.
+ECHO_SECONDS = 5.0
 
 
 class StopRequest:
@@ -24,6 +28,7 @@ class StopRequest:
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
         self.number: int | None = None
+        self.noted = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,11 +45,14 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
+            if self.distributed.world_size > 1 and time.monotonic() - self.noted < ECHO_SECONDS:
+                return
             self.__exit__(None, None, None)
             signal.raise_signal(number)
-        self.number = number
+        self.number, self.noted = number, time.monotonic()
         # Not through logging or sys.stderr: the signal may have come in the middle of a line of theirs.
-        os.write(2, b"\nstopping after this step; once more stops at once, unsaved\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this step; once more stops at once, unsaved\n")
 
     def anywhere(self) -> bool:
         """Whether any process was asked; each asks at the same step, so all of them stop after the same one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
@@ -112,11 +114,47 @@ def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
     sources = [source_paths([source]) for source in _sources(config)]
     indices = [EpisodeIndex.build(paths, "data.train_parquet_files", exclude) for paths in sources]
     if settings.val_parquet_files is not None:
-        return indices, [EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files", exclude)]
+        validation = EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files", exclude)
+        shared = _shared_files([EpisodeIndex.concatenate(indices), validation])
+        trained_on = {place for index in indices for place in _places(index, shared)}
+        if seen := sum(place in trained_on for place in _places(validation, shared)):
+            logger.warning("data.val_parquet_files: %d of %d episodes are trained on as well", seen, len(validation))
+        return indices, [validation]
     if settings.val_fraction == 0:
         return indices, []
     pairs = [index.split(settings.val_fraction, config.training.seed) for index in indices]
-    return [train for train, _ in pairs], [validation for _, validation in pairs]
+    return _without_held_out(pairs), [validation for _, validation in pairs]
+
+
+def _without_held_out(pairs: list[tuple[EpisodeIndex, EpisodeIndex]]) -> list[EpisodeIndex]:
+    """Training episodes of each source. A source may lie in another, as a subset that is to weigh more: what one of them holds
+    out, none trains on."""
+    shared = _shared_files([train for train, _ in pairs])
+    held_out = {place for _, validation in pairs for place in _places(validation, shared)}
+    parts = []
+    for number, (train, _) in enumerate(pairs):
+        kept = np.array([place not in held_out for place in _places(train, shared)], bool)
+        parts.append(train.select(np.flatnonzero(kept)) if len(kept) and not kept.all() else train)
+        if len(parts[-1]) == 0:
+            raise DataError(
+                f"data.train_parquet_files.{number}: another source holds out all of its {len(train)} episodes; lower "
+                f"data.val_fraction, or give data.val_parquet_files"
+            )
+    return parts
+
+
+def _shared_files(indices: list[EpisodeIndex]) -> set[str]:
+    """Files that more than one index has."""
+    counts = Counter(file for index in indices for file in {os.path.realpath(path) for path in index.paths})
+    return {file for file, count in counts.items() if count > 1}
+
+
+def _places(index: EpisodeIndex, shared: set[str]) -> list[tuple[str, int]]:
+    """File and first row of each episode; of none when no file is shared, which is the rule and costs nothing then."""
+    if not shared:
+        return []
+    real = [os.path.realpath(path) for path in index.paths]
+    return [(real[file], row) for file, row in zip(index.file.tolist(), index.start.tolist(), strict=True)]
 
 
 def _sources(config: VLAConfig) -> list[str | DataSource]:
@@ -163,9 +201,8 @@ def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str)
     """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
     known_files = set(statistics.digests)
     others = sum(hex_digest(digest) not in known_files for digest in index.digests.tolist())
-    if not others:
-        return
-    logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
+    if others:
+        logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
     metadata = index.layout.metadata
     for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
         for states, actions in islice(iterate_numbers(index, file, ROWS_SAMPLED), 1):

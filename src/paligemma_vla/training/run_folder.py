@@ -19,44 +19,76 @@ import sys
 import time
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 import paligemma_vla
-from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import first_line
-from paligemma_vla.training.checkpoint import remove_leftovers
+from paligemma_vla.config import RUN_CONFIG, RUN_ENVIRONMENT, RUN_STATISTICS, VLAConfig
+from paligemma_vla.errors import ConfigError, first_line
+from paligemma_vla.storage import hold_lock, is_url
+from paligemma_vla.training.checkpoint import remove_leftovers, set_aside_later
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.preflight import Data
 
 logger = logging.getLogger(__name__)
-CONFIG, STATISTICS, ENVIRONMENT, PATCH = "config.yaml", "normalization_stats.json", "environment.json", "code.patch"
+PATCH, METRICS = "code.patch", "metrics.jsonl"
 
 
-def begin_run(config: VLAConfig, data: Data, distributed: Distributed, step: int, mirror: Mirror | None = None) -> None:
-    """Prepare `config.run_dir` for a run that starts at `step`; above 0 it goes on with what is there.
+def begin_run(
+    config: VLAConfig,
+    data: Data,
+    distributed: Distributed,
+    step: int,
+    resumed: str | Path | None = None,
+    mirror: Mirror | None = None,
+) -> IO[bytes]:
+    """Prepare `config.run_dir` for a run that starts at `step`, from the checkpoint `resumed` if there is one.
 
-    An earlier run of the same name is moved aside, never overwritten.
+    A run goes on in its own folder; another run of the same name is moved aside, never overwritten. Returns the lock that keeps
+    others out until it is closed. Raises `ConfigError` when the run is being trained already.
     """
     run_dir = config.run_dir
+    lock = _lock(run_dir)
+    checkpoints = run_dir / "checkpoints"
+    goes_on = resumed is not None and (is_url(str(resumed)) or Path(resumed).resolve().parent == checkpoints.resolve())
     if mirror is not None:
         mirror.begin(resuming=step > 0)
-    if step == 0 and (run_dir / "checkpoints").exists():
+    elif not goes_on and (checkpoints.exists() or (run_dir / METRICS).exists()):
         _move_aside(run_dir)
     for name in ("logs", "checkpoints"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run_dir / "checkpoints")
-    statistics = run_dir / STATISTICS
+    remove_leftovers(checkpoints)
+    if resumed is not None:
+        set_aside_later(checkpoints, Path(resumed), step)
+    statistics = run_dir / RUN_STATISTICS
     data.train.preprocessor.statistics.save(statistics)
     # Its own copy: the file it came from may be computed anew.
-    own = config.data.model_copy(update={"normalization_stats_path": config.run_place(STATISTICS)})
-    _write(run_dir / CONFIG, config.model_copy(update={"data": own}).to_yaml())
+    own = config.data.model_copy(update={"normalization_stats_path": config.run_place(RUN_STATISTICS)})
+    _write(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml())
     _record_start(run_dir, describe_start(data, distributed, step))
     handler = logging.FileHandler(run_dir / "logs" / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    return lock
+
+
+def _lock(run_dir: Path) -> IO[bytes]:
+    """Beside the run's folder, which may be moved."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = hold_lock(run_dir.with_name(f".{run_dir.name}.lock"))
+    if lock is None:
+        raise ConfigError(
+            f"training.experiment_name: {run_dir} is being trained by another process; wait for it, or give another name"
+        )
+    return lock
+
+
+def end_run(lock: IO[bytes]) -> None:
+    """Let others train under this name."""
+    Path(lock.name).unlink(missing_ok=True)
+    lock.close()
 
 
 def _move_aside(run_dir: Path) -> None:
@@ -118,23 +150,24 @@ def _record_start(run_dir: Path, start: dict[str, Any]) -> None:
         if git["changed"]:
             _write(run_dir / PATCH, patch)
     starts = read_starts(run_dir) if start["step"] else []
-    _write(run_dir / ENVIRONMENT, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+    _write(run_dir / RUN_ENVIRONMENT, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """The starts of a run, oldest first; none where the record is missing or cannot be read."""
     try:
-        return list(json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))["starts"])
+        starts = json.loads((run_dir / RUN_ENVIRONMENT).read_bytes())["starts"]
+        return [start for start in starts if start["data"]["fingerprint"]]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: cannot be read (%s); it begins anew", run_dir / ENVIRONMENT, first_line(error))
+    except Exception as error:  # of any kind: it is a record beside the run, and can hold anything
+        logger.warning("%s: cannot be read (%s); it begins anew", run_dir / RUN_ENVIRONMENT, first_line(error))
         return []
 
 
 def warn_of_other_data(config_path: Path, data: Data) -> None:
     """When the configuration is that of a run folder: say so if the data are not those of that run."""
-    starts = read_starts(config_path.parent) if config_path.name == CONFIG else []
+    starts = read_starts(config_path.parent) if config_path.name == RUN_CONFIG else []
     if starts and starts[0]["data"]["fingerprint"] != data.fingerprint:
         logger.warning("%s is of a run on other episodes than there are now: this run will not repeat it", config_path)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,16 +29,11 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        kept: list[bytes] = []
         if path.exists() and start_step > 0:
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line)
-                except (ValueError, KeyError):  # a line cut short by a kill
-                    continue
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= start_step]
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         temporary.replace(path)
         self.path = path
         # Unbuffered: after a failed write nothing waits to fail again.
@@ -53,6 +51,14 @@ class JsonLines:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite for one that a kill, or a disk, has cut short or damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except Exception:  # of any kind: it can hold anything
+        return math.inf
 
 
 class Wandb:
@@ -121,6 +127,25 @@ class Tracker:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+
+
+class Quiet(io.TextIOBase):
+    """Standard error for a progress bar: when it leads to a full disk, or nowhere any more, training goes on without it."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
 
 
 class Meter:

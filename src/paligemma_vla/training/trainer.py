@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import operator
 import shlex
 import time
 import warnings
@@ -36,7 +37,7 @@ from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.resume import check_same_run
-from paligemma_vla.training.tracking import Meter, Tracker
+from paligemma_vla.training.tracking import Meter, Quiet, Tracker
 from paligemma_vla.training.validation import to_device, validate
 from paligemma_vla.training.watch import LossWatch, Step
 
@@ -58,11 +59,15 @@ class Trainer:
         self.config, self.distributed = config, distributed
         torch.manual_seed(config.training.seed)
         saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
-        kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
+        with _belonging(str(resume)):
+            kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
         self.preprocessor, self.data = prepare(config, distributed, kept)
         if saved is not None and not force:
-            check_same_run(saved, config, self.data.fingerprint, str(resume))
-        self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, saved["backbone"] if saved else None)
+            with _belonging(str(resume)):
+                check_same_run(saved, config, self.data.fingerprint, str(resume))
+        with _belonging(str(resume)) if saved else contextlib.nullcontext():
+            backbone = saved["backbone"] if saved else None
+            self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
         self.model.to(distributed.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.total_steps = self._total_steps()
@@ -78,7 +83,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.mirror: Mirror | None = None
         if saved is not None:
-            self._restore(saved, str(resume))
+            with _belonging(str(resume)):
+                self._restore(saved, str(resume))
         self.parallel: nn.Module = self.model
         self.learning: str | None = None
         self.tracker: Tracker | None = None
@@ -125,7 +131,8 @@ class Trainer:
         self._describe(stop)
         validation: dict[str, Any] = {}
         stream = self._stream(stop)
-        bar = tqdm(total=stop, initial=self.step, unit="step", disable=not self.distributed.main, dynamic_ncols=True)
+        silent = not self.distributed.main
+        bar = tqdm(total=stop, initial=self.step, unit="step", disable=silent, dynamic_ncols=True, file=Quiet())
         meter = Meter(self.config.data.batch_size)
         if self.distributed.main and self.step >= stop:
             logger.info("nothing is left to train: raise training.epochs or max_steps to go on")
@@ -343,11 +350,15 @@ class Trainer:
         ):
             group.update(option)
             group["lr"] = base * factor(self.scheduler.last_epoch)
-        if self.ema is not None and saved["ema"] is not None:
-            self.ema.load_state_dict(saved["ema"])
+        if self.ema is not None:
+            # A run that is forced to begin averaging begins with the weights there are.
+            self.ema = ExponentialMovingAverage(self.model, self.ema.decay)
+            if saved["ema"] is not None:
+                self.ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
         self.watch.load_state_dict(saved["watch"])
-        self.step, self.best_metric, self.stale = saved["step"], saved["best_metric"], saved["stale"]
+        self.step, self.stale = operator.index(saved["step"]), operator.index(saved["stale"])
+        self.best_metric = float(saved["best_metric"])
         self.saved_step = self.step
         logger.info("resumed %s: step %d, %d epochs completed", where, self.step, self.epoch)
 
@@ -409,8 +420,13 @@ class Trainer:
         """Turn the failures that users know (S10.2) into messages with the remedy."""
         try:
             yield
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
             reason = first_line(error)
+            if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in reason:
+                raise TrainingError(
+                    f"a loader process ended at step {self.step} ({reason}), as one does that the system stops for lack of "
+                    f"memory: lower data.num_workers or data.cache_mb; --resume_checkpoint auto goes on"
+                ) from error
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
                 raise TrainingError(
                     f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}: reduce it, or "
@@ -422,3 +438,14 @@ class Trainer:
                     f"communication between processes failed at step {self.step} ({reason}): {COMMUNICATION_REMEDY}"
                 ) from error
             raise
+
+
+@contextlib.contextmanager
+def _belonging(where: str) -> Iterator[None]:
+    """Tell of a checkpoint whose parts are not what they should be: it verifies, so somebody has written it like that."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: is not a checkpoint of this program ({type(error).__name__}: {first_line(error)})"
+        ) from error
