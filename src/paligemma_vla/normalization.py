@@ -136,7 +136,7 @@ def _interpolate(ordered: NDArray[np.float32], position: float) -> NDArray[np.fl
 class DatasetStatistics:
     """What `normalization_stats.json` holds: state, action, and the data they were computed from.
 
-    datasets: files. digests: of their footers, 16 characters each, in the same order; empty in older files.
+    datasets: files. digests: of their contents, 16 characters each, in the same order; empty in older files.
     """
 
     state: Statistics

@@ -52,7 +52,7 @@ class EpisodeIndex:
     paths: files. Per episode, in the order of files and rows: file (int32), start (int64, row in its file), length (int32).
     groups: of all files one after the other, the first row of each row group, and the file's number of rows (int64); those
     of file f lie at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes and mtime in ns (int64). digests: per
-    file, of its footer (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
+    file, see `file_digest` (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
     """
 
     paths: tuple[str, ...]
@@ -142,7 +142,7 @@ class EpisodeIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Of the data, not of where it lies: footers of the files, and which rows are the episodes, in order. 32 characters.
+        """Of the data, not of where it lies: digests of the files, and which rows are the episodes, in order. 32 characters.
 
         Another machine with the same data under another folder gets the same one.
         """

@@ -23,7 +23,7 @@ NOTHING: Rows = np.empty((0, 2), np.int64)
 class Excluded:
     """An episode to leave out, by its rows in a file; with first_row None, the whole file.
 
-    file: absolute, without links. episode: its number in the file. digest: the file's footer, as `data check` saw it.
+    file: absolute, without links. episode: its number in the file. digest: of the file as `data check` saw it.
     """
 
     file: str

@@ -1,4 +1,4 @@
-"""One episode file: opening it, what its columns hold, its footer. No image byte is touched here."""
+"""One episode file: opening it, what its columns hold, its digest. No image is decoded here."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 STREAM_BUFFER = 2**18
 SAMPLED_ROWS = 1024
 NAMED = 20  # columns named in a message
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
 
 Rows = NDArray[np.int64]
@@ -74,19 +75,32 @@ def group_bounds(file: pq.ParquetFile) -> Rows:
     return np.cumsum([0, *sizes], dtype=np.int64)
 
 
-def footer_digest(path: str) -> int:
-    """64 bits over the footer of a readable Parquet file: sizes, offsets, statistics, schema and metadata.
+def file_digest(path: str) -> int:
+    """64 bits over a readable Parquet file: its footer, and blocks spread evenly over it (all of a small file).
 
-    It does not depend on the file's name, place and dates.
+    The footer holds sizes, offsets, statistics, schema and metadata; for EpisodeWriter's files also a digest of all that
+    they contain. What another writer left without statistics may change between the blocks unseen. It does not depend on
+    the file's name, place and dates.
     """
     try:
         with open(path, "rb") as file:
-            file.seek(-FOOTER_TAIL, os.SEEK_END)
+            size = file.seek(-FOOTER_TAIL, os.SEEK_END) + FOOTER_TAIL
             length = int.from_bytes(file.read(4), "little")
             file.seek(-FOOTER_TAIL - length, os.SEEK_END)
-            return int.from_bytes(hashlib.blake2b(file.read(length), digest_size=8).digest(), "little")
+            digest = hashlib.blake2b(file.read(length), digest_size=8)
+            for offset, count in _sampled_blocks(size):
+                file.seek(offset)
+                digest.update(file.read(count))
     except OSError as error:
         raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _sampled_blocks(size: int) -> list[tuple[int, int]]:
+    """Offset and length of the blocks of a file that `file_digest` reads."""
+    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+        return [(0, size)]
+    return [(n * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
 
 
 @dataclass(frozen=True)
