@@ -33,16 +33,21 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
     """
     found: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
-        if os.path.isdir(path):
-            files = sorted(str(file) for file in Path(path).rglob("*.parquet") if not file.name.startswith("."))
-        elif glob.has_magic(path):
-            files = sorted(glob.glob(path, recursive=True))
-        else:
-            files = [path] if os.path.isfile(path) else []
+        matches = [path]
+        if not os.path.exists(path):  # else its name may well hold what a glob would take for its own
+            matches = [str(Path(match)) for match in glob.glob(path, recursive=True)]
+        files = sorted({file for match in matches for file in _files_in(match)})
         if not files:
             raise DataError(f"{where}: {path}: no Parquet file there; expected a file, a folder that holds some, or a glob")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _files_in(path: str) -> list[str]:
+    """A file itself, or the Parquet files anywhere in a folder."""
+    if not os.path.isdir(path):
+        return [path] if os.path.isfile(path) else []
+    return [str(file) for file in Path(path).rglob("*.parquet") if file.is_file() and not file.name.startswith(".")]
 
 
 @dataclass(frozen=True)

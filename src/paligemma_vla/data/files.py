@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -171,7 +172,8 @@ def count_cameras(arrow: pa.Schema) -> int:
 def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
     cameras = max(1, count_cameras(arrow))
     for name, matches, expected in [
-        *((schema.image_column(n + 1), _is_bytes, "binary") for n in range(cameras)),
+        (schema.image_column(1), _is_bytes, "binary"),
+        *((schema.image_column(n + 1), _is_bytes_or_null, "binary") for n in range(1, cameras)),
         *((name, _is_number_list, "a list of float32 or float64") for name in (schema.STATE, schema.ACTION)),
         (schema.PROMPT, _is_text, "string"),
         *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
@@ -182,6 +184,16 @@ def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
             yield Fault(path, Kind.COLUMN, f"got {arrow.names.count(name)} columns of that name, expected one", column=name)
         elif not matches(arrow.field(name).type):
             yield Fault(path, Kind.TYPE, f"got type {arrow.field(name).type}, expected {expected}", column=name)
+    after, last = schema.image_column(cameras + 1), max(map(_camera, arrow.names), default=0)
+    if last > cameras and after not in arrow.names:
+        text = f"missing, but {schema.image_column(last)} is there; number cameras without a gap, or rename what is none"
+        yield Fault(path, Kind.COLUMN, text, column=after)
+
+
+def _camera(name: str) -> int:
+    """Number of the camera whose images a column holds, 0 where it holds none."""
+    match = re.fullmatch(r"image_([1-9][0-9]{0,8})_bytes", name)
+    return int(match[1]) if match else 0
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -192,6 +204,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_bytes_or_null(kind: pa.DataType) -> bool:
+    """pyarrow writes a column in which every row is null without a type."""
+    return _is_bytes(kind) or bool(pa.types.is_null(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
