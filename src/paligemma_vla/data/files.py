@@ -37,6 +37,8 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
     stream: columns are read piece by piece, so that a large row group need not fit into memory.
     Raises `FaultError` when it is not Parquet or is cut short.
     """
+    if not _is_encodable(path):  # pyarrow takes no other
+        raise FaultError(Fault(path, Kind.FILE, "its path is not UTF-8; rename it, or take it out of the data"))
     try:
         return pq.ParquetFile(
             path,
@@ -48,6 +50,14 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
     except READ_ERRORS as error:
         text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
         raise FaultError(Fault(path, Kind.FILE, text)) from error
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_columns(path: str, file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
