@@ -275,7 +275,7 @@ def _reorder_columns(rng: Rng, table: pa.Table) -> pa.Table:
 @TABLES.add(sound=True)
 def _further_columns(rng: Rng, table: pa.Table) -> pa.Table:
     return table.append_column("reward", pa.array([{"value": [0.5]}] * table.num_rows)).append_column(
-        "image_3_bytes", pa.array(["not looked at"] * table.num_rows)
+        "image_bytes", pa.array(["not looked at"] * table.num_rows)
     )
 
 

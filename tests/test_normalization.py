@@ -153,6 +153,17 @@ def _set(*keys: str, value: Any) -> Any:
         (_set("state", "max", value="high"), "state: "),
         (_set("action", "std", value=[float("nan"), 1.0]), "action: .*finite"),
         (_set("action", "count", value="many"), "action: "),
+        (_set("action", "count", value=float("inf")), "action: count: got inf"),
+        (_set("action", "count", value=-5), "action: count: got -5, expected a whole number above 0"),
+        (_set("action", "count", value=True), "action: count: got True"),
+        (_set("action", "min", value=[0.0, True]), "action: min, dimension 1: got True"),
+        (_set("action", "min", value=["0", 0.0]), "action: min, dimension 0: got '0'"),
+        (_set("action", "max", value=[10**400, 10.0]), "action: max, dimension 0: got 1000+, expected a finite float32"),
+        (_set("action", "max", value=[1e300, 10.0]), r"action: max, dimension 0: got 1e\+300"),
+        (_set("action", "min", value=[-50.0, 5e3]), "action: q01, dimension 1: got .*, expected at least min = 5000;"),
+        (_set("action", "q99", value=[-50.0, 1.0]), "action: q99, dimension 0: got -50, expected at least q01 = "),
+        (_set("action", "mean", value=[0.1, 1e6]), r"action: max, dimension 1: got .*, expected at least mean = 1e\+06;"),
+        (_set("action", "std", value=[1.0, -1e-30]), "action: std, dimension 1: got -1e-30, expected at least 0;"),
     ],
 )
 def test_statistics_file_faults_name_file_and_section(tmp_path: Path, change: Any, message: str) -> None:
@@ -165,7 +176,7 @@ def test_statistics_file_faults_name_file_and_section(tmp_path: Path, change: An
     assert str(caught.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", ""])
+@pytest.mark.parametrize("content", ["{", "[]", "3", "", "[" * 100_000])
 def test_statistics_file_that_is_no_statistics(tmp_path: Path, content: str) -> None:
     path = tmp_path / "s.json"
     path.write_text(content)

@@ -25,6 +25,10 @@ from paligemma_vla.storage import read_file
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
+ORDER = (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max"), ("0", "std"))
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+ROUNDING = 1e-6  # relative; a mean of equal numbers may lie a little beside them
+AGAIN = "compute the statistics again"
 FIELDS = ("min", "max", "mean", "std", "q01", "q99")
 logger = logging.getLogger(__name__)
 
@@ -50,16 +54,44 @@ class Statistics:
             raise DataError(f"{where}: got {type(raw).__name__}, expected an object with {', '.join(FIELDS)}, count")
         missing = [name for name in (*FIELDS, "count") if name not in raw]
         if missing:
-            raise DataError(f"{where}: missing {', '.join(missing)}; compute the statistics again")
-        try:
-            arrays = {name: np.asarray(raw[name], np.float64) for name in FIELDS}
-            count = int(raw["count"])
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: expected lists of numbers ({error}); compute the statistics again") from error
-        shapes = {array.shape for array in arrays.values()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 1 or not all(np.isfinite(a).all() for a in arrays.values()):
-            raise DataError(f"{where}: expected finite lists of one length; compute the statistics again")
+            raise DataError(f"{where}: missing {', '.join(missing)}; {AGAIN}")
+        arrays = {name: _numbers(raw[name], f"{where}: {name}") for name in FIELDS}
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"{where}: got {_brief(lengths)}, expected lists of one length; {AGAIN}")
+        count = raw["count"]
+        if type(count) is not int or count <= 0:
+            raise DataError(f"{where}: count: got {_brief(count)}, expected a whole number above 0; {AGAIN}")
+        _check_order(arrays, where)
         return cls(**arrays, count=count)
+
+
+def _numbers(raw: Any, where: str) -> NDArray[np.float64]:
+    """A list of numbers that float32 can hold."""
+    if not isinstance(raw, list | tuple):
+        raise DataError(f"{where}: got {_brief(raw)}, expected a list of numbers; {AGAIN}")
+    for dimension, value in enumerate(raw):
+        # Compared as it is: a whole number of JSON may have hundreds of digits, more than a float can hold.
+        if type(value) not in (int, float) or not abs(value) <= FLOAT32_MAX:
+            remedy = f"expected a finite float32; {AGAIN}"
+            raise DataError(f"{where}, dimension {dimension}: got {_brief(value)}, {remedy}")
+    return np.array(raw, np.float64)
+
+
+def _check_order(arrays: Mapping[str, NDArray[np.float64]], where: str) -> None:
+    """Raise `DataError` for numbers that are no statistics of any data."""
+    bounds = {**arrays, "0": np.zeros_like(arrays["std"])}
+    slack = ROUNDING * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
+    for low, high in ORDER:
+        least = bounds[low] if low == "0" else bounds[low] - slack
+        for dimension in np.flatnonzero(arrays[high] < least):
+            expected = low if low == "0" else f"{low} = {arrays[low][dimension]:g}"
+            got = f"got {arrays[high][dimension]:g}, expected at least {expected}"
+            raise DataError(f"{where}: {high}, dimension {dimension}: {got}; {AGAIN}")
+
+
+def _brief(value: Any) -> str:
+    return repr(value)[:60]
 
 
 class Accumulator:
@@ -136,7 +168,7 @@ def _interpolate(ordered: NDArray[np.float32], position: float) -> NDArray[np.fl
 class DatasetStatistics:
     """What `normalization_stats.json` holds: state, action, and the data they were computed from.
 
-    datasets: files. digests: of their footers, 16 characters each, in the same order; empty in older files.
+    datasets: files. digests: of their contents, 16 characters each, in the same order; empty in older files.
     """
 
     state: Statistics
@@ -176,8 +208,8 @@ class DatasetStatistics:
                 f"{path}: no such statistics file; write it with\n  python utils/calculate_normalization_stats.py "
                 f"--config_path CONFIG --output_path {path}"
             ) from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as JSON ({error}); compute the statistics again") from error
+        except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+            raise DataError(f"{path}: cannot be read as JSON ({first_line(error)}); {AGAIN}") from error
         return cls.from_dict(raw, str(path))
 
     @classmethod
@@ -195,7 +227,7 @@ class DatasetStatistics:
 
 def _texts(raw: Any, where: str) -> tuple[str, ...]:
     if not isinstance(raw, list | tuple) or not all(isinstance(text, str) for text in raw):
-        raise DataError(f"{where}: expected a list of strings; compute the statistics again")
+        raise DataError(f"{where}: expected a list of strings; {AGAIN}")
     return tuple(raw)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paligemma_vla.cli import main as cli
+from paligemma_vla.data.exclusions import load_exclusions
 from paligemma_vla.normalization import DatasetStatistics
 from support import LENGTHS
 
@@ -88,6 +90,30 @@ def test_check_prints_each_fault_a_table_and_how_to_use_the_list(capfd: pytest.C
         "episode": 3,
         "reasons": ["wrong number of values"],
     }
+
+
+def test_check_that_finds_nothing_any_more_empties_the_list(
+    capfd: pytest.CaptureFixture[str], data: Path, episode_dir: Path
+) -> None:
+    call(capfd, "data", "check", data)
+    shutil.copy(episode_dir / "episodes-00000.parquet", data)
+    code, out, _ = call(capfd, "data", "check", data)
+    assert code == 0
+    assert out.endswith("\n\nwrote excluded_episodes.json anew, empty: there is nothing to leave out any more\n")
+    assert json.loads(Path("excluded_episodes.json").read_text()) == {"version": 1, "episodes": []}
+    _, out, _ = call(capfd, "data", "check", data, "--json")
+    assert json.loads(out)["exclusion_list"] == "excluded_episodes.json"
+
+
+def test_check_prints_odd_file_names_escaped(capfd: pytest.CaptureFixture[str], data: Path) -> None:
+    for name in (b"a\x1b[2J\n.parquet", b"b\xff.parquet"):
+        shutil.copy(data / "episodes-00000.parquet", os.fsencode(data) + b"/" + name)
+    code, out, err = call(capfd, "data", "check", data)
+    assert code == 1
+    assert f"data/a\\x1b[2J\\n.parquet: row {ROW}, column state: got null" in out
+    assert "data/b\\udcff.parquet: its path is not UTF-8; rename it, or take it out of the data\n" in out
+    assert "internal error" not in err
+    assert load_exclusions("excluded_episodes.json") is not None
 
 
 def test_check_prints_json_alone_on_stdout(capfd: pytest.CaptureFixture[str], data: Path) -> None:

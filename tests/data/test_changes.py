@@ -7,6 +7,7 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from episode_files import columns, write
 
 from paligemma_vla.data import episodes as episodes_module
 from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.files import BLOCK_BYTES, SAMPLED_BLOCKS
 from paligemma_vla.data.index_cache import FileFacts, read_facts
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
-from support import write_episodes
+from paligemma_vla.schema import Episode
+from support import METADATA, make_episode, write_episodes
 
 
 def rewrite(path: Path) -> None:
@@ -132,7 +136,7 @@ def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path: Path) -> None
     assert len({index.fingerprint for index in different}) == len(different)
 
 
-def test_digest_changes_with_any_part_of_the_file_that_the_footer_knows(tmp_path: Path) -> None:
+def test_digest_changes_with_any_part_of_the_file(tmp_path: Path) -> None:
     def digest(**options: object) -> int:
         return int(EpisodeIndex.build(write(tmp_path / "x.parquet", content, **options)).digests[0])  # type: ignore[arg-type]
 
@@ -145,6 +149,43 @@ def test_digest_changes_with_any_part_of_the_file_that_the_footer_knows(tmp_path
     content["image_1_bytes"][0] += b"\0"
     seen.add(digest())
     assert len(seen) == 5
+
+
+def written(folder: Path, change: Callable[[Episode], Episode] = lambda episode: episode) -> str:
+    """Fingerprint of two long episodes, after a change of each."""
+    rng = np.random.default_rng(0)
+    episodes = [make_episode(rng, 500) for _ in range(2)]
+    with EpisodeWriter(folder, METADATA) as writer:
+        for episode in episodes:
+            writer.write(change(episode))
+    assert next(folder.glob("*.parquet")).stat().st_size > SAMPLED_BLOCKS * BLOCK_BYTES
+    return EpisodeIndex.build(str(folder)).fingerprint
+
+
+def pictures_backwards(episode: Episode) -> Episode:
+    return replace_fields(episode, images=[images[::-1] for images in episode.images])
+
+
+def two_actions_swapped(episode: Episode) -> Episode:
+    order = np.arange(episode.length)
+    order[[250, 251]] = 251, 250
+    return replace_fields(episode, action=episode.action[order])
+
+
+def test_fingerprint_of_the_writers_files_tells_every_change_of_their_contents(tmp_path: Path) -> None:
+    first = written(tmp_path / "a")
+    assert written(tmp_path / "b") == first
+    assert len({first, written(tmp_path / "c", pictures_backwards), written(tmp_path / "d", two_actions_swapped)}) == 3
+
+
+@pytest.mark.parametrize("lengths", [(3, 4), (300, 400)])
+def test_fingerprint_of_other_writers_files_tells_pictures_in_another_order(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    content = columns(lengths)
+    options: dict[str, Any] = {"compression": "none", "write_statistics": False}
+    first = EpisodeIndex.build(write(tmp_path / "a.parquet", content, **options)).fingerprint
+    assert EpisodeIndex.build(write(tmp_path / "b.parquet", content, **options)).fingerprint == first
+    content["image_1_bytes"].reverse()
+    assert EpisodeIndex.build(write(tmp_path / "c.parquet", content, **options)).fingerprint != first
 
 
 def test_index_of_many_files_takes_64_bytes_an_episode_and_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

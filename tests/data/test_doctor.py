@@ -111,6 +111,11 @@ CASES = {
         [(None, "image_1_bytes", Kind.COLUMN), (6, "state", Kind.LENGTH)],
         both(lambda content: content.pop("image_1_bytes"), put("state", 6, None)),
     ),
+    "camera_gap": Case(
+        [(None, "image_2_bytes", Kind.COLUMN)],
+        lambda content: content.update(image_3_bytes=content["image_1_bytes"]),
+        {"image_3_bytes": pa.binary()},
+    ),
     "flag_as_number": Case([(None, "is_last", Kind.TYPE)], every("is_last", 1), {"is_last": pa.int8()}),
     "prompt_as_number": Case([(None, "prompt", Kind.TYPE)], every("prompt", 1), {"prompt": pa.int8()}),
     "other_state": Case([(None, "state", Kind.ROBOT)], every("state", [0.0] * 5)),

@@ -227,12 +227,39 @@ def test_data_of_two_robots_is_refused(tmp_path: Path) -> None:
 
 def test_cameras_are_counted_from_one_without_a_gap(tmp_path: Path) -> None:
     content = columns()
-    for camera in (2, 3, 5):
+    for camera in (2, 3):
         content[f"image_{camera}_bytes"] = content["image_1_bytes"]
-    path = write(tmp_path / "x.parquet", content, {f"image_{n}_bytes": pa.binary() for n in (2, 3, 5)})
+    path = write(tmp_path / "x.parquet", content, {f"image_{n}_bytes": pa.binary() for n in (2, 3)})
     assert EpisodeIndex.build(path).layout.cameras == 3
     with open_parquet(path) as file:
         assert read_layout(path, file).cameras == 3
+    del content["image_2_bytes"]
+    with pytest.raises(DataError, match="column image_2_bytes: missing, but image_3_bytes is there; number cameras without"):
+        EpisodeIndex.build(write(tmp_path / "y.parquet", content))
+
+
+def test_further_camera_without_any_picture_and_type_is_absent(tmp_path: Path) -> None:
+    content = columns()
+    content["image_2_bytes"] = [None] * len(content["prompt"])
+    index = EpisodeIndex.build(write(tmp_path / "x.parquet", content))
+    assert pq.read_schema(index.paths[0]).field("image_2_bytes").type == pa.null()
+    rows, place = EpisodeReader(index, 2, 1).group_of(0, 0)
+    assert [column[place].is_valid for column in rows.images if column is not None] == [True, False]
+    del content["image_1_bytes"]
+    content["image_1_bytes"] = [None] * len(content["prompt"])
+    with pytest.raises(DataError, match="column image_1_bytes: got type null, expected binary"):
+        EpisodeIndex.build(write(tmp_path / "y.parquet", content, {"image_1_bytes": pa.null()}))
+
+
+def test_folder_named_like_a_file_is_looked_into_and_a_file_named_like_a_glob_is_found(tmp_path: Path) -> None:
+    part, starred = (str(tmp_path / name) for name in ("x.parquet/part-0.parquet", "run[1].parquet"))
+    (tmp_path / "x.parquet").mkdir()
+    for path in (part, starred):
+        Path(path).touch()
+    assert expand_paths(str(tmp_path), "x") == [starred, part]
+    assert expand_paths(f"{tmp_path}/x*", "x") == [part]
+    assert expand_paths(f"{tmp_path}/./**", "x") == [starred, part]
+    assert expand_paths(starred, "x") == [starred]
 
 
 def test_split_takes_whole_episodes_and_depends_on_the_seed_alone(episode_dir: Path) -> None:

@@ -69,6 +69,13 @@ def test_decode_takes_jpeg_and_png_only(kind: str) -> None:
         decode_image(encoded(kind), "x")
 
 
+def test_decode_refuses_16_bits_per_channel() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(0, 48000, 1000, dtype=np.uint16).reshape(6, 8)).save(stream, "PNG")
+    with pytest.raises(DataError, match=r"x: cannot be decoded as JPEG or PNG \(16 bits per channel, expected 8\)"):
+        decode_image(stream.getvalue(), "x")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_decode_of_damaged_bytes_is_an_image_or_a_data_error(kind: str) -> None:
     """Truncations and flipped bytes: whatever the decoder meets, nothing but DataError comes out."""

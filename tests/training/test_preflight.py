@@ -88,7 +88,8 @@ def test_statistics_of_other_data_are_refused_unless_allowed(
         preflight.prepare(tiny_config(settings), ALONE)  # other files, but numbers like theirs
     assert "was not computed from 3 of the 3 training files" in caplog.text
 
-    raw["action"]["max"][1] = 0.1
+    for name in ("mean", "q99", "max"):
+        raw["action"][name][1] = 0.1
     path.write_text(json.dumps(raw))
     told = message(tiny_config(settings))
     assert f"{path} is of other data: {moved}" in told

@@ -88,25 +88,34 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Find every fault; write the exclusion list when there is something to leave out."""
+    """Find every fault; write the exclusion list when there is something to leave out, or one of before is out of date."""
     files = expand_paths(args.path, "data check")
     options = _check_options(args)
     with warnings.catch_warnings(), tqdm(total=sum(map(os.path.getsize, files)), **BAR) as bar:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
         diagnosis = diagnose(files, options, bar.update)
     excluded = diagnosis.excluded
-    if excluded:
-        ExclusionList(args.exclusion_list, excluded).save()
+    emptied = not diagnosis.faults and os.path.isfile(args.exclusion_list)
+    written = args.exclusion_list if excluded or emptied else None
+    if written is not None:
+        ExclusionList(written, excluded).save()
     if args.json:
-        sys.stdout.write(json.dumps(_check_report(diagnosis, args.exclusion_list if excluded else None), indent=1) + "\n")
-    else:
-        _print_faults(diagnosis)
-        if excluded:
-            sys.stdout.write(
-                f"\nwrote {args.exclusion_list}; to leave these out, add to the configuration\n"
-                f"  data:\n    exclude_episodes: {args.exclusion_list}\n"
-            )
+        sys.stdout.write(json.dumps(_check_report(diagnosis, written), indent=1) + "\n")
+        return 1 if diagnosis.faults else 0
+    _print_faults(diagnosis)
+    name = _on_one_line(args.exclusion_list)
+    if excluded:
+        sys.stdout.write(
+            f"\nwrote {name}; to leave these out, add to the configuration\n  data:\n    exclude_episodes: {name}\n"
+        )
+    elif emptied:
+        sys.stdout.write(f"\nwrote {name} anew, empty: there is nothing to leave out any more\n")
     return 1 if diagnosis.faults else 0
+
+
+def _on_one_line(text: str) -> str:
+    """What comes out of files and their names, with what could move a terminal's cursor, or has no encoding, escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _check_options(args: argparse.Namespace) -> CheckOptions:
@@ -148,9 +157,10 @@ def _check_report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str,
 def _print_faults(diagnosis: Diagnosis) -> None:
     for faults in (diagnosis.misfits, *(file.faults for file in diagnosis.files)):
         for fault in faults[:SHOWN_PER_FILE]:
-            sys.stdout.write(f"{fault}\n")
+            sys.stdout.write(f"{_on_one_line(str(fault))}\n")
         if len(faults) > SHOWN_PER_FILE:
-            sys.stdout.write(f"{faults[0].file}: {len(faults) - SHOWN_PER_FILE} more faults; --json prints all\n")
+            more = f"{len(faults) - SHOWN_PER_FILE} more faults; --json prints all"
+            sys.stdout.write(f"{_on_one_line(faults[0].file)}: {more}\n")
     kinds = Counter(fault.kind.value for fault in diagnosis.faults)
     if kinds:
         sys.stdout.write("\n")
@@ -172,7 +182,7 @@ def info(args: argparse.Namespace) -> int:
     instructions = facts.pop("instructions")
     width = max(map(len, facts))
     for name, value in facts.items():
-        sys.stdout.write(f"{name:<{width}}  {_shown(value)}\n")
+        sys.stdout.write(f"{name:<{width}}  {_on_one_line(_shown(value))}\n")
     if facts["largest_row_group"] > SLOW_GROUP_ROWS:
         sys.stdout.write(
             f"note: row groups of up to {facts['largest_row_group']} rows make reading single frames slow; "
@@ -180,7 +190,7 @@ def info(args: argparse.Namespace) -> int:
         )
     sys.stdout.write(f"{len(instructions)} instructions (episodes each):\n")
     for prompt, count in list(instructions.items())[:20]:
-        sys.stdout.write(f"  {count:>6}  {prompt}\n")
+        sys.stdout.write(f"  {count:>6}  {_on_one_line(prompt)}\n")
     if len(instructions) > 20:
         sys.stdout.write(f"  ... and {len(instructions) - 20} more; --json prints all\n")
     return 0

@@ -24,7 +24,7 @@ from paligemma_vla.data.files import (
     READ_ERRORS,
     Layout,
     Rows,
-    footer_digest,
+    file_digest,
     group_bounds,
     identify,
     joint_layout,
@@ -192,7 +192,7 @@ def _in_bytes(size: int, progress: Progress) -> Callable[[float], None]:
 def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Callable[[float], None]) -> Examined:
     """As `examine`, of an open file. progress: called with the share of it that is done since its last call."""
     layout, faults = survey(path, file)
-    groups, digest = group_bounds(file), hex_digest(footer_digest(path))
+    groups, digest = group_bounds(file), hex_digest(file_digest(path))
     rows = int(groups[-1])
     broken = {fault.column for fault in faults}
     starts: Rows = NOTHING[:, 0]

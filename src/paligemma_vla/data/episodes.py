@@ -33,16 +33,21 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
     """
     found: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
-        if os.path.isdir(path):
-            files = sorted(str(file) for file in Path(path).rglob("*.parquet") if not file.name.startswith("."))
-        elif glob.has_magic(path):
-            files = sorted(glob.glob(path, recursive=True))
-        else:
-            files = [path] if os.path.isfile(path) else []
+        matches = [path]
+        if not os.path.exists(path):  # else its name may well hold what a glob would take for its own
+            matches = [str(Path(match)) for match in glob.glob(path, recursive=True)]
+        files = sorted({file for match in matches for file in _files_in(match)})
         if not files:
             raise DataError(f"{where}: {path}: no Parquet file there; expected a file, a folder that holds some, or a glob")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _files_in(path: str) -> list[str]:
+    """A file itself, or the Parquet files anywhere in a folder."""
+    if not os.path.isdir(path):
+        return [path] if os.path.isfile(path) else []
+    return [str(file) for file in Path(path).rglob("*.parquet") if file.is_file() and not file.name.startswith(".")]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class EpisodeIndex:
     paths: files. Per episode, in the order of files and rows: file (int32), start (int64, row in its file), length (int32).
     groups: of all files one after the other, the first row of each row group, and the file's number of rows (int64); those
     of file f lie at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes and mtime in ns (int64). digests: per
-    file, of its footer (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
+    file, see `file_digest` (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
     """
 
     paths: tuple[str, ...]
@@ -142,7 +147,7 @@ class EpisodeIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Of the data, not of where it lies: footers of the files, and which rows are the episodes, in order. 32 characters.
+        """Of the data, not of where it lies: digests of the files, and which rows are the episodes, in order. 32 characters.
 
         Another machine with the same data under another folder gets the same one.
         """

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -23,7 +23,7 @@ NOTHING: Rows = np.empty((0, 2), np.int64)
 class Excluded:
     """An episode to leave out, by its rows in a file; with first_row None, the whole file.
 
-    file: absolute, without links. episode: its number in the file. digest: the file's footer, as `data check` saw it.
+    file: absolute, without links. episode: its number in the file. digest: of the file as `data check` saw it.
     """
 
     file: str
@@ -58,7 +58,8 @@ class ExclusionList:
             stop = entry.first_row + entry.rows
             if stop > rows or entry.digest not in (None, hex_digest(digest)):
                 changed = "the file has changed since" if stop <= rows else f"the file has {rows} rows"
-                raise DataError(f"{self.path}: rows {entry.first_row} to {stop - 1} of {path}: {changed}; {AGAIN}")
+                where = f"{self.path}: rows {entry.first_row} to {stop - 1} of {path}"
+                raise DataError(f"{where}: {changed}; {AGAIN}, or set data.exclude_episodes to null")
             ranges.append((entry.first_row, stop))
         return np.array(ranges, np.int64).reshape(-1, 2)
 
@@ -106,7 +107,7 @@ def _entry(raw: Any, folder: str, where: str) -> Excluded:
     file, first, rows, digest = (values.get(name) for name in ("file", "first_row", "rows", "digest"))
     whole = first is None and rows is None
     some = type(first) is int and type(rows) is int and first >= 0 and rows > 0
-    if not isinstance(file, str) or "\0" in file or not (whole or some) or not isinstance(digest, str | None):
+    if not _is_path(file) or not (whole or some) or not isinstance(digest, str | None):
         expected = "file, and first_row and rows as whole numbers, or both null"
         raise DataError(f"data.exclude_episodes: {where}: got {json.dumps(raw)[:120]}, expected {expected}; {AGAIN}")
     reasons = values.get("reasons")
@@ -118,3 +119,11 @@ def _entry(raw: Any, folder: str, where: str) -> Excluded:
         reasons=tuple(map(str, reasons)) if isinstance(reasons, list) else (),
         digest=digest,
     )
+
+
+def _is_path(value: Any) -> TypeGuard[str]:
+    """Whether a file could be named so."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

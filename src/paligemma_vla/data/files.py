@@ -1,9 +1,10 @@
-"""One episode file: opening it, what its columns hold, its footer. No image byte is touched here."""
+"""One episode file: opening it, what its columns hold, its digest. No image is decoded here."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 STREAM_BUFFER = 2**18
 SAMPLED_ROWS = 1024
 NAMED = 20  # columns named in a message
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
 
 Rows = NDArray[np.int64]
@@ -35,6 +37,8 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
     stream: columns are read piece by piece, so that a large row group need not fit into memory.
     Raises `FaultError` when it is not Parquet or is cut short.
     """
+    if not _is_encodable(path):  # pyarrow takes no other
+        raise FaultError(Fault(path, Kind.FILE, "its path is not UTF-8; rename it, or take it out of the data"))
     try:
         return pq.ParquetFile(
             path,
@@ -46,6 +50,14 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
     except READ_ERRORS as error:
         text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
         raise FaultError(Fault(path, Kind.FILE, text)) from error
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_columns(path: str, file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
@@ -74,19 +86,32 @@ def group_bounds(file: pq.ParquetFile) -> Rows:
     return np.cumsum([0, *sizes], dtype=np.int64)
 
 
-def footer_digest(path: str) -> int:
-    """64 bits over the footer of a readable Parquet file: sizes, offsets, statistics, schema and metadata.
+def file_digest(path: str) -> int:
+    """64 bits over a readable Parquet file: its footer, and blocks spread evenly over it (all of a small file).
 
-    It does not depend on the file's name, place and dates.
+    The footer holds sizes, offsets, statistics, schema and metadata; for EpisodeWriter's files also a digest of all that
+    they contain. What another writer left without statistics may change between the blocks unseen. It does not depend on
+    the file's name, place and dates.
     """
     try:
         with open(path, "rb") as file:
-            file.seek(-FOOTER_TAIL, os.SEEK_END)
+            size = file.seek(-FOOTER_TAIL, os.SEEK_END) + FOOTER_TAIL
             length = int.from_bytes(file.read(4), "little")
             file.seek(-FOOTER_TAIL - length, os.SEEK_END)
-            return int.from_bytes(hashlib.blake2b(file.read(length), digest_size=8).digest(), "little")
+            digest = hashlib.blake2b(file.read(length), digest_size=8)
+            for offset, count in _sampled_blocks(size):
+                file.seek(offset)
+                digest.update(file.read(count))
     except OSError as error:
         raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _sampled_blocks(size: int) -> list[tuple[int, int]]:
+    """Offset and length of the blocks of a file that `file_digest` reads."""
+    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+        return [(0, size)]
+    return [(n * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
 
 
 @dataclass(frozen=True)
@@ -157,7 +182,8 @@ def count_cameras(arrow: pa.Schema) -> int:
 def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
     cameras = max(1, count_cameras(arrow))
     for name, matches, expected in [
-        *((schema.image_column(n + 1), _is_bytes, "binary") for n in range(cameras)),
+        (schema.image_column(1), _is_bytes, "binary"),
+        *((schema.image_column(n + 1), _is_bytes_or_null, "binary") for n in range(1, cameras)),
         *((name, _is_number_list, "a list of float32 or float64") for name in (schema.STATE, schema.ACTION)),
         (schema.PROMPT, _is_text, "string"),
         *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
@@ -168,6 +194,16 @@ def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
             yield Fault(path, Kind.COLUMN, f"got {arrow.names.count(name)} columns of that name, expected one", column=name)
         elif not matches(arrow.field(name).type):
             yield Fault(path, Kind.TYPE, f"got type {arrow.field(name).type}, expected {expected}", column=name)
+    after, last = schema.image_column(cameras + 1), max(map(_camera, arrow.names), default=0)
+    if last > cameras and after not in arrow.names:
+        text = f"missing, but {schema.image_column(last)} is there; number cameras without a gap, or rename what is none"
+        yield Fault(path, Kind.COLUMN, text, column=after)
+
+
+def _camera(name: str) -> int:
+    """Number of the camera whose images a column holds, 0 where it holds none."""
+    match = re.fullmatch(r"image_([1-9][0-9]{0,8})_bytes", name)
+    return int(match[1]) if match else 0
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -178,6 +214,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_bytes_or_null(kind: pa.DataType) -> bool:
+    """pyarrow writes a column in which every row is null without a type."""
+    return _is_bytes(kind) or bool(pa.types.is_null(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

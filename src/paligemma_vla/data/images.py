@@ -13,6 +13,7 @@ from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.preprocess import Box
 
 MAX_PIXELS = 32_000_000
+WIDE_MODES = ("I", "F")  # of Pillow, which would cut them off at 255
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
 
@@ -31,6 +32,8 @@ def decode(data: bytes | memoryview) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        if image.mode.startswith(WIDE_MODES):
+            raise ValueError("16 bits per channel, expected 8")
         if image.width * image.height <= MAX_PIXELS:
             return image.convert("RGB")
         size = f"{image.width} x {image.height}"

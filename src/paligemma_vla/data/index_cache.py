@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.data.files import Layout, Rows, footer_digest, group_bounds, open_parquet, read_layout, replace_file
+from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, open_parquet, read_layout, replace_file
 from paligemma_vla.data.flags import FlagRows, read_flags
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import cache_folder
 
-VERSION = 1
+VERSION = 2
 ROWS = ("groups", *(field.name for field in fields(FlagRows)))
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class FileFacts:
     """What indexing learns from one file, exclusions aside.
 
-    identity: size, mtime_ns, ctime_ns. digest: see `footer_digest`. groups: see `group_bounds`.
+    identity: size, mtime_ns, ctime_ns. digest: see `file_digest`. groups: see `group_bounds`.
     """
 
     identity: tuple[int, int, int]
@@ -46,7 +46,7 @@ def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
     """Read footer and flags of one file. Raises `FaultError` naming file and column."""
     with open_parquet(path) as file:
         layout = read_layout(path, file)
-        return FileFacts(identity, layout, footer_digest(path), group_bounds(file), read_flags(path, file))
+        return FileFacts(identity, layout, file_digest(path), group_bounds(file), read_flags(path, file))
 
 
 def cache_path(arguments: Sequence[str]) -> Path:
