@@ -320,3 +320,14 @@ def test_reader_cache_stays_within_its_bound_and_reads_the_same(episode_dir: Pat
         np.testing.assert_array_equal(small.actions(file, start, start + length), large.actions(file, start, start + length))
     assert len(small._groups) == 1
     assert len(large._groups) == sum(len(index.row_groups(n)) - 1 for n in range(len(index.paths)))
+
+
+def test_schema_that_says_absurdly_long_lists_is_refused_before_any_is_made(tmp_path: Path) -> None:
+    write_episodes(tmp_path, lengths=(3,))
+    path = tmp_path / "episodes-00000.parquet"
+    table = pq.read_table(path)
+    kind = pa.list_(pa.float32(), 5000)
+    states = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(3 * 5000, np.float32)), 5000)
+    pq.write_table(table.set_column(table.column_names.index("state"), pa.field("state", kind), states), path)
+    with pytest.raises(DataError, match=r"column state: got lists of 5000 numbers, expected 1 to 4096"):
+        EpisodeIndex.build(str(tmp_path))

@@ -24,6 +24,7 @@ from paligemma_vla.schema import DatasetMetadata
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 STREAM_BUFFER = 2**18
 SAMPLED_ROWS = 1024
+MOST_NUMBERS = 4096  # in a state or an action, as in the configuration
 NAMED = 20  # columns named in a message
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
@@ -256,6 +257,9 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
         dimension = int(values[counts.argmax()]) if len(values) else 0
     if not dimension:
         raise FaultError(Fault(path, Kind.GROUP, f"cannot be read ({why}), expected numbers; restore the file", column=name))
+    if not 0 < dimension <= MOST_NUMBERS:  # a damaged schema: memory for such lists must not even be asked for
+        got = f"got lists of {dimension} numbers, expected 1 to {MOST_NUMBERS}; restore the file"
+        raise FaultError(Fault(path, Kind.GROUP, got, column=name))
     return dimension
 
 
