@@ -148,6 +148,19 @@ def identical(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
+def call(capfd: Any, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `paligemma-vla ARGUMENTS`."""
+    from paligemma_vla.cli import main as cli
+
+    capfd.readouterr()
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as ended:  # argparse
+        code = int(ended.code or 0)
+    printed = capfd.readouterr()
+    return code, printed.out, printed.err
+
+
 def distance(first: Iterable[Any], second: Iterable[Any]) -> float:
     """Norm of the difference over all tensors together, relative to the norm of the second."""
     import torch

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.storage import read_file
+from paligemma_vla.storage import read_file, replace_file
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
@@ -187,13 +186,10 @@ class DatasetStatistics:
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-            temporary.replace(path)
+            replace_file(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(
                 f"{path}: cannot be written ({first_line(error)}); give a file in a folder you may write"
             ) from error

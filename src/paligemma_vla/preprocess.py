@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import DataError, ModelError, first_line
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
 
@@ -152,6 +153,15 @@ class Preprocessor:
             DatasetStatistics.from_dict(raw["statistics"], where),
             raw["normalization"],
         )
+
+
+def configured_prompt_and_image_spec(
+    config: VLAConfig, model_name_or_path: str | None = None
+) -> tuple[PromptEncoder, ImageSpec]:
+    """`load_prompt_and_image_spec` as a configuration says; model_name_or_path instead of its own."""
+    data, vlm = config.data, config.model.vlm_config
+    name = model_name_or_path or vlm.model_name_or_path
+    return load_prompt_and_image_spec(name, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize)
 
 
 def load_prompt_and_image_spec(

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +36,10 @@ def working_copy(url: str) -> Path:
 
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Tell of a place that cannot be reached. Of any kind: each file system has errors of its own."""
+    """Tell of a place that cannot be reached."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of any kind: each file system has errors of its own
         raise StorageError(
             f"{url}: cannot be reached ({first_line(error)}); check the address, the network and the credentials (for s3:// "
             f"the usual AWS_ variables)"
@@ -82,6 +83,21 @@ def read_file(place: str | Path, most: int = -1) -> bytes:
         return content if most < 0 else content[:most]
     with open(place, "rb") as file:
         return file.read(most)
+
+
+def replace_file(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file under another name, then give it its own: neither a kill nor another process leaves half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def hold_lock(path: Path) -> IO[bytes] | None:

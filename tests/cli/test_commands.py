@@ -22,7 +22,7 @@ from paligemma_vla.cli import main as cli
 from paligemma_vla.cli import train
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import DataError
-from support import LENGTHS, read_rows
+from support import LENGTHS, call, read_rows
 
 COMMANDS = [name for name in cli.COMMANDS if find_spec(f"paligemma_vla.cli.{name}") is not None]
 
@@ -32,17 +32,6 @@ def config_file(tiny_config, tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(tiny_config().to_yaml(), encoding="utf-8")
     return path
-
-
-def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `paligemma-vla ARGUMENTS`."""
-    capfd.readouterr()
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as ended:  # argparse
-        code = int(ended.code or 0)
-    printed = capfd.readouterr()
-    return code, printed.out, printed.err
 
 
 def test_import_is_light() -> None:

@@ -13,23 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from paligemma_vla.cli import main as cli
 from paligemma_vla.data.exclusions import load_exclusions
 from paligemma_vla.normalization import DatasetStatistics
-from support import LENGTHS
+from support import LENGTHS, call
 
 ROW = 20  # of the first file: in its fourth episode, after 6 + 2 + 9 rows
-
-
-def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `paligemma-vla ARGUMENTS`."""
-    capfd.readouterr()
-    try:
-        code = cli.main([str(a) for a in arguments])
-    except SystemExit as ended:  # argparse
-        code = int(ended.code or 0)
-    printed = capfd.readouterr()
-    return code, printed.out, printed.err
 
 
 def change(path: Path, name: str, rows: range, value: Any) -> None:

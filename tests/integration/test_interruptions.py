@@ -173,18 +173,6 @@ def test_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
     assert_same_run(config.run_dir, undisturbed)
 
 
-def test_second_signal_stops_at_once(undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path) -> None:
-    config = named(undisturbed, "impatient")
-    child = zygote.start(arguments(config, tmp_path, "--set", "training.validate_every_n_steps=1"), tmp_path)
-    wait_for_step(config.run_dir, 1)
-    for _ in range(2):
-        os.kill(child.pid, signal.SIGINT)
-        time.sleep(0.01)
-    stopped = child.wait(60)
-    assert stopped.status == 130
-    assert "Traceback" not in stopped.stderr
-
-
 def test_killed_run_leaves_no_loader_behind(undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path) -> None:
     config = named(undisturbed, "orphans", num_workers=2)
     child = zygote.start(arguments(config, tmp_path), tmp_path)

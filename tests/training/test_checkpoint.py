@@ -213,3 +213,12 @@ def test_prune_keeps_the_newest_and_what_is_linked(tmp_path: Path, keep_last: in
     ckpt.prune_checkpoints(tmp_path, keep_last)
     for suffix in (".pth.tar", ".pth.tar.sha256"):
         assert {p.name.removesuffix(suffix) for p in tmp_path.glob(f"checkpoint_*{suffix}")} == left
+
+
+def test_prune_does_not_count_what_cannot_be_read_among_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path / f"checkpoint_epoch_{step}.pth.tar", {**payload(step), "step": step})
+    for step in (3, 4):
+        (tmp_path / f"checkpoint_epoch_{step}.pth.tar").write_bytes(b"damaged")
+    ckpt.prune_checkpoints(tmp_path, keep_last=1)
+    assert {path.name for path in tmp_path.glob("*.pth.tar")} == {f"checkpoint_epoch_{step}.pth.tar" for step in (2, 3, 4)}

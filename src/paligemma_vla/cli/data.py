@@ -22,6 +22,7 @@ from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList
 from paligemma_vla.data.faults import Fault
 from paligemma_vla.data.reader import episode_prompts
+from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
 SLOW_GROUP_ROWS = 512
 SHOWN_PER_FILE = 20
@@ -121,13 +122,8 @@ def _on_one_line(text: str) -> str:
 def _check_options(args: argparse.Namespace) -> CheckOptions:
     if args.config_path is None:
         return CheckOptions(allow_prompt_changes=args.allow_prompt_changes)
-    from paligemma_vla.preprocess import load_prompt_and_image_spec  # heavy
-
     config = load_config(args.config_path)
-    data, vlm = config.data, config.model.vlm_config
-    prompts, _ = load_prompt_and_image_spec(
-        vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
-    )
+    prompts, _ = configured_prompt_and_image_spec(config)
     return CheckOptions(prompts, config, args.allow_prompt_changes)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paligemma_vla.errors import ConfigError
+from paligemma_vla.storage import replace_file
 
 if TYPE_CHECKING:
     from paligemma_vla.evaluation.open_loop import OpenLoopResult
@@ -87,9 +87,7 @@ def _write_json(path: Path, metrics: dict[str, Any]) -> None:
     from paligemma_vla import versions
 
     text = json.dumps({**metrics, "versions": versions()}, indent=2, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, f"{text}\n".encode())
 
 
 def _write_report(path: Path, index: Any, result: OpenLoopResult) -> None:

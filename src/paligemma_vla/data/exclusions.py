@@ -11,8 +11,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from paligemma_vla.data.files import Rows, replace_file
+from paligemma_vla.data.files import Rows
 from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.storage import replace_file
 
 VERSION = 1
 AGAIN = "run `paligemma-vla data check` again"

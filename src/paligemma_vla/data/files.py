@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -270,15 +268,3 @@ def identify(path: str) -> tuple[int, int, int]:
     except OSError as error:
         raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def replace_file(path: str | Path, content: bytes | memoryview) -> None:
-    """Write a file under another name, then give it its own: neither a kill nor another process leaves half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, open_parquet, read_layout, replace_file
+from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, open_parquet, read_layout
 from paligemma_vla.data.flags import FlagRows, read_flags
 from paligemma_vla.schema import DatasetMetadata
-from paligemma_vla.storage import cache_folder
+from paligemma_vla.storage import cache_folder, replace_file
 
 VERSION = 2
 ROWS = ("groups", *(field.name for field in fields(FlagRows)))

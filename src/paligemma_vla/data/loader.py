@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -29,7 +28,7 @@ from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics
-from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
+from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
 
 Batch = dict[str, Any]
 WATCH_SECONDS = 2.0
@@ -225,12 +224,9 @@ def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config:
 
 def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None) -> Preprocessor:
     """The preprocessor of a configuration: the backbone's tokenizer and image settings, and the statistics file."""
-    data, vlm = config.data, config.model.vlm_config
-    statistics = DatasetStatistics.load(data.normalization_stats_path)  # first: it costs nothing
-    prompts, image = load_prompt_and_image_spec(
-        model_name_or_path or vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
-    )
-    return Preprocessor(prompts, image, statistics, data.normalization)
+    statistics = DatasetStatistics.load(config.data.normalization_stats_path)  # first: it costs nothing
+    prompts, image = configured_prompt_and_image_spec(config, model_name_or_path)
+    return Preprocessor(prompts, image, statistics, config.data.normalization)
 
 
 class Collator:
@@ -310,8 +306,10 @@ def _prepare_worker(trainer: int, worker: int) -> None:
 
 def _end_with(trainer: int) -> None:
     """End this process when the trainer has gone. Torch watches its parent, but that is what workers are forked from."""
-    while Path(f"/proc/{trainer}").exists() or not sys.platform.startswith("linux"):
-        time.sleep(WATCH_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(trainer, 0)
+            time.sleep(WATCH_SECONDS)
     os._exit(1)
 
 

@@ -6,7 +6,6 @@ record batch per episode), so a kill loses at most the episode being written; op
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.files import open_parquet
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
+from paligemma_vla.storage import hold_lock
 
 ROWS_PER_GROUP = 32
 EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
@@ -249,19 +249,14 @@ def stored_schema(path: Path) -> pa.Schema:
 
 
 def _lock(path: Path, where: str) -> IO[bytes]:
-    """Hold a lock file until it is closed, or the process ends; raises `DataError` when another writer holds it."""
-    file = open(path, "ab")  # noqa: SIM115 - held as long as the writer is
+    """Raises `DataError` when another writer holds the lock."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
-            return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
+        lock = hold_lock(path)
     except OSError as error:
-        file.close()
         raise DataError(f"{where}: this file system has no locks ({error.strerror}); write into a folder on another") from error
-    file.close()
-    raise DataError(f"{where} is being written by another writer; wait for it, or write into another folder")
+    if lock is None:
+        raise DataError(f"{where} is being written by another writer; wait for it, or write into another folder")
+    return lock
 
 
 def _episodes_in(path: Path) -> int:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
-from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder, configured_prompt_and_image_spec
 
 
 def resolve_class(path: str, key: str, promised: str) -> Any:
@@ -59,13 +59,7 @@ class VLAModel(nn.Module):
         super().__init__()
         vlm, head = config.model.vlm_config, config.model.action_head_config
         if prompts is None or image is None:
-            prompts, image = load_prompt_and_image_spec(
-                vlm.model_name_or_path,
-                vlm.revision,
-                config.data.prompt_max_len,
-                config.data.prompt_overflow,
-                config.data.image_resize,
-            )
+            prompts, image = configured_prompt_and_image_spec(config)
         backbone, action_head = resolve_backbone(config), resolve_head(config)
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)

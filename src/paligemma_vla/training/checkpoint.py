@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import torch
 
 from paligemma_vla.errors import CheckpointError, first_line
-from paligemma_vla.storage import fetch, is_url
+from paligemma_vla.storage import fetch, is_url, replace_file
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
@@ -47,9 +47,9 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             line = f"{digest}  {path.name}\n"
             # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
             old = _digests(path) if path.exists() else ""
-            _write_text(_digest_path(path), old + line)
+            replace_file(_digest_path(path), (old + line).encode())
             temporary.replace(path)
-            _write_text(_digest_path(path), line)
+            replace_file(_digest_path(path), line.encode())
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -120,7 +120,10 @@ def remove_leftovers(folder: Path) -> None:
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
     """Remove what is neither linked nor to be kept; see `superfluous`."""
     linked = {(folder / name).resolve().name for name in (LAST, BEST)}
-    numbered = [path.name for path in newest_first(folder)]
+    if keep_last:  # what cannot be read is not one of the newest, and not ours to remove
+        numbered = [path.name for path in newest_first(folder) if _step_of(path) < float("inf")]
+    else:
+        numbered = [path.name for path in folder.glob("checkpoint_*.pth.tar")]
     for name in superfluous(numbered, linked, keep_last):
         (folder / name).unlink()
         _digest_path(folder / name).unlink(missing_ok=True)
@@ -226,18 +229,6 @@ def set_aside_later(folder: Path, resumed: Path, step: int) -> None:
         if not (folder / name).exists() and resumed.parent.resolve() == folder.resolve():
             link_checkpoint(folder / resumed.name, name)
     logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from paligemma_vla.data.sampling import SampleOrder
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.memory import check_head_fits
 from paligemma_vla.normalization import DatasetStatistics, Statistics
-from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
+from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.training.distributed import Distributed, choose_device
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
@@ -84,10 +84,7 @@ def _survey(
         with faults.gathered():
             statistics = DatasetStatistics.load(config.data.normalization_stats_path)
         with faults.gathered():
-            data, vlm = config.data, config.model.vlm_config
-            prompts, image = load_prompt_and_image_spec(
-                vlm.model_name_or_path, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize
-            )
+            prompts, image = configured_prompt_and_image_spec(config)
     indices: list[EpisodeIndex] = []
     held_out: list[EpisodeIndex] = []
     with faults.gathered():

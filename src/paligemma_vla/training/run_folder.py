@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 import paligemma_vla
 from paligemma_vla.config import RUN_CONFIG, RUN_ENVIRONMENT, RUN_STATISTICS, VLAConfig
 from paligemma_vla.errors import ConfigError, first_line
-from paligemma_vla.storage import hold_lock, is_url
+from paligemma_vla.storage import hold_lock, replace_file
 from paligemma_vla.training.checkpoint import remove_leftovers, set_aside_later
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.mirror import Mirror
@@ -52,7 +51,7 @@ def begin_run(
     run_dir = config.run_dir
     lock = _lock(run_dir)
     checkpoints = run_dir / "checkpoints"
-    goes_on = resumed is not None and (is_url(str(resumed)) or Path(resumed).resolve().parent == checkpoints.resolve())
+    goes_on = resumed is not None and Path(resumed).resolve().parent == checkpoints.resolve()
     if mirror is not None:
         mirror.begin(resuming=step > 0)
     elif not goes_on and (checkpoints.exists() or (run_dir / METRICS).exists()):
@@ -66,7 +65,7 @@ def begin_run(
     data.train.preprocessor.statistics.save(statistics)
     # Its own copy: the file it came from may be computed anew.
     own = config.data.model_copy(update={"normalization_stats_path": config.run_place(RUN_STATISTICS)})
-    _write(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml())
+    replace_file(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml().encode())
     _record_start(run_dir, describe_start(data, distributed, step))
     handler = logging.FileHandler(run_dir / "logs" / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -148,9 +147,9 @@ def _record_start(run_dir: Path, start: dict[str, Any]) -> None:
     if git is not None:
         patch = git.pop("patch")
         if git["changed"]:
-            _write(run_dir / PATCH, patch)
+            replace_file(run_dir / PATCH, patch.encode(errors="replace"))
     starts = read_starts(run_dir) if start["step"] else []
-    _write(run_dir / RUN_ENVIRONMENT, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+    replace_file(run_dir / RUN_ENVIRONMENT, (json.dumps({"starts": [*starts, start]}, indent=2) + "\n").encode())
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -170,9 +169,3 @@ def warn_of_other_data(config_path: Path, data: Data) -> None:
     starts = read_starts(config_path.parent) if config_path.name == RUN_CONFIG else []
     if starts and starts[0]["data"]["fingerprint"] != data.fingerprint:
         logger.warning("%s is of a run on other episodes than there are now: this run will not repeat it", config_path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

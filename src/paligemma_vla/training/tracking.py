@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ConfigError
+from paligemma_vla.storage import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,7 @@ class JsonLines:
         kept: list[bytes] = []
         if path.exists() and start_step > 0:
             kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= start_step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        temporary.replace(path)
+        replace_file(path, b"".join(line + b"\n" for line in kept))
         self.path = path
         # Unbuffered: after a failed write nothing waits to fail again.
         self.file = path.open("ab", buffering=0)

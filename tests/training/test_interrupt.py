@@ -1,0 +1,50 @@
+"""Signals while training: the first is noted, the second delivered, echoes of a launcher are neither."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.interrupt import SIGNALS, StopRequest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_first_signal_is_noted_and_the_handlers_come_back(number: int) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with StopRequest(Distributed(0, 1, CPU)) as asked:
+        assert not asked.anywhere()
+        signal.raise_signal(number)
+        assert asked.anywhere()
+    assert asked.number == number
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_second_signal_stops_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest(Distributed(0, 1, CPU)):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_signal_that_a_launcher_repeats_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 100.1, 104.0, 106.0])
+    monkeypatch.setattr("paligemma_vla.training.interrupt.time.monotonic", lambda: next(times))
+    with pytest.raises(KeyboardInterrupt), StopRequest(Distributed(0, 2, CPU)) as asked:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert asked.number == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_signal_that_was_ignored_from_the_start_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(Distributed(0, 1, CPU)) as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked.number is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
