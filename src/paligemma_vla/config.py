@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,6 +25,7 @@ PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
 LARGEST_FILE, MOST_VALUES = 2**20, 100_000
 MOST_ACTION_TOKENS = 8192
+LINEAR_LAYERS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
 
 # No count of this project can mean more, and numbers beyond overflow in the libraries below.
 RUN_CONFIG, RUN_STATISTICS, RUN_ENVIRONMENT = "config.yaml", "normalization_stats.json", "environment.json"
@@ -107,6 +108,28 @@ class DataConfig(Section):
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) on linear layers of the backbone, whose own weights are frozen then."""
+
+    rank: Positive = Field(16, le=4096, description="Inner width of an adapter.")
+    alpha: float = Field(32.0, gt=0, le=1e6, description="Adapters are scaled by alpha / rank.")
+    target_modules: str = Field(
+        LINEAR_LAYERS,
+        min_length=1,
+        max_length=10_000,
+        description="Regular expression that the whole name of a linear layer matches; those of frozen towers are left out.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"a regular expression ({error})") from error
+        return value
+
+
 class VLMConfig(Section):
     backbone: ClassPath = Field(PALIGEMMA, description="`package.module:Class`: images + prompts -> (B, T, E).")
     model_name_or_path: PathText = Field(description="Hub id (google/paligemma-3b-pt-224) or a local folder.")
@@ -115,9 +138,11 @@ class VLMConfig(Section):
     num_cameras: Positive | None = Field(None, le=16, description="More cameras than two; null: 2 with use_aux_camera, else 1.")
     freeze_vision_tower: bool = Field(False, description="SigLIP and its projector keep their weights.")
     freeze_language_model: bool = Field(False, description="Gemma keeps its weights.")
+    lora: LoRAConfig | None = Field(None, description="Train adapters instead of the backbone's weights; null: the weights.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="Compute type; weights are kept in float32. bfloat16 on a CPU without AVX-512 BF16 computes in float32.",
+        description="Compute type, in which frozen weights are held too; those that learn are kept in float32. bfloat16 on a "
+        "CPU without AVX-512 BF16 computes in float32.",
     )
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, ~30 % slower.")
@@ -198,7 +223,9 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps the moments in 8 bits (torchao): 2 bytes per weight instead of 8."
+    )
     lr: float = Field(1e-4, gt=0, le=1e30, description="Rate of the action head.")
     vlm_lr: float | None = Field(None, gt=0, le=1e30, description="Rate of the backbone; null: the same.")
     weight_decay: float = Field(0.01, ge=0, le=1e6, description="On matrices; never on norms, biases and embeddings.")
@@ -489,7 +516,8 @@ def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
         elif name == "DataSource":
             model = DataSource
         elif isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
-            model = model.model_fields[name].annotation
+            annotation = model.model_fields[name].annotation
+            model = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)  # of `Section | None`
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
@@ -549,6 +577,11 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             re.fullmatch(r"(\w*:)?/*|~.*|\w+:/(?!/).*", training.checkpoint_dir) is not None,
             ["training.checkpoint_dir"],
             f"got '{training.checkpoint_dir}', expected a folder, or a URL with a place in it; `~` is not expanded",
+        ),
+        (
+            whole_backbone_frozen and vlm.lora is not None,
+            [f"{vlm_path}.lora", f"{vlm_path}.freeze_vision_tower", f"{vlm_path}.freeze_language_model"],
+            "frozen towers get no adapters, and both are frozen; delete lora, or unfreeze one",
         ),
         (
             whole_backbone_frozen and any(stage.train == "all" for stage in training.stages),

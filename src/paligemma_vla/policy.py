@@ -72,7 +72,7 @@ class Policy:
         model.load_state_dict(weights)
         model.requires_grad_(False)
         metadata = DatasetMetadata.from_json(saved["metadata"], str(path))
-        return cls(model.to(torch.device(device)), preprocessor, config, metadata, saved["versions"])
+        return cls(model.place(torch.device(device)), preprocessor, config, metadata, saved["versions"])
 
     def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
         """Answer one observation.

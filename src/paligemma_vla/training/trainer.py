@@ -68,7 +68,7 @@ class Trainer:
         with _belonging(str(resume)) if saved else contextlib.nullcontext():
             backbone = saved["backbone"] if saved else None
             self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
-        self.model.to(distributed.device)
+        self.model.place(distributed.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.total_steps = self._total_steps()
         self.stages = self._stages()
