@@ -17,7 +17,6 @@ from transformers.initialization import no_init_weights
 
 from paligemma_vla.config import LoRAConfig, VLMConfig
 from paligemma_vla.errors import ModelError
-from paligemma_vla.model.quiet import quiet
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, not_loadable
 
 
@@ -135,18 +134,21 @@ def _in_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 def _adapted(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and layer of every linear layer with an adapter."""
-    with quiet():
-        from peft.tuners.lora import LoraLayer  # heavy: only where there are adapters
+    from peft.tuners.lora import LoraLayer  # heavy: only where there are adapters
+
     return ((name, module) for name, module in backbone.named_modules() if isinstance(module, LoraLayer))
 
 
 def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig) -> None:
     """Put adapters beside the linear layers that `lora` names, outside of frozen towers. They begin at zero (B = 0)."""
-    with quiet():
-        from peft import LoraConfig, inject_adapter_in_model
-    frozen = (config.freeze_vision_tower, ("vision_tower", "multi_modal_projector")), (
-        config.freeze_language_model,
-        ("language_model",),
+    from peft import LoraConfig, inject_adapter_in_model
+
+    frozen = (
+        (config.freeze_vision_tower, ("vision_tower", "multi_modal_projector")),
+        (
+            config.freeze_language_model,
+            ("language_model",),
+        ),
     )
     left_out = tuple(prefix for is_frozen, prefixes in frozen if is_frozen for prefix in prefixes)
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
@@ -158,15 +160,14 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
         )
     backbone.requires_grad_(False)
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
-    with quiet():  # it looks for layers that torchao has quantised
-        inject_adapter_in_model(settings, backbone)
+    inject_adapter_in_model(settings, backbone)
     for _, layer in _adapted(backbone):
         for part in (layer.lora_A, layer.lora_B):
             part.float()  # peft takes the type of the weights beside, which may be bfloat16
 
 
 def _held_in(config: VLMConfig) -> torch.dtype:
-    """Type to load weights in: float32 for the masters that the optimiser updates, the compute type when none of them learns."""
+    """Type to load weights in: float32 for masters that the optimiser updates, the compute type when none of them learns."""
     frozen = config.lora is not None or (config.freeze_vision_tower and config.freeze_language_model)
     return getattr(torch, config.dtype) if frozen else torch.float32  # type: ignore[no-any-return]
 

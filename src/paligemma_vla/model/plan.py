@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.model.memory import available_bytes
 from paligemma_vla.model.vla_model import Arithmetic, VLAModel
@@ -28,6 +27,12 @@ GB = 1e9
 FLOAT32 = 4
 RESERVE = {"cuda": 1.0e9}  # the driver's context, workspaces of matrix products, and what the allocator cannot use
 MOMENTS, MOMENTS_8BIT = 8, 2 * (1 + 4 / 256)  # bytes per weight; in 8 bits with a scale per block of 256
+SMALL_SHARE = 0.02
+WORTHWHILE = 0.98
+_REMEDIES = {
+    "action head": ("model.action_head_config", "lower embed_dim, num_layers or mlp_ratio"),
+    "": ("model.vlm_config", "train adapters (lora), freeze a tower, or take a smaller backbone"),
+}
 SMALLEST_8BIT = 4096  # numbers in a tensor whose moments are held in 8 bits
 PARTS = ("vision tower", "language model", "adapters", "rest of backbone", "action head")
 
@@ -52,19 +57,23 @@ class Part:
 class MemoryPlan:
     """Memory of one training process.
 
-    parts: by name. activations: most bytes alive in the forward pass; step: most bytes of activations and gradients together in
-    the whole step; both None where the step of this model could not be followed. samples: in one pass. available: bytes the
-    device has left; None where that is unknown.
+    config, architecture, processes, device, available: what was planned, as in `plan_memory`. parts: by name. samples: in one
+    pass. tokens: of context, per sample. activations: most bytes alive in the forward pass; step: most bytes of activations
+    and gradients together in the whole step; both None where they were not counted. remedies: changes that save memory, and
+    the total that each would leave.
     """
 
-    parts: Mapping[str, Part]
-    activations: float | None
-    step: float | None
-    samples: int
-    tokens: int
+    config: VLAConfig
+    architecture: dict[str, Any]
+    processes: int
     device: str
     available: float | None
-    remedies: Sequence[tuple[str, float]] = field(default=())
+    parts: Mapping[str, Part]
+    samples: int
+    tokens: int
+    activations: float | None = None
+    step: float | None = None
+    remedies: Sequence[tuple[str, float]] = ()
 
     @property
     def standing(self) -> float:
@@ -87,7 +96,9 @@ class MemoryPlan:
 
     def table(self) -> str:
         """The plan for a person to read, in GB, with what to change when it does not fit."""
-        head = f"{'memory (GB)':<18}{'parameters':>12}{'learn':>11}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'average':>9}"
+        head = (
+            f"{'memory (GB)':<18}{'parameters':>12}{'learn':>11}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'average':>9}"
+        )
         lines = [head]
         for name, part in self.parts.items():
             lines.append(
@@ -96,7 +107,7 @@ class MemoryPlan:
             )
         what = f"activations of {self.samples} samples at a time, {self.tokens} context tokens each"
         if self.activations is None or self.step is None:
-            lines.append(f"{what}: not known for this model")
+            lines.append(f"{what}: not counted")
         else:
             lines.append(f"{what}: {_gb(self.activations)}; with the gradients that replace them at most {_gb(self.step)}")
         if self.reserve:
@@ -122,48 +133,59 @@ def plan_memory(
     device: torch.device,
     available: float | None,
     processes: int = 1,
-    simulate: bool = True,
+    follow: bool = True,
 ) -> MemoryPlan:
     """The plan of `config` on a backbone of `architecture` (its config.json as a dictionary).
 
-    device: may be one that is not here. processes: of the whole run. simulate: count activations too.
+    device: may be one that is not here. available: bytes it has left, None where that is unknown. processes: of the whole run.
+    follow: count activations too, which takes a second or two.
     """
     model = _without_storage(config, architecture, device)
     samples = max(1, config.data.batch_size // (processes * config.training.gradient_accumulation_steps))
-    vision = architecture["vision_config"]
-    image_tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
-    tokens = config.model.vlm_config.cameras * image_tokens + config.data.prompt_max_len
-    parts = _count(model, config, processes)
-    activations, step = _follow_a_step(model, config, samples, tokens, int(vision["image_size"])) if simulate else (None, None)
-    return MemoryPlan(parts, activations, step, samples, tokens, str(device), available)
+    side, patch = (int(architecture["vision_config"][name]) for name in ("image_size", "patch_size"))
+    tokens = config.model.vlm_config.cameras * (side // patch) ** 2 + config.data.prompt_max_len
+    parts = _count(model, config)
+    peaks = _follow_a_step(model, config, samples, tokens, side) if follow else (None, None)
+    return MemoryPlan(config, architecture, processes, str(device), available, parts, samples, tokens, *peaks)
 
 
-def with_remedies(plan: MemoryPlan, config: VLAConfig, architecture: dict[str, Any], processes: int = 1) -> MemoryPlan:
-    """The plan with what each change that saves memory would make of it, the gentlest first."""
-    remedies = []
-    for text, changed in _changes(config):
-        other = plan_memory(changed, architecture, torch.device(plan.device), plan.available, processes)
-        if other.total < 0.98 * plan.total:
-            remedies.append((text, other.total))
-    return MemoryPlan(**{**vars(plan), "remedies": remedies})
+def with_remedies(plan: MemoryPlan) -> MemoryPlan:
+    """The plan with activations, and with what each change that saves memory would make of it, the gentlest first."""
+
+    def planned(config: VLAConfig) -> MemoryPlan:
+        return plan_memory(config, plan.architecture, torch.device(plan.device), plan.available, plan.processes)
+
+    whole = plan if plan.step is not None else planned(plan.config)
+    totals = [(text, planned(changed).total) for text, changed in _changes(plan.config)]
+    return replace(whole, remedies=[(text, total) for text, total in totals if total < WORTHWHILE * whole.total])
 
 
-def check_fits(plan: MemoryPlan, host_available: float | None) -> None:
-    """Raise `ConfigError` when weights, gradients and optimiser alone exceed what there is: no run could begin.
+def plan_run(config: VLAConfig, architecture: dict[str, Any], device: torch.device, processes: int) -> MemoryPlan:
+    """The plan of a run that is about to begin, against the memory that is left here.
 
-    host_available: bytes this machine has left, in which the weights are made before they go to a GPU.
+    The step is followed only where the model takes more than a small share of that: it takes a second.
+    Raises `ConfigError` when weights, gradients and optimiser alone exceed what there is.
     """
+    available = device_memory(device)
+    plan = plan_memory(config, architecture, device, available, processes, follow=False)
+    _check_standing(plan, None if device.type == "cpu" else available_bytes())
+    if available is not None and plan.standing < SMALL_SHARE * available:
+        return plan
+    return plan_memory(config, architecture, device, available, processes)
+
+
+def _check_standing(plan: MemoryPlan, host_available: float | None) -> None:
+    """host_available: bytes this machine has left, in which the weights are made before they go to a GPU."""
     weights = sum(part.weights for part in plan.parts.values())
-    places = [(plan.device, plan.standing, plan.available)]
-    if not plan.device.startswith("cpu"):
-        places.append(("this machine", weights, host_available))
-    for name, needed, available in places:
+    where = "this machine" if plan.device.startswith("cpu") else plan.device
+    for name, needed, available in [(where, plan.standing, plan.available), ("this machine", weights, host_available)]:
         if available is not None and needed > available:
             biggest = max(plan.parts, key=lambda part: plan.parts[part].total)
+            key, remedy = _REMEDIES.get(biggest, _REMEDIES[""])
             raise ConfigError(
-                f"model: needs {_gb(needed)} GB before a single activation, most of it for the {biggest} "
-                f"({_millions(plan.parts[biggest].parameters)} parameters); {name} has {_gb(available)} GB left; "
-                f"`paligemma-vla plan` says what to change"
+                f"{key}: weights, gradients and optimiser take {_gb(needed)} GB, most of it for the {biggest} "
+                f"({_millions(plan.parts[biggest].parameters)} parameters); {name} has {_gb(available)} GB left; {remedy}; "
+                f"`paligemma-vla plan` shows what each change saves"
             )
 
 
@@ -212,8 +234,6 @@ def _changes(config: VLAConfig) -> list[tuple[str, VLAConfig]]:
 
 
 def _changed(config: VLAConfig, keys: Mapping[str, Any]) -> VLAConfig:
-    from paligemma_vla.config import config_from_dict
-
     return config_from_dict(config.model_dump(mode="json"), keys)
 
 
@@ -227,7 +247,7 @@ def _without_storage(config: VLAConfig, architecture: dict[str, Any], device: to
     return model
 
 
-def _count(model: VLAModel, config: VLAConfig, processes: int) -> dict[str, Part]:
+def _count(model: VLAModel, config: VLAConfig) -> dict[str, Part]:
     parts = {name: Part() for name in PARTS}
     for name, parameter in model.named_parameters():
         part, count = parts[_part_of(name)], parameter.numel()
@@ -236,7 +256,7 @@ def _count(model: VLAModel, config: VLAConfig, processes: int) -> dict[str, Part
         if parameter.requires_grad:
             in_8_bits = config.optimizer.type == "adamw_8bit" and count >= SMALLEST_8BIT
             part.learning += count
-            part.gradients += FLOAT32 * count * (1 if processes == 1 else 2)  # DDP keeps them in buckets as well
+            part.gradients += FLOAT32 * count
             part.optimizer += (MOMENTS_8BIT if in_8_bits else MOMENTS) * count
             if config.training.ema_decay:
                 part.average += 2 * FLOAT32 * count  # while it is validated, the weights it stands in for are kept
@@ -257,6 +277,8 @@ def _follow_a_step(
     model: VLAModel, config: VLAConfig, samples: int, tokens: int, side: int
 ) -> tuple[float, float] | tuple[None, None]:
     """Most bytes alive beyond weights and batch, in a forward pass and in the whole step; None if it cannot be followed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, and needed for large models only
+
     head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
     chunk, draws = (head.horizon, head.per_action_dim), head.num_flow_samples
     model.train()

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
 from paligemma_vla.errors import ConfigError, first_line
-from paligemma_vla.model.quiet import quiet
 from paligemma_vla.model.vla_model import VLAModel
 
 
@@ -43,8 +42,7 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
 
 def _adamw_8bit() -> Any:
     try:
-        with quiet():
-            from paligemma_vla.training.optim_8bit import AdamW8bit
+        from paligemma_vla.training.optim_8bit import AdamW8bit
     except ImportError as error:
         raise ConfigError(
             f"optimizer.type: adamw_8bit needs torchao ({first_line(error)}): pip install 'paligemma-vla[quantization]', or "
