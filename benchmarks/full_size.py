@@ -89,6 +89,7 @@ def _run(stage: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], sende
 def write_model(name: str, folder: Path) -> dict[str, Any]:
     """Random weights of the published shapes, in bfloat16, and a processor with the published token numbers."""
     import torch
+    from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
 
     from paligemma_vla.model.known import known_architecture
     from paligemma_vla.model.tiny import make_processor, train_tokenizer, write_paligemma, write_tiny_paligemma
@@ -98,7 +99,9 @@ def write_model(name: str, folder: Path) -> dict[str, Any]:
         write_tiny_paligemma(folder / "backbone")
     else:
         side, patch = architecture.vision_config.image_size, architecture.vision_config.patch_size
-        processor = make_processor(side, patch, train_tokenizer(512, size=256_000))
+        tokenizer = train_tokenizer(512, size=256_000)
+        tokenizer.add_tokens(EXTRA_TOKENS)  # as Google's does: so that <image> comes after them, with its published number
+        processor = make_processor(side, patch, tokenizer)
         assert processor.image_token_id == architecture.image_token_id
         write_paligemma(folder / "backbone", architecture, processor, seed=0, dtype=torch.bfloat16)
     return {"disk_gb": round(sum(path.stat().st_size for path in (folder / "backbone").iterdir()) / 1e9, 2)}

@@ -20,8 +20,9 @@ from importlib import import_module
 
 from paligemma_vla.errors import Terminated, VLAError
 
-# torchao, which transformers imports where it is installed, tells of kernels for GPUs that are not here; torch tells of it.
-NOISY = ("torchao", "torch.utils._pytree")
+# torchao, which transformers imports where it is installed, warns of kernels for GPUs that are not here, and torch of how it
+# registers its types; httpx tells of every request to the hub.
+LEVELS = {"torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR, "httpx": logging.WARNING}
 
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
@@ -111,8 +112,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 def log_to_stderr() -> None:
     """Messages alone, from INFO up."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _say(message: str) -> None:

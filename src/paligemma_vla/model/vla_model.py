@@ -132,7 +132,8 @@ class VLAModel(nn.Module):
         **more: Any,
     ) -> Tensor:
         """The fused context (B, T, E); arguments as in `forward`."""
-        return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
+        with self.arithmetic.applied(image_1_batch.device.type, self.recomputes):
+            return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
 
     def _context(
         self,
