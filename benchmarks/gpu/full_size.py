@@ -26,7 +26,7 @@ from benchmarks.common import Row, demo_config, environment, write_episodes
 from transformers import PaliGemmaConfig
 
 from paligemma_vla import Policy, flow
-from paligemma_vla.config import VLAConfig, VLMConfig, load_config
+from paligemma_vla.config import VLAConfig, VLMConfig, load_config, parse_assignments
 from paligemma_vla.data.loader import build_preprocessor
 from paligemma_vla.model.known import known_architecture, read_architecture
 from paligemma_vla.model.plan import plan_memory
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument(
         "--model", default="paligemma-3b-pt-224", help="a published name, or `tiny` to try the benchmark itself"
     )
-    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the configuration")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -66,7 +66,7 @@ def main() -> None:
     shapes = shapes_of(args.model)
     result = {**environment("benchmarks/gpu/full_size.sh"), "model": args.model, "gpu": _name(device)}
     for measure in (measure_latency, measure_training):
-        for row in measure(shapes, device, args.batch_size, args.repeats):
+        for row in measure(shapes, device, {**COMMON, **parse_assignments(args.set)}, args.repeats):
             rows.append(row)
             print(f"{row.name:<58}{row.value:>12,.4g}  {row.unit}", flush=True)
             args.output.write_text(json.dumps({**result, "rows": [vars(row) for row in rows]}, indent=2) + "\n")
@@ -209,23 +209,23 @@ def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int) -> fl
     return statistics.median(times)
 
 
-def measure_latency(shapes: dict[str, Any], device: torch.device, batch_size: int, repeats: int) -> Iterator[Row]:
+def measure_latency(shapes: dict[str, Any], device: torch.device, common: dict[str, Any], repeats: int) -> Iterator[Row]:
     """One observation through `Policy`: from the pixels of the cameras to actions in real units."""
     for cameras in (1, 2):
-        policy, observation = _policy(shapes, device, cameras)
+        policy, observation = _policy(shapes, device, {**common, "model.vlm_config.use_aux_camera": cameras == 2})
         for steps in (50, 10):
             taken = seconds_of(partial(policy.infer, observation, seed=0, num_steps=steps), device, repeats)
             name = f"one observation, {cameras} camera{'s' * (cameras > 1)}, {steps} Euler steps"
             yield Row(name, taken * 1e3, "ms", "lower")
 
 
-def _policy(shapes: dict[str, Any], device: torch.device, cameras: int) -> tuple[Policy, dict[str, Any]]:
-    config = load_config(CONFIG, {**COMMON, **TRAINING["head only"], "model.vlm_config.use_aux_camera": cameras == 2})
+def _policy(shapes: dict[str, Any], device: torch.device, common: dict[str, Any]) -> tuple[Policy, dict[str, Any]]:
+    config = load_config(CONFIG, {**common, **TRAINING["head only"]})
     model = build(config, shapes, device).requires_grad_(False).place(device)
     side = shapes["vision_config"]["image_size"]
     rng = np.random.default_rng(0)
     observation: dict[str, Any] = {
-        f"image_{n + 1}": rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for n in range(cameras)
+        f"image_{n + 1}": rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for n in range(config.model.vlm_config.cameras)
     }
     observation |= {"state": np.zeros(7, np.float32), "prompt": "open the drawer"}
     return Policy(model, _preprocessor(config, shapes), config, DatasetMetadata(), {}), observation
@@ -240,16 +240,16 @@ def _preprocessor(config: VLAConfig, shapes: dict[str, Any]) -> Preprocessor:
     return Preprocessor(prompts, image, DatasetStatistics(numbers, numbers), config.data.normalization)
 
 
-def measure_training(shapes: dict[str, Any], device: torch.device, batch_size: int, repeats: int) -> Iterator[Row]:
+def measure_training(shapes: dict[str, Any], device: torch.device, common: dict[str, Any], repeats: int) -> Iterator[Row]:
     """Whole optimiser steps on one batch that lies on the device already, beside what was planned."""
     for kind, overrides in TRAINING.items():
-        config = load_config(CONFIG, {**COMMON, **overrides, "data.batch_size": batch_size})
-        name = f"training, {kind}, batch {batch_size}, 2 cameras"
+        config = load_config(CONFIG, {**common, **overrides})
+        name = f"training, {kind}, batch {config.data.batch_size}, 2 cameras"
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         taken = seconds_of(_training_step(config, shapes, device), device, repeats)
-        yield Row(f"{name}", batch_size / taken, "samples/s", "higher")
+        yield Row(name, config.data.batch_size / taken, "samples/s", "higher")
         if device.type == "cuda":
             yield Row(f"{name}: peak memory", torch.cuda.max_memory_reserved(device) / 1e9, "GB", "lower")
         yield Row(f"{name}: planned", plan_memory(config, shapes, device, None).total / 1e9, "GB", "lower")

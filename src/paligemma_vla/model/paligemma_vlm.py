@@ -159,7 +159,7 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
             f"layer that is not frozen; there are, for example, {', '.join([*linear[:2], *linear[-2:]])}"
         )
     backbone.requires_grad_(False)
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)
     inject_adapter_in_model(settings, backbone)
     for _, layer in _adapted(backbone):
         for part in (layer.lora_A, layer.lora_B):

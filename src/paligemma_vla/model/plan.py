@@ -324,7 +324,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that are alive, and the most there were. `standing` tensors are not counted."""
 
     def __init__(self, standing: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes = {id(tensor.untyped_storage()): 0 for tensor in standing}
         self._kept = [tensor.untyped_storage() for tensor in standing]  # an id may be used again once its owner has gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
         for (part, decays), params in sorted(groups.items())
     ]
     if config.type == "adamw_8bit":
-        return _adamw_8bit()(settings, betas=config.betas, eps=config.eps)
+        return cast(Optimizer, _adamw_8bit()(settings, betas=config.betas, eps=config.eps))
     return AdamW(settings, betas=config.betas, eps=config.eps, fused=True)
 
 
