@@ -159,7 +159,7 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
             f"layer that is not frozen; there are, for example, {', '.join([*linear[:2], *linear[-2:]])}"
         )
     backbone.requires_grad_(False)
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
     inject_adapter_in_model(settings, backbone)
     for _, layer in _adapted(backbone):
         for part in (layer.lora_A, layer.lora_B):
@@ -169,7 +169,7 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
 def _held_in(config: VLMConfig) -> torch.dtype:
     """Type to load weights in: float32 for masters that the optimiser updates, the compute type when none of them learns."""
     frozen = config.lora is not None or (config.freeze_vision_tower and config.freeze_language_model)
-    return getattr(torch, config.dtype) if frozen else torch.float32  # type: ignore[no-any-return]
+    return getattr(torch, config.dtype) if frozen else torch.float32
 
 
 def _load(config: VLMConfig) -> PaliGemmaModel:
