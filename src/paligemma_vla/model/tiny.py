@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
     GemmaConfig,
     GemmaTokenizer,
     PaliGemmaConfig,
@@ -38,7 +39,10 @@ pick up the red cube and place it in the bowl put the cup on the table
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Sizes of a tiny PaliGemma. The defaults are the demonstration's: 16 image tokens, 1 M parameters."""
+    """Sizes of a tiny PaliGemma. The defaults are the demonstration's: 16 image tokens, 1 M parameters.
+
+    second: of the second generation, whose text model is Gemma 2.
+    """
 
     image_size: int = 64
     patch_size: int = 16
@@ -48,6 +52,7 @@ class TinySpec:
     heads: int = 4
     vocabulary: int = 512
     seed: int = 0
+    second: bool = False
 
 
 def train_tokenizer(vocabulary: int, size: int = 0) -> GemmaTokenizer:
@@ -76,6 +81,15 @@ def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -
 
     def architecture(processor: PaliGemmaProcessor) -> PaliGemmaConfig:
         vocabulary = len(processor.tokenizer)
+        text: dict[str, Any] = {
+            "hidden_size": spec.width,
+            "intermediate_size": 4 * spec.width,
+            "num_hidden_layers": spec.text_layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": 1,
+            "head_dim": spec.width // spec.heads,
+            "vocab_size": vocabulary,
+        }
         return PaliGemmaConfig(
             vision_config=SiglipVisionConfig(
                 hidden_size=spec.width,
@@ -86,15 +100,7 @@ def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -
                 patch_size=spec.patch_size,
                 vision_use_head=False,
             ),
-            text_config=GemmaConfig(
-                hidden_size=spec.width,
-                intermediate_size=4 * spec.width,
-                num_hidden_layers=spec.text_layers,
-                num_attention_heads=spec.heads,
-                num_key_value_heads=1,
-                head_dim=spec.width // spec.heads,
-                vocab_size=vocabulary,
-            ),
+            text_config=Gemma2Config(**text, query_pre_attn_scalar=spec.width) if spec.second else GemmaConfig(**text),
             image_token_index=processor.image_token_id,
             vocab_size=vocabulary,
             projection_dim=spec.width,
