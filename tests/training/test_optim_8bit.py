@@ -16,7 +16,7 @@ from torch import nn
 
 from conftest import ConfigFactory
 from paligemma_vla.config import OptimizerConfig
-from paligemma_vla.errors import ConfigError
+from paligemma_vla.errors import ConfigError, TrainingError
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.training.optim import build_optimizer
 from support import distance, identical
@@ -98,3 +98,15 @@ def test_missing_torchao_is_told(session_config: ConfigFactory, monkeypatch: pyt
     config = session_config(EIGHT_BIT)
     with pytest.raises(ConfigError, match=r"adamw_8bit needs torchao .*pip install 'paligemma-vla\[quantization\]'"):
         build_optimizer(VLAModel(config), config.optimizer)
+
+
+def test_machine_without_a_compiler_is_told_what_to_do() -> None:
+    from torch._inductor import config as inductor
+    from torch._inductor.utils import fresh_cache
+
+    torch._dynamo.reset()
+    no_compiler = inductor.patch({"cpp.cxx": ("/nonexistent/c++",), "fx_graph_cache": False})
+    told = pytest.raises(TrainingError, match=r"adamw_8bit cannot be compiled here .*install a C\+\+ compiler \(g\+\+\), or")
+    with fresh_cache(), no_compiler, told:
+        trained(OptimizerConfig(type="adamw_8bit"), steps=1)
+    torch._dynamo.reset()

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torchao.optim import AdamW8bit as TorchaoAdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
+
+from paligemma_vla.errors import TrainingError, first_line
 
 PARTS = ("codes", "scale", "qmap")
 
@@ -36,6 +39,11 @@ class AdamW8bit(TorchaoAdamW8bit):  # type: ignore[misc]
             group["lr"] = rate.fill_(group["lr"])
         try:
             return super().step(closure)
+        except TorchDynamoException as error:
+            raise TrainingError(
+                f"optimizer.type: the step of adamw_8bit cannot be compiled here ({first_line(error)}); install a C++ compiler "
+                f"(g++), or take adamw"
+            ) from error
         finally:
             for group, value in zip(self.param_groups, rates, strict=True):
                 group["lr"] = value
