@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,3 +86,12 @@ def demo_config(folder: Path, spec: TinySpec, cameras: int, **overrides: object)
         "training": {"checkpoint_dir": str(folder / "experiments")},
     }
     return config_from_dict(base, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def processor() -> str:
+    """The machine's processor by name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

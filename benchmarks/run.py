@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import subprocess
 import time
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import demo_model, loader, sampler
-from benchmarks.common import Row
+from benchmarks.common import Row, processor
 from paligemma_vla import versions
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -33,21 +32,13 @@ def main() -> None:
         "command": "make bench",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
-        "hardware": f"{os.cpu_count()} cores, {_processor()}, torch threads {torch.get_num_threads()}",
+        "hardware": f"{os.cpu_count()} cores, {processor()}, torch threads {torch.get_num_threads()}",
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(f"-> {RESULTS}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from paligemma_vla import schema
 from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import hex_digest, load_exclusions
-from paligemma_vla.data.loader import MISFIT, VLADataset, check_fit
-from paligemma_vla.data.reader import iterate_numbers
+from paligemma_vla.data.files import joint_layout
+from paligemma_vla.data.loader import MISFIT, VLADataset, check_actions, check_fit
 from paligemma_vla.data.sampling import SampleOrder
+from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.memory import check_head_fits
 from paligemma_vla.normalization import DatasetStatistics, Statistics
@@ -95,6 +96,10 @@ def _survey(
         if part:
             with faults.gathered():
                 check_fit(EpisodeIndex.concatenate(part), statistics, config)
+    if indices:
+        with faults.gathered():
+            layout = joint_layout([index.layout for index in indices])
+            check_actions(layout, statistics, config, trained=preprocessor is not None)
     if preprocessor is None and statistics is not None and not faults.errors and not config.data.allow_other_statistics:
         with faults.gathered():
             for index in indices:
@@ -202,7 +207,7 @@ def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str)
         logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
     metadata = index.layout.metadata
     for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
-        for states, actions in islice(iterate_numbers(index, file, ROWS_SAMPLED), 1):
+        for states, actions in islice(model_numbers(index, file, statistics.actions, ROWS_SAMPLED), 1):
             for name, values, known, names in [
                 (schema.STATE, states, statistics.state, metadata.state_names),
                 (schema.ACTION, actions, statistics.action, metadata.action_names),
