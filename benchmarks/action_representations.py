@@ -2,7 +2,7 @@
 
 `python -m benchmarks.action_representations` records absolute hand targets once, trains absolute, delta and chunk_relative from
 them with configs/demo.yaml, plays both tasks in the simulator, and writes benchmarks/results/action_representations.json.
-Recordings, checkpoints and rollouts stay in --work_dir; a killed call goes on with what is there.
+Recordings and checkpoints stay in --work_dir; another call takes the recordings as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.common import processor
 from paligemma_vla import versions
 from paligemma_vla.action_settings import resolve_actions
-from paligemma_vla.cli.train import find_resume, train
+from paligemma_vla.cli.train import train
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.statistics import compute_statistics
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, representation: str) -> dict[str, Any]:
     actions = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
     compute_statistics(index, "benchmark", actions=actions).save(config.data.normalization_stats_path)
     began = time.monotonic()
-    train(config, device="cpu", resume_checkpoint=find_resume(config, "auto"))
+    train(config, device="cpu")
     seconds = time.monotonic() - began
     with RolloutPool("metaworld", str(config.run_dir / "checkpoints" / LAST), workers=os.cpu_count() or 1) as pool:
         result = pool.run(RolloutConfig(tasks=TASKS, episodes=args.episodes, seed=args.seed))
