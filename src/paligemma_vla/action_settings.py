@@ -86,6 +86,7 @@ class _Resolver:
         if len(missing) < len(wanted):
             text = f"got null, but the state has no dimension (or several) of the name {', '.join(missing)}, only the others'"
             self._fault(key, f"{text}; it has {', '.join(names)}: list them")
+            return ()
         for number, name in zip(dimensions, wanted, strict=True):
             if number >= self.sizes["state"]:
                 text = f"got null, but the state has {self.sizes['state']} numbers, none for dimension {number} ({name})"
