@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -26,9 +27,10 @@ from paligemma_vla.data.statistics import compute_statistics, model_numbers
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError
 from paligemma_vla.evaluation.open_loop import OpenLoopConfig, evaluate
+from paligemma_vla.evaluation.samples import check_same_robot
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
-from paligemma_vla.schema import DatasetMetadata, Episode
+from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.distributed import Distributed
@@ -426,6 +428,50 @@ def test_row_whose_rotation_is_none_is_named(
     assert torch.isfinite(data[5]["action"]).all()
     with pytest.raises(DataError, match=r"row 6, column action: the rotation here"):
         data[6]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("state_units", ("", "mm", "mm", "mm", "", "", "", "")),
+        ("action_units", ("mm", "mm", "mm", "", "", "", "", "")),
+        ("action_representation", "delta"),
+        ("action_rotation", "quaternion_wxyz"),
+    ],
+)
+def test_files_and_checkpoints_that_mean_other_actions_are_refused(
+    trained: dict[str, Trainer], tmp_path: Path, field: str, value: Any
+) -> None:
+    write_arm(tmp_path / "a", (3, 4))
+    write_arm(tmp_path / "b", (3, 4), replace(ARM, **{field: value}))
+    write_arm(tmp_path / "c", (3, 4), replace(ARM, **{field: type(value)()}))  # says nothing, so cannot contradict
+    EpisodeIndex.build([str(tmp_path / "a"), str(tmp_path / "c")])
+    with pytest.raises(DataError, match=f"metadata {field}: got .*, expected .* as in .*; train on one robot's data at a time"):
+        EpisodeIndex.build([str(tmp_path / "a"), str(tmp_path / "b")])
+    policy = Policy.from_checkpoint(trained["absolute"].config.run_dir / "checkpoints" / "last.pth.tar")
+    check_same_robot(EpisodeIndex.build(str(tmp_path / "c")), policy)
+    with pytest.raises(DataError, match=f"metadata {field}: got .*, the checkpoint was trained on"):
+        check_same_robot(EpisodeIndex.build(str(tmp_path / "b")), policy)
+
+
+def test_names_and_units_that_are_not_one_per_dimension_are_refused(tmp_path: Path) -> None:
+    wrong = replace(ARM, action_units=("m",), state_names=("x",) * 9)
+    faults = r"state_names: got 9, expected 8, one per dimension .*action_units: got 1, expected 8"
+    with pytest.raises(DataError, match=rf"(?s)episode 0 of 'episodes' cannot be written.*{faults}"):
+        write_arm(tmp_path / "a", (3,), wrong)
+    write_arm(tmp_path / "b", (3,))
+    (path,) = (tmp_path / "b").glob("*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: wrong.to_json().encode()}), path)
+    with pytest.raises(DataError, match=r"metadata state_names: got 9, expected 8, .*write it as docs/data_format\.md says"):
+        EpisodeIndex.build(str(path))
+
+
+def test_data_info_shows_names_units_and_representation(arm: Arm, capfd: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(call(capfd, "data", "info", arm.folder, "--json")[1])
+    assert facts["action_units"] == list(ARM.action_units) and facts["state_units"] == list(ARM.state_units)
+    assert (facts["action_representation"], facts["action_rotation"]) == ("absolute", "quaternion_xyzw")
+    assert "quaternion_xyzw" in call(capfd, "data", "info", arm.folder)[1]
 
 
 def test_policy_refuses_a_state_without_a_rotation(trained: dict[str, Trainer]) -> None:

@@ -91,6 +91,7 @@ def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
         ("state_units", list(meta.state_units), expected["state_units"]),
         ("action_units", list(meta.action_units), expected["action_units"]),
         ("action_representation", meta.action_representation, expected["action_representation"]),
+        ("action_rotation", meta.action_rotation, (expected["rotation"] or {}).get("representation", "")),
         ("control_hz", meta.control_hz, expected["control_hz"]),
         ("image_orientation", meta.image_orientation, expected["image_orientation"]),
         ("action_convention", meta.action_convention, expected["action_convention"]),
