@@ -57,6 +57,8 @@ def prepare(config: VLAConfig, distributed: Distributed, preprocessor: Preproces
     faults.tell("this run cannot begin")
     assert made is not None
     train = VLADataset(EpisodeIndex.concatenate(indices), made, config, training=True)
+    if made.actions.converts:
+        logger.info("actions as %s; the rest as recorded", made.actions.describe(train.index.layout.metadata))
     validation = VLADataset(EpisodeIndex.concatenate(held_out), made, config) if held_out else None
     return made, Data(train, validation, _order(indices, config))
 
