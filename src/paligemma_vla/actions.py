@@ -83,7 +83,7 @@ class ActionTransform:
     def decode(self, predicted: Floats, state: Floats) -> Floats:
         """The inverse of `encode`: what to do (..., K, A) in real units, float32, from a prediction after the state (..., P).
 
-        A predicted quaternion or 6D rotation need not be one exactly; the nearest is taken.
+        A predicted quaternion or 6D rotation need not be one exactly: its length, or Gram-Schmidt, makes it one.
         """
         if not self.converts:
             return predicted
