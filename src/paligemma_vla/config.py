@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from paligemma_vla.errors import ConfigError, closest, first_line
+from paligemma_vla.schema import ROTATIONS
 from paligemma_vla.storage import is_url, read_file, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
@@ -75,6 +76,37 @@ class AugmentationConfig(Section):
     saturation: Fraction = Field(0.2, description="Largest relative change of saturation.")
 
 
+def _dimension(value: Any) -> int | str:
+    if (type(value) is int and 0 <= value < 4096) or (isinstance(value, str) and value):
+        return value
+    raise ValueError("a dimension: its number (0 is the first), or its name in the data")
+
+
+Dimension = Annotated[int | str, PlainValidator(_dimension, json_schema_input_type=int | str)]
+Dimensions = Annotated[tuple[Dimension, ...], Field(strict=False, min_length=1)]
+
+
+class RotationConfig(Section):
+    representation: Literal["euler_xyz", "rotvec", "quaternion_xyzw", "quaternion_wxyz", "rotation_6d"] = Field(
+        description="How actions (and the state) write a rotation; euler_xyz: radians about the fixed axes x, y, z in turn."
+    )
+    dimensions: Dimensions = Field(description="Of an action, those that hold it; of several rotations one after the other.")
+
+
+class ActionsConfig(Section):
+    representation: Literal["absolute", "chunk_relative", "delta"] = Field(
+        "absolute",
+        description="What the model predicts: actions as recorded, from the state at the chunk's start, or each from the last.",
+    )
+    dimensions: Dimensions | None = Field(
+        None, description="Of an action, those that are converted (numbers or names); null: all not named after a gripper."
+    )
+    state_dimensions: Dimensions | None = Field(
+        None, description="Of the state, what each of these starts from; null: the same name, else the same number."
+    )
+    rotation: RotationConfig | None = Field(None, description="The rotation in the actions: composed, never subtracted.")
+
+
 class DataConfig(Section):
     train_parquet_files: ParquetFiles = Field(description="File, folder, glob, list of these, or [{path, weight}].")
     val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
@@ -100,6 +132,7 @@ class DataConfig(Section):
     pad_action_dim: bool = Field(
         False, description="Accept data with fewer action numbers than per_action_dim: padded, and left out of the loss."
     )
+    actions: ActionsConfig = Field(default_factory=ActionsConfig)
     batch_size: Positive = Field(32, description="Samples per optimiser step, over all processes and accumulation.")
     num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in place.")
     prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
@@ -516,8 +549,8 @@ def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
         elif name == "DataSource":
             model = DataSource
         elif isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
-            annotation = model.model_fields[name].annotation
-            model = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)  # of `Section | None`
+            model = model.model_fields[name].annotation
+            model = next((part for part in get_args(model) if isinstance(part, type)), model)  # of `Section | None`
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
@@ -588,12 +621,43 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             ["training.stages", vlm_path],
             "the whole backbone is frozen in model.vlm_config, so no stage can train all",
         ),
+        *_action_checks(data.actions),
     ]
     return [
         f"{keys[0]}: {text}"
         for broken, keys, text in checks
         if broken and not any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
     ]
+
+
+def _action_checks(actions: ActionsConfig) -> list[tuple[bool, list[str], str]]:
+    """Contradictions within `data.actions`: whether there is one, the keys it rests on, what to say."""
+    path = "data.actions"
+    dimensions, starts = actions.dimensions, actions.state_dimensions
+    given = [name for name in ("dimensions", "state_dimensions") if getattr(actions, name) is not None]
+    checks = [
+        (
+            actions.representation == "absolute" and bool(given),
+            [f"{path}.{name}" for name in (*given, "representation")],
+            "got a list with representation: absolute, which converts nothing; delete it, or take another representation",
+        ),
+        (
+            given == ["state_dimensions"],
+            [f"{path}.state_dimensions", f"{path}.dimensions"],
+            "got a list without dimensions, expected both: it says what each of them starts from",
+        ),
+        (
+            dimensions is not None and starts is not None and len(dimensions) != len(starts),
+            [f"{path}.state_dimensions", f"{path}.dimensions"],
+            f"got {len(starts or ())}, expected {len(dimensions or ())}, one for each of dimensions",
+        ),
+    ]
+    if actions.rotation is not None:
+        kind, count = actions.rotation.representation, len(actions.rotation.dimensions)
+        keys = [f"{path}.rotation.{name}" for name in ("dimensions", "representation")]
+        text = f"got {count}, expected {ROTATIONS[kind]}, as many as {kind} takes, or a multiple for several rotations"
+        checks.append((count % ROTATIONS[kind] != 0, keys, text))
+    return checks
 
 
 if __name__ == "__main__":  # `make schema`

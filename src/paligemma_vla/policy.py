@@ -24,8 +24,8 @@ from paligemma_vla.training.checkpoint import load_checkpoint
 class Policy:
     """A trained model with the preprocessing it was trained with.
 
-    Made by `from_checkpoint`. `metadata` says what it expects and returns: cameras, dimensions, horizon, control rate, names,
-    image orientation, versions.
+    Made by `from_checkpoint`. `metadata` says what it expects and returns: cameras, dimensions, horizon, control rate, names
+    and units, image orientation, versions. Whatever the model predicts, what it returns are actions as the data has them.
     """
 
     def __init__(
@@ -48,7 +48,11 @@ class Policy:
             "state_names": list(metadata.state_names),
             "action_dim": preprocessor.action.dimension,
             "action_names": list(metadata.action_names),
+            "state_units": list(metadata.state_units),
+            "action_units": list(metadata.action_units),
             "action_convention": metadata.action_convention,
+            "action_representation": metadata.action_representation,
+            "rotation": _rotation(config, metadata),
             "horizon": head.horizon,
             "num_inference_timesteps": head.num_inference_timesteps,
             "control_hz": metadata.control_hz,
@@ -101,13 +105,13 @@ class Policy:
         ]
         prompts = [observation["prompt"] for observation in observations]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
-        state = self.preprocessor.state.normalize(np.stack([np.asarray(o["state"], np.float32) for o in observations]))
+        state = np.stack([np.asarray(observation["state"], np.float32) for observation in observations])  # (B, P)
         noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
         actions = self.model(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
             vlm_attention_mask_batch=torch.from_numpy(mask),
-            state_batch=torch.from_numpy(state).to(self.device),
+            state_batch=torch.from_numpy(self.preprocessor.state.normalize(state)).to(self.device),
             image_2_batch=images[1] if len(images) > 1 else None,
             further_images=images[2:],
             input_ids=torch.from_numpy(ids),
@@ -115,7 +119,8 @@ class Policy:
             flow_noise=noise,
             num_steps=num_steps,
         )
-        answer = self.preprocessor.action.denormalize(actions[..., : self.preprocessor.action.dimension].cpu().numpy())
+        predicted = actions[..., : self.preprocessor.action.dimension].cpu().numpy()
+        answer = self.preprocessor.decode_actions(predicted, state)
         finite = np.isfinite(answer).all(axis=(1, 2))
         if not finite.all():
             raise CheckpointError(
@@ -162,11 +167,22 @@ class Policy:
             state = np.empty(0)
         if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
             faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
+        elif not self.preprocessor.actions.starts_from(state):
+            rotation = self.preprocessor.actions.rotation
+            faults.append(f"state: got {state.tolist()}, expected a rotation in it as {rotation}: a length of 0 is none")
         if not isinstance(observation.get("prompt"), str):
             faults.append(f"prompt: got {type(observation.get('prompt')).__name__}, expected a string")
         faults += [f"{k}: not a camera of this policy; it has {', '.join(names)}" for k in observation if _is_stray(k, names)]
         if faults:
             raise DataError("observation:\n  " + "\n  ".join(faults))
+
+
+def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | None:
+    """How the returned actions write a rotation, and in which dimensions (null: the data names the one, not the other)."""
+    named = config.data.actions.rotation
+    if named is not None:
+        return {"representation": named.representation, "dimensions": list(named.dimensions)}
+    return {"representation": metadata.action_rotation, "dimensions": None} if metadata.action_rotation else None
 
 
 def _is_stray(key: str, names: Sequence[str]) -> bool:

@@ -134,6 +134,15 @@ class Preprocessor:
         self.prompts, self.image, self.statistics, self.normalization = prompts, image, statistics, normalization
         self.state = Normalizer(statistics.state, normalization, "state")
         self.action = Normalizer(statistics.action, normalization, "action")
+        self.actions = statistics.actions
+
+    def encode_actions(self, actions: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Recorded actions (..., K, A) after the state (..., P), both in real units, to what the model predicts, normalised."""
+        return self.action.normalize(self.actions.encode(actions, state))
+
+    def decode_actions(self, predicted: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The inverse: what the model predicts (..., K, A) to actions in real units; state (..., P) in real units."""
+        return self.actions.decode(self.action.denormalize(predicted), state)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (str, int, float, list, dict) for the checkpoint."""

@@ -16,9 +16,10 @@ from paligemma_vla import schema
 from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import hex_digest, load_exclusions
-from paligemma_vla.data.loader import MISFIT, VLADataset, check_fit
-from paligemma_vla.data.reader import iterate_numbers
+from paligemma_vla.data.files import joint_layout
+from paligemma_vla.data.loader import MISFIT, VLADataset, check_actions, check_fit
 from paligemma_vla.data.sampling import SampleOrder
+from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.known import read_architecture
 from paligemma_vla.model.plan import MemoryPlan, plan_run
@@ -64,6 +65,8 @@ def prepare(
     made, plan = found.preprocessor, found.plan
     assert made is not None and plan is not None
     train = VLADataset(EpisodeIndex.concatenate(found.indices), made, config, training=True)
+    if made.actions.converts:
+        logger.info("actions as %s; the rest as recorded", made.actions.describe(train.index.layout.metadata))
     validation = VLADataset(EpisodeIndex.concatenate(found.held_out), made, config) if found.held_out else None
     return made, Data(train, validation, _order(found.indices, config)), plan
 
@@ -118,6 +121,10 @@ def _survey(
         if part:
             with faults.gathered():
                 check_fit(EpisodeIndex.concatenate(part), statistics, config)
+    if found.indices:
+        with faults.gathered():
+            layout = joint_layout([index.layout for index in found.indices])
+            check_actions(layout, statistics, config, trained=preprocessor is not None)
     if preprocessor is None and statistics is not None and not faults.errors:
         if not config.data.allow_other_statistics:
             with faults.gathered():
@@ -225,7 +232,7 @@ def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str)
         logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
     metadata = index.layout.metadata
     for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
-        for states, actions in islice(iterate_numbers(index, file, ROWS_SAMPLED), 1):
+        for states, actions in islice(model_numbers(index, file, statistics.actions, ROWS_SAMPLED), 1):
             for name, values, known, names in [
                 (schema.STATE, states, statistics.state, metadata.state_names),
                 (schema.ACTION, actions, statistics.action, metadata.action_names),
