@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Names of the files opened since it was last called."""
     names: list[str] = []
-    original = index_cache.open_parquet
+    original = index_cache.open_file
 
     def recording(path: str, stream: bool = False) -> object:
         names.append(Path(path).name)
@@ -51,7 +51,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         names.clear()
         return found
 
-    monkeypatch.setattr(index_cache, "open_parquet", recording)
+    monkeypatch.setattr(index_cache, "open_file", recording)
     return since
 
 

@@ -22,6 +22,7 @@ from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList
 from paligemma_vla.data.faults import Fault
 from paligemma_vla.data.reader import episode_prompts
+from paligemma_vla.data.sources import identify_file
 from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
 SLOW_GROUP_ROWS = 512
@@ -69,7 +70,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "control_hz": metadata.control_hz,
         "image_orientation": metadata.image_orientation,
         "robot": metadata.robot,
-        "megabytes": round(sum(os.path.getsize(path) for path in index.paths) / 1e6, 1),
+        "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": largest,
         "instructions": dict(prompts.most_common()),
@@ -92,7 +93,7 @@ def check(args: argparse.Namespace) -> int:
     """Find every fault; write the exclusion list when there is something to leave out, or one of before is out of date."""
     files = expand_paths(args.path, "data check")
     options = _check_options(args)
-    with warnings.catch_warnings(), tqdm(total=sum(map(os.path.getsize, files)), **BAR) as bar:
+    with warnings.catch_warnings(), tqdm(total=sum(identify_file(file)[0] for file in files), **BAR) as bar:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
         diagnosis = diagnose(files, options, bar.update)
     excluded = diagnosis.excluded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ from paligemma_vla.data.exclusions import hex_digest, load_exclusions
 from paligemma_vla.data.loader import MISFIT, VLADataset, check_fit
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.data.sampling import SampleOrder
+from paligemma_vla.data.sources import real_name
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.memory import check_head_fits
 from paligemma_vla.normalization import DatasetStatistics, Statistics
@@ -142,7 +142,7 @@ def _without_held_out(pairs: list[tuple[EpisodeIndex, EpisodeIndex]]) -> list[Ep
 
 def _shared_files(indices: list[EpisodeIndex]) -> set[str]:
     """Files that more than one index has."""
-    counts = Counter(file for index in indices for file in {os.path.realpath(path) for path in index.paths})
+    counts = Counter(file for index in indices for file in {real_name(path) for path in index.paths})
     return {file for file, count in counts.items() if count > 1}
 
 
@@ -150,7 +150,7 @@ def _places(index: EpisodeIndex, shared: set[str]) -> list[tuple[str, int]]:
     """File and first row of each episode; of none when no file is shared, which is the rule and costs nothing then."""
     if not shared:
         return []
-    real = [os.path.realpath(path) for path in index.paths]
+    real = [real_name(path) for path in index.paths]
     return [(real[file], row) for file, row in zip(index.file.tolist(), index.start.tolist(), strict=True)]
 
 
