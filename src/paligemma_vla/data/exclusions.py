@@ -59,7 +59,7 @@ class ExclusionList:
             assert entry.first_row is not None and entry.rows is not None
             stop = entry.first_row + entry.rows
             if stop > rows or entry.digest not in (None, hex_digest(digest)):
-                changed = "the file, or what is read of it, has changed since" if stop <= rows else f"it has {rows} rows"
+                changed = "the file, or what is read of it, has changed since" if stop <= rows else f"the file has {rows} rows"
                 where = f"{self.path}: rows {entry.first_row} to {stop - 1} of {path}"
                 raise DataError(f"{where}: {changed}; {AGAIN}, or set data.exclude_episodes to null")
             ranges.append((entry.first_row, stop))

@@ -93,6 +93,21 @@ def file_digest(path: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
+def sample_digest(path: str) -> bytes:
+    """As `file_digest`, of a file of any kind: size, and blocks spread evenly over it. Raises `FaultError`."""
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for offset, count in _sampled_blocks(size):
+                file.seek(offset)
+                digest.update(file.read(count))
+    except OSError as error:
+        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+    return digest.digest()
+
+
 def _sampled_blocks(size: int) -> list[tuple[int, int]]:
     """Offset and length of the blocks of a file that `file_digest` reads."""
     if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
