@@ -1,4 +1,4 @@
-"""`paligemma-vla data info PATH` and `data check PATH`: what is in some episode files, and what is wrong with it.
+"""`paligemma-vla data info PATH`, `data check PATH` and `data convert`: what is in episode files, what is wrong with it.
 
 `data check` exits with 0 when it finds nothing, 1 when it finds faults.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from paligemma_vla.cli import convert
 from paligemma_vla.config import load_config
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
@@ -33,14 +34,15 @@ BAR: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": T
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     info = actions.add_parser("info", help="episodes, steps, cameras, dimensions, instructions")
-    info.add_argument("path", nargs="+", help="files, folders or globs")
+    info.add_argument("path", nargs="+", help="files, folders, globs, lerobot:FOLDER")
     info.add_argument("--json", action="store_true", help="print JSON")
     check = actions.add_parser("check", help="find every fault, and list the episodes to leave out")
-    check.add_argument("path", nargs="+", help="files, folders or globs")
+    check.add_argument("path", nargs="+", help="files, folders, globs, lerobot:FOLDER")
     check.add_argument("--json", action="store_true", help="print JSON, with every fault")
     check.add_argument("--exclusion_list", default="excluded_episodes.json", metavar="FILE", help="where to write the list")
     check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")
     check.add_argument("--allow_prompt_changes", action="store_true", help="an instruction may change within an episode")
+    convert.add_arguments(actions.add_parser("convert", help="episodes from one format to another (LeRobot)"))
 
 
 def describe(paths: list[str]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _shown(value: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    return check(args) if args.action == "check" else info(args)
+    return {"info": info, "check": check, "convert": convert.main}[args.action](args)
 
 
 def check(args: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from paligemma_vla import schema
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
-from paligemma_vla.data.files import READ_ERRORS, Layout, Rows, file_digest, group_bounds, open_parquet, survey
+from paligemma_vla.data.files import READ_ERRORS, Layout, Rows, count_cameras, file_digest, group_bounds, open_parquet, survey
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
@@ -87,6 +88,11 @@ class EpisodeFile(ABC):
     def columns(self) -> Sequence[str]:
         """Names of the columns it has."""
 
+    @property
+    @abstractmethod
+    def unused(self) -> Sequence[str]:
+        """Names, as the format has them, of what it holds besides."""
+
     @abstractmethod
     def survey(self) -> tuple[Layout, list[Fault]]:
         """What the columns hold, and every fault of them; dimensions that a fault hides are 0."""
@@ -126,6 +132,12 @@ class ParquetEpisodes(EpisodeFile):
     def columns(self) -> Sequence[str]:
         names: list[str] = self._file.schema_arrow.names
         return names
+
+    @property
+    def unused(self) -> Sequence[str]:
+        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS}
+        known.update(schema.image_column(number + 1) for number in range(count_cameras(self._file.schema_arrow)))
+        return [name for name in self.columns if name not in known]
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         return survey(self.path, self._file)

@@ -18,7 +18,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.episode_file import FOOTER_UNFOLDS, EpisodeFile, Pictures
 from paligemma_vla.data.faults import Fault, FaultError, Kind
 from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, identify, open_parquet, sample_digest
-from paligemma_vla.data.sources.lerobot_meta import Metadata, find_root, load_metadata
+from paligemma_vla.data.sources.lerobot_meta import INDEX_COLUMNS, Metadata, find_root, load_metadata
 from paligemma_vla.data.sources.lerobot_place import Place
 from paligemma_vla.data.sources.lerobot_rows import (
     FramePictures,
@@ -119,6 +119,12 @@ class LeRobotFile(EpisodeFile):
     def columns(self) -> Sequence[str]:
         return list(self._sources)
 
+    @property
+    def unused(self) -> Sequence[str]:
+        success = self._there(*SUCCESS)[:1]
+        known = {*self._features.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *success}
+        return [key for key in self.metadata.features if key not in known]
+
     def survey(self) -> tuple[Layout, list[Fault]]:
         faults = [*self._column_faults(), *self._video_faults()]
         metadata, selection = self.metadata, self.place.selection
@@ -160,9 +166,7 @@ class LeRobotFile(EpisodeFile):
             path = os.path.join(self.metadata.root, name)
             if not os.path.isfile(path):
                 remedy = "restore it, or choose other cameras (?cameras=...) or episodes (?episodes=...)"
-                yield Fault(
-                    self.path, Kind.FILE, f"got no video {path}, expected one as {self.metadata.root}/meta says; {remedy}"
-                )
+                yield Fault(self.path, Kind.FILE, f"got no video {path}, expected one as its metadata says; {remedy}")
 
     def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
         names = self._needed(columns)
@@ -174,9 +178,8 @@ class LeRobotFile(EpisodeFile):
         return self._translate(columns, table, np.arange(first, first + table.num_rows))
 
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        numbers = np.concatenate(
-            [np.arange(self.bounds[group], self.bounds[group + 1]) for group in groups] or [self.bounds[:0]]
-        )
+        bounds = self.bounds
+        numbers = np.concatenate([bounds[:0], *(np.arange(bounds[group], bounds[group + 1]) for group in groups)])
         options = {"batch_size": rows, "row_groups": list(groups), "columns": self._needed(columns), "use_threads": False}
         for batch in self._file.iter_batches(**options):
             here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
