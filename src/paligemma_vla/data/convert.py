@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,23 +93,21 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> Compari
         return None
     lengths = conversion.index.length.tolist()
     shards = conversion.target.shards(lengths)
-    with _workspace(conversion) as folder, progress(2 * sum(lengths)) as bar:
-        with WorkerPool(workers, _prepare, (conversion,)) as pool:
-            missing = [number for number in range(len(shards)) if not conversion.target.is_written(folder, number)]
-            done = sum(_steps(lengths, shards[number]) for number in set(range(len(shards))) - set(missing))
-            bar.update(done)
-            if done:
-                logger.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(missing), len(shards))
-            firsts = np.cumsum([0, *lengths]).tolist()
-            for steps in pool.map(_write, ((number, shards[number], firsts[shards[number].start]) for number in missing)):
-                bar.update(steps)
+    pool = WorkerPool(workers, _prepare, (conversion,))
+    with _workspace(conversion) as folder, progress(2 * sum(lengths)) as bar, pool:
+        missing = [number for number in range(len(shards)) if not conversion.target.is_written(folder, number)]
+        bar.update(sum(lengths) - sum(_steps(lengths, shards[number]) for number in missing))
+        if len(missing) < len(shards):
+            logger.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(missing), len(shards))
+        firsts = np.cumsum([0, *lengths]).tolist()
+        for steps in pool.map(_write, ((number, shards[number], firsts[shards[number].start]) for number in missing)):
+            bar.update(steps)
         conversion.target.finish(folder, len(shards))
-        result = _built(conversion, folder)
+        _build(conversion)
         comparison = Comparison()
-        with WorkerPool(workers, _prepare, (conversion, result)) as pool:
-            for part in pool.map(_compare, shards):
-                comparison += part
-                bar.update(part.steps)
+        for part in pool.map(_compare, shards):
+            comparison += part
+            bar.update(part.steps)
     conversion.target.tidy(conversion.output)
     return comparison
 
@@ -158,8 +157,9 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         lock.close()
 
 
-def _built(conversion: Conversion, folder: Path) -> EpisodeIndex:
+def _build(conversion: Conversion) -> EpisodeIndex:
     """The index of the result. Raises `DataError` when it has other episodes than the source."""
+    folder = conversion.partial
     result = EpisodeIndex.build(conversion.target.place(folder), str(folder))
     got, expected = result.length.tolist(), conversion.index.length.tolist()
     if got != expected:
@@ -168,36 +168,35 @@ def _built(conversion: Conversion, folder: Path) -> EpisodeIndex:
     return result
 
 
-@dataclass(frozen=True)
-class _State:
-    """What a worker keeps from job to job."""
+class _Worker:
+    """What a process keeps from job to job."""
 
-    conversion: Conversion
-    source: Recordings
-    result: Recordings | None
+    def __init__(self, conversion: Conversion) -> None:
+        self.conversion = conversion
+        self.source = Recordings(conversion.index, conversion.cameras)
+
+    @cached_property
+    def result(self) -> Recordings:
+        return Recordings(_build(self.conversion), range(len(self.conversion.cameras)))
 
 
-_state: list[_State] = []
+_worker: list[_Worker] = []
 
 
-def _prepare(conversion: Conversion, result: EpisodeIndex | None = None) -> None:
-    source = Recordings(conversion.index, conversion.cameras)
-    built = None if result is None else Recordings(result, range(len(conversion.cameras)))
-    _state[:] = [_State(conversion, source, built)]
+def _prepare(conversion: Conversion) -> None:
+    _worker[:] = [_Worker(conversion)]
 
 
 def _write(job: tuple[int, range, int]) -> int:
     """Write one shard; returns its steps."""
     number, episodes, first_step = job
-    state = _state[0]
-    recordings = (state.source.read(episode) for episode in episodes)
-    state.conversion.target.write(state.conversion.partial, number, (episodes.start, first_step), recordings)
-    return _steps(state.conversion.index.length.tolist(), episodes)
+    worker = _worker[0]
+    recordings = (worker.source.read(episode) for episode in episodes)
+    worker.conversion.target.write(worker.conversion.partial, number, (episodes.start, first_step), recordings)
+    return _steps(worker.conversion.index.length.tolist(), episodes)
 
 
 def _compare(episodes: range) -> Comparison:
-    state = _state[0]
-    assert state.result is not None
-    lossless = state.conversion.target.lossless
-    parts = (compare_episode(state.source, state.result, episode, lossless) for episode in episodes)
-    return sum(parts, Comparison())
+    worker = _worker[0]
+    lossless = worker.conversion.target.lossless
+    return sum((compare_episode(worker.source, worker.result, episode, lossless) for episode in episodes), Comparison())

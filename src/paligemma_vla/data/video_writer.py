@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
     import av
 
 KEYFRAME_EVERY = 2  # as LeRobot: a frame is had by decoding two at most
-# name -> encoder of FFmpeg, and its options beside the constant rate factor
-CODECS = {"h264": ("libx264", {}), "av1": ("libsvtav1", {"preset": "8"})}
+# name -> encoder of FFmpeg, and its options beside the constant rate factor. x264 without its look ahead, which has nothing to
+# gain from two frames: with it, the same frames became other bytes now and then, by what lay in memory beside them.
+CODECS = {
+    "h264": ("libx264", {"x264-params": "mbtree=0:rc-lookahead=0"}),
+    "av1": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1"}),
+}
 
 
 class VideoWriter:
@@ -29,6 +34,7 @@ class VideoWriter:
     def __init__(self, path: Path, codec: str, fps: float, crf: int) -> None:
         import av  # here, since most data has no videos
 
+        os.environ.setdefault("SVT_LOG", "1")  # errors only: the encoder of AV1 writes to stderr itself
         encoder, options = CODECS[codec]
         if encoder not in av.codecs_available:
             raise ConfigError(f"--codec {codec}: got a PyAV without {encoder}, expected one with it; choose another codec")
@@ -72,4 +78,5 @@ class VideoWriter:
         stream = cast("av.VideoStream", self._container.add_stream(self._encoder, rate=self._rate, options=self._options))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = 1 / self._rate
+        stream.codec_context.thread_count = 1  # what is written must not depend on how many cores there are
         self._stream, self._shape = stream, shape
