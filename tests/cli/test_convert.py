@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.compare import compare_episode
 from paligemma_vla.data.convert import Conversion, convert
@@ -71,8 +72,6 @@ def exported(request: pytest.FixtureRequest, native: Path, tmp_path_factory: pyt
 
 
 def run(*arguments: object) -> int:
-    from paligemma_vla.cli.main import main
-
     return main(["data", "convert", "--workers", "0", *map(str, arguments)])
 
 
@@ -236,7 +235,7 @@ def test_killed_conversion_goes_on_to_the_very_same_result(
     direction: tuple[str, ...], tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("paligemma_vla.data.targets.IMAGE_STEPS", 40)
-    source, files = tmp_path / "source", 40
+    source, files = tmp_path / "source", 24
     with EpisodeWriter(source, DatasetMetadata(cameras=("a",), control_hz=5.0)) as writer:
         for number in range(files):
             one = episode(number, 6)
@@ -247,7 +246,7 @@ def test_killed_conversion_goes_on_to_the_very_same_result(
     command = ["data", "convert", *direction, "--input", str(source), "--workers", "0", "--output_dir"]
     assert zygote.run([*command, "whole"], tmp_path).status == 0
     partial, kills = tmp_path / "killed.partial", 0
-    for _ in range(3):
+    for _ in range(2):
         child = zygote.start([*command, "killed"], tmp_path)
         before, deadline = count(partial), time.monotonic() + 20
         while count(partial) <= before + 2 and not (tmp_path / "killed").exists() and time.monotonic() < deadline:
@@ -416,15 +415,22 @@ def test_instruction_that_changes_within_an_episode_needs_the_data_itself(tmp_pa
     assert "step 4: got the instruction 'close the drawer', expected 'open the drawer' as at the first step" in err
 
 
-def test_several_processes_write_what_one_does(both: tuple[Truth, Path], tmp_path: Path) -> None:
-    truth, converted = both
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    if not truth.stored["front"]:
-        from paligemma_vla.cli.main import main
-
-        arguments = ["--from", "lerobot", "--input", str(truth.root), "--output_dir", str(tmp_path / "out"), "--workers", "2"]
-        assert main(["data", "convert", *arguments]) == 0
-        assert contents(tmp_path / "out") == contents(converted)
+def test_several_processes_write_what_one_does(native: Path, tmp_path: Path) -> None:
+    arguments = [
+        "data",
+        "convert",
+        "--to",
+        "lerobot",
+        "--input",
+        str(native),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--workers",
+    ]
+    assert main([*arguments, "2"]) == 0
+    shutil.move(tmp_path / "out", tmp_path / "by_two")
+    assert main([*arguments, "0"]) == 0
+    assert contents(tmp_path / "by_two") == contents(tmp_path / "out")
 
 
 def test_commands_take_the_data_by_its_name(both: tuple[Truth, Path], capfd: Any, tmp_path: Path, monkeypatch: Any) -> None:

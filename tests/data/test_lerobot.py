@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, write_set
 
 from paligemma_vla.config import VLAConfig
@@ -28,6 +29,7 @@ from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError
 from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.preflight import prepare
 from support import STATE_DIM, identical, read_metrics, train_here
 
 ConfigFactory = Callable[..., VLAConfig]
@@ -361,13 +363,13 @@ def test_check_of_a_range_judges_that_range(copied: Truth) -> None:
 
 
 @pytest.fixture
-def training(truth: Truth, tiny_config: ConfigFactory, tmp_path: Path) -> Callable[[str], VLAConfig]:
-    """A configuration for two cameras that trains on this set under the name of an experiment."""
-    compute_statistics(truth.name, "test").save(tmp_path / "statistics.json")
+def training(video_set: Truth, tiny_config: ConfigFactory, tmp_path: Path) -> Callable[..., VLAConfig]:
+    """A configuration for two cameras that trains on the set with videos under the name of an experiment."""
+    compute_statistics(video_set.name, "test").save(tmp_path / "statistics.json")
 
-    def make(experiment: str, data: str = truth.name, **overrides: Any) -> VLAConfig:
+    def make(experiment: str, **overrides: Any) -> VLAConfig:
         settings = {
-            "data.train_parquet_files": data,
+            "data.train_parquet_files": video_set.name,
             "data.normalization_stats_path": str(tmp_path / "statistics.json"),
             "data.state_dim": STATE_DIM,
             "data.batch_size": 6,
@@ -380,7 +382,7 @@ def training(truth: Truth, tiny_config: ConfigFactory, tmp_path: Path) -> Callab
     return make
 
 
-def test_training_directly_resumes_bit_for_bit(truth: Truth, training: Callable[..., VLAConfig]) -> None:
+def test_training_directly_resumes_bit_for_bit(training: Callable[..., VLAConfig]) -> None:
     whole = training("whole")
     train_here(whole)
     first = training("parts", **{"training.stop_after_step": 1})
@@ -390,12 +392,8 @@ def test_training_directly_resumes_bit_for_bit(truth: Truth, training: Callable[
     assert read_metrics(whole.run_dir)
 
 
-def test_one_set_held_out_by_another_name_is_not_trained_on(truth: Truth, training: Callable[..., VLAConfig]) -> None:
-    from paligemma_vla.training.preflight import prepare
-
-    twice = [truth.name, f"{truth.name}?cameras=wrist,front"]
-    import torch
-
+def test_one_set_held_out_by_another_name_is_not_trained_on(video_set: Truth, training: Callable[..., VLAConfig]) -> None:
+    twice = [video_set.name, f"{video_set.name}?cameras=wrist,front"]
     _, data = prepare(training("twice", **{"data.train_parquet_files": twice}), Distributed(0, 1, torch.device("cpu")))
     assert data.validation is not None
     held_out = {(path.partition("?")[0], int(row)) for path, row in episodes(data.validation.index)}
