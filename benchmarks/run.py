@@ -25,21 +25,26 @@ def main() -> None:
     rows: list[Row] = []
     for benchmark in (loader, sampler, demo_model):
         rows += benchmark.measure()
+    report(rows, "make bench", RESULTS)
+
+
+def report(rows: list[Row], command: str, path: Path) -> None:
+    """Print a table, and write it to a file with what it was measured on."""
     width = max(len(row.name) for row in rows)
     for row in rows:
         print(f"{row.name:<{width}}  {row.value:>12,.4g}  {row.unit}")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
-        "command": "make bench",
+        "command": command,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "hardware": f"{os.cpu_count()} cores, {_processor()}, torch threads {torch.get_num_threads()}",
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"-> {RESULTS}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"-> {path}")
 
 
 def _processor() -> str:

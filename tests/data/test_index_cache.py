@@ -137,7 +137,7 @@ def cut(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     arrays = dict(np.load(path))
-    header = arrays["header"].tobytes().replace(b'"version": 2', b'"version": 9')
+    header = arrays["header"].tobytes().replace(f'"version": {index_cache.VERSION}'.encode(), b'"version": 9')
     np.savez(path, **{**arrays, "header": np.frombuffer(header, np.uint8)})  # type: ignore[arg-type]
 
 

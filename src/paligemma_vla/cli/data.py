@@ -21,7 +21,7 @@ from paligemma_vla.config import load_config
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList
-from paligemma_vla.data.faults import Fault
+from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.reader import episode_prompts
 from paligemma_vla.data.sources import identify_file
 from paligemma_vla.preprocess import configured_prompt_and_image_spec
@@ -95,7 +95,7 @@ def check(args: argparse.Namespace) -> int:
     """Find every fault; write the exclusion list when there is something to leave out, or one of before is out of date."""
     files = expand_paths(args.path, "data check")
     options = _check_options(args)
-    with warnings.catch_warnings(), tqdm(total=sum(identify_file(file)[0] for file in files), **BAR) as bar:
+    with warnings.catch_warnings(), tqdm(total=sum(map(_bytes_of, files)), **BAR) as bar:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
         diagnosis = diagnose(files, options, bar.update)
     excluded = diagnosis.excluded
@@ -115,6 +115,14 @@ def check(args: argparse.Namespace) -> int:
     elif emptied:
         sys.stdout.write(f"\nwrote {name} anew, empty: there is nothing to leave out any more\n")
     return 1 if diagnosis.faults else 0
+
+
+def _bytes_of(file: str) -> int:
+    """Size of a file with all that belongs to it; of one that is not there 0, since that is a fault like others."""
+    try:
+        return identify_file(file)[0]
+    except FaultError:
+        return 0
 
 
 def _on_one_line(text: str) -> str:

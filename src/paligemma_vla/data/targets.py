@@ -80,10 +80,11 @@ class NativeTarget:
         data = picture.encoded()
         if data is not None and data.startswith(IMAGE_MAGIC):
             return data
-        return _encode(picture.decode(), self.image_format, self.quality)
+        return encode_image(picture.decode(), self.image_format, self.quality)
 
 
-def _encode(image: Image.Image, kind: str, quality: int) -> bytes:
+def encode_image(image: Image.Image, kind: str, quality: int) -> bytes:
+    """An RGB image as `png`, or as `jpeg` of a quality from 1 to 100."""
     stream = io.BytesIO()
     if kind == "png":
         image.save(stream, "PNG", compress_level=4)

@@ -18,7 +18,8 @@ from paligemma_vla import schema
 from paligemma_vla.data.episode_file import FOOTER_UNFOLDS, EpisodeFile, Pictures
 from paligemma_vla.data.faults import Fault, FaultError, Kind
 from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, identify, open_parquet, sample_digest
-from paligemma_vla.data.sources.lerobot_meta import INDEX_COLUMNS, Metadata, find_root, load_metadata
+from paligemma_vla.data.sources.lerobot_info import INDEX_COLUMNS, find_root
+from paligemma_vla.data.sources.lerobot_meta import Metadata, load_metadata
 from paligemma_vla.data.sources.lerobot_place import Place
 from paligemma_vla.data.sources.lerobot_rows import (
     FramePictures,
@@ -55,8 +56,8 @@ class LeRobotSource:
     def identify(self, place: str) -> tuple[int, int, int]:
         asked = Place.parse(place)
         metadata = load_metadata(find_root(asked.path))
-        others = [*metadata.sources, *_videos_of(metadata, asked)]
-        stamps = [identify(path) for path in (asked.path, *(os.path.join(metadata.root, name) for name in others))]
+        others = [os.path.join(metadata.root, name) for name in (*metadata.sources, *_videos_of(metadata, asked))]
+        stamps = [identify(path) for path in (asked.path, *filter(os.path.exists, others))]  # `survey` tells what is missing
         sizes, modified, changed = zip(*stamps, strict=True)
         return sum(sizes), max(modified), max(changed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,43 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from paligemma_vla.data.files import READ_ERRORS
+from paligemma_vla.data.sources.lerobot_info import INDEX_COLUMNS, INFO, Feature, read_features, read_info
 from paligemma_vla.data.sources.lerobot_place import Selection
-from paligemma_vla.errors import DataError, closest, first_line
+from paligemma_vla.data.sources.lerobot_tables import Episodes, episodes_v21, episodes_v30, tasks_v21, tasks_v30
+from paligemma_vla.errors import DataError, closest
 
-INFO = "meta/info.json"
-VERSIONS = ("v2.1", "v3.0")
-CAMERA_PREFIXES = ("observation.images.", "observation.")
-# What LeRobot itself offers for what we do not read.
-OLDER = {
-    "v2.0": "python -m lerobot.datasets.v21.convert_dataset_v20_to_v21 --repo-id=... (lerobot 0.3)",
-    "v1": "python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 --repo-id=... (lerobot 0.3), then to v2.1",
-}
 Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One entry of info.json. dtype: `video`, `image`, or of a number. names: one per dimension, or none."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-
-    @property
-    def is_camera(self) -> bool:
-        return self.dtype in ("video", "image")
-
-    @property
-    def camera(self) -> str:
-        """A camera's short name."""
-        prefix = next((prefix for prefix in CAMERA_PREFIXES if self.key.startswith(prefix)), "")
-        return self.key.removeprefix(prefix)
 
 
 @dataclass(frozen=True)
@@ -126,20 +96,6 @@ class Metadata:
         return (self.number >= first) & (self.number < stop)
 
 
-# Columns that place a row; every data set has them.
-INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-
-
-def find_root(path: str) -> str:
-    """The data set's folder for itself or for one of its files. Raises `DataError`."""
-    folder = Path(path)
-    for candidate in (folder, *folder.parents[:6]):
-        if (candidate / INFO).is_file():
-            return str(candidate)
-    remedy = "give its folder (one of the hub first: hf download NAME --repo-type dataset --local-dir FOLDER)"
-    raise DataError(f"{path}: got no {INFO} there, expected a LeRobot data set; {remedy}")
-
-
 def load_metadata(root: str) -> Metadata:
     """Metadata of a data set, kept until one of its files changes. Raises `DataError` naming file, got and expected."""
     return _load(root, tuple(_stamp(root, name) for name in _metadata_files(root)))
@@ -158,17 +114,16 @@ def _stamp(root: str, name: str) -> tuple[str, int, int]:
 
 @lru_cache(maxsize=16)
 def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
-    info = _read_info(root)
+    info = read_info(root)
     version = info["codebase_version"]
-    features = _features(info, f"{root}/{INFO}")
+    features = read_features(info, f"{root}/{INFO}")
     names = [name for name, _, _ in stamps]
     if version == "v2.1":
-        tasks, episodes = _tasks_v21(root), _episodes_v21(root, info, features)
+        tasks, episodes = tasks_v21(root), episodes_v21(root, info, features)
     else:
-        tasks, episodes = _tasks_v30(root), _episodes_v30(root, names, info, features)
-    numbers, lengths = episodes["number"], episodes["length"]
-    _check_counts(root, info, numbers, lengths, tasks)
-    files, file = _distinct(episodes["file"])
+        tasks, episodes = tasks_v30(root), episodes_v30(root, names, info, features)
+    _check_counts(root, info, episodes, tasks)
+    files, file = _distinct(episodes.file)
     extra = info.get("paligemma_vla")
     return Metadata(
         root=root,
@@ -177,11 +132,11 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
         robot=info["robot_type"] if isinstance(info.get("robot_type"), str) else "",
         features=features,
         tasks=tasks,
-        number=numbers,
-        length=lengths,
+        number=episodes.number,
+        length=episodes.length,
         files=files,
         file=file,
-        videos={key: VideoSpans(*_distinct(names), start) for key, (names, start) in episodes["videos"].items()},
+        videos={key: VideoSpans(*_distinct(names), start) for key, (names, start) in episodes.videos.items()},
         extra=extra if isinstance(extra, dict) else {},
         sources=tuple(names),
     )
@@ -194,206 +149,14 @@ def _distinct(names: Sequence[str]) -> tuple[tuple[str, ...], Indices]:
     return tuple(place), file
 
 
-def _read_info(root: str) -> dict[str, Any]:
-    path = f"{root}/{INFO}"
-    try:
-        info: Any = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({first_line(error)}); restore it") from error
-    version = info.get("codebase_version") if isinstance(info, dict) else None
-    if version not in VERSIONS:
-        command = next((command for old, command in OLDER.items() if str(version).startswith(old)), None)
-        remedy = f"convert it with LeRobot: {command}" if command else "convert it with LeRobot, or restore the file"
-        raise DataError(f"{path}: codebase_version: got {version}, expected one of {', '.join(VERSIONS)}; {remedy}")
-    fps = info.get("fps")
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf"):
-        raise DataError(f"{path}: fps: got {fps!r}, expected frames per second, more than 0; restore the file")
-    templates = ["data_path", *(["video_path"] if _has_videos(info) else [])]
-    for name in templates:
-        if not isinstance(info.get(name), str):
-            raise DataError(f"{path}: {name}: got {info.get(name)!r}, expected a template of paths; restore the file")
-    return info  # type: ignore[no-any-return]
-
-
-def _has_videos(info: dict[str, Any]) -> bool:
-    features = info.get("features")
-    return isinstance(features, dict) and any(
-        isinstance(raw, dict) and raw.get("dtype") == "video" for raw in features.values()
-    )
-
-
-def _features(info: dict[str, Any], where: str) -> dict[str, Feature]:
-    raw = info.get("features")
-    if not isinstance(raw, dict) or not raw:
-        raise DataError(f"{where}: features: got {type(raw).__name__}, expected an object with a feature at least; restore it")
-    features = {}
-    for key, value in raw.items():
-        shape = value.get("shape") if isinstance(value, dict) else None
-        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape) or not isinstance(value["dtype"], str):
-            got = json.dumps(value)[:120]
-            raise DataError(f"{where}: features.{key}: got {got}, expected dtype, shape and names; restore the file")
-        names = _names(value.get("names"))
-        dimensions = shape[0] if len(shape) == 1 else -1
-        features[key] = Feature(key, value["dtype"], tuple(shape), names if len(names) == dimensions else ())
-    return features
-
-
-def _names(raw: Any) -> tuple[str, ...]:
-    """Names of dimensions: a list, lists by group ({"motors": [...]}), or numbers by name."""
-    if isinstance(raw, list):
-        return tuple(name for entry in raw for name in (_names(entry) if isinstance(entry, list | dict) else (str(entry),)))
-    if isinstance(raw, dict) and raw and all(isinstance(value, int) for value in raw.values()):
-        return tuple(sorted(raw, key=lambda name: int(raw[name])))
-    if isinstance(raw, dict):
-        return tuple(name for value in raw.values() for name in _names(value))
-    return ()
-
-
-def _lines(root: str, name: str) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file."""
-    path = f"{root}/{name}"
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as lines of JSON ({first_line(error)}); restore it") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: got lines that are no objects, expected an object per line; restore it")
-    return rows
-
-
-def _table(root: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    path = f"{root}/{name}"
-    try:
-        with pq.ParquetFile(path) as file:
-            wanted = None if columns is None else [column for column in columns if column in file.schema_arrow.names]
-            return file.read(columns=wanted, use_threads=False)
-    except READ_ERRORS as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({first_line(error)}); restore it") from error
-
-
-def _whole_numbers(values: Sequence[Any], where: str) -> Indices:
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
-        bad = next(value for value in values if not isinstance(value, int) or value < 0)
-        raise DataError(f"{where}: got {bad!r}, expected a whole number of at least 0; restore the file")
-    return np.array(values, np.int64)
-
-
-def _tasks_v21(root: str) -> dict[int, str]:
-    name = "meta/tasks.jsonl"
-    rows = _lines(root, name)
-    numbers = _whole_numbers([row.get("task_index") for row in rows], f"{root}/{name}: task_index")
-    return _tasks(numbers, [row.get("task") for row in rows], f"{root}/{name}")
-
-
-def _tasks_v30(root: str) -> dict[int, str]:
-    """The texts are a pandas index; where its note is missing, they are still the one column of strings."""
-    name = "meta/tasks.parquet"
-    table = _table(root, name)
-    where = f"{root}/{name}"
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    column = next((known for known in ("task", "__index_level_0__", *texts) if known in texts), None)
-    if column is None or "task_index" not in table.column_names:
-        got = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
-        raise DataError(f"{where}: got columns {got}, expected task_index and the tasks as strings; restore it")
-    numbers = _whole_numbers(table["task_index"].to_pylist(), f"{where}: task_index")
-    return _tasks(numbers, table[column].to_pylist(), where)
-
-
-def _tasks(numbers: Indices, texts: Sequence[Any], where: str) -> dict[int, str]:
-    tasks: dict[int, str] = {}
-    for number, text in zip(numbers.tolist(), texts, strict=True):
-        if not isinstance(text, str) or tasks.get(number, text) != text:
-            raise DataError(f"{where}: task_index {number}: got {text!r}, expected one text; restore the file")
-        tasks[number] = text
-    return tasks
-
-
-def _path(template: str, where: str, **values: object) -> str:
-    """Fill in a template of paths; the result lies in the data set."""
-    try:
-        name = os.path.normpath(template.format(**values))
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: got {template!r}, expected a template with {', '.join(values)}; restore the file") from error
-    if os.path.isabs(name) or name.startswith(".."):
-        raise DataError(f"{where}: got {template!r}, expected a path within the data set; restore the file")
-    return name
-
-
-def _episodes_v21(root: str, info: dict[str, Any], features: dict[str, Feature]) -> dict[str, Any]:
-    name = "meta/episodes.jsonl"
-    rows = sorted(_lines(root, name), key=lambda row: str(row.get("episode_index")).zfill(12))
-    numbers = _whole_numbers([row.get("episode_index") for row in rows], f"{root}/{name}: episode_index")
-    lengths = _whole_numbers([row.get("length") for row in rows], f"{root}/{name}: length")
-    size, where = int(info.get("chunks_size", 1000)), f"{root}/{INFO}"
-    places = [{"episode_chunk": number // size, "episode_index": number} for number in numbers.tolist()]
-    return {
-        "number": numbers,
-        "length": lengths,
-        "file": [_path(info["data_path"], f"{where}: data_path", **place) for place in places],
-        "videos": {
-            key: (
-                [_path(info["video_path"], f"{where}: video_path", **place, video_key=key) for place in places],
-                np.zeros(len(places)),
-            )
-            for key, feature in features.items()
-            if feature.dtype == "video"
-        },
-    }
-
-
-def _episodes_v30(root: str, names: Sequence[str], info: dict[str, Any], features: dict[str, Feature]) -> dict[str, Any]:
-    cameras = [key for key, feature in features.items() if feature.dtype == "video"]
-    columns = ["episode_index", "length", "dataset_from_index", "data/chunk_index", "data/file_index"]
-    for key in cameras:
-        columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-    parts = [_table(root, name, columns) for name in names if name.startswith("meta/episodes/")]
-    where = f"{root}/meta/episodes"
-    if not parts:
-        raise DataError(f"{where}: got no Parquet file there, expected chunk-000/file-000.parquet; restore it")
-    for part in parts:
-        missing = [name for name in columns if name not in part.column_names]
-        if missing:
-            raise DataError(f"{where}: got no column {missing[0]}, expected one; restore the file")
-    table = pa.concat_tables(parts).sort_by("episode_index")
-    numbers = {name: _whole_numbers(table[name].to_pylist(), f"{where}: {name}") for name in columns if "timestamp" not in name}
-    template = f"{root}/{INFO}"
-
-    def paths(prefix: str, pattern: str, **values: object) -> list[str]:
-        chunks, files = numbers[f"{prefix}/chunk_index"], numbers[f"{prefix}/file_index"]
-        return [
-            _path(pattern, template, chunk_index=chunk, file_index=file, **values)
-            for chunk, file in zip(chunks.tolist(), files.tolist(), strict=True)
-        ]
-
-    return {
-        "number": numbers["episode_index"],
-        "length": numbers["length"],
-        "file": paths("data", info["data_path"]),
-        "videos": {
-            key: (
-                paths(f"videos/{key}", info["video_path"], video_key=key),
-                _times(table[f"videos/{key}/from_timestamp"].to_numpy(), f"{where}: videos/{key}/from_timestamp"),
-            )
-            for key in cameras
-        },
-    }
-
-
-def _times(values: NDArray[Any], where: str) -> NDArray[np.float64]:
-    times = values.astype(np.float64)
-    if not (np.isfinite(times) & (times >= 0)).all():
-        raise DataError(f"{where}: got {times[~(times >= 0)][:1]}, expected seconds of at least 0; restore the file")
-    return times
-
-
-def _check_counts(root: str, info: dict[str, Any], numbers: Indices, lengths: Indices, tasks: dict[int, str]) -> None:
+def _check_counts(root: str, info: dict[str, Any], episodes: Episodes, tasks: dict[int, str]) -> None:
     """What info.json counts against what is listed. Raises `DataError` with the first difference."""
-    where = f"{root}/{INFO}"
+    where, numbers = f"{root}/{INFO}", episodes.number
     if len(numbers) == 0:
         raise DataError(f"{root}/meta: got no episode, expected one at least")
     if len(np.unique(numbers)) != len(numbers):
         raise DataError(f"{root}/meta: got an episode_index twice, expected each once; restore the list of episodes")
-    counted = {"total_episodes": len(numbers), "total_frames": int(lengths.sum()), "total_tasks": len(tasks)}
+    counted = {"total_episodes": len(numbers), "total_frames": int(episodes.length.sum()), "total_tasks": len(tasks)}
     for name, expected in counted.items():
         if name in info and info[name] != expected:
             text = f"{name}: got {info[name]!r}, expected {expected} as meta lists them"
