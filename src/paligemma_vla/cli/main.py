@@ -32,7 +32,7 @@ COMMANDS = {
     "evaluate": "compare a policy's actions with recorded episodes",
     "collect": "record scripted demonstrations in a simulator",
     "rollout": "run a policy in a simulator and count successes",
-    "data": "look at episode files",
+    "data": "look at episodes, check them, convert them from and to LeRobot",
     "tiny": "write a random tiny PaliGemma with tokenizer",
 }
 
