@@ -394,7 +394,7 @@ def test_training_directly_resumes_bit_for_bit(training: Callable[..., VLAConfig
 
 def test_one_set_held_out_by_another_name_is_not_trained_on(video_set: Truth, training: Callable[..., VLAConfig]) -> None:
     twice = [video_set.name, f"{video_set.name}?cameras=wrist,front"]
-    _, data = prepare(training("twice", **{"data.train_parquet_files": twice}), Distributed(0, 1, torch.device("cpu")))
+    _, data, _ = prepare(training("twice", **{"data.train_parquet_files": twice}), Distributed(0, 1, torch.device("cpu")))
     assert data.validation is not None
     held_out = {(path.partition("?")[0], int(row)) for path, row in episodes(data.validation.index)}
     assert held_out
