@@ -5,6 +5,7 @@ Importing the package is light; torch is loaded when something that needs it is 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,13 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'paligemma_vla' has no attribute '{name}'")
     return getattr(import_module(_EXPORTS[name]), name)
+
+
+def quiet_libraries() -> None:
+    """Keep from the user what torchao tells when it is imported, which transformers does wherever it is installed: the names of
+    GPU kernels that this machine cannot load, and an enumeration that torch would like registered otherwise."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
+from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import Terminated, VLAError
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "train": "train a policy",
     "evaluate": "compare a policy's actions with recorded episodes",
     "collect": "record scripted demonstrations in a simulator",
+    "export": "write a policy as a Hugging Face folder, and put it on the hub",
     "rollout": "run a policy in a simulator and count successes",
     "data": "look at episode files",
     "tiny": "write a random tiny PaliGemma with tokenizer",
@@ -84,6 +86,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     """Run a command; an error becomes one message and exit status 2."""
     logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    quiet_libraries()
     try:
         with _terminable():
             return run(args)
