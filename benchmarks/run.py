@@ -33,7 +33,7 @@ def main() -> None:
         "command": "make bench",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
-        "hardware": f"{os.cpu_count()} cores, {_processor()}, torch threads {torch.get_num_threads()}",
+        "hardware": f"{os.cpu_count()} cores, {processor()}, torch threads {torch.get_num_threads()}",
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
     }
@@ -42,7 +42,7 @@ def main() -> None:
     print(f"-> {RESULTS}")
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -42,6 +42,7 @@ __version__ = metadata.version("paligemma-vla")
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'paligemma_vla' has no attribute '{name}'")
+    quiet_libraries()
     return getattr(import_module(_EXPORTS[name]), name)
 
 

@@ -77,7 +77,7 @@ class Policy:
             config = config_from_dict(trained.config, where=f"{where}: config")
             preprocessor = Preprocessor.from_dict(trained.preprocessor, str(where))
             model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
-            model.load_state_dict(trained.state_dict)
+            _load_weights(model, trained.state_dict, str(where))
             metadata = DatasetMetadata.from_json(trained.metadata, str(where))
         model.requires_grad_(False)
         if weights is not None:
@@ -177,6 +177,14 @@ class Policy:
         faults += [f"{k}: not a camera of this policy; it has {', '.join(names)}" for k in observation if _is_stray(k, names)]
         if faults:
             raise DataError("observation:\n  " + "\n  ".join(faults))
+
+
+def _load_weights(model: VLAModel, weights: dict[str, torch.Tensor], where: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        _, _, faults = str(error).partition(":")
+        raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
 
 
 def _is_stray(key: str, names: Sequence[str]) -> bool:

@@ -82,13 +82,9 @@ READERS = (
 
 
 def _successes(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows = [
-        [
-            task,
-            f"{entry['successes']:d}/{entry['episodes']:d}",
-            f"{entry['rate']:.2f}",
-            "{:.2f} to {:.2f}".format(*entry["ci95"]),
-        ]
-        for task, entry in tasks.items()
-    ]
+    rows = []
+    for task, entry in tasks.items():
+        low, high = entry["ci95"]
+        count = f"{entry['successes']:d}/{entry['episodes']:d}"
+        rows.append([task, count, f"{entry['rate']:.2f}", f"{low:.2f} to {high:.2f}"])
     return table(("task", "successes", "rate", "95 % interval (Wilson)"), rows)
