@@ -1,4 +1,4 @@
-"""torch.export programs: after a trip through a file they compute what the model computes, for sizes they were not made with."""
+"""torch.export programs: read back from a file they compute what the model computes, at sizes they were not made with."""
 
 from __future__ import annotations
 
@@ -107,5 +107,5 @@ def test_head_that_cannot_be_traced_is_a_model_error(policy: Policy) -> None:
     class Model:
         action_head, paligemma_vlm = Looping(), policy.model.paligemma_vlm
 
-    with pytest.raises(ModelError, match="torch.export: SamplerProgram cannot be traced"):
+    with pytest.raises(ModelError, match=r"torch\.export: SamplerProgram cannot be traced"):
         export_sampler(Model, policy.preprocessor, 2)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Small(nn.Module):
-    """Layers of every kind of shape: int4 fits the first, its input fits no group in the second, its rows no tile in the third."""
+    """int4 fits the first layer; the second has no whole number of groups, the third no whole number of tiles of rows."""
 
     def __init__(self) -> None:
         super().__init__()
