@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from paligemma_vla import Policy, flow
+from paligemma_vla.config import ActionHeadConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.export.programs import PROGRAMS, STEPS, export_sampler
 from paligemma_vla.model import FlowmatchingActionHead
@@ -23,10 +24,14 @@ def loaded(path: Path) -> tuple[torch.nn.Module, int]:
     return program.module(), int(steps[STEPS])
 
 
+def head_config(policy: Policy, steps: int, **changes: object) -> ActionHeadConfig:
+    return policy.config.model.action_head_config.model_copy(update={"num_inference_timesteps": steps, **changes})
+
+
 @pytest.fixture(scope="module")
 def sampler_path(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("program")
-    PROGRAMS["sampler"].save(folder, policy.model, policy.preprocessor, 3)
+    PROGRAMS["sampler"].save(folder, policy.model, policy.preprocessor, head_config(policy, 3))
     return folder / "sampler.pt2"
 
 
@@ -50,14 +55,10 @@ def test_sampler_program_equals_the_head(policy: Policy, sampler_path: Path) -> 
 @torch.no_grad()
 def test_sampler_program_without_state(policy: Policy) -> None:
     class Stateless:
-        action_head = randomize(
-            FlowmatchingActionHead(
-                policy.config.model.action_head_config.model_copy(update={"use_state_input": False}), 32, STATE_DIM
-            )
-        )
+        action_head = randomize(FlowmatchingActionHead(head_config(policy, 2, use_state_input=False), 32, STATE_DIM))
         paligemma_vlm = policy.model.paligemma_vlm
 
-    program = export_sampler(Stateless, policy.preprocessor, 2).module()  # type: ignore[arg-type]
+    program = export_sampler(Stateless, policy.preprocessor, head_config(policy, 2, use_state_input=False)).module()  # type: ignore[arg-type]
     for batch, tokens in SHAPES:
         context, mask = torch.randn(batch, tokens, 32), torch.rand(batch, tokens) > 0.4
         mask[:, 0] = True
@@ -69,7 +70,7 @@ def test_sampler_program_without_state(policy: Policy) -> None:
 @torch.no_grad()
 def test_model_program_equals_the_model(policy: Policy, tmp_path: Path) -> None:
     """Tokens and pictures to actions, one camera absent here and there, padded and not."""
-    PROGRAMS["model"].save(tmp_path, policy.model, policy.preprocessor, 1)
+    PROGRAMS["model"].save(tmp_path, policy.model, policy.preprocessor, head_config(policy, 1))
     program, steps = loaded(tmp_path / "model.pt2")
     assert steps == 1
     torch.manual_seed(0)
@@ -97,8 +98,6 @@ def test_model_program_equals_the_model(policy: Policy, tmp_path: Path) -> None:
 
 def test_head_that_cannot_be_traced_is_a_model_error(policy: Policy) -> None:
     class Looping(torch.nn.Module):
-        config = policy.config.model.action_head_config
-
         def get_action(self, context: torch.Tensor, *_: object) -> torch.Tensor:
             while bool(context.sum() > 0):
                 context = context - 1
@@ -108,4 +107,4 @@ def test_head_that_cannot_be_traced_is_a_model_error(policy: Policy) -> None:
         action_head, paligemma_vlm = Looping(), policy.model.paligemma_vlm
 
     with pytest.raises(ModelError, match=r"torch\.export: SamplerProgram cannot be traced"):
-        export_sampler(Model, policy.preprocessor, 2)  # type: ignore[arg-type]
+        export_sampler(Model, policy.preprocessor, head_config(policy, 2))  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from paligemma_vla import flow
+from paligemma_vla.config import ActionHeadConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.preprocess import Preprocessor
@@ -53,17 +54,18 @@ class ModelProgram(nn.Module):
         return actions
 
 
-def export_sampler(model: VLAModel, preprocessor: Preprocessor, num_steps: int) -> ExportedProgram:
-    """The whole sampler, `num_steps` Euler steps, as a program for any B and T.
+def export_sampler(model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
+    """The whole sampler as a program for any B and T, with the Euler steps that `head` says.
 
-    model: on the CPU, where the program will compute. Raises `ModelError` for a head that cannot be traced.
+    model: on the CPU, where the program will compute. head: `model.action_head_config`. Raises
+    `ModelError` for a head that cannot be traced.
     """
     context = torch.rand(2, 5, model.paligemma_vlm.hidden_size)
     mask = torch.ones(2, 5, dtype=torch.bool)
-    return _export(SamplerProgram(model, num_steps), (context, mask, *_state_and_noise(model, preprocessor)))
+    return _export(SamplerProgram(model, head.num_inference_timesteps), (context, mask, *_state_and_noise(preprocessor, head)))
 
 
-def export_model(model: VLAModel, preprocessor: Preprocessor, num_steps: int) -> ExportedProgram:
+def export_model(model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
     """Backbone and sampler as one program, for any B, T and number of images. Raises `ModelError` as `export_sampler`."""
     prompts, side = preprocessor.prompts, preprocessor.image.size
     # Three images in two rows of different length: sizes that happened to agree would be taken for one.
@@ -71,11 +73,10 @@ def export_model(model: VLAModel, preprocessor: Preprocessor, num_steps: int) ->
     ids, mask = prompts.encode(["open the drawer slowly", "push"], present)
     images = torch.zeros(3, 3, side, side, dtype=torch.uint8)
     tokens = (torch.from_numpy(ids), torch.from_numpy(mask))
-    return _export(ModelProgram(model, num_steps), (images, *tokens, *_state_and_noise(model, preprocessor)))
+    return _export(ModelProgram(model, head.num_inference_timesteps), (images, *tokens, *_state_and_noise(preprocessor, head)))
 
 
-def _state_and_noise(model: VLAModel, preprocessor: Preprocessor) -> Inputs:
-    head = model.action_head.config
+def _state_and_noise(preprocessor: Preprocessor, head: ActionHeadConfig) -> Inputs:
     state = torch.rand(2, preprocessor.state.dimension) if head.use_state_input else None
     return state, flow.draw_noise((2, head.horizon, head.per_action_dim))
 
@@ -95,12 +96,12 @@ class Program:
     """A kind of program: the file it is written to, and how it is made."""
 
     file: str
-    make: Callable[[VLAModel, Preprocessor, int], ExportedProgram]
+    make: Callable[[VLAModel, Preprocessor, ActionHeadConfig], ExportedProgram]
 
-    def save(self, folder: Path, model: VLAModel, preprocessor: Preprocessor, num_steps: int) -> None:
+    def save(self, folder: Path, model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> None:
         """Export into `folder`; the file tells its number of Euler steps as the extra file `num_steps`."""
-        program = self.make(model, preprocessor, num_steps)
-        torch.export.save(program, folder / self.file, extra_files={STEPS: str(num_steps)})
+        program = self.make(model, preprocessor, head)
+        torch.export.save(program, folder / self.file, extra_files={STEPS: str(head.num_inference_timesteps)})
 
 
 PROGRAMS = {"sampler": Program("sampler.pt2", export_sampler), "model": Program("model.pt2", export_model)}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from paligemma_vla import versions
-from paligemma_vla.config import RUN_STATISTICS
+from paligemma_vla.config import RUN_STATISTICS, config_from_dict
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.export.card import model_card
 from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTURE, Trained, read_config, sha256
@@ -64,8 +64,8 @@ def write_export(output: Path, trained: Trained, model: VLAModel, preprocessor: 
         preprocessor.statistics.save(folder / RUN_STATISTICS)
         _write_processor(folder, preprocessor.prompts, preprocessor.image)
         if options.program is not None:
-            steps = model.action_head.config.num_inference_timesteps
-            PROGRAMS[options.program].save(folder, model, preprocessor, steps)
+            head = config_from_dict(config).model.action_head_config
+            PROGRAMS[options.program].save(folder, model, preprocessor, head)
         card = model_card(trained, preprocessor, options.dtype, options.measurements)
         (folder / CARD).write_text(card, encoding="utf-8")
         # Last: a folder without it is no export.
