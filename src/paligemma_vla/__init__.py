@@ -47,8 +47,11 @@ def __getattr__(name: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Keep from the user what torchao tells when it is imported, which transformers does wherever it is installed: the names of
-    GPU kernels that this machine cannot load, and an enumeration that torch would like registered otherwise."""
+    """Keep from the user what helps nobody.
+
+    torchao tells when it is imported, which transformers does wherever it is installed, of GPU kernels that this machine cannot
+    load, and torch of an enumeration that it would like registered otherwise.
+    """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -67,6 +67,7 @@ def test_figures_of_the_checkpoint_reach_the_card_and_those_of_another_do_not(
     code, out, err = call(capfd, "export", *flags)
     assert code == 0, err
     assert out.startswith(f"{tmp_path / 'card'}: ")
+    assert err == ""
     card = (tmp_path / "card" / "README.md").read_text()
     assert f"| all | {metrics['mae']:.4g} | {metrics['mse']:.4g} |" in card
     assert "the figures flatter" in card  # it was trained on these episodes

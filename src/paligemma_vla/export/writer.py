@@ -26,6 +26,7 @@ from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.preprocess import ImageSpec, Preprocessor, PromptEncoder
 from paligemma_vla.storage import replace_file
 
+INDEX = "model.safetensors.index.json"  # where transformers and the hub look for shards; config.json names them too
 SHARD = "5GB"  # what the hub recommends for one file
 # Names that an export writes: a folder that holds nothing else may be replaced by another export.
 WRITTEN = re.compile(
@@ -133,11 +134,17 @@ def merged(model: VLAModel, config: dict[str, Any]) -> tuple[dict[str, torch.Ten
 
 
 def _write_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], options: ExportOptions) -> None:
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
 
     dtype = getattr(torch, options.dtype)
-    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()}
-    save_torch_state_dict(weights, folder, max_shard_size=options.shard, metadata={"format": "pt"})
+    weights = {name: value.to("cpu", dtype if value.is_floating_point() else None) for name, value in state_dict.items()}
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=options.shard)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in folder.glob("*.safetensors"):  # safetensors keeps them from everybody else, whatever the umask
         path.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
 
