@@ -5,6 +5,7 @@ Importing the package is light; torch is loaded when something that needs it is 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,18 @@ __version__ = metadata.version("paligemma-vla")
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'paligemma_vla' has no attribute '{name}'")
+    quiet_libraries()
     return getattr(import_module(_EXPORTS[name]), name)
+
+
+def quiet_libraries() -> None:
+    """Keep from the user what helps nobody.
+
+    torchao tells when it is imported, which transformers does wherever it is installed, of GPU kernels that this machine cannot
+    load, and torch of an enumeration that it would like registered otherwise.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,17 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
+def add_policy_arguments(parser: argparse.ArgumentParser, required: bool, note: str = "") -> None:
+    """`--checkpoint_path` and `--weights`: which policy, and how its weights are kept."""
+    parser.add_argument(
+        "--checkpoint_path",
+        required=required,
+        metavar="P",
+        help=f"a .pth.tar of a training run, an exported folder, or org/name on the Hugging Face hub{note}",
+    )
+    parser.add_argument("--weights", choices=("int8", "int4"), help="quantise the backbone (default: as it was trained)")
+
+
 def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)

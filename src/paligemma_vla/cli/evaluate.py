@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paligemma_vla.cli.arguments import add_policy_arguments
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.storage import replace_file
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("--checkpoint_path", required=True, metavar="P", help="a .pth.tar of a training run")
+    add_policy_arguments(parser, required=True)
     parser.add_argument("--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders or globs")
     parser.add_argument("--output_dir", required=True, type=Path, metavar="O", help="for metrics.json and report.html")
     parser.add_argument("--save_predictions", action="store_true", help="also write predictions.parquet")
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     )
     device = choose_device(args.device)
     index = EpisodeIndex.build(args.eval_data_path, "--eval_data_path")
-    policy = Policy.from_checkpoint(args.checkpoint_path, device=str(device))
+    policy = Policy.from_checkpoint(args.checkpoint_path, device=str(device), weights=args.weights)
     result = evaluate(policy, index, config)
     result = OpenLoopResult({**result.metrics, "checkpoint": checkpoint_facts(args.checkpoint_path, policy)}, result.traces)
     _write_json(output / "metrics.json", result.metrics)
@@ -61,18 +62,17 @@ def main(args: argparse.Namespace) -> int:
 
 def checkpoint_facts(path: str, policy: Policy) -> dict[str, Any]:
     """What the checkpoint is: where it came from and how large, besides `Policy.metadata`."""
-    import torch
+    from paligemma_vla.export.folder import fingerprint
+    from paligemma_vla.model.quantize import weight_bytes
 
-    facts: dict[str, Any] = {"path": path}
-    file = Path(path)
-    if file.is_file():
-        # mmap: only the small entries are read, not the weights that the policy holds already.
-        saved = torch.load(file.resolve(), map_location="cpu", mmap=True, weights_only=True)
-        facts |= {"step": saved["step"], "epoch": saved["epoch"], "averaged_weights": saved["ema"] is not None}
-        digest = file.resolve().with_name(f"{file.resolve().name}.sha256")
-        facts["sha256"] = digest.read_text().split()[0] if digest.is_file() else None
     head = policy.config.model.action_head_config
-    return facts | {
+    trained = policy.metadata["training"]
+    return {
+        "path": path,
+        "sha256": fingerprint(path),
+        **{name: trained[name] for name in ("step", "epoch", "averaged_weights")},
+        "weights": policy.metadata["weights"],
+        "weights_mb": round(weight_bytes(policy.model) / 1e6, 2),
         "experiment": policy.config.training.experiment_name,
         "backbone": policy.config.model.vlm_config.model_name_or_path,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
@@ -100,7 +100,7 @@ def _write_report(path: Path, index: Any, result: OpenLoopResult) -> None:
         path,
         Report(
             title=f"{facts['experiment']}: open-loop evaluation",
-            subtitle=f"{facts['path']}, step {facts['step']:,}" if "step" in facts else facts["path"],
+            subtitle=f"{facts['path']}, step {facts['step']:,}",
             # A checkpoint that was copied elsewhere has left its curves behind.
             run_dir=run_dir if (run_dir / "metrics.jsonl").is_file() and (run_dir / "config.yaml").is_file() else None,
             dataset=index,

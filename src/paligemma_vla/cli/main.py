@@ -18,11 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
+from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import Terminated, VLAError
-
-# torchao, which transformers imports where it is installed, warns of kernels for GPUs that are not here, and torch of how it
-# registers its types; httpx tells of every request to the hub.
-LEVELS = {"torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR, "httpx": logging.WARNING}
 
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
@@ -31,6 +28,7 @@ COMMANDS = {
     "train": "train a policy",
     "evaluate": "compare a policy's actions with recorded episodes",
     "collect": "record scripted demonstrations in a simulator",
+    "export": "write a policy as a Hugging Face folder, and put it on the hub",
     "rollout": "run a policy in a simulator and count successes",
     "data": "look at episodes, check them, convert them from and to LeRobot",
     "tiny": "write a random tiny PaliGemma with tokenizer",
@@ -112,8 +110,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 def log_to_stderr() -> None:
     """Messages alone, from INFO up."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for name, level in LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request to the hub
+    quiet_libraries()
 
 
 def _say(message: str) -> None:

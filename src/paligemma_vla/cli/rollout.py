@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from paligemma_vla.cli.arguments import natural, positive
+from paligemma_vla.cli.arguments import add_policy_arguments, natural, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from paligemma_vla.evaluation.envs import Resets
     from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts
 
-    parser.add_argument("--checkpoint_path", metavar="P", help="needed unless --policy random")
+    add_policy_arguments(parser, required=False, note="; needed unless --policy random")
     parser.add_argument("--env", default="metaworld", help="simulator (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help="for example drawer-open drawer-close")
     parser.add_argument("--episodes", type=positive, required=True, metavar="N", help="per task")
@@ -56,7 +56,14 @@ def main(args: argparse.Namespace) -> int:
         max_videos=args.max_videos,
         output_dir=args.output_dir,
     )
-    result = rollout(config, args.checkpoint_path, env=args.env, workers=args.workers, image_size=args.image_size)
+    result = rollout(
+        config,
+        args.checkpoint_path,
+        env=args.env,
+        workers=args.workers,
+        image_size=args.image_size,
+        weights=args.weights,
+    )
     lines: list[str] = []
     for task, entry in result.tasks.items():
         low, high = entry["ci95"]

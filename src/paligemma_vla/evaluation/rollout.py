@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +24,11 @@ from paligemma_vla.evaluation import rollout_worker
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.episode import Condition, EpisodeOutcome, instructions
 from paligemma_vla.evaluation.rollout_worker import PolicyFactory, load_checkpoint
+from paligemma_vla.export.hub import local_copy
 from paligemma_vla.workers import WorkerPool
+
+if TYPE_CHECKING:
+    from paligemma_vla.model.quantize import Weights
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class RolloutPool:
     """Workers with a simulator and a policy each.
 
     env: name of the environment.   checkpoint_path: what `Policy.from_checkpoint` takes; None allows only random actions.
-    workers: processes; 0 is this process.   image_size: of the observations, pixels.
+    workers: processes; 0 is this process.   image_size: of the observations, pixels.   weights: as in `from_checkpoint`.
     policy_factory: replaces the checkpoint; called in each worker with its environment, so it must be picklable.
 
     `run` raises `SimulatorError` when the policy does not fit the environment, before an episode is played.
@@ -90,12 +93,13 @@ class RolloutPool:
         *,
         workers: int = 1,
         image_size: int = 64,
+        weights: Weights | None = None,
         policy_factory: PolicyFactory | None = None,
     ) -> None:
-        self.env_name, self.checkpoint_path, self.image_size = env, checkpoint_path, image_size
+        self.env_name, self.checkpoint_path, self.image_size, self.weights = env, checkpoint_path, image_size, weights
         self._env = make_environment(env, image_size)
         if policy_factory is None and checkpoint_path is not None:
-            policy_factory = partial(load_checkpoint, checkpoint_path)
+            policy_factory = partial(load_checkpoint, local_copy(checkpoint_path), weights)
         self._has_policy = policy_factory is not None
         self._pool = WorkerPool(workers, rollout_worker.prepare, (env, image_size, policy_factory))
 
@@ -183,7 +187,8 @@ class RolloutPool:
             "image_size": self.image_size,
             "workers": self._pool.workers,
             "checkpoint_path": self.checkpoint_path,
-            "checkpoint_sha256": _sha256(self.checkpoint_path),
+            "checkpoint_sha256": _fingerprint(self.checkpoint_path),
+            "weights": self.weights or "full",
             "versions": _versions(),
         }
         names = ("task", "index", "seed", "prompt", "success", "steps")
@@ -204,9 +209,10 @@ def rollout(
     env: str = "metaworld",
     workers: int = 1,
     image_size: int = 64,
+    weights: Weights | None = None,
 ) -> RolloutResult:
     """Play one condition with a pool of its own; see `RolloutPool` for several."""
-    with RolloutPool(env, checkpoint_path, workers=workers, image_size=image_size) as pool:
+    with RolloutPool(env, checkpoint_path, workers=workers, image_size=image_size, weights=weights) as pool:
         return pool.run(config)
 
 
@@ -226,12 +232,12 @@ def _without_snapshots(outcome: EpisodeOutcome) -> EpisodeOutcome:
     return EpisodeOutcome(outcome.task, outcome.index, outcome.seed, outcome.prompt, outcome.success, outcome.steps)
 
 
-def _sha256(path: str | None) -> str | None:
-    """Of a checkpoint that is one file; a folder or a hub id has none."""
-    if path is None or not Path(path).is_file():
+def _fingerprint(path: str | None) -> str | None:
+    if path is None:
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    from paligemma_vla.export.folder import fingerprint  # needs torch, which random actions do not
+
+    return fingerprint(path)
 
 
 def _versions() -> dict[str, str]:

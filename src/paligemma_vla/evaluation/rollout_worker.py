@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paligemma_vla import quiet_libraries
 from paligemma_vla.evaluation.envs import Environment, make_environment
 from paligemma_vla.evaluation.episode import ActingPolicy, Condition, EpisodeOutcome, check_compatible, play
 from paligemma_vla.evaluation.videos import caption, write_video
+
+if TYPE_CHECKING:
+    from paligemma_vla.model.quantize import Weights
 
 PolicyFactory = Callable[[Environment], ActingPolicy]
 VIDEO_SIZE = 256
 
 
-def load_checkpoint(path: str, env: Environment) -> ActingPolicy:
+def load_checkpoint(path: str, weights: Weights | None, env: Environment) -> ActingPolicy:
     """The default `PolicyFactory`: a checkpoint on one CPU thread, which a result's bits would otherwise depend on."""
+    quiet_libraries()
     import torch
 
     from paligemma_vla.policy import Policy
 
     torch.set_num_threads(1)
-    policy: ActingPolicy = Policy.from_checkpoint(path, device="cpu")
+    policy: ActingPolicy = Policy.from_checkpoint(path, device="cpu", weights=weights)
     return policy
 
 

@@ -104,9 +104,18 @@ class PaliGemmaVLM(nn.Module):
         if attention_mask is None:
             raise ValueError("vlm_attention_mask: got None with input_ids, expected (B, T)")
         input_ids, attention_mask = input_ids.to(device), attention_mask.to(device).bool()
+        return self.fuse(self._present(images, image_mask), input_ids, attention_mask), attention_mask
+
+    def fuse(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The context (B, T, E) of pixels (I, 3, H, W), uint8 or normalised, and tokens (B, T), all on the model's device.
+
+        pixels: the I images that are present, sample by sample in camera order.
+        """
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
         output = self.backbone(
             input_ids=input_ids,
-            pixel_values=self._pixels(images, image_mask),
+            pixel_values=pixels,
             attention_mask=attention_mask.long(),
             # Counted over real tokens only, so an absent camera or padding shifts nothing; from 1, as in pretraining.
             position_ids=attention_mask.long().cumsum(dim=1).clamp(min=1),
@@ -114,18 +123,15 @@ class PaliGemmaVLM(nn.Module):
             token_type_ids=torch.zeros_like(input_ids),
             use_cache=False,
         )
-        return output.last_hidden_state, attention_mask
+        context: Tensor = output.last_hidden_state
+        return context
 
-    def _pixels(self, images: Sequence[Tensor], image_mask: Tensor) -> Tensor:
-        """Present images, sample by sample in camera order, normalised: (number of images, 3, H, W)."""
+    def _present(self, images: Sequence[Tensor], image_mask: Tensor) -> Tensor:
+        """Present images, sample by sample in camera order: (number of images, 3, H, W)."""
         device = self.pixel_mean.device
         stacked = torch.stack([image.to(device, non_blocking=True) for image in images], dim=1)  # (B, N, 3, H, W)
         pixels = stacked.flatten(0, 1)
-        if not bool(image_mask.all()):
-            pixels = pixels[image_mask.flatten().to(device)]
-        if pixels.dtype == torch.uint8:
-            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
-        return pixels
+        return pixels if bool(image_mask.all()) else pixels[image_mask.flatten().to(device)]
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

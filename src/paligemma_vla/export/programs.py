@@ -1,0 +1,107 @@
+"""`torch.export` programs of a policy's model: graphs that need torch to run, and nothing of ours.
+
+Both compute in float32, whatever the configuration's compute type, and hold their number of Euler steps: the loop is unrolled.
+They take and give normalised numbers; tokens, pixels and units stay with `Preprocessor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from paligemma_vla import flow
+from paligemma_vla.config import ActionHeadConfig
+from paligemma_vla.errors import ModelError, first_line
+from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.preprocess import Preprocessor
+
+STEPS = "num_steps"
+Inputs = tuple[Tensor | None, ...]
+
+
+class SamplerProgram(nn.Module):
+    """context (B, T, E), mask (B, T) bool, state (B, P), noise (B, K, A) -> actions (B, K, A), normalised, float32."""
+
+    def __init__(self, model: VLAModel, num_steps: int) -> None:
+        super().__init__()
+        self.action_head, self.num_steps = model.action_head, num_steps
+
+    def forward(self, context: Tensor, context_mask: Tensor, state: Tensor | None, noise: Tensor) -> Tensor:
+        actions: Tensor = self.action_head.get_action(context, state, context_mask, noise, self.num_steps)
+        return actions
+
+
+class ModelProgram(nn.Module):
+    """Backbone and sampler: images (I, 3, H, W) uint8, input_ids (B, T), mask (B, T) bool, state (B, P), noise (B, K, A) ->
+    actions (B, K, A), normalised, float32.
+
+    images: those that are present, sample by sample in camera order; input_ids and mask as `PromptEncoder.encode` makes them.
+    """
+
+    def __init__(self, model: VLAModel, num_steps: int) -> None:
+        super().__init__()
+        self.model, self.num_steps = model, num_steps
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, state: Tensor | None, noise: Tensor) -> Tensor:
+        context = self.model.paligemma_vlm.fuse(images, input_ids, attention_mask)
+        actions: Tensor = self.model.action_head.get_action(context, state, attention_mask, noise, self.num_steps)
+        return actions
+
+
+def export_sampler(model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
+    """The whole sampler as a program for any B and T, with the Euler steps that `head` says.
+
+    model: on the CPU, where the program will compute. head: `model.action_head_config`. Raises
+    `ModelError` for a head that cannot be traced.
+    """
+    context = torch.rand(2, 5, model.paligemma_vlm.hidden_size)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    return _export(SamplerProgram(model, head.num_inference_timesteps), (context, mask, *_state_and_noise(preprocessor, head)))
+
+
+def export_model(model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
+    """Backbone and sampler as one program, for any B, T and number of images. Raises `ModelError` as `export_sampler`."""
+    prompts, side = preprocessor.prompts, preprocessor.image.size
+    # Three images in two rows of different length: sizes that happened to agree would be taken for one.
+    present = np.array([[True, True], [True, False]])
+    ids, mask = prompts.encode(["open the drawer slowly", "push"], present)
+    images = torch.zeros(3, 3, side, side, dtype=torch.uint8)
+    tokens = (torch.from_numpy(ids), torch.from_numpy(mask))
+    return _export(ModelProgram(model, head.num_inference_timesteps), (images, *tokens, *_state_and_noise(preprocessor, head)))
+
+
+def _state_and_noise(preprocessor: Preprocessor, head: ActionHeadConfig) -> Inputs:
+    state = torch.rand(2, preprocessor.state.dimension) if head.use_state_input else None
+    return state, flow.draw_noise((2, head.horizon, head.per_action_dim))
+
+
+def _export(program: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Sizes that differ between inputs stay open; those that a model fixes are found to be fixed."""
+    sizes = tuple(None if value is None else dict.fromkeys(range(2), Dim.AUTO) for value in inputs)
+    try:
+        exported = torch.export.export(program.eval(), inputs, dynamic_shapes=sizes, strict=False)
+    except Exception as error:  # of any kind: what cannot be traced fails in many ways
+        raise ModelError(f"torch.export: {type(program).__name__} cannot be traced ({first_line(error)})") from error
+    return exported
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kind of program: the file it is written to, and how it is made."""
+
+    file: str
+    make: Callable[[VLAModel, Preprocessor, ActionHeadConfig], ExportedProgram]
+
+    def save(self, folder: Path, model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> None:
+        """Export into `folder`; the file tells its number of Euler steps as the extra file `num_steps`."""
+        program = self.make(model, preprocessor, head)
+        torch.export.save(program, folder / self.file, extra_files={STEPS: str(head.num_inference_timesteps)})
+
+
+PROGRAMS = {"sampler": Program("sampler.pt2", export_sampler), "model": Program("model.pt2", export_model)}

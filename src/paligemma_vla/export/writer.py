@@ -1,0 +1,197 @@
+"""Writing the exported folder: whole under its name, or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paligemma_vla import versions
+from paligemma_vla.config import RUN_STATISTICS, config_from_dict
+from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.export.card import model_card
+from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTURE, Trained, read_config, sha256
+from paligemma_vla.export.measurements import Measurement
+from paligemma_vla.export.programs import PROGRAMS
+from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.preprocess import ImageSpec, Preprocessor, PromptEncoder
+from paligemma_vla.storage import replace_file
+
+INDEX = "model.safetensors.index.json"  # where transformers and the hub look for shards; config.json names them too
+SHARD = "5GB"  # what the hub recommends for one file
+# Names that an export writes: a folder that holds nothing else may be replaced by another export.
+WRITTEN = re.compile(
+    r"config\.json|README\.md|normalization_stats\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\w+\.pt2|"
+    r"(tokenizer|tokenizer_config|processor_config|special_tokens_map|added_tokens)\.json"
+)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    dtype: of the weights in the file; a policy computes as its configuration says, whatever they were stored in.
+    program: name in `PROGRAMS` of what to add as a `torch.export` program, None for nothing. measurements: for the model card.
+    shard: largest file of weights, as huggingface_hub understands it.
+    """
+
+    dtype: str = "float32"
+    program: str | None = None
+    measurements: Sequence[Measurement] = ()
+    shard: str | int = SHARD
+
+
+def write_export(output: Path, trained: Trained, model: VLAModel, preprocessor: Preprocessor, options: ExportOptions) -> Path:
+    """Write a policy into the folder `output`, in place of an earlier export there; returns `output`.
+
+    trained, model, preprocessor: of one policy; the model becomes a plain one in float32. Raises `CheckpointError` when `output`
+    holds something else, or cannot be written; it is untouched then.
+    """
+    output = Path(os.path.abspath(output))
+    check_replaceable(output)
+    state_dict, config = merged(model.requires_grad_(False).float().eval(), trained.config)
+    trained = replace(trained, config=config)
+    with _staged(output) as folder:
+        _write_weights(folder, state_dict, options)
+        preprocessor.statistics.save(folder / RUN_STATISTICS)
+        _write_processor(folder, preprocessor.prompts, preprocessor.image)
+        if options.program is not None:
+            head = config_from_dict(config).model.action_head_config
+            PROGRAMS[options.program].save(folder, model, preprocessor, head)
+        card = model_card(trained, preprocessor, options.dtype, options.measurements)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        # Last: a folder without it is no export.
+        replace_file(folder / CONFIG, f"{json.dumps(_config(folder, trained, options.dtype), indent=2)}\n".encode())
+    return output
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise `CheckpointError` unless `output` is missing, empty, or an earlier export and nothing else."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise CheckpointError(f"{output}: a file is there, expected a folder to write; give another --output_dir")
+    names = sorted(os.listdir(output))
+    strangers = [name for name in names if not WRITTEN.fullmatch(name)]
+    if names and (strangers or CONFIG not in names):
+        shown = ", ".join((strangers or names)[:5])
+        raise CheckpointError(f"{output}: holds {shown}, which no export wrote; give another --output_dir, or an empty one")
+    if names:
+        read_config(output)
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when all went well. What a killed call left there is removed first."""
+    folder, old = (output.with_name(f".{output.name}.export.{kind}") for kind in ("tmp", "old"))
+    try:
+        _clear(output, folder, old)
+        folder.mkdir(parents=True)
+        yield folder
+        if output.exists():
+            output.rename(old)
+        folder.rename(output)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise CheckpointError(
+            f"{output}: cannot be written ({reason}); free some space, or give another --output_dir"
+        ) from error
+    finally:
+        _clear(output, folder, old)
+
+
+def _clear(output: Path, folder: Path, old: Path) -> None:
+    """Remove what is half written. The earlier export, set aside for a moment, comes back if nothing took its place."""
+    if old.exists() and not output.exists():
+        old.rename(output)
+    for leftover in (folder, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    from safetensors import SafetensorError
+
+    # torch.export.save and safetensors turn the system's error into one of their own.
+    return isinstance(error, OSError | SafetensorError) or (isinstance(error, RuntimeError) and "writ" in str(error))
+
+
+def merged(model: VLAModel, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and configuration of a plain model: the one place where adapters are folded into the weights they adapt."""
+    vlm = config["model"]["vlm_config"]
+    if vlm["lora"] is None:
+        return model.state_dict(), config
+    model.paligemma_vlm.merge_adapters()
+    return model.state_dict(), {**config, "model": {**config["model"], "vlm_config": {**vlm, "lora": None}}}
+
+
+def _write_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], options: ExportOptions) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    dtype = getattr(torch, options.dtype)
+    weights = {name: value.to("cpu", dtype if value.is_floating_point() else None) for name, value in state_dict.items()}
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=options.shard)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.glob("*.safetensors"):  # safetensors keeps them from everybody else, whatever the umask
+        path.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
+
+
+def _write_processor(folder: Path, prompts: PromptEncoder, image: ImageSpec) -> None:
+    """A `PaliGemmaProcessor` that lays out ids and pixels as `prompts` and `image` do (but for `resize: pad`)."""
+    from tokenizers import Tokenizer
+    from transformers import GemmaTokenizer, PaliGemmaProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    pictures: Any = SiglipImageProcessorPil(
+        size={"height": image.size, "width": image.size},
+        image_mean=list(image.mean),
+        image_std=list(image.std),
+        resample=image.resample,
+    )
+    pictures.image_seq_length = prompts.image_tokens
+    encoder: Any = Tokenizer.from_str(prompts.tokenizer_json)
+    named = {"bos_token": prompts.bos_id, "pad_token": prompts.pad_id}
+    special: Any = {name: encoder.id_to_token(number) for name, number in named.items()}
+    tokenizer = GemmaTokenizer(tokenizer_object=encoder, **special)
+    PaliGemmaProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
+    # As it is in the checkpoint: what we read back must not depend on how transformers writes it.
+    (folder / "tokenizer.json").write_text(prompts.tokenizer_json, encoding="utf-8")
+
+
+def _config(folder: Path, trained: Trained, dtype: str) -> dict[str, Any]:
+    """What config.json holds: nothing that stands in another file of the folder."""
+    parts = dict(trained.preprocessor)
+    del parts["statistics"]
+    parts["prompts"] = {name: value for name, value in parts["prompts"].items() if name != "tokenizer_json"}
+    parts["image"] = {name: value for name, value in parts["image"].items() if name not in {"size", *PICTURE.values()}}
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["VLAModel"],
+        "format": FORMAT,
+        "dtype": dtype,
+        "configuration": trained.config,
+        "backbone": trained.backbone,
+        "preprocessor": parts,
+        "metadata": json.loads(trained.metadata),
+        "training": trained.training,
+        "versions": trained.versions,
+        "exported_by": versions(),
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CARD},
+    }

@@ -1,0 +1,209 @@
+"""`paligemma-vla export`, and the commands that take what it wrote."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from paligemma_vla import Policy
+from paligemma_vla.export.folder import fingerprint
+from support import call
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from paligemma_vla.cli import main as cli
+
+    output = tmp_path_factory.mktemp("exported") / "policy"
+    assert cli.main(["export", "--checkpoint_path", str(checkpoint), "--output_dir", str(output)]) == 0
+    return output
+
+
+def evaluated(capfd: pytest.CaptureFixture[str], place: Path, data: Path, output: Path, *flags: str) -> dict[str, Any]:
+    paths = ("--checkpoint_path", place, "--eval_data_path", data, "--output_dir", output)
+    code, _, err = call(capfd, "evaluate", *paths, "--max_samples", "12", "--device", "cpu", *flags)
+    assert code == 0, err
+    assert "torchao" not in err
+    return dict(json.loads((output / "metrics.json").read_text()))
+
+
+def test_export_then_evaluate_gives_the_checkpoints_figures(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, exported: Path, two_camera_dir: Path, tmp_path: Path
+) -> None:
+    before, after = (evaluated(capfd, place, two_camera_dir, tmp_path / place.name) for place in (checkpoint, exported))
+    for name in ("mae", "mse", "velocity_loss", "per_dimension", "baselines"):
+        assert after[name] == before[name]
+    facts = after["checkpoint"]
+    assert facts["sha256"] == fingerprint(exported) != before["checkpoint"]["sha256"]
+    assert facts["weights"] == "full"
+    for name in ("step", "epoch", "averaged_weights", "weights_mb", "parameters", "experiment"):
+        assert facts[name] == before["checkpoint"][name]
+
+
+def test_evaluate_with_quantised_weights_says_so(
+    capfd: pytest.CaptureFixture[str], exported: Path, two_camera_dir: Path, tmp_path: Path
+) -> None:
+    rows = {kind: evaluated(capfd, exported, two_camera_dir, tmp_path / kind, "--weights", kind) for kind in ("int8", "int4")}
+    full = evaluated(capfd, exported, two_camera_dir, tmp_path / "full")
+    for kind, row in rows.items():
+        assert row["checkpoint"]["weights"] == kind
+        assert row["checkpoint"]["weights_mb"] < full["checkpoint"]["weights_mb"]
+        assert row["checkpoint"]["parameters"] == full["checkpoint"]["parameters"]
+        assert 0 < abs(row["mae"] - full["mae"]) < 0.05 * full["mae"]
+
+
+def test_figures_of_the_checkpoint_reach_the_card_and_those_of_another_do_not(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, exported: Path, two_camera_dir: Path, tmp_path: Path
+) -> None:
+    metrics = evaluated(capfd, checkpoint, two_camera_dir, tmp_path)
+    flags = ("--checkpoint_path", checkpoint, "--output_dir", tmp_path / "card", "--metrics", tmp_path / "metrics.json")
+    code, out, err = call(capfd, "export", *flags)
+    assert code == 0, err
+    assert out.startswith(f"{tmp_path / 'card'}: ")
+    assert err == ""
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert f"| all | {metrics['mae']:.4g} | {metrics['mse']:.4g} |" in card
+    assert "the figures flatter" in card  # it was trained on these episodes
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "gemma"
+    code, _, err = call(capfd, "export", "--checkpoint_path", exported, *flags[2:])
+    assert code == 2
+    assert "measured with another checkpoint" in err
+    assert (tmp_path / "card" / "README.md").read_text() == card
+
+
+def test_export_adds_a_program_on_request(capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint_path", checkpoint, "--output_dir", tmp_path / "out", "--torch_export", "--dtype", "bfloat16")
+    code, _, err = call(capfd, "export", *flags)
+    assert code == 0, err
+    assert (tmp_path / "out" / "sampler.pt2").is_file()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Policy.from_checkpoint(tmp_path / "out").metadata["weights"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint_path missing.pth.tar --output_dir {tmp}/o", "missing.pth.tar: no such checkpoint"),
+        ("--checkpoint_path org/none --output_dir {tmp}/o", "org/none: no such file or folder here"),
+        ("--checkpoint_path {tmp} --output_dir {tmp}/o", "config.json: not there"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}", "holds notes.txt, which no export wrote"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/notes.txt", "notes.txt: a file is there"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/notes.txt/x", "Not a directory"),
+        ("--checkpoint_path {checkpoint} --output_dir /proc/nothing", "/proc/nothing: cannot be written"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/o --metrics {tmp}/notes.txt", "notes.txt: cannot be read"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/o --dtype float64", "invalid choice: 'float64'"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/o --private", "means something with --push_to_hub"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/o --push_to_hub 'a b/c'", "expected org/name"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/o --push_to_hub org/arm", "hub does not take it"),
+        ("--checkpoint_path {checkpoint} --output_dir {tmp}/o --push_to_hub org/arm", "hf auth login"),
+        ("--output_dir {tmp}/o", "--checkpoint_path"),
+    ],
+)
+def test_export_that_cannot_be_is_one_message(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = [word.format(tmp=tmp_path, checkpoint=checkpoint) for word in shlex.split(arguments)]
+    code, out, err = call(capfd, "export", *words)
+    assert code == 2
+    assert message in err
+    assert err.count("error:") == 1
+    assert "Traceback" not in out + err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+class Hub:
+    """What is asked of huggingface_hub's client, written down. taking: what the upload raises."""
+
+    def __init__(self, taking: Exception | None = None) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.taking = taking
+
+    def __call__(self) -> Hub:
+        return self
+
+    def whoami(self) -> dict[str, str]:
+        return {"name": "me"}
+
+    def create_repo(self, name: str, **rest: Any) -> str:
+        self.asked.append((name, rest))
+        return f"https://huggingface.co/{name}"
+
+    def upload_folder(self, **rest: Any) -> None:
+        if self.taking is not None:
+            raise self.taking
+        files = sorted(path.name for path in rest["folder_path"].iterdir())
+        self.asked.append((rest["repo_id"], {"files": files, "delete_patterns": rest["delete_patterns"]}))
+
+
+def test_push_puts_the_whole_folder_on_the_hub(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    flags = ("--checkpoint_path", checkpoint, "--output_dir", tmp_path / "out", "--push_to_hub", "org/arm", "--private")
+    code, out, err = call(capfd, "export", *flags)
+    assert code == 0, err
+    assert out.endswith("https://huggingface.co/org/arm\n")
+    (created, how), (filled, what) = hub.asked
+    assert (created, filled) == ("org/arm", "org/arm")
+    assert how == {"private": True, "exist_ok": True}
+    assert what["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert "*.safetensors" in what["delete_patterns"]  # shards of an earlier push
+
+
+def test_push_that_fails_leaves_the_folder_whole_and_says_how_to_go_on(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub(ConnectionError("the network went away")))
+    flags = ("--checkpoint_path", checkpoint, "--output_dir", tmp_path / "out", "--push_to_hub", "org/arm")
+    code, _, err = call(capfd, "export", *flags)
+    assert code == 2
+    assert "the network went away" in err
+    assert f"`hf upload org/arm {tmp_path / 'out'}` goes on" in err
+    assert Policy.from_checkpoint(tmp_path / "out").metadata["action_dim"] == 2
+
+
+def test_export_on_a_full_disk_leaves_nothing(capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond 100 kB for a moment, as little as a full disk lets them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        code, _, err = call(capfd, "export", "--checkpoint_path", checkpoint, "--output_dir", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert "out: cannot be written (" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_a_rollout_reach_the_card(tmp_path: Path) -> None:
+    """What `rollout` writes is what the card reads; random actions need no checkpoint and belong to none."""
+    from paligemma_vla.evaluation.rollout import RolloutConfig, rollout
+    from paligemma_vla.export.measurements import read_measurement
+
+    rollout(RolloutConfig(policy="random", tasks=("drawer-open",), episodes=1, output_dir=tmp_path), workers=0, image_size=8)
+    measurement = read_measurement(tmp_path / "rollout.json")
+    assert measurement.checkpoint is None
+    assert measurement.lines[2].startswith(("| drawer-open | 0/1 | 0.00 |", "| drawer-open | 1/1 | 1.00 |"))
+    assert measurement.lines[-1].endswith("policy random; weights full.")
+
+
+def test_rollout_takes_an_export_and_quantised_weights(exported: Path, tmp_path: Path) -> None:
+    """The worker's own loader; the toy arm fits no simulator."""
+    from paligemma_vla.evaluation.rollout_worker import load_checkpoint
+
+    class NoEnvironment:
+        pass
+
+    policy = load_checkpoint(str(exported), "int8", NoEnvironment())  # type: ignore[arg-type]
+    assert policy.metadata["weights"] == "int8"
+    pictures = np.zeros((32, 32, 3), np.uint8)
+    assert policy.infer({"image_1": pictures, "state": np.zeros(3), "prompt": "open"}, seed=0)["actions"].shape == (4, 2)

@@ -1,0 +1,361 @@
+"""The exported folder: equal answers, each fact once, and no damage that goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from paligemma_vla import Policy
+from paligemma_vla.errors import CheckpointError
+from paligemma_vla.export import writer
+from paligemma_vla.export.folder import CONFIG, Trained, fingerprint, load_trained, sha256
+from paligemma_vla.export.writer import ExportOptions, write_export
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Path) -> Trained:
+    return load_trained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Trained, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("exports") / "policy", trained, policy)
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """One of a test's own, to be damaged."""
+    return Path(shutil.copytree(exported, tmp_path / "policy"))
+
+
+def write(output: Path, trained: Trained, policy: Policy, **options: Any) -> Path:
+    return write_export(output, trained, policy.model, policy.preprocessor, ExportOptions(**options))
+
+
+def observations(count: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    prompts = ("open the drawer", "push the window shut", "turn the faucet on")
+    made: list[dict[str, Any]] = []
+    for n in range(count):
+        pictures = rng.integers(0, 256, (2, 40, 28, 3), dtype=np.uint8)
+        made.append({"image_1": pictures[0], "state": rng.normal(size=3).astype(np.float32), "prompt": prompts[n % 3]})
+        if n % 2:
+            made[-1]["image_2"] = pictures[1]
+    return made
+
+
+def answers(policy: Policy) -> np.ndarray[Any, Any]:
+    given = observations(5)
+    return np.stack([policy.infer(observation, seed=n)["actions"] for n, observation in enumerate(given)])
+
+
+def test_exported_folder_answers_as_the_checkpoint_to_the_last_bit(policy: Policy, exported: Path) -> None:
+    again = Policy.from_checkpoint(exported)
+    np.testing.assert_array_equal(answers(again), answers(policy))
+    assert again.metadata == policy.metadata
+    assert again.preprocessor.to_dict() == policy.preprocessor.to_dict()
+    assert again.config == policy.config
+    both = again.model.state_dict(), policy.model.state_dict()
+    assert both[0].keys() == both[1].keys()
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+
+
+def test_exported_weights_are_the_averaged_ones(trained: Trained, checkpoint: Path, exported: Path) -> None:
+    raw = torch.load(checkpoint, weights_only=True)
+    kept = load_file(exported / "model.safetensors")
+    assert trained.training["averaged_weights"]
+    for name, value in raw["ema"]["average"].items():
+        assert torch.equal(kept[name], value)
+    assert any(not torch.equal(kept[name], value) for name, value in raw["state_dict"].items())
+
+
+def test_export_of_an_export_is_the_same(exported: Path, tmp_path: Path) -> None:
+    trained = load_trained(exported)
+    again = write(tmp_path / "again", trained, Policy.from_trained(trained, exported))
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in exported.iterdir())
+    assert all(path.read_bytes() == (exported / path.name).read_bytes() for path in again.iterdir())
+
+
+def test_exported_files_hold_no_pickle_and_each_fact_once(exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "normalization_stats.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "README.md",
+    }
+    raw = json.loads((exported / CONFIG).read_text())
+    assert raw["preprocessor"].keys() == {"prompts", "image", "normalization"}
+    assert "tokenizer_json" not in raw["preprocessor"]["prompts"]
+    assert raw["preprocessor"]["image"] == {"resize": "stretch"}
+    assert raw["files"] == {name: sha256(exported / name) for name in names - {"config.json", "README.md"}}
+    others = "".join(path.read_text() for path in exported.glob("*.json") if path.name != CONFIG)
+    assert "model_name_or_path" not in others
+    assert all(path.stat().st_mode & 0o044 for path in exported.iterdir())  # as readable as other files
+
+
+def test_exported_parts_of_the_preprocessor_that_are_yet_to_come_travel(
+    trained: Trained, policy: Policy, tmp_path: Path
+) -> None:
+    more = Trained(**{**vars(trained), "preprocessor": {**trained.preprocessor, "yet_to_come": {"kept": [1, 2.5]}}})
+    assert load_trained(write(tmp_path / "more", more, policy)).preprocessor["yet_to_come"] == {"kept": [1, 2.5]}
+
+
+def test_exported_processor_is_that_of_the_backbone(exported: Path, tiny_model_dir: Path, policy: Policy) -> None:
+    """transformers reads the folder, and gives the ids and pixels of the backbone's own processor, and ours."""
+    from transformers import AutoProcessor, PaliGemmaProcessor
+
+    ours, original = (AutoProcessor.from_pretrained(place) for place in (exported, tiny_model_dir))
+    assert isinstance(ours, PaliGemmaProcessor)
+    rng = np.random.default_rng(1)
+    for number, prompt in enumerate(("open the drawer", "Öffne  die Schublade, 2x!", "push", "abc <loc0001> xyz")):
+        picture = Image.fromarray(rng.integers(0, 256, (30 + 9 * number, 50, 3), dtype=np.uint8))
+        got, expected = (p(images=picture, text="<image>" + prompt, return_tensors="np") for p in (ours, original))
+        assert got.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name])
+        ids, _ = policy.preprocessor.prompts.encode([prompt], np.ones((1, 1), bool))
+        np.testing.assert_array_equal(got["input_ids"], ids)
+        pixels = torch.from_numpy(policy.preprocessor.image.apply(picture)).float()
+        vlm = policy.model.paligemma_vlm
+        np.testing.assert_allclose(got["pixel_values"][0], (pixels - vlm.pixel_mean) / vlm.pixel_std, atol=1e-6)
+
+
+def test_exported_shards_are_read_as_one(trained: Trained, policy: Policy, exported: Path, tmp_path: Path) -> None:
+    output = write(tmp_path / "shards", trained, policy, shard="40KB")
+    assert len(list(output.glob("model-*-of-*.safetensors"))) > 2
+    assert (output / "model.safetensors.index.json").is_file()
+    whole, parts = load_trained(exported).state_dict, load_trained(output).state_dict
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in parts.items())
+    next(output.glob("model-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.*not there; fetch or export it again"):
+        Policy.from_checkpoint(output)
+
+
+def test_exported_in_bfloat16_takes_half_and_answers_nearly_the_same(
+    trained: Trained, policy: Policy, exported: Path, tmp_path: Path
+) -> None:
+    output = write(tmp_path / "half", trained, policy, dtype="bfloat16")
+    sizes = [(place / "model.safetensors").stat().st_size for place in (output, exported)]
+    assert sizes[0] < 0.6 * sizes[1]
+    for name, value in load_trained(output).state_dict.items():
+        assert torch.equal(value, policy.model.state_dict()[name].bfloat16())
+    again = Policy.from_checkpoint(output)
+    assert {value.dtype for value in again.model.state_dict().values()} == {torch.float32}
+    difference = np.abs(answers(again) - answers(policy)).max()
+    assert 0 < difference < 0.02 * np.abs(answers(policy)).max()
+
+
+def test_fingerprint_tells_exports_apart(exported: Path, folder: Path, checkpoint: Path) -> None:
+    assert fingerprint(folder) == fingerprint(exported) == sha256(exported / CONFIG)
+    assert fingerprint(checkpoint) == sha256(checkpoint)
+    alone = shutil.copy(checkpoint, folder / "alone.pth.tar")
+    assert fingerprint(alone) == fingerprint(checkpoint)
+    (folder / CONFIG).write_text((folder / CONFIG).read_text() + " ")
+    assert fingerprint(folder) != fingerprint(exported)
+
+
+def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        raw = json.loads((folder / CONFIG).read_text())
+        change(raw)
+        (folder / CONFIG).write_text(json.dumps(raw))
+
+    return damage
+
+
+def rewritten(name: str, change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A file changed, and its sha256 in config.json with it: what a careful hand would do."""
+
+    def damage(folder: Path) -> None:
+        change(folder / name)
+        edited(lambda raw: raw["files"].update({name: sha256(folder / name)}))(folder)
+
+    return damage
+
+
+def without_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights.pop("action_head.velocity.weight")
+    save_file(weights, path)
+
+
+def with_a_wrong_shape(path: Path) -> None:
+    weights = load_file(path)
+    weights["action_head.velocity.bias"] = torch.zeros(1)
+    save_file(weights, path)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / CONFIG).unlink(), "config.json: not there"),
+        (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / CONFIG).write_text("[1]"), "got list, expected a JSON object"),
+        (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be read as JSON"),
+        (lambda f: (f / CONFIG).write_text('{"model_type": "paligemma"}'), "got a model of type 'paligemma', expected"),
+        (lambda f: (f / CONFIG).write_text('{"model_type": "paligemma_vla"}'), "got format None, expected 1"),
+        (edited(lambda raw: raw.update(format=99)), "got format 99, expected 1"),
+        (edited(lambda raw: raw.pop("files")), "does not describe a policy"),
+        (edited(lambda raw: raw.update(files=["x"])), "does not describe a policy"),
+        (edited(lambda raw: raw["files"].clear()), "does not describe a policy"),
+        (edited(lambda raw: raw.pop("preprocessor")), "does not describe a policy"),
+        (edited(lambda raw: raw["preprocessor"].pop("prompts")), "does not describe a policy"),
+        (edited(lambda raw: raw["preprocessor"]["prompts"].update(no_such=1)), "does not describe a policy"),
+        (edited(lambda raw: raw["configuration"]["model"].pop("vlm_config")), "model.vlm_config: missing"),
+        (edited(lambda raw: raw["configuration"]["data"].update(state_dimm=3)), "state_dimm: unknown key"),
+        (edited(lambda raw: raw["configuration"]["data"].update(state_dim=5)), "size mismatch"),
+        (
+            edited(lambda raw: raw["backbone"]["text_config"].update(hidden_size=48)),
+            "do not fit: size mismatch",
+        ),
+        (edited(lambda raw: raw["backbone"].update(text_config="big")), "does not describe a policy"),
+        (edited(lambda raw: raw["metadata"].update(control_hz="fast")), "control_hz: got"),
+        (edited(lambda raw: raw["training"].pop("step")), "does not describe a policy"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not there"),
+        (lambda f: truncated(f / "model.safetensors"), "model.safetensors: damaged or edited"),
+        (lambda f: flipped(f / "model.safetensors"), "model.safetensors: damaged or edited"),
+        (rewritten("model.safetensors", truncated), "does not describe a policy"),
+        (rewritten("model.safetensors", without_a_weight), "action_head.velocity.weight"),
+        (rewritten("model.safetensors", with_a_wrong_shape), "action_head.velocity.bias"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: not there"),
+        (rewritten("tokenizer.json", lambda path: path.write_text("{}")), "does not describe a policy"),
+        (rewritten("processor_config.json", lambda path: path.write_text("{}")), "does not describe a policy"),
+        (lambda f: (f / "normalization_stats.json").write_text("{}"), "normalization_stats.json: damaged or edited"),
+        (rewritten("normalization_stats.json", lambda path: path.write_text("{}")), "expected statistics of version"),
+    ],
+)
+def test_damaged_folder_is_a_checkpoint_error(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        Policy.from_checkpoint(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_place_that_is_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for place, message in (
+        ("run", r"config\.json: not there.*checkpoints/\*\.pth\.tar"),
+        ("runs/last.pth.tar", "no such checkpoint"),
+        ("nothing", "no such checkpoint"),
+        ("org/name", "org/name: no such file or folder here, and the Hugging Face hub does not give it"),
+        ("org/name@v1", r"org/name@v1: (.|\n)*hf auth login(.|\n)*without a network"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            Policy.from_checkpoint(place)
+
+
+def test_policy_on_the_hub_is_read_from_its_snapshot(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy
+) -> None:
+    """The hub's cache, as a download leaves it, without a network."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    stored = cache / "models--org--arm"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "snapshots").mkdir()
+    for branch in ("main", "v1"):
+        (stored / "refs" / branch).write_text(commit)
+    shutil.move(folder, stored / "snapshots" / commit)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    for place in ("org/arm", "org/arm@v1"):
+        np.testing.assert_array_equal(answers(Policy.from_checkpoint(place)), answers(policy))
+    with pytest.raises(CheckpointError, match="org/arm@v2"):
+        Policy.from_checkpoint("org/arm@v2")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("notes.txt",), ("config.json", "notes.txt"), ("model.safetensors",), (".git", "config.json")],
+)
+def test_export_does_not_replace_what_it_did_not_write(
+    trained: Trained, policy: Policy, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    for name in names:
+        (output / name).write_text('{"model_type": "paligemma_vla", "format": 1}')
+    with pytest.raises(CheckpointError, match="which no export wrote; give another --output_dir"):
+        write(output, trained, policy)
+    assert sorted(path.name for path in output.iterdir()) == sorted(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_export_does_not_replace_a_backbone_or_a_file(trained: Trained, policy: Policy, tmp_path: Path) -> None:
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    (backbone / "config.json").write_text('{"model_type": "paligemma"}')
+    with pytest.raises(CheckpointError, match="got a model of type 'paligemma'"):
+        write(backbone, trained, policy)
+    with pytest.raises(CheckpointError, match="a file is there, expected a folder"):
+        write(backbone / "config.json", trained, policy)
+
+
+def test_export_replaces_an_earlier_one_and_leaves_nothing_beside(
+    trained: Trained, policy: Policy, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
+    (tmp_path / ".policy.export.tmp").mkdir()  # what a killed call left
+    write(folder, trained, policy, dtype="bfloat16")
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
+    assert json.loads((folder / CONFIG).read_text())["dtype"] == "bfloat16"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_export_that_fails_leaves_what_was_there(
+    trained: Trained, policy: Policy, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    if not before:
+        shutil.rmtree(folder)
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "replace_file", full_disk)
+    with pytest.raises(CheckpointError, match=r"policy: cannot be written \(No space left on device\); free some space"):
+        write(folder, trained, policy, dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == (["policy"] if before else [])
+    if before:
+        assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
+
+
+def test_export_killed_between_its_renames_is_mended_by_the_next(
+    trained: Trained, policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier export was set aside, the new one not yet in place; the next call fails, and the earlier one is back."""
+    folder.rename(folder.with_name(".policy.export.old"))
+    monkeypatch.setattr(writer, "replace_file", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(folder, trained, policy)
+    assert load_trained(folder).training["step"] == trained.training["step"]

@@ -1,0 +1,193 @@
+"""The model card: a head that the hub reads, the figures that were given, and no Markdown out of other people's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from paligemma_vla import Policy
+from paligemma_vla.cli.demo import CONDITIONS
+from paligemma_vla.errors import ConfigError
+from paligemma_vla.export.card import is_hub_id, model_card
+from paligemma_vla.export.folder import Trained, load_trained
+from paligemma_vla.export.measurements import Measurement, read_measurement
+from support import METADATA
+
+HOSTILE = "a|b `c` <script>alert(1)</script>\n# Heading\n---\n[link](http://x) *bold* @all"
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Path) -> Trained:
+    return load_trained(checkpoint)
+
+
+def head_and_body(card: str) -> tuple[dict[str, Any], str]:
+    """As the hub parts them."""
+    before, head, body = card.split("---\n", 2)
+    assert before == ""
+    return yaml.safe_load(head), body
+
+
+def cells(card: str, first: str) -> list[str]:
+    """The cells of the row that begins with `first`."""
+    (line,) = [line for line in card.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_card_head_is_what_the_hub_reads(trained: Trained, policy: Policy) -> None:
+    from huggingface_hub import ModelCard
+
+    config = json.loads(json.dumps(trained.config))
+    config["model"]["vlm_config"]["model_name_or_path"] = "google/paligemma-3b-pt-224"
+    card = model_card(replace(trained, config=config), policy.preprocessor, "float32", ())
+    head, _ = head_and_body(card)
+    assert head["license"] == "gemma"
+    assert head["base_model"] == "google/paligemma-3b-pt-224"
+    assert head["library_name"] == "paligemma-vla"
+    assert head["pipeline_tag"] == "robotics"
+    assert "vision-language-action" in head["tags"]
+    assert ModelCard(card).data.to_dict() == head
+
+
+def test_card_names_no_base_model_that_is_a_folder(trained: Trained, policy: Policy, tmp_path: Path) -> None:
+    head, body = head_and_body(model_card(trained, policy.preprocessor, "float32", ()))
+    assert "base_model" not in head
+    assert Path(trained.config["model"]["vlm_config"]["model_name_or_path"]).name in body
+    names = {"google/paligemma2-3b-pt-224": True, "a": False, "a/b/c": False, "../a": False, "/a/b": False, "./b": False}
+    assert {name: is_hub_id(name) for name in names} == names
+
+
+def test_card_says_what_goes_in_and_comes_out(trained: Trained, policy: Policy) -> None:
+    card = model_card(trained, policy.preprocessor, "bfloat16", ())
+    assert cells(card, r"image\_1")[1:] == ["camera 'front', RGB, upright", "(H, W, 3) uint8, resized to 32 x 32 (stretch)"]
+    assert "may be left out" in cells(card, r"image\_2")[1]
+    low, high = policy.preprocessor.statistics.action.min[0], policy.preprocessor.statistics.action.max[0]
+    assert cells(card, "dx")[1] == f"{low:.4g} to {high:.4g}"
+    assert cells(card, "actions (out)")[1:] == ["a chunk, real units; 12.5 a second", "(4, 2) float32"]
+    assert METADATA.action_convention in card
+    assert f"{policy.preprocessor.statistics.action.count:,} of" in card
+    for path, digest in zip(policy.preprocessor.statistics.datasets, policy.preprocessor.statistics.digests, strict=True):
+        assert f"| {Path(path).name} | {digest} |" in card
+        assert path not in card  # whose folders these are is nobody's business
+    assert f"{trained.training['best_metric']:.4g}" in card
+    assert "weights in bfloat16" in card
+    for heading in ("Use", "Training procedure", "Intended use and limits", "Licence"):
+        assert f"\n## {heading}\n" in card
+
+
+def test_card_example_is_python(trained: Trained, policy: Policy) -> None:
+    code = model_card(trained, policy.preprocessor, "float32", ()).split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert '"image_2": image_2' in code
+
+
+def test_card_escapes_what_others_wrote(trained: Trained, policy: Policy) -> None:
+    metadata = replace(METADATA, robot=HOSTILE, cameras=(HOSTILE, "w"), action_names=(HOSTILE, "b"), action_convention=HOSTILE)
+    plain = model_card(trained, policy.preprocessor, "float32", ())
+    card = model_card(replace(trained, metadata=metadata.to_json()), policy.preprocessor, "float32", ())
+    assert head_and_body(card)[0] == head_and_body(plain)[0]
+
+    def shape(text: str) -> list[str]:
+        return [line.split(" ")[0] for line in text.splitlines() if line.startswith(("#", "---", "|--"))]
+
+    assert shape(card) == shape(plain)
+    for line in card.splitlines():
+        for character in "<[*@":
+            found = line.count(character) - line.count(f"\\{character}")
+            assert found == 0 or line in plain.splitlines()
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    columns = [line.replace("\\|", "").count("|") for line in rows]
+    expected = [line.count("|") for line in plain.splitlines() if line.startswith("|")]
+    assert columns == expected
+
+
+def open_loop(sha: str | None = "ab" * 32) -> dict[str, Any]:
+    return {
+        "mae": 0.123,
+        "mse": 0.0456,
+        "velocity_loss": 0.0789,
+        "per_dimension": [{"name": "dx", "mae": 0.111, "mse": 0.022}, {"name": "d|y", "mae": 0.135, "mse": 0.0692}],
+        "baselines": {"mean_action": {"mae": 0.5, "mse": 0.6}, "zero_action": {"mae": 0.5, "mse": 0.6}},
+        "samples": 40,
+        "episodes": 7,
+        "settings": {"num_steps": 10, "device": "cpu"},
+        "data": {"training_files": 0},
+        "checkpoint": {"sha256": sha, "weights": "int8"},
+    }
+
+
+def closed_loop(policy: str = "checkpoint") -> dict[str, Any]:
+    task = {"successes": 18, "episodes": 20, "rate": 0.9, "ci95": [0.699, 0.972]}
+    settings = {"env": "metaworld", "prompts": "own", "resets": "demo", "image": "camera", "policy": policy}
+    return {
+        "settings": {**settings, "checkpoint_sha256": "cd" * 32, "weights": "full"},
+        "tasks": {"drawer-open": task},
+        "mean_success": 0.9,
+        "episodes": [],
+    }
+
+
+def demonstration() -> dict[str, Any]:
+    rates = {name: 0.125 * number for number, (name, *_) in enumerate(CONDITIONS)}
+    return {"tasks": closed_loop()["tasks"], **rates, "wall_s": {}}
+
+
+def read(raw: Any, folder: Path) -> Measurement:
+    path = folder / "figures.json"
+    path.write_text(json.dumps(raw))
+    return read_measurement(path)
+
+
+def test_card_tells_every_figure_that_was_given(trained: Trained, policy: Policy, tmp_path: Path) -> None:
+    given = [read(raw, tmp_path) for raw in (open_loop(), closed_loop(), demonstration())]
+    assert [measurement.checkpoint for measurement in given] == ["ab" * 32, "cd" * 32, None]
+    card = model_card(trained, policy.preprocessor, "float32", given)
+    assert cells(card, "all")[1:] == ["0.123", "0.0456"]
+    assert "| d\\|y | 0.135 | 0.0692 |" in card
+    assert "40 samples of 7 episodes, 10 Euler steps, velocity loss 0.0789; weights int8" in card
+    assert "| drawer-open | 18/20 | 0.90 | 0.70 to 0.97 |" in card
+    assert "| wrong\\_prompt | 0.125 |" in card
+    assert "flatter" not in card
+
+
+def test_figures_of_random_actions_belong_to_no_checkpoint(tmp_path: Path) -> None:
+    assert read(closed_loop("random"), tmp_path).checkpoint is None
+
+
+def test_figures_on_training_data_are_called_flattering(tmp_path: Path) -> None:
+    lines = read({**open_loop(), "data": {"training_files": 2}}, tmp_path).lines
+    assert "flatter" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        [1, 2],
+        3,
+        {"mae": 1.0},
+        {**open_loop(), "mae": "small"},
+        {**open_loop(), "per_dimension": 3},
+        {name: value for name, value in open_loop().items() if name != "checkpoint"},
+        {**closed_loop(), "tasks": {"x": {"successes": 1}}},
+        {**closed_loop(), "tasks": {"x": {**closed_loop()["tasks"]["drawer-open"], "ci95": [1]}}},
+        {**demonstration(), "tasks": []},
+    ],
+)
+def test_file_that_holds_no_figures_of_ours_is_refused(raw: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--metrics .*figures\.json"):
+        read(raw, tmp_path)
+
+
+def test_file_of_figures_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for name, content in (("broken.json", b"{"), ("binary.json", b"\xff\xfe\x00"), ("deep.json", b"[" * 100_000)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=name):
+            read_measurement(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"no\.json: cannot be read \(No such file"):
+        read_measurement(tmp_path / "no.json")

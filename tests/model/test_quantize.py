@@ -1,0 +1,166 @@
+"""Quantised weights: smaller as torchao stores them, and near to what they were by the step of their grid."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from paligemma_vla import Policy
+from paligemma_vla.errors import ModelError
+from paligemma_vla.model.quantize import GROUP, KINDS, InBfloat16, quantize, weight_bytes
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """int4 fits the first layer; the second has no whole number of groups, the third no whole number of tiles of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fits, self.odd_width, self.odd_rows = nn.Linear(64, 48), nn.Linear(48, 64), nn.Linear(64, 24)
+        self.norm, self.table, self.conv = nn.LayerNorm(64), nn.Embedding(10, 64), nn.Conv2d(3, 64, 4)
+        self.requires_grad_(False)
+
+
+def quantised(kind: Any) -> tuple[Small, Small]:
+    full, small = Small(), Small()
+    quantize(small, kind, CPU)
+    return full, small
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """What the layer multiplies by: its answers to unit vectors."""
+    linear = layer.linear if isinstance(layer, InBfloat16) else layer
+    eye = torch.eye(linear.in_features)
+    return (layer(eye) - layer(torch.zeros_like(eye))).T
+
+
+def test_int8_weights_lie_within_half_a_step_of_their_rows_grid() -> None:
+    full, small = quantised("int8")
+    for name in ("fits", "odd_width", "odd_rows"):
+        weight = getattr(full, name).weight
+        step = weight.abs().amax(dim=1, keepdim=True) / 127
+        error = (weight_of(getattr(small, name)) - weight).abs()
+        assert (error <= 0.51 * step + 1e-6).all()
+        assert error.max() > 0.2 * step.min()  # it is quantised
+
+
+def test_int4_weights_lie_within_half_a_step_of_their_groups_grid() -> None:
+    full, small = quantised("int4")
+    assert isinstance(small.fits, InBfloat16)
+    groups = full.fits.weight.view(48, 64 // GROUP, GROUP)
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    error = (weight_of(small.fits) - full.fits.weight).abs().view(groups.shape).amax(-1)
+    assert (error <= 0.55 * step + 0.008).all()  # and bfloat16 has eight bits
+    assert error.mean() > 0.25 * step.mean()
+
+
+def test_layers_that_4_bit_does_not_fit_become_int8() -> None:
+    _, small = quantised("int4")
+    for layer in (small.odd_width, small.odd_rows):
+        assert isinstance(layer, nn.Linear)
+        assert type(layer.weight.data).__name__ == "Int8Tensor"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_linear_layers_are_quantised(kind: str) -> None:
+    full, small = quantised(kind)
+    for name in ("norm", "table", "conv"):
+        assert torch.equal(getattr(small, name).weight, getattr(full, name).weight)
+    for name in ("odd_width", "odd_rows"):
+        assert torch.equal(getattr(small, name).bias, getattr(full, name).bias)
+
+
+def test_weight_bytes_count_what_is_stored() -> None:
+    assert weight_bytes(nn.Linear(10, 3)) == 4 * 33
+    _, small = quantised("int8")
+    # int8 values and zero points, a float32 scale per row; the bias as it was
+    assert 64 * 48 + 4 * 48 + 4 * 48 <= weight_bytes(small.fits) <= 64 * 48 + 5 * 48 + 4 * 48
+    _, small = quantised("int4")
+    # half a byte each, scale and zero in bfloat16 per group, the bias in bfloat16
+    assert weight_bytes(small.fits) == 64 * 48 // 2 + 2 * 2 * 48 * (64 // GROUP) + 2 * 48
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_quantised_layers_keep_the_type_around_them(kind: str, autocast: bool) -> None:
+    full, small = quantised(kind)
+    x = torch.randn(2, 5, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for dtype in (torch.float32, torch.bfloat16):
+            if autocast or dtype is torch.float32:
+                got = small.fits(x.to(dtype))
+                assert got.dtype == dtype
+                error = (got.float() - full.fits(x).float()).norm() / full.fits(x).float().norm()
+                assert error < (0.03 if kind == "int8" else 0.12)
+
+
+@pytest.fixture(scope="module")
+def observation() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 40, 28, 3), dtype=np.uint8)
+    return {"image_1": pictures[0], "image_2": pictures[1], "state": np.ones(3, np.float32), "prompt": "open the drawer"}
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.01), ("int4", 0.1)])
+def test_quantised_policy_is_smaller_and_near(
+    policy: Policy, checkpoint: Any, observation: dict[str, Any], kind: Any, bound: float
+) -> None:
+    small = Policy.from_checkpoint(checkpoint, weights=kind)
+    assert small.metadata["weights"] == kind
+    assert policy.metadata["weights"] == "full"
+    linears = [layer for layer in policy.model.paligemma_vlm.modules() if isinstance(layer, nn.Linear)]
+    saved = weight_bytes(policy.model) - weight_bytes(small.model)
+    assert saved > (0.6 if kind == "int8" else 0.7) * sum(weight_bytes(layer) for layer in linears)
+    assert weight_bytes(small.model.action_head) == weight_bytes(policy.model.action_head)
+    full = policy.infer(observation, seed=0)["actions"]
+    difference = np.abs(small.infer(observation, seed=0)["actions"] - full).max()
+    assert 0 < difference < bound * np.abs(full).max()
+
+
+def test_quantised_policy_answers_the_same_each_time(checkpoint: Any, observation: dict[str, Any]) -> None:
+    first, second = (Policy.from_checkpoint(checkpoint, weights="int4") for _ in range(2))
+    expected = first.infer(observation, seed=1)["actions"]
+    np.testing.assert_array_equal(second.infer(observation, seed=1)["actions"], expected)
+    np.testing.assert_allclose(first.infer_batch([observation] * 3, [1, 1, 1])[2], expected, atol=2e-3)
+
+
+def test_without_torchao_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "torchao":
+            raise ImportError("No module named 'torchao'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ModelError, match=r"weights int8: .*pip install 'paligemma-vla\[quantization\]'"):
+        quantize(Small(), "int8", CPU)
+
+
+def test_device_without_a_kernel_is_told() -> None:
+    with pytest.raises(ModelError, match=r"weights int4: fits cannot be quantised for meta .*int8 computes everywhere"):
+        quantize(Small(), "int4", torch.device("meta"))
+
+
+def test_torchao_says_nothing_to_the_user() -> None:
+    """In a fresh interpreter, as its import is what talks."""
+    code = (
+        "import logging, torch\n"
+        "from torch import nn\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "from paligemma_vla import Policy\n"  # with it transformers, which imports torchao
+        "from paligemma_vla.model.quantize import quantize\n"
+        "for kind in ('int8', 'int4'):\n"
+        "    quantize(nn.Sequential(nn.Linear(64, 64)), kind, torch.device('cpu'))\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
