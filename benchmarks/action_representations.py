@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import processor
 from paligemma_vla import versions
 from paligemma_vla.action_settings import resolve_actions
@@ -80,8 +82,8 @@ def measure(args: argparse.Namespace, representation: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--representations", nargs="+", choices=REPRESENTATIONS, default=REPRESENTATIONS)
-    parser.add_argument("--demonstrations", type=int, default=100, help="per task")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of each training")
+    parser.add_argument("--demonstrations", type=int, default=200, help="per task")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of each training")
     parser.add_argument("--episodes", type=int, default=20, help="played per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("experiments/action_representations"))
@@ -102,7 +104,7 @@ def main() -> None:
         "command": "python -m benchmarks.action_representations "
         + " ".join(f"--{name} {getattr(args, name)}" for name in budget),
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{os.cpu_count()} cores, {processor()}",
+        "hardware": f"{os.cpu_count()} cores, {processor()}, torch threads {torch.get_num_threads()}",
         "versions": versions(),
         "tasks": TASKS,
         "rows": rows,
