@@ -53,8 +53,8 @@ class ExportOptions:
 def write_export(output: Path, trained: Trained, model: VLAModel, preprocessor: Preprocessor, options: ExportOptions) -> Path:
     """Write a policy into the folder `output`, in place of an earlier export there; returns `output`.
 
-    trained, model, preprocessor: of one policy; the model becomes a plain one in float32. Raises `CheckpointError` when `output`
-    holds something else, or cannot be written; it is untouched then.
+    trained, model, preprocessor: of one policy; the model becomes a plain one in float32. Raises `CheckpointError` when
+    `output` holds something else, or cannot be written; it is untouched then.
     """
     output = Path(os.path.abspath(output))
     check_replaceable(output)
