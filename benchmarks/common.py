@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.writer import EpisodeWriter
@@ -26,6 +32,26 @@ class Row:
     value: float
     unit: str
     better: str
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What a result depends on: command, date, commit, hardware, versions."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "hardware": f"{os.cpu_count()} cores, {_processor()}, torch threads {torch.get_num_threads()}",
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def best_seconds(run: Callable[[], object], repeats: int = 5) -> float:

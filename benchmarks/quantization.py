@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.run import processor
-from paligemma_vla import Policy, versions
+from benchmarks.common import environment
+from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.loader import VLADataset
@@ -91,13 +90,8 @@ def main() -> None:
         row = {"weights": f"{kind or 'full'}{', head too' * head}", "megabytes": size, "change": change, "ms": time_ms}
         rows.append(row if head else {**row, **by_main_eval(args, kind)})
         print(rows[-1])
-    result = {
-        "command": "python -m benchmarks.quantization --checkpoint_path P --eval_data_path D",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{os.cpu_count()} cores, {processor()}, torch threads {torch.get_num_threads()}",
-        "versions": versions(),
-        "rows": rows,
-    }
+    command = "python -m benchmarks.quantization --checkpoint_path P --eval_data_path D"
+    result = {**environment(command), "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(f"-> {RESULTS}")
 

@@ -128,7 +128,7 @@ def test_statistics_file_round_trip_is_exact_and_holds_the_promised_keys(tmp_pat
     statistics = dataset_statistics()
     statistics.save(path)
     raw = json.loads(path.read_text())
-    assert set(raw) == {"version", "state", "action", "datasets", "digests"}
+    assert set(raw) == {"version", "state", "action", "datasets", "digests", "actions"}
     assert set(raw["state"]) == set(raw["action"]) == {"min", "max", "mean", "std", "q01", "q99", "count"}
     assert DatasetStatistics.load(path).to_dict() == statistics.to_dict()
     assert [p.name for p in path.parent.iterdir()] == [path.name]

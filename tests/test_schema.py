@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,11 +11,34 @@ from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata
 from support import METADATA
 
+ARM = DatasetMetadata(
+    state_units=("m", "rad"), action_units=("m", ""), action_representation="delta", action_rotation="quaternion_wxyz"
+)
+
 
 def test_metadata_round_trip_is_exact() -> None:
-    for metadata in (METADATA, DatasetMetadata(), DatasetMetadata(extra={"operator": "A"}, control_hz=3)):
+    for metadata in (METADATA, DatasetMetadata(), DatasetMetadata(extra={"operator": "A"}, control_hz=3), ARM):
         assert DatasetMetadata.from_json(metadata.to_json()) == metadata
         assert DatasetMetadata.from_json(metadata.to_json().encode()) == metadata
+
+
+def test_metadata_of_before_units_and_representations_is_read_as_saying_nothing_of_them() -> None:
+    old = (
+        '{"action_convention": "delta, +1 = 1 cm", "action_names": ["dx", "dy"], "cameras": ["front", "wrist"], '
+        '"control_hz": 12.5, "extra": {}, "image_orientation": "upright", "robot": "toy arm", "state_names": ["x", "y", "z"]}'
+    )
+    assert DatasetMetadata.from_json(old) == METADATA
+    assert METADATA.state_units == () and METADATA.action_representation == METADATA.action_rotation == ""
+
+
+def test_metadata_has_one_name_and_unit_per_dimension_or_none() -> None:
+    assert METADATA.misfits(3, 2) == DatasetMetadata().misfits(3, 2) == []
+    wrong = replace(METADATA, state_units=("m",), action_units=("m", "m"), action_names=("a", "b", "c"))
+    assert wrong.misfits(4, 2) == [
+        "metadata state_names: got 3, expected 4, one per dimension (or none)",
+        "metadata state_units: got 1, expected 4, one per dimension (or none)",
+        "metadata action_names: got 3, expected 2, one per dimension (or none)",
+    ]
 
 
 def test_metadata_leaves_unknown_fields_aside() -> None:
@@ -42,6 +66,12 @@ def test_metadata_that_is_no_object_is_refused(text: bytes) -> None:
         ("control_hz", float("inf"), "a number of at least 0"),
         ("control_hz", -1.0, "a number of at least 0"),
         ("image_orientation", ["upright"], "a string"),
+        ("state_units", "m", "a list of strings"),
+        ("action_units", ["m", None], "a list of strings"),
+        ("action_representation", "relative", "one of absolute, delta, or nothing"),
+        ("action_representation", ["delta"], "one of absolute, delta, or nothing"),
+        ("action_rotation", "euler", "one of euler_xyz, rotvec, quaternion_xyzw, quaternion_wxyz, rotation_6d, or nothing"),
+        ("action_rotation", {}, "one of euler_xyz, rotvec, quaternion_xyzw, quaternion_wxyz, rotation_6d, or nothing"),
         ("extra", {"operator": {"name": "A"}}, "an object of strings"),
         ("extra", ["a"], "an object of strings"),
     ],

@@ -13,18 +13,20 @@ import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from paligemma_vla.errors import ConfigError, closest, first_line
+from paligemma_vla.schema import ROTATIONS
 from paligemma_vla.storage import is_url, read_file, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
 LARGEST_FILE, MOST_VALUES = 2**20, 100_000
 MOST_ACTION_TOKENS = 8192
+LINEAR_LAYERS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
 
 # No count of this project can mean more, and numbers beyond overflow in the libraries below.
 RUN_CONFIG, RUN_STATISTICS, RUN_ENVIRONMENT = "config.yaml", "normalization_stats.json", "environment.json"
@@ -74,6 +76,37 @@ class AugmentationConfig(Section):
     saturation: Fraction = Field(0.2, description="Largest relative change of saturation.")
 
 
+def _dimension(value: Any) -> int | str:
+    if (type(value) is int and 0 <= value < 4096) or (isinstance(value, str) and value):
+        return value
+    raise ValueError("a dimension: its number (0 is the first), or its name in the data")
+
+
+Dimension = Annotated[int | str, PlainValidator(_dimension, json_schema_input_type=int | str)]
+Dimensions = Annotated[tuple[Dimension, ...], Field(strict=False, min_length=1)]
+
+
+class RotationConfig(Section):
+    representation: Literal["euler_xyz", "rotvec", "quaternion_xyzw", "quaternion_wxyz", "rotation_6d"] = Field(
+        description="How actions (and the state) write a rotation; euler_xyz: radians about the fixed axes x, y, z in turn."
+    )
+    dimensions: Dimensions = Field(description="Of an action, those that hold it; of several rotations one after the other.")
+
+
+class ActionsConfig(Section):
+    representation: Literal["absolute", "chunk_relative", "delta"] = Field(
+        "absolute",
+        description="What the model predicts: actions as recorded, from the state at the chunk's start, or each from the last.",
+    )
+    dimensions: Dimensions | None = Field(
+        None, description="Of an action, those that are converted (numbers or names); null: all not named after a gripper."
+    )
+    state_dimensions: Dimensions | None = Field(
+        None, description="Of the state, what each of these starts from; null: the same name, else the same number."
+    )
+    rotation: RotationConfig | None = Field(None, description="The rotation in the actions: composed, never subtracted.")
+
+
 class DataConfig(Section):
     train_parquet_files: ParquetFiles = Field(description="File, folder, glob, list of these, or [{path, weight}].")
     val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
@@ -99,12 +132,35 @@ class DataConfig(Section):
     pad_action_dim: bool = Field(
         False, description="Accept data with fewer action numbers than per_action_dim: padded, and left out of the loss."
     )
+    actions: ActionsConfig = Field(default_factory=ActionsConfig)
     batch_size: Positive = Field(32, description="Samples per optimiser step, over all processes and accumulation.")
     num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in place.")
     prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
     pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
     cache_mb: NonNegative = Field(256, description="Still-compressed row groups kept in memory, per loader process, MB.")
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) on linear layers of the backbone, whose own weights are frozen then."""
+
+    rank: Positive = Field(16, le=4096, description="Inner width of an adapter.")
+    alpha: float = Field(32.0, gt=0, le=1e6, description="Adapters are scaled by alpha / rank.")
+    target_modules: str = Field(
+        LINEAR_LAYERS,
+        min_length=1,
+        max_length=10_000,
+        description="Regular expression that the whole name of a linear layer matches; those of frozen towers are left out.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"a regular expression ({error})") from error
+        return value
 
 
 class VLMConfig(Section):
@@ -115,9 +171,11 @@ class VLMConfig(Section):
     num_cameras: Positive | None = Field(None, le=16, description="More cameras than two; null: 2 with use_aux_camera, else 1.")
     freeze_vision_tower: bool = Field(False, description="SigLIP and its projector keep their weights.")
     freeze_language_model: bool = Field(False, description="Gemma keeps its weights.")
+    lora: LoRAConfig | None = Field(None, description="Train adapters instead of the backbone's weights; null: the weights.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="Compute type; weights are kept in float32. bfloat16 on a CPU without AVX-512 BF16 computes in float32.",
+        description="Compute type, in which frozen weights are held too; those that learn are kept in float32. bfloat16 on a "
+        "CPU without AVX-512 BF16 computes in float32.",
     )
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, ~30 % slower.")
@@ -198,7 +256,9 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps the moments in 8 bits (torchao): 2 bytes per weight instead of 8."
+    )
     lr: float = Field(1e-4, gt=0, le=1e30, description="Rate of the action head.")
     vlm_lr: float | None = Field(None, gt=0, le=1e30, description="Rate of the backbone; null: the same.")
     weight_decay: float = Field(0.01, ge=0, le=1e6, description="On matrices; never on norms, biases and embeddings.")
@@ -490,6 +550,7 @@ def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
             model = DataSource
         elif isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
             model = model.model_fields[name].annotation
+            model = next((part for part in get_args(model) if isinstance(part, type)), model)  # of `Section | None`
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
@@ -551,16 +612,52 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             f"got '{training.checkpoint_dir}', expected a folder, or a URL with a place in it; `~` is not expanded",
         ),
         (
+            whole_backbone_frozen and vlm.lora is not None,
+            [f"{vlm_path}.lora", f"{vlm_path}.freeze_vision_tower", f"{vlm_path}.freeze_language_model"],
+            "frozen towers get no adapters, and both are frozen; delete lora, or unfreeze one",
+        ),
+        (
             whole_backbone_frozen and any(stage.train == "all" for stage in training.stages),
             ["training.stages", vlm_path],
             "the whole backbone is frozen in model.vlm_config, so no stage can train all",
         ),
+        *_action_checks(data.actions),
     ]
     return [
         f"{keys[0]}: {text}"
         for broken, keys, text in checks
         if broken and not any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
     ]
+
+
+def _action_checks(actions: ActionsConfig) -> list[tuple[bool, list[str], str]]:
+    """Contradictions within `data.actions`: whether there is one, the keys it rests on, what to say."""
+    path = "data.actions"
+    dimensions, starts = actions.dimensions, actions.state_dimensions
+    given = [name for name in ("dimensions", "state_dimensions") if getattr(actions, name) is not None]
+    checks = [
+        (
+            actions.representation == "absolute" and bool(given),
+            [f"{path}.{name}" for name in (*given, "representation")],
+            "got a list with representation: absolute, which converts nothing; delete it, or take another representation",
+        ),
+        (
+            given == ["state_dimensions"],
+            [f"{path}.state_dimensions", f"{path}.dimensions"],
+            "got a list without dimensions, expected both: it says what each of them starts from",
+        ),
+        (
+            dimensions is not None and starts is not None and len(dimensions) != len(starts),
+            [f"{path}.state_dimensions", f"{path}.dimensions"],
+            f"got {len(starts or ())}, expected {len(dimensions or ())}, one for each of dimensions",
+        ),
+    ]
+    if actions.rotation is not None:
+        kind, count = actions.rotation.representation, len(actions.rotation.dimensions)
+        keys = [f"{path}.rotation.{name}" for name in ("dimensions", "representation")]
+        text = f"got {count}, expected {ROTATIONS[kind]}, as many as {kind} takes, or a multiple for several rotations"
+        checks.append((count % ROTATIONS[kind] != 0, keys, text))
+    return checks
 
 
 if __name__ == "__main__":  # `make schema`

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.storage import read_file, replace_file
 
@@ -168,12 +169,14 @@ class DatasetStatistics:
     """What `normalization_stats.json` holds: state, action, and the data they were computed from.
 
     datasets: files. digests: of their contents, 16 characters each, in the same order; empty in older files.
+    actions: what the numbers under `action` are of: the model sees no other.
     """
 
     state: Statistics
     action: Statistics
     datasets: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
+    actions: ActionTransform = ABSOLUTE
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -182,6 +185,7 @@ class DatasetStatistics:
             "action": self.action.to_dict(),
             "datasets": list(self.datasets),
             "digests": list(self.digests),
+            "actions": self.actions.to_dict(),
         }
 
     def save(self, path: str | Path) -> None:
@@ -200,10 +204,7 @@ class DatasetStatistics:
         try:
             raw = json.loads(read_file(path))
         except FileNotFoundError as error:
-            raise DataError(
-                f"{path}: no such statistics file; write it with\n  python utils/calculate_normalization_stats.py "
-                f"--config_path CONFIG --output_path {path}"
-            ) from error
+            raise DataError(f"{path}: no such statistics file; write it with\n  {_command(path)}") from error
         except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
             raise DataError(f"{path}: cannot be read as JSON ({first_line(error)}); {AGAIN}") from error
         return cls.from_dict(raw, str(path))
@@ -213,12 +214,22 @@ class DatasetStatistics:
         if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
             got = f"version {raw.get('version')!r}" if isinstance(raw, Mapping) else type(raw).__name__
             raise DataError(f"{where}: got {got}, expected statistics of version {VERSION}; compute them again")
-        return cls(
-            Statistics.from_dict(raw.get("state"), f"{where}: state"),
-            Statistics.from_dict(raw.get("action"), f"{where}: action"),
-            _texts(raw.get("datasets", ()), f"{where}: datasets"),
-            _texts(raw.get("digests", ()), f"{where}: digests"),
-        )
+        state = Statistics.from_dict(raw.get("state"), f"{where}: state")
+        action = Statistics.from_dict(raw.get("action"), f"{where}: action")
+        actions = ABSOLUTE  # as all were before there was a choice
+        if "actions" in raw:
+            actions = ActionTransform.from_dict(raw["actions"], f"{where}: actions", len(state.min), len(action.min))
+        files, digests = (_texts(raw.get(name, ()), f"{where}: {name}") for name in ("datasets", "digests"))
+        return cls(state, action, files, digests, actions)
+
+
+def recompute(path: str | Path) -> str:
+    """What to do about a statistics file that is of something else."""
+    return f"{AGAIN}: {_command(path)}"
+
+
+def _command(path: str | Path) -> str:
+    return f"python utils/calculate_normalization_stats.py --config_path CONFIG --output_path {path}"
 
 
 def _texts(raw: Any, where: str) -> tuple[str, ...]:

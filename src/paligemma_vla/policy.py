@@ -12,34 +12,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import flow, schema
-from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.sampling import derive_seed
 from paligemma_vla.errors import CheckpointError, DataError
-from paligemma_vla.export.folder import Trained, describing, load_trained
-from paligemma_vla.model.quantize import Weights, quantize
-from paligemma_vla.model.vla_model import VLAModel
-from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.export.folder import Restored, load_trained, restore
+from paligemma_vla.model.quantize import Weights
 from paligemma_vla.schema import DatasetMetadata
 
 
 class Policy:
     """A trained model with the preprocessing it was trained with.
 
-    Made by `from_checkpoint`. `metadata` says what it expects and returns: cameras, dimensions, horizon, control rate, names,
-    image orientation, versions.
+    Made by `from_checkpoint`. `metadata` says what it expects and returns: cameras, dimensions, horizon, control rate, names
+    and units, image orientation, versions. Whatever the model predicts, what it returns are actions as the data has them.
     """
 
     def __init__(
-        self,
-        model: VLAModel,
-        preprocessor: Preprocessor,
-        config: VLAConfig,
-        metadata: DatasetMetadata,
-        trained: Trained,
-        weights: Weights | None = None,
+        self, restored: Restored, training: dict[str, Any], versions: dict[str, str], weights: Weights | None = None
     ) -> None:
-        self.model, self.preprocessor, self.config = model.eval(), preprocessor, config
-        self.device = next(model.parameters()).device
+        self.model, self.preprocessor, self.config = restored.model.eval(), restored.preprocessor, restored.config
+        self.device = next(self.model.parameters()).device
+        preprocessor, config, metadata = self.preprocessor, self.config, restored.metadata
         head = config.model.action_head_config
         self.metadata: dict[str, Any] = {
             "cameras": [schema.image_key(n + 1) for n in range(config.model.vlm_config.cameras)],
@@ -50,14 +43,18 @@ class Policy:
             "state_names": list(metadata.state_names),
             "action_dim": preprocessor.action.dimension,
             "action_names": list(metadata.action_names),
+            "state_units": list(metadata.state_units),
+            "action_units": list(metadata.action_units),
             "action_convention": metadata.action_convention,
+            "action_representation": metadata.action_representation,
+            "rotation": _rotation(config, metadata),
             "horizon": head.horizon,
             "num_inference_timesteps": head.num_inference_timesteps,
             "control_hz": metadata.control_hz,
             "robot": metadata.robot,
-            "training": trained.training,
+            "training": training,
             "weights": weights or "full",
-            "versions": trained.versions,
+            "versions": versions,
         }
 
     @classmethod
@@ -68,21 +65,11 @@ class Policy:
         weights: quantise the backbone to `int8` or `int4`; None keeps it as it was trained. Raises `CheckpointError` when it is
         missing, damaged or nothing of ours, `ModelError` when it cannot be quantised here.
         """
-        return cls.from_trained(load_trained(path), path, device, weights)
-
-    @classmethod
-    def from_trained(cls, trained: Trained, where: str | Path, device: str = "cpu", weights: Weights | None = None) -> Policy:
-        """Make a policy of what `load_trained` read; arguments and errors as in `from_checkpoint`."""
-        with describing(where):
-            config = config_from_dict(trained.config, where=f"{where}: config")
-            preprocessor = Preprocessor.from_dict(trained.preprocessor, str(where))
-            model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
-            _load_weights(model, trained.state_dict, str(where))
-            metadata = DatasetMetadata.from_json(trained.metadata, str(where))
-        model.requires_grad_(False)
-        if weights is not None:
-            quantize(model.paligemma_vlm, weights, torch.device(device))
-        return cls(model.to(torch.device(device)), preprocessor, config, metadata, trained, weights)
+        trained = load_trained(path)
+        restored = restore(trained, path)
+        restored.model.requires_grad_(False)
+        restored.model.place(torch.device(device), weights)
+        return cls(restored, trained.training, trained.versions, weights)
 
     def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
         """Answer one observation.
@@ -111,13 +98,13 @@ class Policy:
         ]
         prompts = [observation["prompt"] for observation in observations]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
-        state = self.preprocessor.state.normalize(np.stack([np.asarray(o["state"], np.float32) for o in observations]))
+        state = np.stack([np.asarray(observation["state"], np.float32) for observation in observations])  # (B, P)
         noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
         actions = self.model(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
             vlm_attention_mask_batch=torch.from_numpy(mask),
-            state_batch=torch.from_numpy(state).to(self.device),
+            state_batch=torch.from_numpy(self.preprocessor.state.normalize(state)).to(self.device),
             image_2_batch=images[1] if len(images) > 1 else None,
             further_images=images[2:],
             input_ids=torch.from_numpy(ids),
@@ -125,7 +112,8 @@ class Policy:
             flow_noise=noise,
             num_steps=num_steps,
         )
-        answer = self.preprocessor.action.denormalize(actions[..., : self.preprocessor.action.dimension].cpu().numpy())
+        predicted = actions[..., : self.preprocessor.action.dimension].cpu().numpy()
+        answer = self.preprocessor.decode_actions(predicted, state)
         finite = np.isfinite(answer).all(axis=(1, 2))
         if not finite.all():
             raise CheckpointError(
@@ -172,6 +160,9 @@ class Policy:
             state = np.empty(0)
         if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
             faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
+        elif not self.preprocessor.actions.starts_from(state):
+            rotation = self.preprocessor.actions.rotation
+            faults.append(f"state: got {state.tolist()}, expected a rotation in it as {rotation}: a length of 0 is none")
         if not isinstance(observation.get("prompt"), str):
             faults.append(f"prompt: got {type(observation.get('prompt')).__name__}, expected a string")
         faults += [f"{k}: not a camera of this policy; it has {', '.join(names)}" for k in observation if _is_stray(k, names)]
@@ -179,12 +170,12 @@ class Policy:
             raise DataError("observation:\n  " + "\n  ".join(faults))
 
 
-def _load_weights(model: VLAModel, weights: dict[str, torch.Tensor], where: str) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        _, _, faults = str(error).partition(":")
-        raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
+def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | None:
+    """How the returned actions write a rotation, and in which dimensions (null: the data names the one, not the other)."""
+    named = config.data.actions.rotation
+    if named is not None:
+        return {"representation": named.representation, "dimensions": list(named.dimensions)}
+    return {"representation": metadata.action_rotation, "dimensions": None} if metadata.action_rotation else None
 
 
 def _is_stray(key: str, names: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ these functions: it goes into the checkpoint as a dictionary and comes back equa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -133,6 +134,15 @@ class Preprocessor:
         self.prompts, self.image, self.statistics, self.normalization = prompts, image, statistics, normalization
         self.state = Normalizer(statistics.state, normalization, "state")
         self.action = Normalizer(statistics.action, normalization, "action")
+        self.actions = statistics.actions
+
+    def encode_actions(self, actions: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Recorded actions (..., K, A) after the state (..., P), both in real units, to what the model predicts, normalised."""
+        return self.action.normalize(self.actions.encode(actions, state))
+
+    def decode_actions(self, predicted: NDArray[np.float32], state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The inverse: what the model predicts (..., K, A) to actions in real units; state (..., P) in real units."""
+        return self.actions.decode(self.action.denormalize(predicted), state)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (str, int, float, list, dict) for the checkpoint."""
@@ -173,6 +183,7 @@ def load_prompt_and_image_spec(
     """
     from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor  # heavy: only where a backbone is loaded
 
+    check_reachable(model_name_or_path, revision)
     try:
         processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
@@ -218,3 +229,34 @@ def not_loadable(model_name_or_path: str, error: BaseException) -> str:
         "  google/paligemma-* is gated: accept its licence on Hugging Face, then run `hf auth login` or set HF_TOKEN;\n"
         "  without a network, download it elsewhere and give the folder: --model_path_override FOLDER"
     )
+
+
+def check_reachable(model_name_or_path: str, revision: str | None) -> None:
+    """Raise `ModelError` with the reason and its remedy when a backbone is neither a folder nor to be had from the hub.
+
+    One file is asked for, so that a hub out of reach is given up after half a minute instead of many.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    if os.path.isdir(model_name_or_path):
+        return
+    key = f"model.vlm_config.model_name_or_path: '{model_name_or_path}'"
+    log_in = "log in (`hf auth login`, or set HF_TOKEN)"
+    try:
+        hf_hub_download(model_name_or_path, "config.json", revision=revision)
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{key} is gated: accept its licence at https://huggingface.co/{model_name_or_path}, then {log_in} with the same "
+            f"account; or download it elsewhere and give the folder: --model_path_override FOLDER"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(
+            f"model.vlm_config.revision: '{model_name_or_path}' has no revision '{revision}' on the hub"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{key} is neither a folder here nor a model on the hub that you may see; mend the name, or {log_in} if it is "
+            f"private or gated"
+        ) from error
+    except Exception as error:  # of any kind: no network, no folder of that name, a proxy that answers something else
+        raise ModelError(not_loadable(model_name_or_path, error)) from error

@@ -23,6 +23,8 @@ STATE, ACTION, PROMPT = "state", "action", "prompt"
 IS_FIRST, IS_LAST, IS_TERMINAL = "is_first", "is_last", "is_terminal"
 FLAGS = (IS_FIRST, IS_LAST, IS_TERMINAL)
 METADATA_KEY = b"paligemma_vla"
+REPRESENTATIONS = ("absolute", "delta")  # of recorded actions
+ROTATIONS = {"euler_xyz": 3, "rotvec": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4, "rotation_6d": 6}  # numbers in each
 
 
 def image_column(camera: int) -> str:
@@ -72,21 +74,42 @@ class DatasetMetadata:
     """What numbers and pixels mean; it travels from the episode file into the checkpoint and to the robot.
 
     cameras: a name per camera, in the order image_1, image_2, ...   state_names / action_names: one per dimension.
+    state_units / action_units: one per dimension, e.g. `m`, `rad`; empty where a number has none.
     control_hz: control steps per second, 0 when unknown.   image_orientation: `upright` unless said otherwise.
     action_convention: what an action means, e.g. `end-effector delta, +1 = 1 cm; gripper +1 = close`.
+    action_representation: what the recorded actions are, `absolute` targets or `delta`s.
+    action_rotation: how they write a rotation, one of `ROTATIONS`.   Of both, empty: unknown.
     """
 
     robot: str = ""
     cameras: tuple[str, ...] = ()
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
+    state_units: tuple[str, ...] = ()
+    action_units: tuple[str, ...] = ()
     control_hz: float = 0.0
     image_orientation: str = "upright"
     action_convention: str = ""
+    action_representation: str = ""
+    action_rotation: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
+
+    def misfits(self, state_dim: int, action_dim: int) -> list[str]:
+        """Names and units that are not one per dimension: field, got, expected."""
+        fields = [
+            ("state_names", state_dim),
+            ("state_units", state_dim),
+            ("action_names", action_dim),
+            ("action_units", action_dim),
+        ]
+        return [
+            f"metadata {name}: got {len(getattr(self, name))}, expected {dimension}, one per dimension (or none)"
+            for name, dimension in fields
+            if getattr(self, name) and len(getattr(self, name)) != dimension
+        ]
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "metadata") -> DatasetMetadata:
@@ -118,13 +141,25 @@ def _is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
+def _is_representation(value: Any) -> bool:
+    return value in ("", *REPRESENTATIONS)
+
+
+def _is_rotation(value: Any) -> bool:
+    return value == "" or (_is_text(value) and value in ROTATIONS)
+
+
 def _is_text_map(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value.values()))
 
 
 # field -> what it holds in JSON; a string where nothing is said
 _METADATA_TYPES = {
-    **dict.fromkeys(("cameras", "state_names", "action_names"), ("a list of strings", _is_texts)),
+    **dict.fromkeys(
+        ("cameras", "state_names", "action_names", "state_units", "action_units"), ("a list of strings", _is_texts)
+    ),
+    "action_representation": (f"one of {', '.join(REPRESENTATIONS)}, or nothing", _is_representation),
+    "action_rotation": (f"one of {', '.join(ROTATIONS)}, or nothing", _is_rotation),
     "control_hz": ("a number of at least 0", _is_rate),
     "extra": ("an object of strings", _is_text_map),
 }

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("configs", "utils", "main_train.py", "main_train_ddp.py"):
         (folder / name).symlink_to(ROOT / name)
     rng = np.random.default_rng(0)
-    with EpisodeWriter(folder / "episodes", METADATA) as writer:
+    with EpisodeWriter(folder / "episodes", replace(METADATA, state_names=(), action_names=())) as writer:
         for length in (9, 12, 5, 14):
             state, action = (rng.normal(size=(length, 7)).astype(np.float32) for _ in range(2))
             writer.write(Episode([[encode_image(rng) for _ in range(length)]], state, action, "open the drawer"))
@@ -76,7 +77,7 @@ def run(workplace: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_statistics_command(run, workplace: Path) -> None:
     printed = run(STATISTICS)
     raw = json.loads((workplace / "normalization_stats.json").read_text())
-    assert set(raw) == {"version", "state", "action", "datasets", "digests"}
+    assert set(raw) == {"version", "state", "action", "datasets", "digests", "actions"}
     assert all(
         len(raw[name][field]) == 7 for name in ("state", "action") for field in ("min", "max", "mean", "std", "q01", "q99")
     )

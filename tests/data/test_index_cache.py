@@ -137,7 +137,8 @@ def cut(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     arrays = dict(np.load(path))
-    header = arrays["header"].tobytes().replace(b'"version": 2', b'"version": 9')
+    header = arrays["header"].tobytes().replace(b'"version": 3', b'"version": 9')
+    assert header != arrays["header"].tobytes()
     np.savez(path, **{**arrays, "header": np.frombuffer(header, np.uint8)})  # type: ignore[arg-type]
 
 

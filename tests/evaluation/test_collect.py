@@ -20,10 +20,16 @@ from paligemma_vla.evaluation.envs import StepResult, make_environment
 
 
 @pytest.fixture(scope="module")
-def env():
+def simulator():
     environment = make_environment("metaworld")
     yield environment
     environment.close()
+
+
+@pytest.fixture
+def env(simulator):
+    simulator.use_control("delta")
+    return simulator
 
 
 @pytest.fixture
@@ -75,6 +81,75 @@ def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
     spy = Spy(env)
     demonstrate(spy, replace(config, noise_share=0.0), "faucet-open", 0)
     np.testing.assert_array_equal(np.stack(spy.executed), np.stack(spy.clean))
+
+
+@pytest.mark.parametrize("task", ["drawer-open", "faucet-close"])
+def test_demonstrate_in_absolute_control_is_the_same_demonstration(env, config, task):
+    """The robot moves alike; the recorded targets are where the recorded deltas would have led it."""
+    delta = demonstrate(env, replace(config, noise_share=1.0), task, 1).episode
+    env.use_control("absolute")
+    spy = Led(env)
+    absolute = demonstrate(spy, replace(config, noise_share=1.0, control="absolute"), task, 1).episode
+    np.testing.assert_allclose(absolute.state, delta.state, atol=1e-4)
+    assert absolute.prompt == delta.prompt
+    np.testing.assert_array_equal(absolute.action[:, 3], delta.action[:, 3])
+    metaworld = env._task().simulator  # which keeps the target in the task's workspace
+    expected = np.clip(np.stack(spy.led[:-1]) + delta.action[:, :3] / 100, metaworld.mocap_low, metaworld.mocap_high)
+    np.testing.assert_allclose(absolute.action[:, :3], expected, atol=2e-5)
+    disturbed = np.abs(np.stack(spy.executed) - absolute.action)
+    assert 5e-4 < disturbed[:, :3].mean() < 5e-3, "the noise is that of deltas: some millimetres"
+    assert disturbed[:, 3].max() == 0
+
+
+class Led(Spy):
+    """Notes as well where the hand is being led to, before every step and at the end."""
+
+    def reset(self, task, seed, **options):
+        view = super().reset(task, seed, **options)
+        self.led = [self._env._target().copy()]
+        return view
+
+    def step(self, action):
+        result = super().step(action)
+        self.led.append(self._env._target().copy())
+        return result
+
+
+def test_replaying_recorded_targets_reproduces_the_episode_exactly(env, config):
+    env.use_control("absolute")
+    spy = Spy(env)
+    episode = demonstrate(spy, replace(config, noise_share=0.0, control="absolute"), "drawer-open", 1).episode
+    options = dict(spy.resets[-1])
+    seen = [env.reset("drawer-open", options.pop("seed"), **options)["state"]]
+    success = False
+    for action in episode.action:
+        success |= env.step(action).success
+        seen.append(env.observe()["state"])
+    assert success
+    np.testing.assert_array_equal(np.stack(seen[: episode.length]), episode.state)
+
+
+def test_collect_in_absolute_control_says_so(config, tmp_path):
+    config = replace(config, tasks=("drawer-close",), episodes=1, control="absolute")
+    collect(config)
+    written = table(tmp_path, "drawer-close")
+    metadata = schema.DatasetMetadata.from_json(written.schema.metadata[schema.METADATA_KEY])
+    assert metadata.action_representation == "absolute"
+    assert metadata.action_names == ("target_x", "target_y", "target_z", "gripper")
+    assert metadata.action_units == metadata.state_units == ("m", "m", "m", "normalised")
+    assert "metres" in metadata.action_convention
+    state, action = (np.array(written[name].to_pylist()) for name in ("state", "action"))
+    assert np.abs(action[:, :3] - state[:, :3]).max() < 0.15, "targets lie some centimetres ahead of the hand"
+    with pytest.raises(SimulatorError, match=r"(?s)other settings.*'control': 'absolute'.*expected"):
+        collect(replace(config, control="delta"))
+
+
+def test_settings_of_delta_control_are_those_of_before_there_was_a_choice(config):
+    """So that a folder of then can be gone on with."""
+    assert config.settings() == (
+        "{'env': 'metaworld', 'seed': 4, 'image_size': 64, 'noise_share': 0.5, 'noise_scale': (0.1, 0.3), 'noise_memory': 0.9, "
+        "'steps_after_success': 8, 'done_every': 6, 'done_steps': 80, 'revision': 2}"
+    )
 
 
 def test_correlated_noise_has_the_memory_and_scale_it_was_given(config):
@@ -137,6 +212,7 @@ def test_collect_writes_metadata_prompts_and_pictures(config):
     written = table(config.output_dir, "faucet-open")
     assert summary.frames == len(written) + len(table(config.output_dir, "drawer-close"))
     metadata = schema.DatasetMetadata.from_json(written.schema.metadata[schema.METADATA_KEY])
+    assert metadata.action_representation == "delta" and metadata.action_units == ("cm", "cm", "cm", "normalised")
     assert metadata.robot == "metaworld-sawyer" and metadata.image_orientation == "upright" and metadata.control_hz == 80
     env = make_environment("metaworld")
     assert set(written[schema.PROMPT].to_pylist()) <= set(env.prompts("faucet-open", "own"))

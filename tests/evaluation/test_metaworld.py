@@ -263,6 +263,43 @@ def test_step_clips_and_refuses_to_go_on_after_the_limit(env):
         env.step(np.zeros(4))
 
 
+def test_absolute_control_leads_the_hand_to_the_target_at_one_centimetre_per_step(env):
+    env.reset("drawer-close", 0)
+    start = env._target().copy()
+    env.use_control("absolute")
+    try:
+        assert env.spec.action_representation == "absolute" and env.spec.action_names[0] == "target_x"
+        far = np.append(start + np.array([0.035, -0.004, 0.0]), -1.0)
+        led = []
+        for _ in range(5):
+            env.step(far)
+            led.append(env._target() - start)
+        np.testing.assert_allclose([place[0] for place in led], [0.01, 0.02, 0.03, 0.035, 0.035], atol=1e-6)
+        np.testing.assert_allclose([place[1] for place in led], -0.004, atol=1e-6)
+        env.step(np.full(4, 99.0))  # clipped to the workspace
+        assert (np.abs(env._target() - start) < 0.1).all()
+        for control in ("Absolute", "velocity", None):
+            with pytest.raises(SimulatorError, match=f"metaworld control: got '{control}'"):
+                env.use_control(control)
+    finally:
+        env.use_control("delta")
+
+
+@pytest.mark.parametrize("task", ["drawer-open", "window-close", "hammer"])
+def test_expert_acts_alike_in_either_control(env, task):
+    paths = []
+    for control in ("delta", "absolute"):
+        env.use_control(control)
+        env.reset(task, 3)
+        path = []
+        for _ in range(60):
+            env.step(env.expert_action())
+            path.append(env._observed[:4].copy())
+        paths.append(path)
+    env.use_control("delta")
+    np.testing.assert_allclose(paths[0], paths[1], atol=1e-4)
+
+
 def test_success_does_not_end_an_episode(env):
     assert solve(env, "faucet-close", 0, "demo")
     assert not env.step(env.expert_action()).done

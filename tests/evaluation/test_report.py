@@ -106,8 +106,8 @@ def make_evaluation(prompt: str = "open the drawer", name: str = "dx") -> OpenLo
     sums = ErrorSums(4, 2)
     sums.add(rng.normal(size=(9, 4, 2)), np.zeros((9, 4, 2), np.float32), np.ones((9, 4), bool))
     dimensions = [
-        {"name": label, **entry, "mean_action_mae": 1.0, "zero_action_mae": 1.0, "training_range": [-1.0, 1.0]}
-        for label, entry in zip((name, "dy"), sums.per_dimension(), strict=True)
+        {"name": label, "unit": unit, **entry, "mean_action_mae": 1.0, "zero_action_mae": 1.0, "training_range": [-1.0, 1.0]}
+        for label, unit, entry in zip((name, "dy"), ("cm", ""), sums.per_dimension(), strict=True)
     ]
     euler = {
         "mae": 0.5,

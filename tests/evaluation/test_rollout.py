@@ -16,7 +16,7 @@ from PIL import Image
 from paligemma_vla.cli import rollout as command
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import make_environment
-from paligemma_vla.evaluation.envs.metaworld import SPEC
+from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_SPEC, SPEC
 from paligemma_vla.evaluation.episode import Condition, check_compatible, play
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
 from paligemma_vla.evaluation.videos import caption
@@ -46,6 +46,19 @@ class Expert:
     def infer(self, observation, *, seed=None, num_steps=None):
         self.calls.append((observation, seed, num_steps))
         return {"actions": np.repeat(self.env.expert_action()[None], self.horizon, axis=0)}
+
+
+class Absolute(Expert):
+    metadata = METADATA | {
+        "action_representation": "absolute",
+        "action_names": list(ABSOLUTE_SPEC.action_names),
+        "action_convention": ABSOLUTE_SPEC.action_convention,
+        "action_units": list(ABSOLUTE_SPEC.action_units),
+    }
+
+
+class Contradictory(Expert):
+    metadata = METADATA | {"action_representation": "absolute"}
 
 
 class DifferentRate(Expert):
@@ -83,6 +96,10 @@ def test_wilson_interval_refuses_impossible_counts():
 def test_check_compatible_names_every_difference():
     check_compatible(METADATA, SPEC)
     check_compatible(METADATA | {"control_hz": 0.0, "action_names": [], "camera_names": []}, SPEC)
+    units = {"state_units": ["mm"] * 4, "action_units": ["m"] * 4, "action_representation": "absolute"}
+    with pytest.raises(SimulatorError) as caught:
+        check_compatible(METADATA | units, SPEC)
+    assert all(f"\n  {field}: the checkpoint has" in str(caught.value) for field in units)
     wrong = {"action_dim": 7, "image_orientation": "upside-down", "camera_names": ["wrist"], "control_hz": 10.0}
     with pytest.raises(SimulatorError) as caught:
         check_compatible(METADATA | wrong, SPEC)
@@ -151,6 +168,23 @@ def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tm
     assert result.episodes[0]["seed"] == stock.episodes[0]["seed"] and stock.settings["resets"] == "stock"
     assert result.mean_success == stock.mean_success == 1.0 and random.mean_success == 0.0
     check_written(tmp_path / "a")
+
+
+def test_rollout_plays_a_policy_in_the_control_its_metadata_names():
+    config = RolloutConfig(tasks=("faucet-close",), episodes=1, execute=1)
+    played = []
+    for factory in (Expert, Absolute):
+        with RolloutPool("metaworld", policy_factory=factory, workers=0) as pool:
+            random = pool.run(replace(config, policy="random"))  # before the policy is asked for anything
+            played.append((pool.run(config).episodes, random.mean_success))
+    assert played[0] == played[1], "the expert's targets lead where its deltas lead"
+    with (
+        RolloutPool("metaworld", policy_factory=Contradictory, workers=0) as pool,
+        pytest.raises(
+            SimulatorError, match=r"action_names: the checkpoint has \('delta_x', .*, the environment \('target_x', "
+        ),
+    ):
+        pool.run(config)
 
 
 def check_written(folder: Path) -> None:

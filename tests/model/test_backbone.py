@@ -15,6 +15,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.model import PaliGemmaVLM
+from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.preprocess import load_prompt_and_image_spec
 
 ConfigFactory = Callable[..., VLAConfig]
@@ -27,8 +28,17 @@ def build(config: VLAConfig) -> PaliGemmaVLM:
     return PaliGemmaVLM(vlm, prompts, image).eval()
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa", None])
-def any_kernel(request: pytest.FixtureRequest, session_config: ConfigFactory) -> PaliGemmaVLM:
+@pytest.fixture(scope="module", params=["eager", "sdpa", None, "PaliGemma 2"])
+def any_kernel(
+    request: pytest.FixtureRequest, session_config: ConfigFactory, tmp_path_factory: pytest.TempPathFactory
+) -> PaliGemmaVLM:
+    """Every kernel of PaliGemma, and PaliGemma 2 with its own choice: plain sdpa cannot do Gemma 2's capped scores."""
+    if request.param == "PaliGemma 2":
+        spec = TinySpec(32, 16, vision_layers=1, text_layers=2, width=32, heads=4, vocabulary=400, second=True)
+        folder = write_tiny_paligemma(tmp_path_factory.mktemp("second") / "tiny", spec)
+        vlm = build(session_config({"model.vlm_config.model_name_or_path": str(folder)}))
+        assert vlm.backbone.config.text_config.model_type == "gemma2"
+        return vlm
     return build(session_config({"model.vlm_config.attn_implementation": request.param}))
 
 
@@ -210,6 +220,7 @@ def test_weights_file_that_is_missing_or_damaged_is_a_model_error(
     with pytest.raises(ModelError, match="cannot load"):
         build(config)
     (tmp_path / "model.safetensors").unlink()
+    torch.save(load_file(tiny_model_dir / "model.safetensors"), tmp_path / "pytorch_model.bin")  # a pickle is no substitute
     with pytest.raises(ModelError, match="cannot load"):
         build(config)
 

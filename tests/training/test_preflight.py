@@ -139,7 +139,7 @@ def test_source_inside_another_trains_on_nothing_that_is_held_out(tiny_config: C
     """A subset of the data that is to weigh more."""
     subset = str(episode_dir / "episodes-00000.parquet")
     sources = [{"path": str(episode_dir), "weight": 1.0}, {"path": subset, "weight": 3.0}]
-    _, data = preflight.prepare(tiny_config({"data.train_parquet_files": sources, "data.val_fraction": 0.3}), ALONE)
+    _, data, _ = preflight.prepare(tiny_config({"data.train_parquet_files": sources, "data.val_fraction": 0.3}), ALONE)
     assert data.validation is not None
     held_out, trained_on = ({data_set.where(n) for n in range(len(data_set))} for data_set in (data.validation, data.train))
     assert held_out

@@ -64,8 +64,12 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "camera_names": list(metadata.cameras),
         "state_dim": index.layout.state_dim,
         "state_names": list(metadata.state_names),
+        "state_units": list(metadata.state_units),
         "action_dim": index.layout.action_dim,
         "action_names": list(metadata.action_names),
+        "action_units": list(metadata.action_units),
+        "action_representation": metadata.action_representation,
+        "action_rotation": metadata.action_rotation,
         "control_hz": metadata.control_hz,
         "image_orientation": metadata.image_orientation,
         "robot": metadata.robot,
@@ -81,7 +85,7 @@ def _shown(value: Any) -> str:
         return "  ".join(f"{name} {number:g}" for name, number in value.items())
     if isinstance(value, list):
         return ", ".join(value) or "-"
-    return str(value)
+    return str(value) if value != "" else "-"
 
 
 def main(args: argparse.Namespace) -> int:

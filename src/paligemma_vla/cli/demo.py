@@ -111,9 +111,14 @@ def _demonstrations(args: argparse.Namespace, config: Any) -> None:
 
 
 def _statistics(config: Any) -> None:
+    from paligemma_vla.action_settings import resolve_actions
+    from paligemma_vla.data.episodes import EpisodeIndex
     from paligemma_vla.data.statistics import compute_statistics
 
-    statistics = compute_statistics(config.data.train_parquet_files, "data.train_parquet_files")
+    index = EpisodeIndex.build(config.data.train_parquet_files)
+    layout = index.layout
+    actions = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
+    statistics = compute_statistics(index, "data.train_parquet_files", actions=actions)
     statistics.save(config.data.normalization_stats_path)
     logger.info("%s: %d rows", config.data.normalization_stats_path, statistics.state.count)
 

@@ -24,6 +24,7 @@ from paligemma_vla.errors import Terminated, VLAError
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
     "stats": "compute normalisation statistics",
+    "plan": "tell what training will hold in memory",
     "train": "train a policy",
     "evaluate": "compare a policy's actions with recorded episodes",
     "collect": "record scripted demonstrations in a simulator",
@@ -85,8 +86,7 @@ def _terminable() -> Iterator[None]:
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; an error becomes one message and exit status 2."""
     logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    quiet_libraries()
+    log_to_stderr()
     try:
         with _terminable():
             return run(args)
@@ -105,6 +105,12 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         status, message = _told(error)
         _say(_printable(message))
         return status
+
+
+def log_to_stderr() -> None:
+    """Messages alone, from INFO up."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    quiet_libraries()
 
 
 def _say(message: str) -> None:

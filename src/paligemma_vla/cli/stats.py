@@ -7,6 +7,7 @@ import logging
 
 from tqdm import tqdm
 
+from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.config import load_config, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import load_exclusions
@@ -27,11 +28,16 @@ def main(args: argparse.Namespace) -> int:
     where = "--train_data_override" if override else "data.train_parquet_files"
     exclude = load_exclusions(config.data.exclude_episodes)
     index = EpisodeIndex.build(source_paths(config.data.train_parquet_files), where, exclude)
+    layout = index.layout
+    actions = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
     with tqdm(total=index.steps, unit=" rows", desc="statistics", dynamic_ncols=True) as bar:
-        statistics = compute_statistics(index, where, bar.update)
+        statistics = compute_statistics(index, where, bar.update, actions=actions)
     statistics.save(args.output_path)
     if exclude is not None:
         logger.info("%s: %d episodes (or whole files) left out", exclude.path, index.excluded)
+    if actions.converts:
+        steps = statistics.action.count
+        logger.info("actions, %d steps of chunks of %d: %s", steps, actions.horizon, actions.describe(layout.metadata))
     logger.info(
         "%s: %d rows of %d file(s), state %d, action %d dimensions",
         args.output_path,

@@ -100,7 +100,9 @@ def _worker(args: argparse.Namespace) -> int:
     """One process of a launch: its errors are told by rank 0, or by the launcher."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    from paligemma_vla.cli.main import log_to_stderr
+
+    log_to_stderr()
     return record(_train)(resolve_config(args), args) or 0
 
 

@@ -53,6 +53,12 @@ def missing_image() -> Unusable:
     return Unusable(Kind.NO_IMAGE, text)
 
 
+def no_rotation() -> Unusable:
+    """What is wrong with an action or a state whose rotation is none."""
+    text = "the rotation here, in the next actions or in the state is none, as a quaternion of length 0"
+    return Unusable(Kind.NUMBER, f"{text}; mend it, or {LEAVE_OUT}")
+
+
 def prompt_of(column: pa.Array, place: int) -> str:
     """An instruction; raises `Unusable` when it is null, empty or no text."""
     try:

@@ -23,8 +23,14 @@ READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 STREAM_BUFFER = 2**18
 SAMPLED_ROWS = 1024
 MOST_NUMBERS = 4096  # in a state or an action, as in the configuration
+METADATA_REMEDY = "write it as docs/data_format.md says"
 NAMED = 20  # columns named in a message
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
+# Of the metadata, what files of one robot share where they say it.
+COMPARED = (
+    *("image_orientation", "control_hz", "action_convention", "action_representation", "action_rotation"),
+    *("state_names", "action_names", "state_units", "action_units"),
+)
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
 
 Rows = NDArray[np.int64]
@@ -137,7 +143,7 @@ def robot_faults(path: str, layout: Layout, first_path: str, first: Layout) -> I
     ]:
         if got != expected:
             yield Fault(path, Kind.ROBOT, f"got {got} numbers per row, expected {expected} {remedy}", column=name)
-    for name in ("image_orientation", "control_hz", "action_convention", "state_names", "action_names"):
+    for name in COMPARED:
         said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
         if said and said_first and said != said_first:
             yield Fault(path, Kind.ROBOT, f"metadata {name}: got {said}, expected {said_first} {remedy}")
@@ -166,7 +172,10 @@ def survey(path: str, file: pq.ParquetFile) -> tuple[Layout, list[Fault]]:
     try:
         metadata = DatasetMetadata.from_json(stored) if stored else metadata
     except DataError as error:
-        faults.append(Fault(path, Kind.METADATA, f"{error}; write it as docs/data_format.md says"))
+        faults.append(Fault(path, Kind.METADATA, f"{error}; {METADATA_REMEDY}"))
+    if all(dimensions.values()):
+        misfits = metadata.misfits(dimensions[schema.STATE], dimensions[schema.ACTION])
+        faults += [Fault(path, Kind.METADATA, f"{text}; {METADATA_REMEDY}") for text in misfits]
     return Layout(count_cameras(file.schema_arrow), dimensions[schema.STATE], dimensions[schema.ACTION], metadata), faults
 
 

@@ -23,7 +23,7 @@ from paligemma_vla.data.flags import FlagRows, read_flags
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import cache_folder, replace_file
 
-VERSION = 2
+VERSION = 3
 ROWS = ("groups", *(field.name for field in fields(FlagRows)))
 logger = logging.getLogger(__name__)
 

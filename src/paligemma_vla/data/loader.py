@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paligemma_vla import flow, schema
+from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.config import AugmentationConfig, VLAConfig
-from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, prompt_of
+from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, no_rotation, prompt_of
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable
+from paligemma_vla.data.files import Layout
 from paligemma_vla.data.images import decode, jitter_colour, random_crop
 from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
-from paligemma_vla.errors import DataError, VLAError
-from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.errors import ConfigError, DataError, VLAError
+from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
 
 Batch = dict[str, Any]
@@ -108,6 +110,8 @@ class VLADataset(Dataset[Item]):
         self.preprocessor = processor if isinstance(processor, Preprocessor) else build_preprocessor(config, processor)
         self.options = SampleOptions.from_config(config, training)
         check_fit(self.index, self.preprocessor.statistics, config)
+        if self.preprocessor is not processor:
+            check_actions(self.index.layout, self.preprocessor.statistics, config)
         self.reader = EpisodeReader(self.index, self.options.cameras, self.options.cache_bytes)
         self._ends = np.cumsum(self.index.length, dtype=np.int64)
 
@@ -141,7 +145,7 @@ class VLADataset(Dataset[Item]):
             raise FaultError(error.at(path, row, schema.PROMPT)) from error
         images, present = self._images(rows.images, place, (path, row), ref)
         input_ids, attention_mask = pre.prompts.encode([prompt], present[None])
-        action, action_mask = self._chunk(file, row, int(self.index.length[episode]) - step)
+        action, action_mask = self._chunk((path, row), file, int(self.index.length[episode]) - step, rows.state[place])
         generator = torch.Generator().manual_seed(derive_seed(options.seed, f"{options.stream} flow", ref.position))
         chunk = (options.horizon, options.per_action_dim)
         item: dict[str, Any] = {
@@ -193,15 +197,22 @@ class VLADataset(Dataset[Item]):
                 images.append(to_pixels(jitter_colour(fitted, augmentation, rng)))
         return images, present
 
-    def _chunk(self, file: int, row: int, remaining: int) -> tuple[Any, Any]:
-        """Normalised actions (K, A) from `row` on, and which of them are real (K, A)."""
+    def _chunk(self, source: tuple[str, int], file: int, remaining: int, state: Any) -> tuple[Any, Any]:
+        """What the model is to predict (K, A) from a row on, normalised, and which of it is real (K, A).
+
+        source: path and row. state: (P,) there, in real units.
+        """
         horizon, width = self.options.horizon, self.options.per_action_dim
+        row = source[1]
         real = min(horizon, remaining)
-        values = self.preprocessor.action.normalize(self.reader.actions(file, row, row + real))
+        recorded = self.reader.actions(file, row, row + real)
+        padded = recorded[np.minimum(np.arange(horizon), real - 1)]
+        values = self.preprocessor.encode_actions(padded, state)
+        if not np.isfinite(values).all():
+            raise FaultError(no_rotation().at(*source, schema.ACTION))
         action = np.zeros((horizon, width), np.float32)
         mask = np.zeros((horizon, width), bool)
-        action[:real, : values.shape[1]] = values
-        action[real:, : values.shape[1]] = values[-1]
+        action[:, : values.shape[1]] = values
         mask[:real, : values.shape[1]] = True
         return action, mask
 
@@ -220,6 +231,23 @@ def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config:
             )
     if faults:
         raise DataError("\n  ".join([f"{index.paths[0]}: {MISFIT}", *faults]))
+
+
+def check_actions(layout: Layout, statistics: DatasetStatistics | None, config: VLAConfig, trained: bool = False) -> None:
+    """Raise `ConfigError` when `data.actions` cannot be what it says for this data, or the statistics are of other actions.
+
+    trained: they are a checkpoint's.
+    """
+    wanted = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
+    if statistics is None or wanted == statistics.actions:
+        return
+    expected, got = (actions.describe(layout.metadata) for actions in (wanted, statistics.actions))
+    if trained:
+        raise ConfigError(
+            f"data.actions: got {expected}; the checkpoint predicts {got}: take it back, or start a run of its own"
+        )
+    path = config.data.normalization_stats_path
+    raise ConfigError(f"data.normalization_stats_path: {path} is of actions as {got}, expected {expected}; {recompute(path)}")
 
 
 def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None) -> Preprocessor:

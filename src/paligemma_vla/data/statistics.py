@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.actions import ABSOLUTE, ActionTransform
+from paligemma_vla.data.checks import no_rotation
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import ExclusionList, hex_digest
+from paligemma_vla.data.faults import FaultError
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.normalization import Accumulator, DatasetStatistics
+from paligemma_vla.schema import ACTION
+
+Floats = NDArray[np.float32]
+BLOCK_ROWS = 65536
 
 
 def compute_statistics(
@@ -18,36 +28,86 @@ def compute_statistics(
     where: str,
     progress: Callable[[int], object] | None = None,
     exclude: ExclusionList | None = None,
+    actions: ActionTransform = ABSOLUTE,
 ) -> DatasetStatistics:
     """Exact statistics of every row of every episode, read once, in parallel, touching state and action only.
 
     progress: called with the number of rows of each finished file. exclude: episodes to leave out (an index has left them
-    out already). Raises `DataError` naming file, row and column.
+    out already). actions: what the model sees of them; unless they are absolute, statistics are over every step of every
+    chunk, as far as it lies within its episode. Raises `DataError` naming file, row and column.
     """
     index = parquet_files
     if not isinstance(index, EpisodeIndex):
         index = EpisodeIndex.build(index, where, exclude)
-    state, action = _accumulators(index)
+    state, action = _accumulators(index, actions)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         # map keeps the files' order, so the floating-point result does not depend on timing
-        for part_state, part_action in pool.map(partial(_file_statistics, index), range(len(index.paths))):
+        for part_state, part_action in pool.map(partial(_file_statistics, index, actions), range(len(index.paths))):
             state.merge(part_state)
             action.merge(part_action)
             if progress is not None:
                 progress(part_state.count)
     digests = tuple(hex_digest(digest) for digest in index.digests.tolist())
-    return DatasetStatistics(state.result(), action.result(), index.paths, digests)
+    return DatasetStatistics(state.result(), action.result(), index.paths, digests, actions)
 
 
-def _accumulators(index: EpisodeIndex) -> tuple[Accumulator, Accumulator]:
+def _accumulators(index: EpisodeIndex, actions: ActionTransform) -> tuple[Accumulator, Accumulator]:
     """For state and action."""
-    return Accumulator(index.layout.state_dim, index.steps), Accumulator(index.layout.action_dim, index.steps)
+    seen = _steps_in_chunks(index.length, actions.horizon) if actions.converts else index.steps
+    return Accumulator(index.layout.state_dim, index.steps), Accumulator(index.layout.action_dim, seen)
 
 
-def _file_statistics(index: EpisodeIndex, file: int) -> tuple[Accumulator, Accumulator]:
-    state, action = _accumulators(index)
-    for states, actions in iterate_numbers(index, file):
+def _steps_in_chunks(lengths: NDArray[np.int32], horizon: int) -> int:
+    """How many (t, k) have k < horizon and t + k within an episode, over all episodes."""
+    whole = np.minimum(lengths.astype(np.int64), horizon)
+    return int((whole * (lengths - whole) + whole * (whole + 1) // 2).sum())
+
+
+def _file_statistics(index: EpisodeIndex, actions: ActionTransform, file: int) -> tuple[Accumulator, Accumulator]:
+    state, action = _accumulators(index, actions)
+    for states, seen in model_numbers(index, file, actions):
         if len(states):
             state.add(states)
-            action.add(actions)
+            action.add(seen)
     return state, action
+
+
+def model_numbers(
+    index: EpisodeIndex, file: int, actions: ActionTransform, rows: int = BLOCK_ROWS
+) -> Iterator[tuple[Floats, Floats]]:
+    """Stream (state (R, P), actions as the model sees them (R', A)) of a file's episodes, in real units, `rows` or so at once.
+
+    With absolute actions R' = R; else there is one for every step of the chunk of every row that lies within the episode.
+    """
+    if not actions.converts:
+        yield from iterate_numbers(index, file, rows)
+        return
+    states: list[Floats] = []
+    seen: list[Floats] = []
+    for row, state, action in _episodes(index, file):
+        per_block = max(1, rows // actions.horizon)
+        for first in range(0, len(state), per_block):
+            states.append(state[first : first + per_block])
+            steps = first + np.arange(len(states[-1]))[:, None] + np.arange(actions.horizon)  # (R, K)
+            chunks = actions.encode(action[np.minimum(steps, len(action) - 1)], states[-1])
+            for bad in np.flatnonzero(~np.isfinite(chunks).all(axis=(1, 2))):
+                raise FaultError(no_rotation().at(index.paths[file], row + first + int(bad), ACTION))
+            seen.append(chunks[steps < len(action)])
+            if sum(map(len, seen)) >= rows:
+                yield np.concatenate(states), np.concatenate(seen)
+                states, seen = [], []
+    if states:
+        yield np.concatenate(states), np.concatenate(seen)
+
+
+def _episodes(index: EpisodeIndex, file: int) -> Iterator[tuple[int, Floats, Floats]]:
+    """First row, states (L, P) and actions (L, A) of each episode of a file, in order."""
+    held = index.file == file
+    state, action = np.empty((0, index.layout.state_dim), np.float32), np.empty((0, index.layout.action_dim), np.float32)
+    numbers = iterate_numbers(index, file)
+    for start, length in zip(index.start[held].tolist(), index.length[held].tolist(), strict=True):
+        while len(state) < length:
+            states, actions = next(numbers)
+            state, action = np.concatenate([state, states]), np.concatenate([action, actions])
+        yield start, state[:length], action[:length]
+        state, action = state[length:], action[length:]

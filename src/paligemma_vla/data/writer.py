@@ -114,6 +114,8 @@ class EpisodeWriter:
                 f"{where}: columns differ from the episodes already written\n  got      {_columns(wanted)}\n"
                 f"  expected {_columns(self._schema)}\n  write it into another folder or under another prefix"
             )
+        if misfits := self.metadata.misfits(episode.state.shape[1], episode.action.shape[1]):
+            raise DataError("\n  ".join([f"{where} cannot be written", *misfits]))
         flags = np.zeros((3, length), bool)
         flags[0, 0] = flags[1, -1] = True
         flags[2, -1] = episode.is_terminal

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from paligemma_vla import schema
 from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
-from paligemma_vla.evaluation.envs import Environment, make_environment
+from paligemma_vla.evaluation.envs import Control, Environment, make_environment
 from paligemma_vla.evaluation.workers import WorkerPool
 from paligemma_vla.schema import Episode, Observation, image_key
 
@@ -46,8 +46,9 @@ class CollectConfig:
     """What to collect, and how.
 
     episodes: kept per task.   workers: processes; 0 is this process.   image_size: pixels.
-    noise_share: of episodes that are disturbed.   noise_scale: range of the noise's standard deviation (action units).
+    noise_share: of episodes that are disturbed.   noise_scale: range of the noise's standard deviation, of a full stroke.
     noise_memory: correlation of the noise from one step to the next.   steps_after_success: recorded beyond it.
+    control: what the recorded actions are, `delta`s or `absolute` targets; the robot moves alike.
     done_every: one in so many episodes starts done, where the task can (0: none), and lasts at least done_steps.
     """
 
@@ -64,10 +65,13 @@ class CollectConfig:
     steps_after_success: int = 8
     done_every: int = 6
     done_steps: int = 80
+    control: Control = "delta"
 
     def settings(self) -> str:
         """Everything that decides what an episode holds, as one line; stored with the episodes."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")}
+        if self.control == "delta":  # as it was before there was a choice: those folders can still be gone on with
+            del kept["control"]
         return repr({**kept, "revision": REVISION})
 
 
@@ -97,6 +101,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     """
     started = time.monotonic()
     env = make_environment(config.env, config.image_size)
+    env.use_control(config.control)
     tasks = tuple(dict.fromkeys(env.canonical(task) for task in config.tasks))
     metadata = env.spec.to_metadata({SETTINGS_KEY: config.settings()})
     env.close()
@@ -173,7 +178,7 @@ def _follow_expert(
         actions.append(action)
         executed = action.copy()
         # The gripper is left alone: opening it by chance would drop things, which no correction recovers.
-        executed[:-1] += next(noises)
+        executed[:-1] += next(noises) * env.spec.action_scale[:-1]
         result = env.step(np.clip(executed, env.spec.action_low, env.spec.action_high))
         if result.success and solved_at is None:
             solved_at = step
@@ -204,11 +209,13 @@ def _refuse_other_settings(config: CollectConfig, task: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _environment(name: str, image_size: int) -> Environment:
+def _environment(name: str, image_size: int, control: Control) -> Environment:
     """The simulator of this process, kept from job to job."""
-    return make_environment(name, image_size)
+    env = make_environment(name, image_size)
+    env.use_control(control)
+    return env
 
 
 def _work(job: tuple[CollectConfig, str, int]) -> Demonstration:
     config, task, index = job
-    return demonstrate(_environment(config.env, config.image_size), config, task, index)
+    return demonstrate(_environment(config.env, config.image_size, config.control), config, task, index)

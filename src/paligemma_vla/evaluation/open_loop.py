@@ -78,11 +78,12 @@ class OpenLoopResult:
 
 
 class ErrorSums:
-    """Sums of absolute and squared errors per horizon step and dimension, over the valid steps only."""
+    """Sums of absolute and squared errors per horizon step and dimension, over the valid steps only; the range of the true."""
 
     def __init__(self, horizon: int, dimension: int) -> None:
         self.absolute, self.squared = np.zeros((horizon, dimension)), np.zeros((horizon, dimension))
         self.count = np.zeros(horizon, np.int64)
+        self.low, self.high = np.full(dimension, np.inf), np.full(dimension, -np.inf)
 
     def add(self, predicted: NDArray[Any], true: Floats, mask: NDArray[np.bool_]) -> None:
         """predicted broadcasts to true (B, K, A); mask (B, K)."""
@@ -90,6 +91,7 @@ class ErrorSums:
         self.absolute += np.abs(difference).sum(0)
         self.squared += np.square(difference).sum(0)
         self.count += mask.sum(0)
+        self.low, self.high = np.minimum(self.low, true[mask].min(0)), np.maximum(self.high, true[mask].max(0))
 
     @property
     def total(self) -> dict[str, float]:
@@ -161,7 +163,6 @@ def _explained(config: OpenLoopConfig) -> Iterator[None]:
 def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[dict[str, ErrorSums], float, int]:
     """The pass over the data: error sums of the policy and of the baselines, the velocity loss, the number of samples."""
     dimension, horizon = int(policy.metadata["action_dim"]), samples.horizon
-    mean_action = policy.preprocessor.statistics.action.mean
     table = {name: ErrorSums(horizon, dimension) for name in ("policy", "mean_action", "zero_action")}
     plan = ValidationSampler(len(samples.dataset), config.max_samples or len(samples.dataset), config.batch_size, 0, 1)
     chosen = sum(len(batch) for batch in plan.batches)
@@ -176,12 +177,22 @@ def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[d
             loss += _velocity_loss(policy, samples.dataset, refs)
             predicted = predict(policy, batch, config.seed, config.num_steps)
             true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
-            for name, guess in (("policy", predicted), ("mean_action", mean_action), ("zero_action", np.zeros(dimension))):
+            guesses = {"policy": predicted, "mean_action": _mean_action(policy, batch), "zero_action": np.zeros(dimension)}
+            for name, guess in guesses.items():
                 table[name].add(guess, true, mask)
             if writer is not None:
                 writer.write(batch, predicted)
             bar.update(len(batch))
     return table, float(loss[0] / loss[1]), chosen
+
+
+def _mean_action(policy: Policy, batch: Sequence[Sample]) -> NDArray[Any]:
+    """What comes of always predicting the mean of the training data, in real units: broadcasts to (B, K, A)."""
+    mean, actions = policy.preprocessor.statistics.action.mean, policy.preprocessor.actions
+    if not actions.converts:
+        return mean
+    chunk = np.broadcast_to(mean.astype(np.float32), (len(batch), actions.horizon, len(mean)))
+    return actions.decode(chunk, np.stack([np.asarray(sample.observation["state"], np.float32) for sample in batch]))
 
 
 @torch.inference_mode()
@@ -198,14 +209,18 @@ def _figures(policy: Policy, table: dict[str, ErrorSums]) -> dict[str, Any]:
     sums = table["policy"]
     dimension = sums.absolute.shape[1]
     names = policy.metadata["action_names"] or [f"action[{n}]" for n in range(dimension)]
-    statistics = policy.preprocessor.statistics.action
+    units = policy.metadata["action_units"] or [""] * dimension
+    statistics, converted = policy.preprocessor.statistics.action, policy.preprocessor.actions.dimensions
     baselines = {name: errors.per_dimension() for name, errors in table.items() if name != "policy"}
     per_dimension = [
         {
             "name": names[n],
+            "unit": units[n],
             **entry,
             **{f"{name}_mae": values[n]["mae"] for name, values in baselines.items()},
-            "training_range": [float(statistics.min[n]), float(statistics.max[n])],
+            "recorded_range": [float(sums.low[n]), float(sums.high[n])],
+            # Of a dimension that the model sees converted, the statistics do not know it.
+            "training_range": None if n in converted else [float(statistics.min[n]), float(statistics.max[n])],
         }
         for n, entry in enumerate(sums.per_dimension())
     ]

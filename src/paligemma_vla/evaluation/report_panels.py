@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def _dimension_table(rows: list[dict[str, Any]]) -> Html:
     body = join(
         fill(
             '<tr><th>{}</th><td class="w">{}</td><td class="n">{}</td><td class="n">{}</td></tr>',
-            row["name"],
+            labelled(row["name"], row["unit"]),
             bullet(row["mae"], most, row["mean_action_mae"]),
             number(row["mae"]),
             number(row["mean_action_mae"]),
@@ -127,13 +128,13 @@ def _euler_table(rows: list[dict[str, Any]]) -> Html:
 
 def _trace(trace: Trace, dimensions: list[dict[str, Any]], most: int = DIMENSIONS_SHOWN) -> Html:
     """Predicted chunks over what was recorded, for the `most` dimensions that move most, in their order."""
-    ranges = np.array([row["training_range"] for row in dimensions])
+    ranges = np.array([row["training_range"] or row["recorded_range"] for row in dimensions])
     movement = trace.actions.std(axis=0) / np.maximum(1e-9, ranges[:, 1] - ranges[:, 0])
     shown = np.sort(np.argsort(-movement, kind="stable")[:most])
     charts = join(
         fill(
             "<div><h4>{}</h4>{}</div>",
-            dimensions[n]["name"],
+            labelled(dimensions[n]["name"], dimensions[n]["unit"]),
             chunk_chart(trace.actions[:, n], trace.starts.tolist(), trace.predicted[..., n], tuple(ranges[n])),
         )
         for n in shown
@@ -255,13 +256,18 @@ def _episode(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> Html:
             strips[camera].append(fill('<img alt="step {}" src="{}">', step, _thumbnail(column[place].as_buffer(), where)))
     actions = reader.actions(file, start, start + length)
     shown = min(actions.shape[1], DIMENSIONS_SHOWN)
-    names = list(index.layout.metadata.action_names)
-    if len(names) != actions.shape[1]:
-        names = [f"action[{n}]" for n in range(shown)]
+    metadata = index.layout.metadata
+    names = metadata.action_names or [f"action[{n}]" for n in range(shown)]
+    names = [labelled(name, unit) for name, unit in zip_longest(names, metadata.action_units, fillvalue="")]
     chart = line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120)
     content = join([*(fill('<div class="strip">{}</div>', join(strip)) for strip in strips), chart])
     note = f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else ""
     return figure(f"“{prompt}”", content, legend([(f"c{n}", names[n]) for n in range(shown)]), note)
+
+
+def labelled(name: str, unit: str) -> str:
+    """A dimension's name, with its unit where it has one."""
+    return f"{name} ({unit})" if unit else name
 
 
 def _thumbnail(data: Any, where: str) -> Html:

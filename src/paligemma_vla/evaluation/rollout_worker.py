@@ -53,6 +53,8 @@ class _Worker:
         if self.policy is None:
             env = self.environment()
             policy = self.factory(env)
+            if control := policy.metadata.get("action_representation"):
+                env.use_control(control)
             check_compatible(policy.metadata, env.spec)
             self.policy = policy
         return self.policy
@@ -78,7 +80,8 @@ def play_job(job: tuple[str, int, Condition, bool]) -> EpisodeOutcome:
     """Play one episode: (task, number, condition, whether to take snapshots for a film)."""
     (worker,) = _here
     task, index, condition, record = job
-    policy = worker.actor() if condition.policy == "checkpoint" else None
+    # With a policy at hand, random actions are of its kind, whichever condition is played first.
+    policy = worker.actor() if worker.factory is not None else None
     return play(worker.environment(), policy, task, index, condition, record)
 
 

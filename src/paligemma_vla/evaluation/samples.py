@@ -55,7 +55,7 @@ class Samples:
                 image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
                 observation[schema.image_key(camera)] = np.asarray(image)
         real = min(self.horizon, int(self.index.length[episode]) - step)
-        actions = self.dataset.reader.actions(file, row, row + real)
+        actions = self._actions(file, row, row + real)
         padded = np.concatenate([actions, np.repeat(actions[-1:], self.horizon - real, axis=0)])
         mask = np.arange(self.horizon) < real
         return Sample(sample, episode, step, observation, padded, mask)  # type: ignore[arg-type]
@@ -63,7 +63,11 @@ class Samples:
     def actions(self, episode: int) -> Floats:
         """All actions (L, A) of an episode."""
         start = int(self.index.start[episode])
-        return self.dataset.reader.actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
+        return self._actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
+
+    def _actions(self, file: int, start: int, stop: int) -> Floats:
+        """Actions of some rows, with rotations written as the policy writes them, so that the two can be compared."""
+        return self.dataset.preprocessor.actions.canonical(self.dataset.reader.actions(file, start, stop))
 
 
 def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
@@ -84,6 +88,10 @@ def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
         ("cameras", list(meta.cameras)[:cameras], list(expected["camera_names"])[:cameras]),
         ("state_names", list(meta.state_names), expected["state_names"]),
         ("action_names", list(meta.action_names), expected["action_names"]),
+        ("state_units", list(meta.state_units), expected["state_units"]),
+        ("action_units", list(meta.action_units), expected["action_units"]),
+        ("action_representation", meta.action_representation, expected["action_representation"]),
+        ("action_rotation", meta.action_rotation, (expected["rotation"] or {}).get("representation", "")),
         ("control_hz", meta.control_hz, expected["control_hz"]),
         ("image_orientation", meta.image_orientation, expected["image_orientation"]),
         ("action_convention", meta.action_convention, expected["action_convention"]),

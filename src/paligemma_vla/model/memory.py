@@ -1,7 +1,4 @@
-"""Whether an action head of the configured size fits into memory, told before any of it is built.
-
-Only what the head surely needs is counted: a run that is refused could never have begun.
-"""
+"""How much memory this process may still take."""
 
 from __future__ import annotations
 
@@ -12,41 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import ConfigError
-from paligemma_vla.model.vla_model import resolve_head
-
 T = TypeVar("T")
-WEIGHTS = 4  # bytes per parameter: float32
-TRAINING = 16  # the weight, its gradient, and AdamW's two moments
-
-
-def check_head_fits(config: VLAConfig, device: torch.device) -> None:
-    """Raise `ConfigError` when the head cannot be built here, or trained on `device`, with the memory that is left.
-
-    Called before the model is built, since building is what would exhaust the machine.
-    """
-    there = [("this machine", WEIGHTS if device.type == "cuda" else TRAINING, available_bytes())]
-    if device.type == "cuda":
-        there.append((str(device), TRAINING, torch.cuda.mem_get_info(device)[0]))
-    count = head_parameters(config)
-    for name, each, free in there:
-        if free is not None and count * each > free:
-            head = config.model.action_head_config
-            raise ConfigError(
-                f"model.action_head_config: embed_dim {head.embed_dim}, num_layers {head.num_layers}, mlp_ratio "
-                f"{head.mlp_ratio:g} make {count / 1e6:,.0f} M parameters, which take {count * each / 1e9:,.1f} GB "
-                f"({each} bytes each); {name} has {free / 1e9:,.1f} GB left; lower embed_dim or num_layers"
-            )
-
-
-def head_parameters(config: VLAConfig) -> int:
-    """Number of parameters of the configured head, for the narrowest context there could be; none of them is allocated."""
-    with torch.device("meta"):
-        head = resolve_head(config)(config.model.action_head_config, 1, config.data.state_dim)
-    return sum(parameter.numel() for parameter in head.parameters())
 
 
 def available_bytes() -> int | None:

@@ -1,16 +1,21 @@
-"""PaliGemmaVLM: cameras and instruction to the fused context, through PaliGemma without its language-model head."""
+"""PaliGemmaVLM: cameras and instruction to the fused context, through PaliGemma without its language-model head.
+
+With `model.vlm_config.lora` its weights stay as they are, and low-rank adapters beside its linear layers learn (peft).
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PaliGemmaConfig, PaliGemmaModel
+from transformers.initialization import no_init_weights
 
-from paligemma_vla.config import VLMConfig
+from paligemma_vla.config import LoRAConfig, VLMConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, not_loadable
 
@@ -32,6 +37,11 @@ class PaliGemmaVLM(nn.Module):
         super().__init__()
         self.config, self.prompts = config, prompts
         self.backbone = _load(config) if backbone_config is None else _build(config, backbone_config)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Embedding):  # held in bfloat16 it would make the sums of the layers bfloat16 too
+                module.register_forward_hook(_in_float32)
+        if config.lora is not None:
+            _add_adapters(self.backbone, config, config.lora)
         self.register_buffer("pixel_mean", torch.tensor(image.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
         self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
@@ -50,13 +60,27 @@ class PaliGemmaVLM(nn.Module):
         return dict(self.backbone.config.to_dict())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that `freeze_vision_tower` and `freeze_language_model` leave free."""
+        """Parameters that `freeze_vision_tower` and `freeze_language_model` leave free; with `lora` those of the adapters."""
+        if self.config.lora is not None:
+            return [p for adapter in self._adapters() for p in adapter.parameters()]
         frozen: set[nn.Parameter] = set()
         if self.config.freeze_vision_tower:
             frozen.update(p for module in self.vision_modules for p in module.parameters())
         if self.config.freeze_language_model:
             frozen.update(self.backbone.language_model.parameters())
         return [p for p in self.backbone.parameters() if p not in frozen]
+
+    def _adapters(self) -> Iterator[nn.Module]:
+        for _, layer in _adapted(self.backbone):
+            yield from (layer.lora_A, layer.lora_B)
+
+    def merge_adapters(self) -> None:
+        """Fold the adapters into the weights beside them, in float32: from now on this is a backbone without adapters."""
+        for name, layer in list(_adapted(self.backbone)):
+            base = layer.get_base_layer().float()
+            layer.merge()
+            self.backbone.set_submodule(name, base)
+        self.config = self.config.model_copy(update={"lora": None})
 
     def forward(
         self,
@@ -110,13 +134,56 @@ class PaliGemmaVLM(nn.Module):
         return pixels if bool(image_mask.all()) else pixels[image_mask.flatten().to(device)]
 
 
+def _in_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.float()
+
+
+def _adapted(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and layer of every linear layer with an adapter."""
+    from peft.tuners.lora import LoraLayer  # heavy: only where there are adapters
+
+    return ((name, module) for name, module in backbone.named_modules() if isinstance(module, LoraLayer))
+
+
+def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig) -> None:
+    """Put adapters beside the linear layers that `lora` names, outside of frozen towers. They begin at zero (B = 0)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    frozen = (
+        (config.freeze_vision_tower, ("vision_tower", "multi_modal_projector")),
+        (
+            config.freeze_language_model,
+            ("language_model",),
+        ),
+    )
+    left_out = tuple(prefix for is_frozen, prefixes in frozen if is_frozen for prefix in prefixes)
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [name for name in linear if re.fullmatch(lora.target_modules, name) and not name.startswith(left_out)]
+    if not chosen:
+        raise ModelError(
+            f"model.vlm_config.lora.target_modules: got {lora.target_modules!r}, which matches the whole name of no linear "
+            f"layer that is not frozen; there are, for example, {', '.join([*linear[:2], *linear[-2:]])}"
+        )
+    backbone.requires_grad_(False)
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
+    inject_adapter_in_model(settings, backbone)
+    for _, layer in _adapted(backbone):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()  # peft takes the type of the weights beside, which may be bfloat16
+
+
+def _held_in(config: VLMConfig) -> torch.dtype:
+    """Type to load weights in: float32 for masters that the optimiser updates, the compute type when none of them learns."""
+    frozen = config.lora is not None or (config.freeze_vision_tower and config.freeze_language_model)
+    return getattr(torch, config.dtype) if frozen else torch.float32
+
+
 def _load(config: VLMConfig) -> PaliGemmaModel:
-    """Load weights in float32: the masters that the optimiser updates; `dtype` is the compute type (autocast)."""
     try:
         loaded: Any = PaliGemmaModel.from_pretrained(
             config.model_name_or_path,
             revision=config.revision or "main",
-            dtype=torch.float32,
+            dtype=_held_in(config),
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
@@ -133,8 +200,12 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
 
 
 def _build(config: VLMConfig, backbone_config: dict[str, Any]) -> PaliGemmaModel:
+    """The architecture with weights of no meaning: a checkpoint's follow."""
     architecture = PaliGemmaConfig.from_dict(backbone_config)
-    architecture.dtype = torch.float32
     if config.attn_implementation is not None:
         architecture._attn_implementation = config.attn_implementation
-    return PaliGemmaModel(architecture)
+    with no_init_weights():
+        model = PaliGemmaModel(architecture)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
+        parameter.data = parameter.data.to(_held_in(config))
+    return model

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
     GemmaConfig,
     GemmaTokenizer,
     PaliGemmaConfig,
@@ -38,7 +39,10 @@ pick up the red cube and place it in the bowl put the cup on the table
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Sizes of a tiny PaliGemma. The defaults are the demonstration's: 16 image tokens, 1 M parameters."""
+    """Sizes of a tiny PaliGemma. The defaults are the demonstration's: 16 image tokens, 1 M parameters.
+
+    second: of the second generation, whose text model is Gemma 2.
+    """
 
     image_size: int = 64
     patch_size: int = 16
@@ -48,10 +52,14 @@ class TinySpec:
     heads: int = 4
     vocabulary: int = 512
     seed: int = 0
+    second: bool = False
 
 
-def train_tokenizer(vocabulary: int) -> GemmaTokenizer:
-    """Train a byte-fallback BPE with Gemma's special tokens on a small corpus of instructions."""
+def train_tokenizer(vocabulary: int, size: int = 0) -> GemmaTokenizer:
+    """Train a byte-fallback BPE with Gemma's special tokens on a small corpus of instructions.
+
+    size: of the table; what is not learned is filled with tokens that occur in no text, as Gemma's own is.
+    """
     learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     learner.pre_tokenizer = pre_tokenizers.Split(pattern="▁", behavior="merged_with_next")
     trainer = trainers.BpeTrainer(
@@ -63,45 +71,66 @@ def train_tokenizer(vocabulary: int) -> GemmaTokenizer:
     lines = [line.replace(" ", "▁") for line in CORPUS.strip().splitlines()]
     learner.train_from_iterator(lines * 4, trainer)
     model = json.loads(learner.to_str())["model"]
+    model["vocab"].update((f"<unused{number}>", number) for number in range(len(model["vocab"]), size))
     return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])  # type: ignore[misc]
 
 
 def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -> Path:
     """Write config, random weights and processor into `output_dir`; returns it. The same spec gives the same weights."""
     spec = spec or TinySpec()
-    output_dir = Path(output_dir)
-    images: Any = SiglipImageProcessorPil(size={"height": spec.image_size, "width": spec.image_size})
-    images.image_seq_length = (spec.image_size // spec.patch_size) ** 2
-    processor = PaliGemmaProcessor(image_processor=images, tokenizer=train_tokenizer(spec.vocabulary))
-    # The processor has just added <image> and some 1,150 loc/seg tokens: only now is the vocabulary's size known.
-    vocabulary = len(processor.tokenizer)
-    config = PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=spec.width,
-            intermediate_size=4 * spec.width,
-            num_hidden_layers=spec.vision_layers,
-            num_attention_heads=spec.heads,
-            image_size=spec.image_size,
-            patch_size=spec.patch_size,
-            vision_use_head=False,
-        ),
-        text_config=GemmaConfig(
-            hidden_size=spec.width,
-            intermediate_size=4 * spec.width,
-            num_hidden_layers=spec.text_layers,
-            num_attention_heads=spec.heads,
-            num_key_value_heads=1,
-            head_dim=spec.width // spec.heads,
+
+    def architecture(processor: PaliGemmaProcessor) -> PaliGemmaConfig:
+        vocabulary = len(processor.tokenizer)
+        text: dict[str, Any] = {
+            "hidden_size": spec.width,
+            "intermediate_size": 4 * spec.width,
+            "num_hidden_layers": spec.text_layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": 1,
+            "head_dim": spec.width // spec.heads,
+            "vocab_size": vocabulary,
+        }
+        return PaliGemmaConfig(
+            vision_config=SiglipVisionConfig(
+                hidden_size=spec.width,
+                intermediate_size=4 * spec.width,
+                num_hidden_layers=spec.vision_layers,
+                num_attention_heads=spec.heads,
+                image_size=spec.image_size,
+                patch_size=spec.patch_size,
+                vision_use_head=False,
+            ),
+            text_config=Gemma2Config(**text, query_pre_attn_scalar=spec.width) if spec.second else GemmaConfig(**text),
+            image_token_index=processor.image_token_id,
             vocab_size=vocabulary,
-        ),
-        image_token_index=processor.image_token_id,
-        vocab_size=vocabulary,
-        projection_dim=spec.width,
-        hidden_size=spec.width,
-    )
+            projection_dim=spec.width,
+            hidden_size=spec.width,
+        )
+
+    processor = make_processor(spec.image_size, spec.patch_size, train_tokenizer(spec.vocabulary))
+    # The processor has just added <image> and some 1,150 loc/seg tokens: only now is the vocabulary's size known.
+    return write_paligemma(output_dir, architecture(processor), processor, spec.seed)
+
+
+def make_processor(image_size: int, patch_size: int, tokenizer: GemmaTokenizer) -> PaliGemmaProcessor:
+    """The processor of a PaliGemma that looks at square images of `image_size` px in patches of `patch_size`."""
+    images: Any = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    images.image_seq_length = (image_size // patch_size) ** 2
+    return PaliGemmaProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def write_paligemma(
+    output_dir: str | Path,
+    architecture: PaliGemmaConfig,
+    processor: PaliGemmaProcessor,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write config, random weights and processor in Hugging Face format into `output_dir`; returns it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        model = PaliGemmaForConditionalGeneration(config)
+        torch.manual_seed(seed)
+        architecture.dtype = dtype
+        model = PaliGemmaForConditionalGeneration._from_config(architecture, dtype=dtype)
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    return output_dir
+    return Path(output_dir)

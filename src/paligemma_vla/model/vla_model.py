@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, configured_prompt_and_image_spec
 
 
@@ -42,6 +44,32 @@ def resolve_head(config: VLAConfig) -> Any:
     return resolve_class(config.model.action_head_config.head, "model.action_head_config.head", "get_action")
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a device computes. dtype: of matrix products. plain_attention: made of products instead of a fused kernel."""
+
+    dtype: torch.dtype
+    plain_attention: bool
+
+    @classmethod
+    def on(cls, device_type: str, configured: torch.dtype) -> Arithmetic:
+        """As configured; but float32 on a CPU without instructions for bfloat16, where that would be slower."""
+        on_cpu = device_type == "cpu"
+        if on_cpu and configured is torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+            return cls(torch.float32, False)
+        # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; the plain one does not.
+        return cls(configured, on_cpu and configured is torch.bfloat16)
+
+    @contextlib.contextmanager
+    def applied(self, device_type: str, recomputes: bool) -> Iterator[None]:
+        """Autocast. recomputes: backward repeats forward passes."""
+        # A pass that backward repeats must find the same kernel there, outside of this context: so none is chosen.
+        plain = self.plain_attention and not recomputes
+        kernel = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.dtype is torch.bfloat16), kernel:
+            yield
+
+
 class VLAModel(nn.Module):
     """`paligemma_vlm` + `action_head` (S3).
 
@@ -63,10 +91,31 @@ class VLAModel(nn.Module):
         backbone, action_head = resolve_backbone(config), resolve_head(config)
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
-        self.compute_dtype = getattr(torch, vlm.dtype)
         self.recomputes = vlm.activation_checkpointing
         self.detach_context = head.detach_context
+        self.configured_dtype = getattr(torch, vlm.dtype)
+        self.arithmetic = Arithmetic.on("cpu", self.configured_dtype)
         self.set_stage("all")
+
+    def place(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
+        """Move to `device`, and hold what does not learn as `device` computes: half the memory, and the same products.
+
+        Call it when it is known what learns (`set_stage`, `requires_grad_`). weights: quantise the backbone, which must have no
+        adapters, and no longer learns then; raises `ModelError` where that cannot be.
+        """
+        self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
+        self.hold_frozen()
+        if weights is not None:
+            quantize(self.paligemma_vlm, weights, device)
+        return self.to(device)
+
+    def hold_frozen(self) -> None:
+        """Turn matrices that do not learn to the compute type, everything else to float32."""
+        for module in self.modules():
+            matrices = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
+            for parameter in module.parameters(recurse=False):
+                frozen_matrix = matrices and not parameter.requires_grad
+                parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
 
     def set_stage(self, train: str) -> None:
         """Choose what learns: `head` alone, or `all` that the configuration does not freeze."""
@@ -87,7 +136,8 @@ class VLAModel(nn.Module):
         **more: Any,
     ) -> Tensor:
         """The fused context (B, T, E); arguments as in `forward`."""
-        return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
+        with self.arithmetic.applied(image_1_batch.device.type, self.recomputes):
+            return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
 
     def _context(
         self,
@@ -133,7 +183,7 @@ class VLAModel(nn.Module):
 
         Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
         """
-        with _computing_in(self.compute_dtype, image_1_batch.device.type, self.recomputes):
+        with self.arithmetic.applied(image_1_batch.device.type, self.recomputes):
             context, mask = self._context(
                 image_1_batch,
                 raw_prompt_texts_batch,
@@ -151,18 +201,6 @@ class VLAModel(nn.Module):
                 context, actions_gt_seq, state_batch, mask, action_mask, flow_time, flow_noise
             )
             return output
-
-
-@contextlib.contextmanager
-def _computing_in(dtype: torch.dtype, device_type: str, recomputes: bool) -> Iterator[None]:
-    """Autocast to `dtype`; on a CPU without instructions for bfloat16, where that would be slower, float32."""
-    on_cpu = device_type == "cpu"
-    enabled = dtype is torch.bfloat16 and (not on_cpu or torch.cpu._is_avx512_bf16_supported())
-    # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; the one made of plain products does
-    # not. A forward pass that backward repeats must find the same kernel there, outside of this context: so none is chosen.
-    kernel = sdpa_kernel(SDPBackend.MATH) if on_cpu and enabled and not recomputes else contextlib.nullcontext()
-    with torch.autocast(device_type, torch.bfloat16, enabled=enabled), kernel:
-        yield
 
 
 def arguments_from_batch(batch: dict[str, Any], sample: bool = False, num_steps: int | None = None) -> dict[str, Any]:

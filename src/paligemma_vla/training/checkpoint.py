@@ -160,7 +160,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: 
             raise CheckpointError(
                 f"{real}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one"
             )
-        payload = torch.load(real, map_location=device, weights_only=True)
+        # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
+        payload = torch.load(real, map_location=device, weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
     missing = [key for key in (*SPEC_KEYS, *keys) if not isinstance(payload, dict) or key not in payload]

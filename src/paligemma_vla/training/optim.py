@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
+from paligemma_vla.errors import ConfigError, first_line
 from paligemma_vla.model.vla_model import VLAModel
 
 
-def build_optimizer(model: VLAModel, config: OptimizerConfig) -> AdamW:
+def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
     """AdamW (S8.2) over everything that learns in some stage: groups for backbone and head, each with and without decay.
 
     Weight decay is for matrices: norms, biases, embeddings and positions go without.
@@ -30,19 +31,28 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> AdamW:
             decays = parameter.ndim > 1 and parameter not in embeddings and not name.endswith("action_head.position")
             groups.setdefault((part, decays), []).append(parameter)
     rates = {"head": config.lr, "vlm": config.vlm_lr if config.vlm_lr is not None else config.lr}
-    return AdamW(
-        [
-            {"params": params, "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0, "part": part}
-            for (part, decays), params in sorted(groups.items())
-        ],
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    settings: list[dict[str, Any]] = [
+        {"params": params, "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0, "part": part}
+        for (part, decays), params in sorted(groups.items())
+    ]
+    if config.type == "adamw_8bit":
+        return cast(Optimizer, _adamw_8bit()(settings, betas=config.betas, eps=config.eps))
+    return AdamW(settings, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from paligemma_vla.training.optim_8bit import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.type: adamw_8bit needs torchao ({first_line(error)}): pip install 'paligemma-vla[quantization]', or "
+            f"take adamw"
+        ) from error
+    return AdamW8bit
 
 
 def build_scheduler(
-    optimizer: AdamW, config: SchedulerConfig, total_steps: int, steps_per_epoch: int, vlm_start: int
+    optimizer: Optimizer, config: SchedulerConfig, total_steps: int, steps_per_epoch: int, vlm_start: int
 ) -> LambdaLR:
     """Linear warm-up, then cosine to `min_lr_ratio` or constant, per optimiser step (D2).
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,13 @@ from paligemma_vla import schema
 from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import hex_digest, load_exclusions
-from paligemma_vla.data.loader import MISFIT, VLADataset, check_fit
-from paligemma_vla.data.reader import iterate_numbers
+from paligemma_vla.data.files import joint_layout
+from paligemma_vla.data.loader import MISFIT, VLADataset, check_actions, check_fit
 from paligemma_vla.data.sampling import SampleOrder
+from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
-from paligemma_vla.model.memory import check_head_fits
+from paligemma_vla.model.known import read_architecture
+from paligemma_vla.model.plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.training.distributed import Distributed, choose_device
@@ -46,18 +49,26 @@ class Data:
         return {"training": self.train.index.fingerprint, "validation": validation}
 
 
-def prepare(config: VLAConfig, distributed: Distributed, preprocessor: Preprocessor | None = None) -> tuple[Preprocessor, Data]:
+def prepare(
+    config: VLAConfig,
+    distributed: Distributed,
+    preprocessor: Preprocessor | None = None,
+    architecture: dict[str, Any] | None = None,
+) -> tuple[Preprocessor, Data, MemoryPlan]:
     """Read what a run starts from, and hold all of it against each other.
 
-    preprocessor: that of a checkpoint; None builds it from the configuration. Raises one `VLAError` with every fault.
+    preprocessor, architecture: those of a checkpoint; None reads them as configured. Raises one `VLAError` with every fault.
     """
     faults = Faults()
-    made, indices, held_out = _survey(config, distributed, preprocessor, faults)
+    found = _survey(config, distributed, preprocessor, architecture, faults)
     faults.tell("this run cannot begin")
-    assert made is not None
-    train = VLADataset(EpisodeIndex.concatenate(indices), made, config, training=True)
-    validation = VLADataset(EpisodeIndex.concatenate(held_out), made, config) if held_out else None
-    return made, Data(train, validation, _order(indices, config))
+    made, plan = found.preprocessor, found.plan
+    assert made is not None and plan is not None
+    train = VLADataset(EpisodeIndex.concatenate(found.indices), made, config, training=True)
+    if made.actions.converts:
+        logger.info("actions as %s; the rest as recorded", made.actions.describe(train.index.layout.metadata))
+    validation = VLADataset(EpisodeIndex.concatenate(found.held_out), made, config) if found.held_out else None
+    return made, Data(train, validation, _order(found.indices, config)), plan
 
 
 def with_faults_of_data(error: InvalidConfig) -> ConfigError:
@@ -65,43 +76,62 @@ def with_faults_of_data(error: InvalidConfig) -> ConfigError:
     if error.usable is None:
         return error
     faults = Faults()
-    _survey(error.usable, Distributed(0, 1, choose_device(None)), None, faults)
+    _survey(error.usable, Distributed(0, 1, choose_device(None)), None, None, faults)
     lines = [line.strip() for fault in faults.errors for line in str(fault).splitlines()]
     known = [line for line in lines if not line.endswith(MISFIT) and not any(key in line for key in error.wrong)]
     return InvalidConfig(error.where, [*error.faults, *known], error.usable, error.wrong)
 
 
+@dataclass
+class Found:
+    """What a run starts from, as far as it is there. indices: episodes to train on, per source; held_out: to validate on."""
+
+    preprocessor: Preprocessor | None
+    plan: MemoryPlan | None = None
+    indices: list[EpisodeIndex] = field(default_factory=list)
+    held_out: list[EpisodeIndex] = field(default_factory=list)
+
+
 def _survey(
-    config: VLAConfig, distributed: Distributed, preprocessor: Preprocessor | None, faults: Faults
-) -> tuple[Preprocessor | None, list[EpisodeIndex], list[EpisodeIndex]]:
-    """Preprocessor, episodes to train on per source, episodes held out, as far as there are any; the rest are faults."""
+    config: VLAConfig,
+    distributed: Distributed,
+    preprocessor: Preprocessor | None,
+    architecture: dict[str, Any] | None,
+    faults: Faults,
+) -> Found:
+    """Look at everything that a run needs; what is not as it should be goes to `faults`."""
+    found = Found(preprocessor)
     with faults.gathered():
         _check_division(config, distributed.world_size)
-    with faults.gathered():
-        check_head_fits(config, distributed.device)
     statistics = preprocessor.statistics if preprocessor else None
     if preprocessor is None:
         with faults.gathered():
             statistics = DatasetStatistics.load(config.data.normalization_stats_path)
         with faults.gathered():
             prompts, image = configured_prompt_and_image_spec(config)
-    indices: list[EpisodeIndex] = []
-    held_out: list[EpisodeIndex] = []
+            architecture = read_architecture(config.model.vlm_config)
+    if architecture is not None:
+        with faults.gathered():
+            found.plan = plan_run(config, architecture, distributed.device, distributed.world_size)
     with faults.gathered():
-        indices, held_out = _index(config)
-    if indices:
-        _check_sizes(indices, config, faults)
-    for part in (indices, held_out):
+        found.indices, found.held_out = _index(config)
+    if found.indices:
+        _check_sizes(found.indices, config, faults)
+    for part in (found.indices, found.held_out):
         if part:
             with faults.gathered():
                 check_fit(EpisodeIndex.concatenate(part), statistics, config)
-    if preprocessor is None and statistics is not None and not faults.errors and not config.data.allow_other_statistics:
+    if found.indices:
         with faults.gathered():
-            for index in indices:
-                _check_range(index, statistics, config.data.normalization_stats_path)
-    if preprocessor is None and not faults.errors and statistics is not None:
-        preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
-    return preprocessor, indices, held_out
+            layout = joint_layout([index.layout for index in found.indices])
+            check_actions(layout, statistics, config, trained=preprocessor is not None)
+    if preprocessor is None and statistics is not None and not faults.errors:
+        if not config.data.allow_other_statistics:
+            with faults.gathered():
+                for index in found.indices:
+                    _check_range(index, statistics, config.data.normalization_stats_path)
+        found.preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
+    return found
 
 
 def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
@@ -202,7 +232,7 @@ def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str)
         logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
     metadata = index.layout.metadata
     for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
-        for states, actions in islice(iterate_numbers(index, file, ROWS_SAMPLED), 1):
+        for states, actions in islice(model_numbers(index, file, statistics.actions, ROWS_SAMPLED), 1):
             for name, values, known, names in [
                 (schema.STATE, states, statistics.state, metadata.state_names),
                 (schema.ACTION, actions, statistics.action, metadata.action_names),

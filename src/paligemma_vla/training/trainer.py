@@ -28,6 +28,7 @@ from paligemma_vla.data.loader import Batch, batches, build_loader
 from paligemma_vla.data.sampling import RunSampler
 from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
@@ -56,19 +57,21 @@ class Trainer:
     def __init__(
         self, config: VLAConfig, distributed: Distributed, resume: str | Path | None = None, force: bool = False
     ) -> None:
-        self.config, self.distributed = config, distributed
+        self.config, self.distributed, self.step = config, distributed, 0
         torch.manual_seed(config.training.seed)
         saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
         with _belonging(str(resume)):
             kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
-        self.preprocessor, self.data = prepare(config, distributed, kept)
+        backbone = saved["backbone"] if saved else None
+        self.preprocessor, self.data, self.plan = prepare(config, distributed, kept, backbone)
+        self._tell_of_memory()
         if saved is not None and not force:
             with _belonging(str(resume)):
                 check_same_run(saved, config, self.data.fingerprint, str(resume))
         with _belonging(str(resume)) if saved else contextlib.nullcontext():
-            backbone = saved["backbone"] if saved else None
             self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
-        self.model.to(distributed.device)
+        with self._explained():
+            self.model.place(distributed.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.total_steps = self._total_steps()
         self.stages = self._stages()
@@ -78,7 +81,7 @@ class Trainer:
         )
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
-        self.step, self.best_metric, self.stale = 0, float("inf"), 0
+        self.best_metric, self.stale = float("inf"), 0
         self.watch = LossWatch(config, self.data, distributed)
         self.saved_step: int | None = None
         self.mirror: Mirror | None = None
@@ -88,6 +91,12 @@ class Trainer:
         self.parallel: nn.Module = self.model
         self.learning: str | None = None
         self.tracker: Tracker | None = None
+
+    def _tell_of_memory(self) -> None:
+        if self.distributed.main and self.plan.fits:
+            logger.info("%s", self.plan.table())
+        elif self.distributed.main:
+            logger.warning("%s", with_remedies(self.plan).table())
 
     def _total_steps(self) -> int:
         training = self.config.training
@@ -214,7 +223,8 @@ class Trainer:
         if self.distributed.world_size > 1:
             device = self.distributed.device
             ids = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=ids)
+            # Gradients lie in DDP's buckets only, instead of there and in the parameters.
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
     def _train_step(self, stream: Iterator[Batch]) -> Step:
         """One optimiser step; weights and moving average stay as they are where loss or gradient is not finite."""
@@ -428,16 +438,18 @@ class Trainer:
                     f"memory: lower data.num_workers or data.cache_mb; --resume_checkpoint auto goes on"
                 ) from error
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                raise TrainingError(
-                    f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}: reduce it, or "
-                    f"split it with training.gradient_accumulation_steps; model.vlm_config.dtype: bfloat16, "
-                    f"activation_checkpointing: true and freezing the backbone save more (docs/troubleshooting.md)"
-                ) from error
+                raise TrainingError(self._out_of_memory()) from error
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
                 raise TrainingError(
                     f"communication between processes failed at step {self.step} ({reason}): {COMMUNICATION_REMEDY}"
                 ) from error
             raise
+
+    def _out_of_memory(self) -> str:
+        return (
+            f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}; reduce it, or take one of "
+            f"the changes below (docs/troubleshooting.md); what was planned:\n{with_remedies(self.plan).table()}"
+        )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader
 from paligemma_vla.data.sampling import ValidationSampler
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import arguments_from_batch
-from paligemma_vla.normalization import Normalizer
+from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training.distributed import Distributed
 
 
@@ -40,7 +40,7 @@ def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed:
         sums += torch.stack([output.loss_sum, output.valid_count])
     if settings.val_action_samples:
         for batch in _share(data, settings.val_action_samples, config, distributed):
-            errors += _action_errors(model, batch, data.preprocessor.action)
+            errors += _action_errors(model, batch, data.preprocessor)
     sums, errors = distributed.sum(sums), distributed.sum(errors)
     metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
     if settings.val_action_samples:
@@ -61,14 +61,19 @@ def _share(data: VLADataset, samples: int, config: VLAConfig, distributed: Distr
         yield to_device(batch, distributed.device)
 
 
-def _action_errors(model: nn.Module, batch: Batch, normalizer: Normalizer) -> Tensor:
+def _action_errors(model: nn.Module, batch: Batch, preprocessor: Preprocessor) -> Tensor:
     """Absolute errors of sampled actions in real units, and how many, each (K, A)."""
-    actions: Tensor = model(**arguments_from_batch(batch, sample=True))
-    scale = torch.ones(actions.shape[-1], device=actions.device)
-    scale[: normalizer.dimension] = torch.from_numpy(normalizer.scale).to(actions.device)
-    difference = (actions - batch["action"].view_as(actions)).abs() * scale
+    sampled: Tensor = model(**arguments_from_batch(batch, sample=True))  # (B, K, A)
+    dimension = preprocessor.action.dimension
+    state = preprocessor.state.denormalize(batch["state"].cpu().numpy())
+    predicted, recorded = (
+        preprocessor.decode_actions(actions.view_as(sampled)[..., :dimension].cpu().numpy(), state)
+        for actions in (sampled, batch["action"])
+    )
+    difference = torch.zeros(sampled.shape)
+    difference[..., :dimension] = torch.from_numpy(np.abs(predicted - recorded))
     mask = batch["action_mask"]
-    return torch.stack([(difference * mask).sum(0), mask.sum(0).float()])
+    return torch.stack([(difference.to(mask.device) * mask).sum(0), mask.sum(0).float()])
 
 
 def _means(total: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> list[float | None]:

@@ -18,6 +18,7 @@ from paligemma_vla.schema import DatasetMetadata, Observation
 
 Resets = Literal["demo", "stock"]
 PromptKind = Literal["own", "unseen"]
+Control = Literal["delta", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class EnvSpec:
 
     cameras: a name per camera, in the order image_1, image_2, ...   image_size: height = width, pixels.
     action_low / action_high: range of each action number.   control_hz: `step` calls per simulated second.
+    state_units / action_units: as in `DatasetMetadata`.   action_representation: whether an action is a `delta` of the
+    target or the `absolute` target.   action_scale: what the full stroke of a delta is in the numbers of an action.
     max_steps: the longest that an episode of any task lasts; `Environment.max_steps` has the limit of one task.
     """
 
@@ -40,6 +43,10 @@ class EnvSpec:
     action_convention: str
     control_hz: float
     max_steps: int
+    state_units: tuple[str, ...]
+    action_units: tuple[str, ...]
+    action_representation: Control
+    action_scale: tuple[float, ...]
 
     @property
     def state_dim(self) -> int:
@@ -56,9 +63,12 @@ class EnvSpec:
             cameras=self.cameras,
             state_names=self.state_names,
             action_names=self.action_names,
+            state_units=self.state_units,
+            action_units=self.action_units,
             control_hz=self.control_hz,
             image_orientation=self.image_orientation,
             action_convention=self.action_convention,
+            action_representation=self.action_representation,
             extra=extra or {},
         )
 
@@ -82,6 +92,13 @@ class Environment(Protocol):
 
     @property
     def spec(self) -> EnvSpec: ...
+
+    def use_control(self, control: Control) -> None:
+        """What the actions of `step`, `expert_action` and `spec` are from now on; `delta` at first.
+
+        The same demonstration in either control moves the robot alike. Raises `SimulatorError` where there is no such control.
+        """
+        ...
 
     def tasks(self) -> tuple[str, ...]:
         """Names of all tasks, in a fixed order."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest
-from paligemma_vla.evaluation.envs import EnvSpec, PromptKind, Resets, StepResult
+from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
 from paligemma_vla.evaluation.envs import metaworld_prompts as language
 from paligemma_vla.evaluation.envs.metaworld_experts import SWEEPS
 from paligemma_vla.evaluation.envs.metaworld_resets import SCENES, ModelPositions, draw_start, move_hand_away
@@ -38,6 +38,22 @@ SPEC = EnvSpec(
     action_convention="hand target moves by 1 cm per unit in x, y, z (metres in the world frame); gripper +1 = close",
     control_hz=80.0,
     max_steps=MAX_STEPS,
+    state_units=("m", "m", "m", "normalised"),
+    action_units=("cm", "cm", "cm", "normalised"),
+    action_representation="delta",
+    action_scale=(1.0,) * 4,
+)
+STROKE = 0.01  # metres per unit of a delta, and the furthest that the target moves in one step
+# Every task's workspace lies in this box; the tasks themselves keep the target in their own.
+ABSOLUTE_SPEC = replace(
+    SPEC,
+    action_names=("target_x", "target_y", "target_z", "gripper"),
+    action_low=(-0.5, 0.35, -0.15, -1.0),
+    action_high=(0.5, 1.0, 0.6, 1.0),
+    action_convention="hand target in x, y, z (metres in the world frame), approached by 1 cm per step; gripper +1 = close",
+    action_units=("m", "m", "m", "normalised"),
+    action_representation="absolute",
+    action_scale=(STROKE, STROKE, STROKE, 1.0),
 )
 
 
@@ -110,6 +126,12 @@ class MetaWorldEnvironment:
     def spec(self) -> EnvSpec:
         return self._spec
 
+    def use_control(self, control: Control) -> None:
+        if control not in get_args(Control):
+            raise SimulatorError(f"metaworld control: got '{control}'{closest(str(control), get_args(Control))}")
+        spec = SPEC if control == "delta" else ABSOLUTE_SPEC
+        self._spec = replace(spec, image_size=self._spec.image_size)
+
     def tasks(self) -> tuple[str, ...]:
         return language.TASKS
 
@@ -166,6 +188,8 @@ class MetaWorldEnvironment:
         if task.simulator.curr_path_length >= limit:
             raise SimulatorError(f"metaworld task '{task.name}': the episode is over after {limit} steps; call reset")
         clipped = np.clip(np.asarray(action, np.float32), self._spec.action_low, self._spec.action_high)
+        if self._spec.action_representation == "absolute":
+            clipped = np.append((clipped[:3] - self._target()) / STROKE, clipped[3:])
         self._observed, _, _, _, info = task.simulator.step(clipped)
         return StepResult(success=bool(info["success"]), done=task.simulator.curr_path_length >= limit)
 
@@ -180,14 +204,27 @@ class MetaWorldEnvironment:
 
     def expert_action(self) -> NDArray[np.float32]:
         """See `Environment.expert_action`. MetaWorld's expert, where there is none of ours."""
+        delta = np.clip(self._expert_delta(), SPEC.action_low, SPEC.action_high).astype(np.float32)
+        if self._spec.action_representation == "delta":
+            return delta
+        simulator = self._task().simulator
+        target = np.clip(self._target() + delta[:3] * STROKE, simulator.mocap_low, simulator.mocap_high)
+        return np.append(target, delta[3:]).astype(np.float32)
+
+    def _target(self) -> NDArray[np.float64]:
+        """Where the hand is being led to (3,), in metres."""
+        target: NDArray[np.float64] = self._task().simulator.data.mocap_pos[0]
+        return target
+
+    def _expert_delta(self) -> NDArray[np.float64]:
+        """The expert's action (4,) in MetaWorld's own terms, not clipped."""
         task = self._task()
         if task.name in SWEEPS:
-            action = SWEEPS[task.name].action(self._observed[HAND], self._observed[HANDLE])
-        else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what we do next
-                action = task.expert.get_action(self._observed)
-        return np.clip(action, self._spec.action_low, self._spec.action_high).astype(np.float32)
+            return SWEEPS[task.name].action(self._observed[HAND], self._observed[HANDLE])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what comes next
+            action: NDArray[np.float64] = task.expert.get_action(self._observed)
+        return action
 
     def render(self, size: int) -> NDArray[np.uint8]:
         task = self._task()

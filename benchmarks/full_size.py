@@ -1,0 +1,185 @@
+"""The real shapes on a CPU: PaliGemma 1 and 2 (3B), random weights in Hugging Face format, through the commands a user runs.
+
+    python -m benchmarks.full_size [--models paligemma-3b-pt-224 paligemma2-3b-pt-224] [--work_dir D] [--output FILE]
+
+Per model: write it; one head-only and one LoRA training step from Parquet episodes with two cameras; then `Policy` answers one
+observation from each run's checkpoint. Each stage is a process of its own, so that its peak memory is its own. Needs 24 GB of
+memory and 30 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import environment, write_episodes
+
+MODELS = ("paligemma-3b-pt-224", "paligemma2-3b-pt-224")
+RESULTS = Path(__file__).parent / "results" / "full_size.json"
+CONFIG = Path(__file__).parents[1] / "configs" / "vla_config_24gb.yaml"
+STATE, ACTION, CAMERAS = 7, 7, 2
+HEAD_ONLY = {
+    "model.vlm_config.lora": None,
+    "model.vlm_config.freeze_vision_tower": True,
+    "model.vlm_config.freeze_language_model": True,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="published names, or `tiny` to try the benchmark itself")
+    parser.add_argument("--work_dir", type=Path, help="where the weights and checkpoints go (default: a temporary folder)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    result: dict[str, Any] = {**environment("python -m benchmarks.full_size"), "models": {}}
+    for name in args.models:
+        with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
+            result["models"][name] = measure(name, Path(folder))
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Every stage of one model."""
+    write_episodes(folder / "episodes", episodes=2, length=16, side=224, cameras=CAMERAS, state_dim=STATE, action_dim=ACTION)
+    stages: dict[str, Any] = {"write": _alone(write_model, name, folder)}
+    for run, overrides in (("head_only", HEAD_ONLY), ("lora", {})):
+        stages[f"{run}_training_step"] = _alone(train_one_step, folder, run, overrides)
+        stages[f"{run}_observation"] = _alone(answer, folder, run)
+        shutil.rmtree(folder / "experiments")
+    return stages
+
+
+def _alone(stage: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a stage measures in a fresh process, with its wall time and peak memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(stage, arguments, sender))
+    process.start()
+    sender.close()
+    try:
+        measured: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"{stage.__name__}: the process ended with {process.exitcode}") from None
+    process.join()
+    print(stage.__name__, measured, flush=True)
+    return measured
+
+
+def _run(stage: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], sender: Any) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    began = time.perf_counter()
+    measured = stage(*arguments)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sender.send({**measured, "wall_s": round(seconds, 1), "peak_gb": round(peak / 1e9, 2)})
+
+
+def write_model(name: str, folder: Path) -> dict[str, Any]:
+    """Random weights of the published shapes, in bfloat16, and a processor with the published token numbers."""
+    import torch
+    from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
+
+    from paligemma_vla.model.known import known_architecture
+    from paligemma_vla.model.tiny import make_processor, train_tokenizer, write_paligemma, write_tiny_paligemma
+
+    architecture = known_architecture(name)
+    if architecture is None:
+        write_tiny_paligemma(folder / "backbone")
+    else:
+        side, patch = architecture.vision_config.image_size, architecture.vision_config.patch_size
+        tokenizer = train_tokenizer(512, size=256_000)
+        tokenizer.add_tokens(EXTRA_TOKENS)  # as Google's does: so that <image> comes after them, with its published number
+        processor = make_processor(side, patch, tokenizer)
+        assert processor.image_token_id == architecture.image_token_id
+        write_paligemma(folder / "backbone", architecture, processor, seed=0, dtype=torch.bfloat16)
+    return {"disk_gb": round(sum(path.stat().st_size for path in (folder / "backbone").iterdir()) / 1e9, 2)}
+
+
+def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """One optimiser step on one sample, through the trainer, with the checkpoint it leaves."""
+    import torch
+
+    from paligemma_vla.config import load_config
+    from paligemma_vla.data.statistics import compute_statistics
+    from paligemma_vla.training.distributed import Distributed
+    from paligemma_vla.training.run_folder import begin_run, end_run
+    from paligemma_vla.training.trainer import Trainer
+
+    compute_statistics(str(folder / "episodes"), "benchmark").save(folder / "statistics.json")
+    config = load_config(
+        CONFIG,
+        {
+            "data.train_parquet_files": str(folder / "episodes"),
+            "data.normalization_stats_path": str(folder / "statistics.json"),
+            "data.batch_size": 1,
+            "data.num_workers": 0,
+            "data.val_fraction": 0.0,
+            "model.vlm_config.model_name_or_path": str(folder / "backbone"),
+            "training.checkpoint_dir": str(folder / "experiments"),
+            "training.experiment_name": run,
+            "training.stages": [],
+            "training.ema_decay": 0.0,
+            "training.max_steps": 1,
+            **overrides,
+        },
+    )
+    began = time.perf_counter()
+    alone = Distributed(0, 1, torch.device("cpu"))
+    trainer = Trainer(config, alone)
+    loaded = time.perf_counter()
+    lock = begin_run(config, trainer.data, alone, 0, None)
+    batch = next(trainer._stream(1))
+    trainer._enter_stage()
+    step = trainer._train_step(iter([batch]))
+    trained = time.perf_counter()
+    trainer.step = 1
+    trainer._save(improved=False, last=True)
+    end_run(lock)
+    parameters = {name: [part.parameters, part.learning] for name, part in trainer.plan.parts.items()}
+    return {
+        "load_s": round(loaded - began, 1),
+        "step_s": round(trained - loaded, 1),
+        "save_s": round(time.perf_counter() - trained, 1),
+        "loss": step.loss,
+        "gradient_norm": step.norm,
+        "parameters_and_learning": parameters,
+        "planned_gb": round(trainer.plan.total / 1e9, 2),
+    }
+
+
+def answer(folder: Path, run: str) -> dict[str, Any]:
+    """One observation with two cameras, at 50 and 10 Euler steps, from the checkpoint."""
+    import numpy as np
+
+    from paligemma_vla import Policy
+
+    began = time.perf_counter()
+    policy = Policy.from_checkpoint(folder / "experiments" / run / "checkpoints" / "last.pth.tar")
+    loaded = time.perf_counter()
+    rng = np.random.default_rng(0)
+    observation = {f"image_{n + 1}": rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for n in range(CAMERAS)}
+    observation |= {"state": np.zeros(STATE, np.float32), "prompt": "open the drawer"}
+    seconds = {}
+    for steps in (50, 10):
+        began_here = time.perf_counter()
+        actions = policy.infer(observation, seed=0, num_steps=steps)["actions"]
+        seconds[steps] = round(time.perf_counter() - began_here, 2)
+        assert actions.shape == (8, ACTION) and np.isfinite(actions).all()
+    return {"load_s": round(loaded - began, 1), "observation_s_by_euler_steps": seconds}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

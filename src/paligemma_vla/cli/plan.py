@@ -1,0 +1,43 @@
+"""`paligemma-vla plan`: what a configuration's training will hold in memory, and what each change would save.
+
+It needs neither data nor weights, nor the GPU it plans for. Exits with 0 when the plan fits, 1 when it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from paligemma_vla.cli.arguments import positive
+from paligemma_vla.config import load_config, parse_assignments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config_path", required=True, help="YAML configuration")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device to plan for (default: a GPU if --memory_gb is given)")
+    parser.add_argument("--memory_gb", type=float, help="memory of that device (default: what is left on this machine's)")
+    parser.add_argument("--nproc", type=positive, default=1, help="training processes, which share the batch")
+    parser.add_argument("--model_path_override", help="backbone: hub id or folder")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the configuration")
+
+
+def main(args: argparse.Namespace) -> int:
+    override = {"model.vlm_config.model_name_or_path": args.model_path_override} if args.model_path_override else {}
+    config = load_config(args.config_path, {**override, **parse_assignments(args.set)})
+    import torch
+
+    from paligemma_vla.model.known import architecture_to_plan
+    from paligemma_vla.model.plan import device_memory, plan_memory, with_remedies
+    from paligemma_vla.training.distributed import choose_device
+
+    device = choose_device(None)
+    if args.device or args.memory_gb:
+        device = torch.device(args.device or "cuda")
+    available = args.memory_gb * 1e9 if args.memory_gb else device_memory(device)
+    architecture, published = architecture_to_plan(config.model.vlm_config)
+    if published:
+        name = config.model.vlm_config.model_name_or_path
+        sys.stdout.write(f"{name} cannot be read here; planned with its published sizes\n")
+    plan = with_remedies(plan_memory(config, architecture, device, available, args.nproc))
+    sys.stdout.write(plan.table() + "\n")
+    return 0 if plan.fits else 1

@@ -1,0 +1,98 @@
+"""`paligemma-vla plan`: without data, weights or GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from support import call
+
+CONFIG = Path(__file__).parents[2] / "configs" / "vla_config_24gb.yaml"
+
+
+def test_plan_of_the_published_model_for_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capfd, "plan", "--config_path", CONFIG, "--memory_gb", "24")
+    assert (code, err) == (0, "")
+    assert "google/paligemma-3b-pt-224 cannot be read here; planned with its published sizes" in out
+    assert "of 24.00 on cuda: fits" in out
+    assert "activations of 8 samples at a time, 576 context tokens each:" in out
+
+
+def test_plan_that_does_not_fit_says_what_to_change(capfd: pytest.CaptureFixture[str]) -> None:
+    change = ("--set", "model.vlm_config.lora=null", "--nproc", "2")
+    code, out, _ = call(capfd, "plan", "--config_path", CONFIG, "--memory_gb", "24", *change)
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    assert "activations of 4 samples at a time" in out
+    assert "model.vlm_config.lora: {rank: 16, alpha: 32}" in out
+
+
+def test_plan_of_a_folder_counts_that_model(capfd: pytest.CaptureFixture[str], tiny_model_dir: Path) -> None:
+    code, out, _ = call(capfd, "plan", "--config_path", CONFIG, "--model_path_override", tiny_model_dir, "--device", "cpu")
+    assert code == 0
+    assert "cannot be read" not in out
+    assert "on cpu: fits" in out
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does: gated, missing, without a revision."""
+
+    def do_HEAD(self) -> None:
+        name = self.path.split("/resolve/")[0].strip("/")
+        status, code = {"google/gated": (403, "GatedRepo"), "google/paligemma": (404, "RevisionNotFound")}.get(
+            name, (401, "RepoNotFound")
+        )
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words"),
+    [
+        (
+            "google/gated",
+            None,
+            ("'google/gated' is gated: accept its licence at https://huggingface.co/google/gated", "HF_TOKEN"),
+        ),
+        ("google/nothing", None, ("neither a folder here nor a model on the hub that you may see", "hf auth login")),
+        ("google/paligemma", "v9", ("model.vlm_config.revision: 'google/paligemma' has no revision 'v9' on the hub",)),
+        ("no/such/folder", None, ("cannot load 'no/such/folder'", "a local folder must hold", "--model_path_override FOLDER")),
+    ],
+)
+def test_model_that_cannot_be_had_says_what_to_do(
+    hub: str, tmp_path: Path, name: str, revision: str | None, words: tuple[str, ...]
+) -> None:
+    setting = f"model.vlm_config.revision={json.dumps(revision)}"
+    command = ["plan", "--config_path", str(CONFIG), "--model_path_override", name, "--set", setting]
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "paligemma_vla.cli.main", *command],
+        env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr

@@ -1,0 +1,498 @@
+"""Every representation on its whole way, statistics, loader, training, validation, Policy, resume, against loops over rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from paligemma_vla import Policy, flow
+from paligemma_vla.actions import ActionTransform
+from paligemma_vla.cli.main import main
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.loader import Collator, VLADataset
+from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.statistics import compute_statistics, model_numbers
+from paligemma_vla.data.writer import EpisodeWriter
+from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError
+from paligemma_vla.evaluation.open_loop import OpenLoopConfig, evaluate
+from paligemma_vla.evaluation.samples import check_same_robot
+from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode
+from paligemma_vla.training import preflight
+from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.trainer import Trainer
+from support import HORIZON, call, encode_image, read_rows, train_here
+
+ConfigFactory = Callable[..., VLAConfig]
+ALONE = Distributed(0, 1, torch.device("cpu"))
+REPRESENTATIONS = ("absolute", "chunk_relative", "delta")
+LENGTHS = (9, 1, 12, 3, 10, 4)
+NAMES = ("x", "y", "z", "qx", "qy", "qz", "qw")
+ARM = DatasetMetadata(
+    robot="arm with a hand",
+    state_names=("gripper_open", *NAMES),
+    action_names=(*NAMES, "gripper"),
+    state_units=("", "m", "m", "m", "", "", "", ""),
+    action_units=("m", "m", "m", "", "", "", "", ""),
+    control_hz=10.0,
+    action_representation="absolute",
+    action_rotation="quaternion_xyzw",
+)
+QUATERNION = {"representation": "quaternion_xyzw", "dimensions": ["qx", "qy", "qz", "qw"]}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A folder of episodes of an arm whose actions are absolute poses, its rows, and settings that fit it."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    work: Path
+
+    def overrides(self, representation: str, name: str = "arm", **more: Any) -> dict[str, Any]:
+        return {
+            "data.train_parquet_files": str(self.folder),
+            "data.val_fraction": 0.34,
+            "data.batch_size": 8,
+            "data.state_dim": 8,
+            "data.normalization_stats_path": str(self.work / f"{representation}.json"),
+            "data.actions.representation": representation,
+            "data.actions.rotation": QUATERNION,
+            "model.action_head_config.per_action_dim": 8,
+            "training.experiment_name": f"{name}_{representation}",
+            "training.max_steps": 3,
+            "training.ema_decay": 0.0,
+            **more,
+        }
+
+
+def write_arm(folder: Path, lengths: tuple[int, ...] = LENGTHS, metadata: DatasetMetadata = ARM, seed: int = 3) -> None:
+    rng = np.random.default_rng(seed)
+    with EpisodeWriter(folder, metadata, episodes_per_file=2) as writer:
+        for number, length in enumerate(lengths):
+            images: list[list[bytes | None]] = [[encode_image(rng) for _ in range(length)]]
+            gripper = rng.integers(0, 2, (length, 1))
+            place = np.cumsum(rng.normal(size=(length, 3)), axis=0)
+            turns = [Rotation.random(random_state=rng).as_quat() for _ in range(length)]
+            aims = [Rotation.random(random_state=rng).as_quat() * (-1) ** step for step in range(length)]
+            state = np.concatenate([gripper, place, turns], axis=1).astype(np.float32)
+            action = np.concatenate([place + rng.normal(size=(length, 3)), aims, 1 - gripper], axis=1).astype(np.float32)
+            writer.write(Episode(images, state, action, f"do thing {number}"))
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
+    folder = tmp_path_factory.mktemp("arm")
+    write_arm(folder)
+    return Arm(folder, read_rows(folder), tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def configs(arm: Arm, session_config: ConfigFactory) -> dict[str, VLAConfig]:
+    """A configuration per representation, its statistics written by the command."""
+    made = {name: session_config(arm.overrides(name)) for name in REPRESENTATIONS}
+    for name, config in made.items():
+        (arm.work / f"{name}.yaml").write_text(config.to_yaml())
+        path = str(arm.work / f"{name}.yaml")
+        assert main(["stats", "--config_path", path, "--output_path", config.data.normalization_stats_path]) == 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(configs: dict[str, VLAConfig]) -> dict[str, Trainer]:
+    return {name: train_here(config) for name, config in configs.items()}
+
+
+def turned(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The rotation from one quaternion (x, y, z, w) to another, with w not below 0."""
+    change = (Rotation.from_quat(before).inv() * Rotation.from_quat(after)).as_quat()
+    return change if change[3] >= 0 else -change
+
+
+def seen_by_the_model(rows: list[dict[str, Any]], number: int, representation: str) -> list[np.ndarray]:
+    """What follows a row, within its episode, at most a chunk: as the model is to see it."""
+    state = np.array(rows[number]["state"])
+    place, turn, seen = state[1:4], state[4:8], []
+    for ahead in range(HORIZON):
+        if number + ahead == len(rows) or rows[number + ahead]["episode"] != rows[number]["episode"]:
+            break
+        action = np.array(rows[number + ahead]["action"])
+        if representation == "absolute":
+            seen.append(action)
+            continue
+        seen.append(np.concatenate([action[:3] - place, turned(turn, action[3:7]), action[7:]]))
+        if representation == "delta":
+            place, turn = action[:3], action[3:7]
+    return seen
+
+
+def undone(seen: np.ndarray, state: np.ndarray, representation: str) -> np.ndarray:
+    """The inverse, step by step."""
+    if representation == "absolute":
+        return seen
+    place, turn, actions = state[1:4].astype(float), Rotation.from_quat(state[4:8]), []
+    for step in seen.astype(float):
+        aim, facing = place + step[:3], turn * Rotation.from_quat(step[3:7])
+        quaternion = facing.as_quat()
+        actions.append(np.concatenate([aim, quaternion * (1 if quaternion[3] >= 0 else -1), step[7:]]))
+        if representation == "delta":
+            place, turn = aim, facing
+    return np.array(actions)
+
+
+def min_max(values: Any, statistics: Any) -> np.ndarray:
+    return 2 * (np.asarray(values) - statistics.min) / (statistics.max - statistics.min) - 1
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_statistics_are_over_every_step_of_every_chunk(arm: Arm, configs: dict[str, VLAConfig], representation: str) -> None:
+    """Over all (t, k) that the loss sees; with absolute actions over every row, as they always were."""
+    got = DatasetStatistics.load(configs[representation].data.normalization_stats_path)
+    chunks = [seen_by_the_model(arm.rows, number, representation) for number in range(len(arm.rows))]
+    if representation == "absolute":
+        chunks = [chunk[:1] for chunk in chunks]
+    data = np.array([step for chunk in chunks for step in chunk])
+    assert got.action.count == len(data)
+    assert got.state.count == len(arm.rows)
+    for name, expected in [
+        ("min", data.min(0)),
+        ("max", data.max(0)),
+        ("mean", data.mean(0)),
+        ("std", data.std(0)),
+        ("q01", np.quantile(data, 0.01, axis=0)),
+        ("q99", np.quantile(data, 0.99, axis=0)),
+    ]:
+        np.testing.assert_allclose(getattr(got.action, name), expected, atol=3e-6, err_msg=name)
+    assert got.actions.representation == representation
+    assert got.actions.horizon == (0 if representation == "absolute" else HORIZON)
+
+
+def test_statistics_do_not_depend_on_the_size_of_blocks_and_files(arm: Arm, configs: dict[str, VLAConfig]) -> None:
+    actions = DatasetStatistics.load(configs["delta"].data.normalization_stats_path).actions
+    index = EpisodeIndex.build(str(arm.folder))
+    for file in range(len(index.paths)):
+        whole, small = (
+            [np.concatenate(part) for part in zip(*model_numbers(index, file, actions, rows), strict=True)]
+            for rows in (65536, 5)
+        )
+        for first, second in zip(whole, small, strict=True):
+            np.testing.assert_array_equal(first, second)
+    assert len(list(model_numbers(index, 0, actions, 5))) > 3
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_labels_equal_a_loop_over_rows(arm: Arm, configs: dict[str, VLAConfig], representation: str) -> None:
+    config = configs[representation]
+    data = VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config)
+    statistics = data.preprocessor.statistics
+    assert len(data) == len(arm.rows)
+    padded = 0
+    for number, row in enumerate(arm.rows):
+        item, expected = data[number], seen_by_the_model(arm.rows, number, representation)
+        label = item["action"].view(HORIZON, 8).numpy()
+        np.testing.assert_allclose(label[: len(expected)], min_max(expected, statistics.action), atol=2e-5)
+        np.testing.assert_allclose(item["state"], min_max(row["state"], statistics.state), atol=1e-5)
+        assert item["action_mask"].tolist() == [[step < len(expected)] * 8 for step in range(HORIZON)]
+        # Past the end the last action is repeated: with deltas, and nowhere else, that is to stay where one is.
+        real = undone(data.preprocessor.action.denormalize(label), np.array(row["state"]), representation)
+        last = np.abs(real[len(expected) :] - real[len(expected) - 1]).max(initial=0)
+        assert last < 1e-5
+        padded += HORIZON - len(expected)
+    assert padded > 5
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_policy_returns_actions_as_recorded(trained: dict[str, Trainer], arm: Arm, representation: str) -> None:
+    """The model called by hand, denormalised and undone step by step."""
+    trainer = trained[representation]
+    policy = Policy.from_checkpoint(trainer.config.run_dir / "checkpoints" / "last.pth.tar")
+    data, statistics = VLADataset(str(arm.folder), trainer.preprocessor, trainer.config), trainer.preprocessor.statistics.action
+    for number in (0, 5, 12, 30):
+        batch, row = Collator(data.preprocessor.prompts)([data[number]]), arm.rows[number]
+        assert isinstance(batch, dict)
+        generator = torch.Generator().manual_seed(derive_seed(number, "policy noise", 0))
+        batch["flow_noise"] = flow.draw_noise((1, 1, HORIZON, 8), generator)
+        with torch.no_grad():
+            sampled = trainer.model.eval()(**arguments_from_batch(batch, sample=True))[0].double().numpy()
+        predicted = (sampled + 1) / 2 * (statistics.max - statistics.min) + statistics.min
+        expected = undone(predicted, np.array(row["state"]), representation)
+        image = np.asarray(Image.open(io.BytesIO(row["image_1_bytes"])))
+        observation = {"image_1": image, "state": row["state"], "prompt": row["prompt"]}
+        np.testing.assert_allclose(policy.infer(observation, seed=number)["actions"], expected, atol=1e-4)
+    said = policy.metadata
+    assert said["action_representation"] == "absolute"
+    assert said["rotation"] == {"representation": "quaternion_xyzw", "dimensions": ["qx", "qy", "qz", "qw"]}
+    assert (said["state_units"], said["action_units"]) == (list(ARM.state_units), list(ARM.action_units))
+    assert said["action_names"] == list(ARM.action_names)
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_validation_error_is_of_actions_as_recorded(trained: dict[str, Trainer], representation: str) -> None:
+    trainer = trained[representation]
+    validation = trainer.data.validation
+    assert validation is not None
+    statistics = trainer.preprocessor.statistics
+    errors, count = np.zeros((HORIZON, 8)), np.zeros((HORIZON, 8))
+    trainer.model.eval().requires_grad_(False)
+    for number in range(len(validation)):
+        batch = Collator(validation.preprocessor.prompts)([validation[number]])
+        assert isinstance(batch, dict)
+        sampled = trainer.model(**arguments_from_batch(batch, sample=True))[0].double().numpy()
+        state = (batch["state"][0].double().numpy() + 1) / 2 * (
+            statistics.state.max - statistics.state.min
+        ) + statistics.state.min
+        real = [
+            undone(
+                (actions + 1) / 2 * (statistics.action.max - statistics.action.min) + statistics.action.min,
+                state,
+                representation,
+            )
+            for actions in (sampled, batch["action"].view(HORIZON, 8).double().numpy())
+        ]
+        mask = batch["action_mask"][0].numpy()
+        errors += np.abs(real[0] - real[1]) * mask
+        count += mask
+    metrics = trainer.validate()
+    assert metrics["val/action_mae"] == pytest.approx(errors.sum() / count.sum(), rel=1e-4)
+    assert metrics["val/action_mae_per_dim"] == pytest.approx((errors.sum(0) / count.sum(0)).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("representation", ["chunk_relative", "delta"])
+def test_open_loop_compares_with_recorded_actions(trained: dict[str, Trainer], arm: Arm, representation: str) -> None:
+    """A quaternion recorded as its negative is no error; the baseline is the mean of what the model sees."""
+    policy = Policy.from_checkpoint(trained[representation].config.run_dir / "checkpoints" / "last.pth.tar")
+    metrics = evaluate(policy, str(arm.folder), OpenLoopConfig(euler_samples=1, batch_size=16)).metrics
+    mean = policy.preprocessor.statistics.action.mean
+    errors, total = np.zeros(8), 0
+    for number, row in enumerate(arm.rows):
+        chunk = seen_by_the_model(arm.rows, number, "absolute")
+        constant = undone(np.tile(mean, (HORIZON, 1)), np.array(row["state"]), representation)
+        for ahead, action in enumerate(chunk):
+            quaternion = action[3:7] * (1 if action[6] >= 0 else -1)
+            errors += np.abs(constant[ahead] - np.concatenate([action[:3], quaternion, action[7:]]))
+            total += 1
+    got = [entry["mean_action_mae"] for entry in metrics["per_dimension"]]
+    np.testing.assert_allclose(got, errors / total, rtol=1e-4)
+    recorded = np.array([row["action"] for row in arm.rows])
+    for n, entry in enumerate(metrics["per_dimension"]):
+        assert (entry["training_range"] is None) == (n < 7)
+        if n < 3:
+            assert entry["recorded_range"] == pytest.approx([recorded[:, n].min(), recorded[:, n].max()])
+            assert entry["unit"] == "m"
+
+
+@pytest.mark.parametrize(
+    "change", [{"representation": "absolute"}, {"representation": "chunk_relative"}, {"dimensions": ["x", "y", "z"]}]
+)
+def test_resume_with_other_actions_is_refused_even_by_force(
+    trained: dict[str, Trainer], session_config: ConfigFactory, arm: Arm, change: dict[str, Any]
+) -> None:
+    resume = trained["delta"].config.run_dir / "checkpoints" / "last.pth.tar"
+    changed = {f"data.actions.{key}": value for key, value in change.items()}
+    config = session_config(arm.overrides("delta", **changed))
+    for force in (False, True):
+        with pytest.raises(
+            ConfigError, match=r"data\.actions: got .*; the checkpoint predicts delta in chunks of 4: x from x, "
+        ):
+            Trainer(config, ALONE, resume, force)
+    assert Trainer(session_config(arm.overrides("delta")), ALONE, resume).step == 3
+
+
+def test_resume_that_renames_the_rotation_of_absolute_actions_is_another_run(
+    trained: dict[str, Trainer], session_config: ConfigFactory, arm: Arm
+) -> None:
+    resume = trained["absolute"].config.run_dir / "checkpoints" / "last.pth.tar"
+    config = session_config(arm.overrides("absolute", **{"data.actions.rotation": None}))
+    with pytest.raises(
+        CheckpointError, match=r"data\.actions\.rotation\.representation: 'quaternion_xyzw' in the checkpoint, None now"
+    ):
+        Trainer(config, ALONE, resume)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "change", "told"),
+    [
+        ("delta", {}, "is of actions as absolute, expected delta in chunks of 4: x from x, "),
+        (
+            "absolute",
+            {"data.normalization_stats_path": "delta.json"},
+            "is of actions as delta in chunks of 4: x from x, .* expected absolute",
+        ),
+        (
+            "delta",
+            {"data.normalization_stats_path": "delta.json", "model.action_head_config.horizon": 2},
+            "expected delta in chunks of 2",
+        ),
+        (
+            "delta",
+            {"data.normalization_stats_path": "delta.json", "data.actions.dimensions": ["x", "y", "z"]},
+            "expected .*: x from x, y from y, z from z",
+        ),
+    ],
+)
+def test_statistics_of_other_actions_are_refused_with_the_remedy(
+    configs: dict[str, VLAConfig], session_config: ConfigFactory, arm: Arm, wanted: str, change: dict[str, Any], told: str
+) -> None:
+    path = arm.work / change.get("data.normalization_stats_path", "absolute.json")
+    config = session_config(arm.overrides(wanted, **{**change, "data.normalization_stats_path": str(path)}))
+    remedy = rf"compute the statistics again: python utils/calculate_normalization_stats\.py .* --output_path {path}"
+    for begin in (
+        lambda: preflight.prepare(config, ALONE),
+        lambda: VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config),
+    ):
+        with pytest.raises(VLAError, match=rf"data\.normalization_stats_path: {path} .*{told}.*; {remedy}"):
+            begin()
+
+
+def test_what_actions_cannot_be_is_told_with_all_other_faults(
+    session_config: ConfigFactory, arm: Arm, configs: dict[str, VLAConfig]
+) -> None:
+    change = {"data.actions.dimensions": ["x", "grip"], "data.actions.rotation": None, "data.batch_size": 1001}
+    with pytest.raises(VLAError) as caught:
+        preflight.prepare(session_config(arm.overrides("delta", **change)), ALONE)
+    for words in (
+        "data.batch_size: got 1001, expected at most ",
+        "data.actions.dimensions: got 'grip', none of the data's action dimensions; did you mean 'gripper'?",
+        "data.actions.rotation: got null, but the data's actions hold a rotation as quaternion_xyzw",
+    ):
+        assert words in str(caught.value)
+
+
+def test_statistics_command_refuses_unnamed_dimensions(
+    tmp_path: Path, session_config: ConfigFactory, arm: Arm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_arm(tmp_path / "data", metadata=DatasetMetadata())
+    config = session_config(
+        arm.overrides("delta", **{"data.actions.rotation": None, "data.train_parquet_files": str(tmp_path / "data")})
+    )
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    code, _, told = call(capfd, "stats", "--config_path", tmp_path / "c.yaml", "--output_path", tmp_path / "s.json")
+    assert code == 2
+    assert "data.actions.dimensions: got null, but the data does not name its 8 action dimensions; list the numbers" in told
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_range_is_compared_as_the_model_sees_it(session_config: ConfigFactory, arm: Arm, tmp_path: Path) -> None:
+    """The same movements elsewhere in the room are the same deltas, and other absolute actions."""
+    moved = tmp_path / "moved"
+    with EpisodeWriter(moved, ARM) as writer:
+        rng = np.random.default_rng(0)
+        for number in range(len(LENGTHS)):
+            rows = [row for row in arm.rows if row["episode"] == number]
+            state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
+            state[:, 1:4] += 100
+            action[:, :3] += 100
+            writer.write(Episode([[encode_image(rng) for _ in rows]], state, action, "x"))
+    for representation, fits in (("delta", True), ("chunk_relative", True), ("absolute", False)):
+        path = arm.work / f"{representation}.json"
+        statistics = DatasetStatistics.load(path)
+        state = compute_statistics(str(moved), "x").state  # only actions are to be compared
+        replace(statistics, state=state).save(tmp_path / "s.json")
+        settings = {"data.train_parquet_files": str(moved), "data.normalization_stats_path": str(tmp_path / "s.json")}
+        config = session_config(arm.overrides(representation, **settings))
+        if fits:
+            preflight.prepare(config, ALONE)
+        else:
+            with pytest.raises(DataError, match=r"is of other data: .*column action, dimension 0 \(x\)"):
+                preflight.prepare(config, ALONE)
+
+
+def test_row_whose_rotation_is_none_is_named(
+    session_config: ConfigFactory, arm: Arm, configs: dict[str, VLAConfig], tmp_path: Path
+) -> None:
+    with EpisodeWriter(tmp_path, ARM) as writer:
+        rng = np.random.default_rng(0)
+        rows = [row for row in arm.rows if row["episode"] == 2]
+        state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
+        action[9, 3:7] = 0
+        writer.write(Episode([[encode_image(rng) for _ in rows]], state, action, "x"))
+    config = configs["chunk_relative"]
+    actions = DatasetStatistics.load(config.data.normalization_stats_path).actions
+    with pytest.raises(DataError, match=r"episodes-00000\.parquet: row 6, column action: the rotation here, in the next"):
+        compute_statistics(str(tmp_path), "x", actions=actions)  # 6 + 3 = 9, the first chunk that reaches it
+    data = VLADataset(str(tmp_path), config.model.vlm_config.model_name_or_path, config)
+    assert torch.isfinite(data[5]["action"]).all()
+    with pytest.raises(DataError, match=r"row 6, column action: the rotation here"):
+        data[6]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("state_units", ("", "mm", "mm", "mm", "", "", "", "")),
+        ("action_units", ("mm", "mm", "mm", "", "", "", "", "")),
+        ("action_representation", "delta"),
+        ("action_rotation", "quaternion_wxyz"),
+    ],
+)
+def test_files_and_checkpoints_that_mean_other_actions_are_refused(
+    trained: dict[str, Trainer], tmp_path: Path, field: str, value: Any
+) -> None:
+    write_arm(tmp_path / "a", (3, 4))
+    write_arm(tmp_path / "b", (3, 4), replace(ARM, **{field: value}))
+    write_arm(tmp_path / "c", (3, 4), replace(ARM, **{field: type(value)()}))  # says nothing, so cannot contradict
+    EpisodeIndex.build([str(tmp_path / "a"), str(tmp_path / "c")])
+    with pytest.raises(DataError, match=f"metadata {field}: got .*, expected .* as in .*; train on one robot's data at a time"):
+        EpisodeIndex.build([str(tmp_path / "a"), str(tmp_path / "b")])
+    policy = Policy.from_checkpoint(trained["absolute"].config.run_dir / "checkpoints" / "last.pth.tar")
+    check_same_robot(EpisodeIndex.build(str(tmp_path / "c")), policy)
+    with pytest.raises(DataError, match=f"metadata {field}: got .*, the checkpoint was trained on"):
+        check_same_robot(EpisodeIndex.build(str(tmp_path / "b")), policy)
+
+
+def test_names_and_units_that_are_not_one_per_dimension_are_refused(tmp_path: Path) -> None:
+    wrong = replace(ARM, action_units=("m",), state_names=("x",) * 9)
+    faults = r"state_names: got 9, expected 8, one per dimension .*action_units: got 1, expected 8"
+    with pytest.raises(DataError, match=rf"(?s)episode 0 of 'episodes' cannot be written.*{faults}"):
+        write_arm(tmp_path / "a", (3,), wrong)
+    write_arm(tmp_path / "b", (3,))
+    (path,) = (tmp_path / "b").glob("*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: wrong.to_json().encode()}), path)
+    with pytest.raises(DataError, match=r"metadata state_names: got 9, expected 8, .*write it as docs/data_format\.md says"):
+        EpisodeIndex.build(str(path))
+
+
+def test_data_info_shows_names_units_and_representation(arm: Arm, capfd: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(call(capfd, "data", "info", arm.folder, "--json")[1])
+    assert facts["action_units"] == list(ARM.action_units) and facts["state_units"] == list(ARM.state_units)
+    assert (facts["action_representation"], facts["action_rotation"]) == ("absolute", "quaternion_xyzw")
+    assert "quaternion_xyzw" in call(capfd, "data", "info", arm.folder)[1]
+
+
+def test_policy_refuses_a_state_without_a_rotation(trained: dict[str, Trainer]) -> None:
+    policy = Policy.from_checkpoint(trained["delta"].config.run_dir / "checkpoints" / "last.pth.tar")
+    observation = {"image_1": np.zeros((32, 32, 3), np.uint8), "state": [1, 0, 0, 0, 0, 0, 0, 0], "prompt": "x"}
+    with pytest.raises(DataError, match=r"state: got \[1, 0.*expected a rotation in it as quaternion_xyzw: a length of 0"):
+        policy.infer(observation)
+
+
+def test_checkpoint_of_before_there_was_a_choice_answers_as_it_did(checkpoint: Path, tmp_path: Path) -> None:
+    """Without `data.actions` in its configuration, `actions` in its statistics, and units in its metadata."""
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["config"]["data"].pop("actions")["representation"] == "absolute"
+    assert saved["preprocessor"]["statistics"].pop("actions") == ActionTransform().to_dict()
+    metadata = json.loads(saved["metadata"])
+    for name in ("state_units", "action_units", "action_representation", "action_rotation"):
+        del metadata[name]
+    torch.save({**saved, "metadata": json.dumps(metadata)}, tmp_path / "old.pth.tar")
+    assert "actions" not in load_checkpoint(tmp_path / "old.pth.tar")["config"]["data"]
+    old, new = Policy.from_checkpoint(tmp_path / "old.pth.tar"), Policy.from_checkpoint(checkpoint)
+    observation = {"image_1": np.zeros((32, 32, 3), np.uint8), "state": [1, 2, 3], "prompt": "open the drawer"}
+    np.testing.assert_array_equal(old.infer(observation, seed=0)["actions"], new.infer(observation, seed=0)["actions"])
+    assert old.metadata == new.metadata
+    assert old.metadata["action_units"] == [] and old.metadata["rotation"] is None

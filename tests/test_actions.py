@@ -1,0 +1,375 @@
+"""Action representations against loops over single numbers and single rotations; what `data.actions` may and may not say."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from paligemma_vla.action_settings import resolve_actions
+from paligemma_vla.actions import ABSOLUTE, ActionTransform
+from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.errors import ConfigError, DataError
+from paligemma_vla.schema import ROTATIONS, DatasetMetadata
+
+K = 5
+KINDS = tuple(ROTATIONS)
+RELATIVE = ("chunk_relative", "delta")
+
+
+def numbers_of(rotation: Rotation, kind: str) -> np.ndarray:
+    """One rotation as a person would write it, by definition."""
+    if kind == "euler_xyz":
+        return rotation.as_euler("xyz")
+    if kind == "rotvec":
+        return rotation.as_rotvec()
+    if kind == "rotation_6d":
+        return rotation.as_matrix()[:, :2].T.reshape(6)  # first column, then second
+    x, y, z, w = rotation.as_quat()
+    return np.array([x, y, z, w] if kind == "quaternion_xyzw" else [w, x, y, z])
+
+
+def rotation_of(values: np.ndarray, kind: str) -> Rotation:
+    values = np.asarray(values, np.float64)
+    if kind == "euler_xyz":
+        turns = [Rotation.from_rotvec(angle * axis) for angle, axis in zip(values, np.eye(3), strict=True)]
+        return turns[2] * turns[1] * turns[0]  # about the fixed axes x, then y, then z
+    if kind == "rotvec":
+        return Rotation.from_rotvec(values)
+    if kind == "rotation_6d":
+        return Rotation.from_matrix(np.stack([values[:3], values[3:], np.cross(values[:3], values[3:])], axis=1))
+    return Rotation.from_quat(values if kind == "quaternion_xyzw" else values[[1, 2, 3, 0]])
+
+
+def angle_between(first: np.ndarray, second: np.ndarray, kind: str) -> float:
+    return float((rotation_of(first, kind).inv() * rotation_of(second, kind)).magnitude())
+
+
+def pose_transform(representation: str, kind: str) -> ActionTransform:
+    """State: gripper, rotation, x, y, z. Action: x, y, z, gripper, rotation; all but the gripper are converted."""
+    width = ROTATIONS[kind]
+    turned = tuple(range(4, 4 + width))
+    return ActionTransform(
+        representation,
+        dimensions=(0, 1, 2, *turned),
+        state_dimensions=(1 + width, 2 + width, 3 + width, *range(1, 1 + width)),
+        rotation=kind,
+        rotation_dimensions=turned,
+        horizon=K,
+    )
+
+
+def poses(kind: str, batch: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Actions (B, K, 4 + n) and states (B, 4 + n) as `pose_transform` expects them, anywhere and of any orientation."""
+    rng = np.random.default_rng(seed)
+
+    def turn() -> np.ndarray:
+        return numbers_of(Rotation.random(random_state=rng), kind)
+
+    actions = [[np.concatenate([rng.normal(size=4), turn()]) for _ in range(K)] for _ in range(batch)]
+    states = [np.concatenate([rng.normal(size=1), turn(), rng.normal(size=3)]) for _ in range(batch)]
+    return np.array(actions, np.float32), np.array(states, np.float32)
+
+
+@pytest.mark.parametrize("representation", RELATIVE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_equals_a_loop_over_steps(representation: str, kind: str) -> None:
+    transform, (actions, states) = pose_transform(representation, kind), poses(kind)
+    encoded = transform.encode(actions, states)
+    assert encoded.dtype == np.float32 and encoded.shape == actions.shape
+    width = ROTATIONS[kind]
+    for chunk, state, got in zip(actions, states, encoded, strict=True):
+        place, turn = state[1 + width :].astype(np.float64), rotation_of(state[1 : 1 + width], kind)
+        for action, row in zip(chunk, got, strict=True):
+            np.testing.assert_allclose(row[:3], action[:3] - place, rtol=1e-6, atol=1e-6)
+            assert row[3] == action[3]  # the gripper, to the last bit
+            expected = turn.inv() * rotation_of(action[4:], kind)
+            assert (rotation_of(row[4:], kind).inv() * expected).magnitude() < 1e-5
+            if representation == "delta":
+                place, turn = action[:3].astype(np.float64), rotation_of(action[4:], kind)
+
+
+@pytest.mark.parametrize("representation", RELATIVE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_inverts_encode_to_the_rounding_of_float32(representation: str, kind: str) -> None:
+    transform, (actions, states) = pose_transform(representation, kind), poses(kind, batch=50)
+    back = transform.decode(transform.encode(actions, states), states)
+    assert back.dtype == np.float32
+    np.testing.assert_array_equal(back[..., 3], actions[..., 3])
+    np.testing.assert_allclose(back[..., :3], actions[..., :3], atol=K * 4e-7)
+    angles = [
+        angle_between(a, b, kind) for a, b in zip(back[..., 4:].reshape(-1, ROTATIONS[kind]), _rows(actions), strict=True)
+    ]
+    assert max(angles) < 3e-6
+    np.testing.assert_allclose(back, transform.canonical(actions), atol=3e-5)  # and as numbers, when both are written alike
+
+
+def _rows(actions: np.ndarray) -> np.ndarray:
+    return actions[..., 4:].reshape(-1, actions.shape[-1] - 4)
+
+
+def test_decode_loses_nothing_far_from_the_origin() -> None:
+    """The sums run in float64: in float32 each of the steps would be rounded to a thirtieth of a millimetre."""
+    transform = ActionTransform("delta", (0,), (0,), horizon=200)
+    state = np.array([1000.0], np.float32)
+    actions = (1000 + np.cumsum(np.full(200, 1e-3))).astype(np.float32)[:, None]
+    back = transform.decode(transform.encode(actions, state), state)
+    np.testing.assert_array_equal(back, actions)
+
+
+def test_absolute_hands_through_the_same_numbers() -> None:
+    actions, state = poses("rotvec")
+    assert ABSOLUTE.encode(actions, state) is actions
+    assert ABSOLUTE.decode(actions, state) is actions
+    assert ActionTransform() == ABSOLUTE and not ABSOLUTE.converts
+
+
+@pytest.mark.parametrize("representation", RELATIVE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotation_across_the_wrap_is_a_small_turn(representation: str, kind: str) -> None:
+    """From pi - 0.01 to -pi + 0.01 about z is a turn by 0.02, however the two are written."""
+    before, after = (Rotation.from_rotvec([0, 0, angle]) for angle in (np.pi - 0.01, -np.pi + 0.01))
+    width = ROTATIONS[kind]
+    transform = ActionTransform(representation, tuple(range(width)), tuple(range(width)), kind, tuple(range(width)), 1)
+    state, action = (numbers_of(turn, kind).astype(np.float32) for turn in (before, after))
+    encoded = transform.encode(action[None], state)
+    assert rotation_of(encoded[0], kind).magnitude() == pytest.approx(0.02, abs=1e-5)
+    assert angle_between(transform.decode(encoded, state)[0], action, kind) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeated_action_past_the_end_is_no_movement(kind: str) -> None:
+    actions, states = poses(kind)
+    actions[:, 2:] = actions[:, 1:2]
+    encoded = pose_transform("delta", kind).encode(actions, states)
+    np.testing.assert_array_equal(encoded[:, 2:, :3], 0)
+    identity = numbers_of(Rotation.identity(), kind)
+    np.testing.assert_allclose(encoded[:, 2:, 4:], np.broadcast_to(identity, encoded[:, 2:, 4:].shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["quaternion_xyzw", "quaternion_wxyz"])
+@pytest.mark.parametrize("representation", RELATIVE)
+def test_quaternion_and_its_negative_are_one_rotation(representation: str, kind: str) -> None:
+    transform, (actions, states) = pose_transform(representation, kind), poses(kind)
+    other, other_states = actions.copy(), states.copy()
+    other[:, ::2, 4:] *= -1
+    other_states[:, 1:5] *= -1
+    encoded = transform.encode(actions, states)
+    np.testing.assert_allclose(transform.encode(other, other_states), encoded, atol=1e-6)
+    real = 7 if kind == "quaternion_xyzw" else 4
+    assert (encoded[..., real] >= 0).all()
+    assert (transform.decode(encoded, states)[..., real] >= 0).all()
+
+
+def test_euler_angles_in_gimbal_lock_come_back_as_the_same_rotation(recwarn: pytest.WarningsRecorder) -> None:
+    transform = ActionTransform("chunk_relative", (0, 1, 2), (0, 1, 2), "euler_xyz", (0, 1, 2), 1)
+    state = np.array([0.3, np.pi / 2, -0.2], np.float32)
+    for action in ([0.1, np.pi / 2, 0.4], [1.0, -np.pi / 2, 2.0], [0.3, np.pi / 2, -0.2]):
+        wanted = np.array([action], np.float32)
+        back = transform.decode(transform.encode(wanted, state), state)
+        assert angle_between(back[0], wanted[0], "euler_xyz") < 1e-6
+    assert not recwarn.list
+
+
+def test_predicted_6d_rotation_is_made_one_by_gram_schmidt() -> None:
+    transform = ActionTransform("chunk_relative", tuple(range(6)), tuple(range(6)), "rotation_6d", tuple(range(6)), 1)
+    state = numbers_of(Rotation.identity(), "rotation_6d").astype(np.float32)
+    predicted = np.array([[2.0, 0.0, 0.0, 1.0, 3.0, 0.0]], np.float32)  # neither of length 1, nor at right angles
+    np.testing.assert_allclose(transform.decode(predicted, state)[0], [1, 0, 0, 0, 1, 0], atol=1e-6)
+    quaternions = ActionTransform("delta", (0, 1, 2, 3), (0, 1, 2, 3), "quaternion_wxyz", (0, 1, 2, 3), 1)
+    answer = quaternions.decode(np.array([[3.0, 0.3, 0, 0]], np.float32), np.array([1, 0, 0, 0], np.float32))
+    assert np.linalg.norm(answer) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["quaternion_xyzw", "rotation_6d"])
+@pytest.mark.parametrize("representation", RELATIVE)
+def test_numbers_that_are_no_rotation_are_nan_and_nothing_else_is(representation: str, kind: str) -> None:
+    transform, (actions, states) = pose_transform(representation, kind), poses(kind)
+    assert all(transform.starts_from(state) for state in states)
+    sound = transform.encode(actions, states)
+    actions[0, 2, 4:] = 0
+    encoded = transform.encode(actions, states)
+    bad = [2] if representation == "chunk_relative" else [2, 3]  # the next starts from it
+    assert np.isnan(encoded[0, bad, 4:]).all()
+    encoded[0, bad, 4:] = sound[0, bad, 4:]
+    np.testing.assert_array_equal(encoded, sound)
+    states[1, 1:-3] = 0
+    assert [transform.starts_from(state) for state in states] == [True, False, True, True]
+    assert np.isnan(transform.decode(sound, states)[1, :, 4:]).all()
+    sound[2, 1, 4:] = np.nan
+    lost = np.isnan(transform.decode(sound, states)[2, :, 4:]).all(-1).tolist()
+    assert lost == [False, True, *[representation == "delta"] * 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transform_survives_json(kind: str) -> None:
+    transform = pose_transform("delta", kind)
+    dimensions = 4 + ROTATIONS[kind]
+    raw = json.loads(json.dumps(transform.to_dict()))
+    assert ActionTransform.from_dict(raw, "x", dimensions, dimensions) == transform
+    assert ActionTransform.from_dict(json.loads(json.dumps(ABSOLUTE.to_dict())), "x", 3, 3) == ABSOLUTE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"representation": "relative"},
+        {"representation": "absolute"},
+        {"horizon": 0},
+        {"horizon": 10**9},
+        {"dimensions": [0, 1]},
+        {"dimensions": [0, 1, 2, 4, 5, 60]},
+        {"dimensions": [0, 1, 2, 4, 5, "6"]},
+        {"state_dimensions": [4, 5, 6, 1, 2, -1]},
+        {"rotation": "euler"},
+        {"rotation": ""},
+        {"rotation_dimensions": [4, 5]},
+        {"rotation_dimensions": [4, 5, 3]},
+        {"rotation_dimensions": 4},
+        {"unknown": 1},
+        [],
+        None,
+    ],
+)
+def test_record_of_a_transform_that_cannot_be_is_refused(change: Any) -> None:
+    raw = {**pose_transform("delta", "rotvec").to_dict(), **change} if isinstance(change, dict) else change
+    with pytest.raises(DataError, match=r"^stats\.json: actions: got .*compute the statistics again"):
+        ActionTransform.from_dict(raw, "stats.json: actions", 7, 7)
+
+
+# What data.actions means for a robot
+
+ARM = DatasetMetadata(
+    state_names=("gripper_width", "z", "y", "x", "roll", "pitch", "yaw"),
+    action_names=("x", "y", "z", "roll", "pitch", "yaw", "Gripper_command"),
+    state_units=("m", "m", "m", "m", "rad", "rad", "rad"),
+    action_units=("m", "m", "m", "rad", "rad", "rad", ""),
+)
+EULER = {"representation": "euler_xyz", "dimensions": ["roll", "pitch", "yaw"]}
+
+
+def settings(**actions: Any) -> VLAConfig:
+    raw = {
+        "data": {"train_parquet_files": "-", "actions": {"representation": "delta", **actions}},
+        "model": {"vlm_config": {"model_name_or_path": "-"}, "action_head_config": {"horizon": K}},
+    }
+    return config_from_dict(raw)
+
+
+def test_resolve_takes_everything_but_the_gripper_by_name() -> None:
+    transform = resolve_actions(settings(rotation=EULER), ARM, 7, 7)
+    assert transform == ActionTransform("delta", (0, 1, 2, 3, 4, 5), (3, 2, 1, 4, 5, 6), "euler_xyz", (3, 4, 5), K)
+    assert transform.describe(ARM) == (
+        "delta in chunks of 5: x from x, y from y, z from z, roll from roll, pitch from pitch, yaw from yaw; "
+        "rotation as euler_xyz"
+    )
+
+
+def test_resolve_falls_back_on_numbers_where_no_name_is_shared() -> None:
+    renamed = replace(ARM, state_names=(), state_units=())
+    assert resolve_actions(settings(), renamed, 7, 7).state_dimensions == (0, 1, 2, 3, 4, 5)
+    listed = settings(dimensions=[2, "x"], state_dimensions=["z", 3])
+    assert resolve_actions(listed, ARM, 7, 7) == ActionTransform("delta", (2, 0), (1, 3), horizon=K)
+
+
+def test_resolve_leaves_a_named_rotation_alone_that_is_not_converted() -> None:
+    transform = resolve_actions(settings(rotation=EULER, dimensions=["x", "y", "z"]), ARM, 7, 7)
+    assert transform == ActionTransform("delta", (0, 1, 2), (3, 2, 1), horizon=K)
+    assert resolve_actions(settings(representation="absolute", rotation=EULER), ARM, 7, 7) == ABSOLUTE
+
+
+def test_resolve_takes_two_rotations_one_after_the_other() -> None:
+    both = {"representation": "rotvec", "dimensions": [3, 4, 5, 0, 1, 2]}
+    transform = resolve_actions(settings(rotation=both, dimensions=[0, 1, 2, 3, 4, 5]), DatasetMetadata(), 6, 7)
+    assert [columns for columns, _ in transform._rotations()] == [[3, 4, 5], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("actions", "metadata", "dimensions", "faults"),
+    [
+        ({}, DatasetMetadata(), (7, 7), ["dimensions: got null, but the data does not name its 7 action dimensions; list"]),
+        ({}, replace(ARM, action_names=("gripper",) * 7), (7, 7), ["dimensions: got null, but all of gripper"]),
+        (
+            {},
+            replace(ARM, action_representation="delta"),
+            (7, 7),
+            ["representation: got delta, but the data's actions are deltas already; take absolute"],
+        ),
+        ({}, DatasetMetadata(action_names=("x", "y")), (1, 2), ["state_dimensions: .*1 numbers, none for dimension 1 .y."]),
+        ({}, replace(ARM, state_names=("x", *"abcdef")), (7, 7), ["state_dimensions: .* of the name y, z, roll, pitch, yaw,"]),
+        (
+            {"dimensions": ["x", "grip", 9], "state_dimensions": ["x", "q", 7]},
+            ARM,
+            (7, 7),
+            [
+                "dimensions: got 'grip', none of the data's action dimensions",
+                "dimensions: got 9, expected at most 6: the data has 7 action dimensions",
+                "state_dimensions: got 'q', none of the data's state dimensions; known: ",
+                "state_dimensions: got 7, expected at most 6",
+            ],
+        ),
+        ({"dimensions": ["x", 0]}, ARM, (7, 7), [r"dimensions: got \['x', 0\], expected each dimension once"]),
+        ({"dimensions": ["x"]}, DatasetMetadata(), (7, 7), ["dimensions: got 'x', .*; it names none: give numbers"]),
+        (
+            {"dimensions": ["roll"], "state_dimensions": ["x"]},
+            ARM,
+            (7, 7),
+            ["state_dimensions: action roll is in rad, state x in m; list dimensions of one unit"],
+        ),
+        (
+            {"rotation": EULER, "dimensions": ["x", "roll", "yaw"]},
+            ARM,
+            (7, 7),
+            ["rotation.dimensions: pitch are not among those converted"],
+        ),
+        ({}, replace(ARM, action_rotation="rotvec"), (7, 7), ["rotation: got null, but .* hold a rotation as rotvec"]),
+        (
+            {"rotation": EULER, "representation": "absolute"},
+            replace(ARM, action_rotation="rotvec"),
+            (7, 7),
+            ["rotation.representation: got euler_xyz, expected rotvec as the data says"],
+        ),
+        (
+            {"rotation": EULER},
+            replace(ARM, action_units=(*"mmm", "deg", "deg", "deg", ""), state_units=()),
+            (7, 7),
+            ["rotation: action roll is in deg, expected rad; convert the data", "rotation: .*pitch", "rotation: .*yaw"],
+        ),
+    ],
+)
+def test_resolve_tells_everything_that_cannot_be(
+    actions: dict[str, Any], metadata: DatasetMetadata, dimensions: tuple[int, int], faults: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_actions(settings(**actions), metadata, *dimensions)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(faults), lines
+    for line, fault in zip(lines, faults, strict=True):
+        assert re.match(f"data.actions.{fault}", line), line
+
+
+@pytest.mark.parametrize(
+    ("actions", "fault"),
+    [
+        ({"representation": "relative"}, "representation: got 'relative'"),
+        ({"representation": "absolute", "dimensions": [0]}, "dimensions: got a list with representation: absolute"),
+        ({"state_dimensions": [0]}, "state_dimensions: got a list without dimensions"),
+        ({"dimensions": [0, 1], "state_dimensions": [0]}, "state_dimensions: got 1, expected 2"),
+        ({"dimensions": []}, "dimensions: got"),
+        ({"dimensions": [0, -1]}, "dimensions.1: got -1, expected: a dimension: its number"),
+        ({"dimensions": [1.5, 0]}, "dimensions.0: got 1.5, expected: a dimension: its number"),
+        ({"rotation": {**EULER, "dimensions": [1, 2]}}, "rotation.dimensions: got 2, expected 3, as many as euler_xyz takes"),
+        ({"rotation": {**EULER, "represention": "x"}}, "rotation.represention: unknown key; did you mean 'representation'?"),
+        ({"rotation": {"representation": "matrix", "dimensions": [1]}}, "rotation.representation: got 'matrix'"),
+    ],
+)
+def test_configuration_contradictions_name_the_key(actions: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(**actions)
+    assert f"\n  data.actions.{fault}" in str(caught.value)
+    assert "1 fault in" in str(caught.value)
