@@ -46,14 +46,15 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_EXPORTS[name]), name)
 
 
-def quiet_libraries() -> None:
-    """Keep from the user what helps nobody.
+# torchao, which transformers imports where it is installed, warns of kernels for GPUs that are not here, and torch of how it
+# registers its types; httpx tells of every request to the hub.
+LEVELS = {"torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR, "httpx": logging.WARNING}
 
-    torchao tells when it is imported, which transformers does wherever it is installed, of GPU kernels that this machine cannot
-    load, and torch of an enumeration that it would like registered otherwise.
-    """
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+def quiet_libraries() -> None:
+    """Keep from the user what libraries tell that helps nobody."""
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def versions() -> dict[str, str]:

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import flow, schema
-from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.sampling import derive_seed
 from paligemma_vla.errors import CheckpointError, DataError
-from paligemma_vla.export.folder import Trained, describing, load_trained
-from paligemma_vla.model.quantize import Weights, quantize
-from paligemma_vla.model.vla_model import VLAModel
-from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.export.folder import Restored, load_trained, restore
+from paligemma_vla.model.quantize import Weights
 from paligemma_vla.schema import DatasetMetadata
 
 
@@ -30,16 +28,11 @@ class Policy:
     """
 
     def __init__(
-        self,
-        model: VLAModel,
-        preprocessor: Preprocessor,
-        config: VLAConfig,
-        metadata: DatasetMetadata,
-        trained: Trained,
-        weights: Weights | None = None,
+        self, restored: Restored, training: dict[str, Any], versions: dict[str, str], weights: Weights | None = None
     ) -> None:
-        self.model, self.preprocessor, self.config = model.eval(), preprocessor, config
-        self.device = next(model.parameters()).device
+        self.model, self.preprocessor, self.config = restored.model.eval(), restored.preprocessor, restored.config
+        self.device = next(self.model.parameters()).device
+        preprocessor, config, metadata = self.preprocessor, self.config, restored.metadata
         head = config.model.action_head_config
         self.metadata: dict[str, Any] = {
             "cameras": [schema.image_key(n + 1) for n in range(config.model.vlm_config.cameras)],
@@ -59,9 +52,9 @@ class Policy:
             "num_inference_timesteps": head.num_inference_timesteps,
             "control_hz": metadata.control_hz,
             "robot": metadata.robot,
-            "training": trained.training,
+            "training": training,
             "weights": weights or "full",
-            "versions": trained.versions,
+            "versions": versions,
         }
 
     @classmethod
@@ -72,18 +65,11 @@ class Policy:
         weights: quantise the backbone to `int8` or `int4`; None keeps it as it was trained. Raises `CheckpointError` when it is
         missing, damaged or nothing of ours, `ModelError` when it cannot be quantised here.
         """
-        return cls.from_trained(load_trained(path), path, device, weights)
-
-    @classmethod
-    def from_trained(cls, trained: Trained, where: str | Path, device: str = "cpu", weights: Weights | None = None) -> Policy:
-        """Make a policy of what `load_trained` read; arguments and errors as in `from_checkpoint`."""
-        model, preprocessor, config = restore(trained, where)
-        with describing(where):
-            metadata = DatasetMetadata.from_json(trained.metadata, str(where))
-        model.requires_grad_(False)
-        if weights is not None:
-            quantize(model.paligemma_vlm, weights, torch.device(device))
-        return cls(model.place(torch.device(device)), preprocessor, config, metadata, trained, weights)
+        trained = load_trained(path)
+        restored = restore(trained, path)
+        restored.model.requires_grad_(False)
+        restored.model.place(torch.device(device), weights)
+        return cls(restored, trained.training, trained.versions, weights)
 
     def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
         """Answer one observation.
@@ -190,27 +176,6 @@ def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | 
     if named is not None:
         return {"representation": named.representation, "dimensions": list(named.dimensions)}
     return {"representation": metadata.action_rotation, "dimensions": None} if metadata.action_rotation else None
-
-
-def restore(trained: Trained, where: str | Path) -> tuple[VLAModel, Preprocessor, VLAConfig]:
-    """The model as it was trained, in the types it was saved in, with its preprocessing; not placed on a device yet.
-
-    Raises as `Policy.from_checkpoint`.
-    """
-    with describing(where):
-        config = config_from_dict(trained.config, where=f"{where}: config")
-        preprocessor = Preprocessor.from_dict(trained.preprocessor, str(where))
-        model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
-        _load_weights(model, trained.state_dict, str(where))
-    return model, preprocessor, config
-
-
-def _load_weights(model: VLAModel, weights: dict[str, torch.Tensor], where: str) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        _, _, faults = str(error).partition(":")
-        raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
 
 
 def _is_stray(key: str, names: Sequence[str]) -> bool:

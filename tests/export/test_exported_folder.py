@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import CheckpointError
 from paligemma_vla.export import writer
-from paligemma_vla.export.folder import CONFIG, Trained, fingerprint, load_trained, sha256
+from paligemma_vla.export.folder import CONFIG, Trained, fingerprint, load_trained, restore, sha256
 from paligemma_vla.export.writer import ExportOptions, write_export
+from paligemma_vla.model import VLAModel
+from support import train_here
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,8 @@ def trained(checkpoint: Path) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def exported(trained: Trained, policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("exports") / "policy", trained, policy)
+def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("exports") / "policy", trained)
 
 
 @pytest.fixture
@@ -37,8 +40,8 @@ def folder(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "policy"))
 
 
-def write(output: Path, trained: Trained, policy: Policy, **options: Any) -> Path:
-    return write_export(output, trained, policy.model, policy.preprocessor, ExportOptions(**options))
+def write(output: Path, trained: Trained, **options: Any) -> Path:
+    return write_export(output, trained, restore(trained, "test"), ExportOptions(**options))
 
 
 def observations(count: int) -> list[dict[str, Any]]:
@@ -80,7 +83,7 @@ def test_exported_weights_are_the_averaged_ones(trained: Trained, checkpoint: Pa
 
 def test_export_of_an_export_is_the_same(exported: Path, tmp_path: Path) -> None:
     trained = load_trained(exported)
-    again = write(tmp_path / "again", trained, Policy.from_trained(trained, exported))
+    again = write(tmp_path / "again", trained)
     assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in exported.iterdir())
     assert all(path.read_bytes() == (exported / path.name).read_bytes() for path in again.iterdir())
 
@@ -110,7 +113,7 @@ def test_exported_parts_of_the_preprocessor_that_are_yet_to_come_travel(
     trained: Trained, policy: Policy, tmp_path: Path
 ) -> None:
     more = Trained(**{**vars(trained), "preprocessor": {**trained.preprocessor, "yet_to_come": {"kept": [1, 2.5]}}})
-    assert load_trained(write(tmp_path / "more", more, policy)).preprocessor["yet_to_come"] == {"kept": [1, 2.5]}
+    assert load_trained(write(tmp_path / "more", more)).preprocessor["yet_to_come"] == {"kept": [1, 2.5]}
 
 
 def test_exported_processor_is_that_of_the_backbone(exported: Path, tiny_model_dir: Path, policy: Policy) -> None:
@@ -134,7 +137,7 @@ def test_exported_processor_is_that_of_the_backbone(exported: Path, tiny_model_d
 
 
 def test_exported_shards_are_read_as_one(trained: Trained, policy: Policy, exported: Path, tmp_path: Path) -> None:
-    output = write(tmp_path / "shards", trained, policy, shard="40KB")
+    output = write(tmp_path / "shards", trained, shard="40KB")
     assert len(list(output.glob("model-*-of-*.safetensors"))) > 2
     assert (output / "model.safetensors.index.json").is_file()
     whole, parts = load_trained(exported).state_dict, load_trained(output).state_dict
@@ -148,7 +151,7 @@ def test_exported_shards_are_read_as_one(trained: Trained, policy: Policy, expor
 def test_exported_in_bfloat16_takes_half_and_answers_nearly_the_same(
     trained: Trained, policy: Policy, exported: Path, tmp_path: Path
 ) -> None:
-    output = write(tmp_path / "half", trained, policy, dtype="bfloat16")
+    output = write(tmp_path / "half", trained, dtype="bfloat16")
     sizes = [(place / "model.safetensors").stat().st_size for place in (output, exported)]
     assert sizes[0] < 0.6 * sizes[1]
     for name, value in load_trained(output).state_dict.items():
@@ -306,7 +309,7 @@ def test_export_does_not_replace_what_it_did_not_write(
     for name in names:
         (output / name).write_text('{"model_type": "paligemma_vla", "format": 1}')
     with pytest.raises(CheckpointError, match="which no export wrote; give another --output_dir"):
-        write(output, trained, policy)
+        write(output, trained)
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -316,9 +319,9 @@ def test_export_does_not_replace_a_backbone_or_a_file(trained: Trained, policy: 
     backbone.mkdir()
     (backbone / "config.json").write_text('{"model_type": "paligemma"}')
     with pytest.raises(CheckpointError, match="got a model of type 'paligemma'"):
-        write(backbone, trained, policy)
+        write(backbone, trained)
     with pytest.raises(CheckpointError, match="a file is there, expected a folder"):
-        write(backbone / "config.json", trained, policy)
+        write(backbone / "config.json", trained)
 
 
 def test_export_replaces_an_earlier_one_and_leaves_nothing_beside(
@@ -326,7 +329,7 @@ def test_export_replaces_an_earlier_one_and_leaves_nothing_beside(
 ) -> None:
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
     (tmp_path / ".policy.export.tmp").mkdir()  # what a killed call left
-    write(folder, trained, policy, dtype="bfloat16")
+    write(folder, trained, dtype="bfloat16")
     assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert json.loads((folder / CONFIG).read_text())["dtype"] == "bfloat16"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
@@ -344,7 +347,7 @@ def test_export_that_fails_leaves_what_was_there(
 
     monkeypatch.setattr(writer, "replace_file", full_disk)
     with pytest.raises(CheckpointError, match=r"policy: cannot be written \(No space left on device\); free some space"):
-        write(folder, trained, policy, dtype="bfloat16")
+        write(folder, trained, dtype="bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == (["policy"] if before else [])
     if before:
         assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
@@ -357,5 +360,54 @@ def test_export_killed_between_its_renames_is_mended_by_the_next(
     folder.rename(folder.with_name(".policy.export.old"))
     monkeypatch.setattr(writer, "replace_file", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="cannot be written"):
-        write(folder, trained, policy)
+        write(folder, trained)
     assert load_trained(folder).training["step"] == trained.training["step"]
+
+
+def test_export_of_a_run_with_adapters_is_a_model_without(session_config: ConfigFactory, tmp_path: Path) -> None:
+    """The folder answers as the checkpoint, which answers as backbone and adapters side by side."""
+    changes = {
+        "model.vlm_config.lora": {"rank": 2, "alpha": 8.0},
+        "training.experiment_name": "adapted",
+        "optimizer.vlm_lr": 0.03,
+    }
+    config = session_config({**changes, "training.max_steps": 6}, cameras=2)
+    train_here(config)
+    checkpoint = config.run_dir / "checkpoints" / "last.pth.tar"
+    trained = load_trained(checkpoint)
+    assert any(".lora_" in name for name in trained.state_dict)
+    folder = write(tmp_path / "policy", trained)
+    again, policy = Policy.from_checkpoint(folder), Policy.from_checkpoint(checkpoint)
+    np.testing.assert_array_equal(answers(again), answers(policy))
+    assert not any("lora_" in name for name in load_trained(folder).state_dict)
+    assert json.loads((folder / CONFIG).read_text())["configuration"]["model"]["vlm_config"]["lora"] is None
+    assert again.config == policy.config
+
+    beside = VLAModel(config, policy.preprocessor.prompts, policy.preprocessor.image, trained.backbone).requires_grad_(False)
+    beside.load_state_dict(trained.state_dict)
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+
+    def context(model: VLAModel) -> torch.Tensor:
+        return model.get_vl_embeddings(pictures, ["open the drawer", "push"])
+
+    torch.testing.assert_close(context(again.model), context(beside), rtol=0, atol=1e-4)
+    for name, value in beside.named_parameters():
+        if "lora_B" in name:
+            value.zero_()
+    assert (context(again.model) - context(beside)).abs().max() > 1e-2  # the adapters had learned something
+
+
+def test_export_of_a_model_held_in_bfloat16_is_not_rounded(session_config: ConfigFactory, tmp_path: Path) -> None:
+    config = session_config(
+        {"training.experiment_name": "brief", "training.max_steps": 2, "model.vlm_config.dtype": "bfloat16"}
+    )
+    train_here(config)
+    checkpoint = config.run_dir / "checkpoints" / "last.pth.tar"
+    trained = load_trained(checkpoint)
+    folder = write(tmp_path / "policy", trained)
+    kept = load_trained(folder).state_dict
+    for name, value in trained.state_dict.items():
+        assert torch.equal(kept[name], value)
+    given = [{name: value for name, value in o.items() if name != "image_2"} for o in observations(3)]
+    first, second = (Policy.from_checkpoint(place) for place in (folder, checkpoint))
+    np.testing.assert_array_equal(first.infer_batch(given, [1, 2, 3]), second.infer_batch(given, [1, 2, 3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from paligemma_vla import Policy
 from paligemma_vla.cli.demo import CONDITIONS
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.export.card import is_hub_id, model_card
-from paligemma_vla.export.folder import Trained, load_trained
+from paligemma_vla.export.folder import Trained, load_trained, restore
 from paligemma_vla.export.measurements import Measurement, read_measurement
 from support import METADATA
 
@@ -24,6 +25,10 @@ HOSTILE = "a|b `c` <script>alert(1)</script>\n# Heading\n---\n[link](http://x) *
 @pytest.fixture(scope="module")
 def trained(checkpoint: Path) -> Trained:
     return load_trained(checkpoint)
+
+
+def card_of(trained: Trained, dtype: str, measurements: Sequence[Measurement]) -> str:
+    return model_card(trained, restore(trained, "test"), dtype, measurements)
 
 
 def head_and_body(card: str) -> tuple[dict[str, Any], str]:
@@ -44,7 +49,7 @@ def test_card_head_is_what_the_hub_reads(trained: Trained, policy: Policy) -> No
 
     config = json.loads(json.dumps(trained.config))
     config["model"]["vlm_config"]["model_name_or_path"] = "google/paligemma-3b-pt-224"
-    card = model_card(replace(trained, config=config), policy.preprocessor, "float32", ())
+    card = card_of(replace(trained, config=config), "float32", ())
     head, _ = head_and_body(card)
     assert head["license"] == "gemma"
     assert head["base_model"] == "google/paligemma-3b-pt-224"
@@ -55,7 +60,7 @@ def test_card_head_is_what_the_hub_reads(trained: Trained, policy: Policy) -> No
 
 
 def test_card_names_no_base_model_that_is_a_folder(trained: Trained, policy: Policy, tmp_path: Path) -> None:
-    head, body = head_and_body(model_card(trained, policy.preprocessor, "float32", ()))
+    head, body = head_and_body(card_of(trained, "float32", ()))
     assert "base_model" not in head
     assert Path(trained.config["model"]["vlm_config"]["model_name_or_path"]).name in body
     names = {"google/paligemma2-3b-pt-224": True, "a": False, "a/b/c": False, "../a": False, "/a/b": False, "./b": False}
@@ -63,7 +68,7 @@ def test_card_names_no_base_model_that_is_a_folder(trained: Trained, policy: Pol
 
 
 def test_card_says_what_goes_in_and_comes_out(trained: Trained, policy: Policy) -> None:
-    card = model_card(trained, policy.preprocessor, "bfloat16", ())
+    card = card_of(trained, "bfloat16", ())
     assert cells(card, r"image\_1")[1:] == ["camera 'front', RGB, upright", "(H, W, 3) uint8, resized to 32 x 32 (stretch)"]
     assert "may be left out" in cells(card, r"image\_2")[1]
     low, high = policy.preprocessor.statistics.action.min[0], policy.preprocessor.statistics.action.max[0]
@@ -81,15 +86,15 @@ def test_card_says_what_goes_in_and_comes_out(trained: Trained, policy: Policy) 
 
 
 def test_card_example_is_python(trained: Trained, policy: Policy) -> None:
-    code = model_card(trained, policy.preprocessor, "float32", ()).split("```python\n")[1].split("```")[0]
+    code = card_of(trained, "float32", ()).split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")
     assert '"image_2": image_2' in code
 
 
 def test_card_escapes_what_others_wrote(trained: Trained, policy: Policy) -> None:
     metadata = replace(METADATA, robot=HOSTILE, cameras=(HOSTILE, "w"), action_names=(HOSTILE, "b"), action_convention=HOSTILE)
-    plain = model_card(trained, policy.preprocessor, "float32", ())
-    card = model_card(replace(trained, metadata=metadata.to_json()), policy.preprocessor, "float32", ())
+    plain = card_of(trained, "float32", ())
+    card = card_of(replace(trained, metadata=metadata.to_json()), "float32", ())
     assert head_and_body(card)[0] == head_and_body(plain)[0]
 
     def shape(text: str) -> list[str]:
@@ -146,7 +151,7 @@ def read(raw: Any, folder: Path) -> Measurement:
 def test_card_tells_every_figure_that_was_given(trained: Trained, policy: Policy, tmp_path: Path) -> None:
     given = [read(raw, tmp_path) for raw in (open_loop(), closed_loop(), demonstration())]
     assert [measurement.checkpoint for measurement in given] == ["ab" * 32, "cd" * 32, None]
-    card = model_card(trained, policy.preprocessor, "float32", given)
+    card = card_of(trained, "float32", given)
     assert cells(card, "all")[1:] == ["0.123", "0.0456"]
     assert "| d\\|y | 0.135 | 0.0692 |" in card
     assert "40 samples of 7 episodes, 10 Euler steps, velocity loss 0.0789; weights int8" in card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import ModelError
+from paligemma_vla.model import VLAModel
 from paligemma_vla.model.quantize import GROUP, KINDS, InBfloat16, quantize, weight_bytes
+from support import randomize
 
 CPU = torch.device("cpu")
 
@@ -164,3 +168,18 @@ def test_torchao_says_nothing_to_the_user() -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("int4", 0.2)])
+def test_model_that_computes_in_bfloat16_is_quantised(tiny_config: ConfigFactory, kind: Any, bound: float) -> None:
+    """`place` holds its matrices in bfloat16 first: torchao starts from those."""
+    torch.manual_seed(0)
+    model = randomize(VLAModel(tiny_config({"model.vlm_config.dtype": "bfloat16"})), scale=0.1).eval().requires_grad_(False)
+    small = copy.deepcopy(model).place(CPU, kind)
+    full = model.place(CPU)
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    prompts = ["open the drawer", "push it"]
+    with torch.no_grad():
+        expected, got = (m.get_vl_embeddings(pictures, prompts).float() for m in (full, small))
+    assert weight_bytes(small.paligemma_vlm) < weight_bytes(full.paligemma_vlm)
+    assert 0 < (got - expected).norm() < bound * expected.norm()

@@ -43,11 +43,10 @@ def main(args: argparse.Namespace) -> int:
     """Export, and say where to; returns the exit status."""
     if args.private and args.push_to_hub is None:
         raise ConfigError("--private: means something with --push_to_hub ORG/NAME only")
-    from paligemma_vla.export.folder import load_trained
+    from paligemma_vla.export.folder import load_trained, restore
     from paligemma_vla.export.hub import check_can_push, push
     from paligemma_vla.export.measurements import read_measurement
     from paligemma_vla.export.writer import ExportOptions, check_replaceable, write_export
-    from paligemma_vla.policy import restore
 
     # What can be refused is refused before gigabytes are read.
     check_replaceable(args.output_dir)
@@ -57,9 +56,8 @@ def main(args: argparse.Namespace) -> int:
     _check_measured(args.metrics, measurements, args.checkpoint_path)
 
     trained = load_trained(args.checkpoint_path)
-    model, preprocessor, _ = restore(trained, args.checkpoint_path)
     options = ExportOptions(args.dtype, args.torch_export, measurements)
-    output = write_export(args.output_dir, trained, model, preprocessor, options)
+    output = write_export(args.output_dir, trained, restore(trained, args.checkpoint_path), options)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     sys.stdout.write(f"{output}: {size:,.1f} MB, step {trained.training['step']:,}\n")
     if args.push_to_hub is not None:

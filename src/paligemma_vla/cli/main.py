@@ -110,7 +110,6 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 def log_to_stderr() -> None:
     """Messages alone, from INFO up."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request to the hub
     quiet_libraries()
 
 

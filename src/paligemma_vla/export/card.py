@@ -12,8 +12,8 @@ from pathlib import Path, PurePath
 
 import yaml
 
-from paligemma_vla.config import VLAConfig, config_from_dict
-from paligemma_vla.export.folder import Trained
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.export.folder import Restored, Trained
 from paligemma_vla.export.markdown import number, table, text
 from paligemma_vla.export.measurements import Measurement
 from paligemma_vla.preprocess import Preprocessor
@@ -22,10 +22,9 @@ from paligemma_vla.schema import DatasetMetadata, image_key
 FILES_SHOWN = 20
 
 
-def model_card(trained: Trained, preprocessor: Preprocessor, dtype: str, measurements: Sequence[Measurement]) -> str:
+def model_card(trained: Trained, restored: Restored, dtype: str, measurements: Sequence[Measurement]) -> str:
     """README.md of an export: `dtype` is that of its weights."""
-    config = config_from_dict(trained.config)
-    metadata = DatasetMetadata.from_json(trained.metadata)
+    config, preprocessor, metadata = restored.config, restored.preprocessor, restored.metadata
     name, backbone = config.training.experiment_name, config.model.vlm_config.model_name_or_path
     head = {
         "license": "gemma",

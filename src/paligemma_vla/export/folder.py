@@ -24,9 +24,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paligemma_vla.config import RUN_STATISTICS
+from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, ModelError, VLAError, first_line
 from paligemma_vla.export.hub import local_copy
+from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.checkpoint import DIGEST, load_checkpoint
 
@@ -74,6 +77,43 @@ def load_trained(place: str | Path) -> Trained:
     }
     parts = {name: saved[name] for name in ("config", "preprocessor", "backbone", "metadata", "versions")}
     return Trained(**parts, training=training, state_dict={**saved["state_dict"], **average})
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The parts of a policy. model: on the CPU, in float32, without adapters; config describes that model."""
+
+    model: VLAModel
+    preprocessor: Preprocessor
+    config: VLAConfig
+    metadata: DatasetMetadata
+
+
+def restore(trained: Trained, where: str | Path) -> Restored:
+    """Build the model of `trained`. Adapters are folded into the weights beside them: here, and nowhere else, so that a
+    checkpoint and its export are one model.
+
+    Raises `CheckpointError` when the parts do not fit each other.
+    """
+    with describing(where):
+        config = config_from_dict(trained.config, where=f"{where}: config")
+        preprocessor = Preprocessor.from_dict(trained.preprocessor, str(where))
+        metadata = DatasetMetadata.from_json(trained.metadata, str(where))
+        model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
+        _load_weights(model, trained.state_dict, str(where))
+        if config.model.vlm_config.lora is not None:
+            model.paligemma_vlm.merge_adapters()
+            config = config_from_dict(trained.config, {"model.vlm_config.lora": None})
+        return Restored(model, preprocessor, config, metadata)
+
+
+def _load_weights(model: VLAModel, weights: dict[str, Tensor], where: str) -> None:
+    model.float()  # weights that do not learn are built in bfloat16; an export holds all as they were trained
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        _, _, faults = str(error).partition(":")
+        raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
 
 
 def fingerprint(place: str | Path) -> str | None:

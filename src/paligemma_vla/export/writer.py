@@ -9,21 +9,20 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from paligemma_vla import versions
-from paligemma_vla.config import RUN_STATISTICS, config_from_dict
+from paligemma_vla.config import RUN_STATISTICS, VLAConfig
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.export.card import model_card
-from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTURE, Trained, read_config, sha256
+from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTURE, Restored, Trained, read_config, sha256
 from paligemma_vla.export.measurements import Measurement
 from paligemma_vla.export.programs import PROGRAMS
-from paligemma_vla.model.vla_model import VLAModel
-from paligemma_vla.preprocess import ImageSpec, Preprocessor, PromptEncoder
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 from paligemma_vla.storage import replace_file
 
 INDEX = "model.safetensors.index.json"  # where transformers and the hub look for shards; config.json names them too
@@ -50,27 +49,26 @@ class ExportOptions:
     shard: str | int = SHARD
 
 
-def write_export(output: Path, trained: Trained, model: VLAModel, preprocessor: Preprocessor, options: ExportOptions) -> Path:
+def write_export(output: Path, trained: Trained, restored: Restored, options: ExportOptions) -> Path:
     """Write a policy into the folder `output`, in place of an earlier export there; returns `output`.
 
-    trained, model, preprocessor: of one policy; the model becomes a plain one in float32. Raises `CheckpointError` when
-    `output` holds something else, or cannot be written; it is untouched then.
+    restored: of `trained`. Raises `CheckpointError` when `output` holds something else, or cannot be written; it is untouched
+    then.
     """
     output = Path(os.path.abspath(output))
     check_replaceable(output)
-    state_dict, config = merged(model.requires_grad_(False).float().eval(), trained.config)
-    trained = replace(trained, config=config)
     with _staged(output) as folder:
-        _write_weights(folder, state_dict, options)
-        preprocessor.statistics.save(folder / RUN_STATISTICS)
-        _write_processor(folder, preprocessor.prompts, preprocessor.image)
+        _write_weights(folder, restored.model.state_dict(), options)
+        restored.preprocessor.statistics.save(folder / RUN_STATISTICS)
+        _write_processor(folder, restored.preprocessor.prompts, restored.preprocessor.image)
         if options.program is not None:
-            head = config_from_dict(config).model.action_head_config
-            PROGRAMS[options.program].save(folder, model, preprocessor, head)
-        card = model_card(trained, preprocessor, options.dtype, options.measurements)
+            head = restored.config.model.action_head_config
+            PROGRAMS[options.program].save(folder, restored.model.eval(), restored.preprocessor, head)
+        card = model_card(trained, restored, options.dtype, options.measurements)
         (folder / CARD).write_text(card, encoding="utf-8")
         # Last: a folder without it is no export.
-        replace_file(folder / CONFIG, f"{json.dumps(_config(folder, trained, options.dtype), indent=2)}\n".encode())
+        config = _config(folder, trained, restored.config, options.dtype)
+        replace_file(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
     return output
 
 
@@ -128,15 +126,6 @@ def _is_of_the_disk(error: Exception) -> bool:
     return isinstance(error, OSError | SafetensorError) or (isinstance(error, RuntimeError) and "writ" in str(error))
 
 
-def merged(model: VLAModel, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and configuration of a plain model: the one place where adapters are folded into the weights they adapt."""
-    vlm = config["model"]["vlm_config"]
-    if vlm["lora"] is None:
-        return model.state_dict(), config
-    model.paligemma_vlm.merge_adapters()
-    return model.state_dict(), {**config, "model": {**config["model"], "vlm_config": {**vlm, "lora": None}}}
-
-
 def _write_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], options: ExportOptions) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -175,7 +164,7 @@ def _write_processor(folder: Path, prompts: PromptEncoder, image: ImageSpec) -> 
     (folder / "tokenizer.json").write_text(prompts.tokenizer_json, encoding="utf-8")
 
 
-def _config(folder: Path, trained: Trained, dtype: str) -> dict[str, Any]:
+def _config(folder: Path, trained: Trained, config: VLAConfig, dtype: str) -> dict[str, Any]:
     """What config.json holds: nothing that stands in another file of the folder."""
     parts = dict(trained.preprocessor)
     del parts["statistics"]
@@ -186,7 +175,7 @@ def _config(folder: Path, trained: Trained, dtype: str) -> dict[str, Any]:
         "architectures": ["VLAModel"],
         "format": FORMAT,
         "dtype": dtype,
-        "configuration": trained.config,
+        "configuration": config.model_dump(mode="json"),
         "backbone": trained.backbone,
         "preprocessor": parts,
         "metadata": json.loads(trained.metadata),

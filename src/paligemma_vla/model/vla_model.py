@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, configured_prompt_and_image_spec
 
 
@@ -97,13 +98,16 @@ class VLAModel(nn.Module):
         self.arithmetic = Arithmetic.on("cpu", self.configured_dtype)
         self.set_stage("all")
 
-    def place(self, device: torch.device) -> VLAModel:
+    def place(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
         """Move to `device`, and hold what does not learn as `device` computes: half the memory, and the same products.
 
-        Call it when it is known what learns (`set_stage`, `requires_grad_`).
+        Call it when it is known what learns (`set_stage`, `requires_grad_`). weights: quantise the backbone, which must have no
+        adapters, and no longer learns then; raises `ModelError` where that cannot be.
         """
         self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
         self.hold_frozen()
+        if weights is not None:
+            quantize(self.paligemma_vlm, weights, device)
         return self.to(device)
 
     def hold_frozen(self) -> None:
