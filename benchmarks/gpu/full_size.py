@@ -229,7 +229,7 @@ def _policy(shapes: dict[str, Any], device: torch.device, common: dict[str, Any]
         f"image_{n + 1}": rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for n in range(config.model.vlm_config.cameras)
     }
     observation |= {"state": np.zeros(7, np.float32), "prompt": "open the drawer"}
-    restored = Restored(config, model, _preprocessor(config, shapes), DatasetMetadata())
+    restored = Restored(model, _preprocessor(config, shapes), config, DatasetMetadata())
     return Policy(restored, {}, {}, None), observation
 
 

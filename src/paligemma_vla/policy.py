@@ -66,8 +66,7 @@ class Policy:
         missing, damaged or nothing of ours, `ModelError` when it cannot be quantised here.
         """
         trained = load_trained(path)
-        restored = restore(trained, path)
-        restored.model.requires_grad_(False)
+        restored = restore(trained, path, torch.device(device))
         restored.model.place(torch.device(device), weights)
         return cls(restored, trained.training, trained.versions, weights)
 

@@ -180,7 +180,7 @@ def test_backbone_that_never_learns_is_loaded_and_held_in_bfloat16(
 ) -> None:
     model = build(session_config({**overrides, f"{VLM}.dtype": "bfloat16"}))
     model.set_stage("all")
-    model.hold_frozen() if model.arithmetic.dtype is torch.float32 else model.place(CPU)
+    model.place(CPU)
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, ModelError, VLAError, first_line
 from paligemma_vla.export.hub import local_copy
-from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.model.vla_model import Arithmetic, VLAModel
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import is_url
@@ -81,7 +82,7 @@ def load_trained(place: str | Path) -> Trained:
 
 @dataclass(frozen=True)
 class Restored:
-    """The parts of a policy. model: on the CPU, in float32, without adapters; config describes that model."""
+    """The parts of a policy. model: on the CPU, without adapters; config describes that model."""
 
     model: VLAModel
     preprocessor: Preprocessor
@@ -89,26 +90,34 @@ class Restored:
     metadata: DatasetMetadata
 
 
-def restore(trained: Trained, where: str | Path) -> Restored:
+def restore(trained: Trained, where: str | Path, device: torch.device | None = None) -> Restored:
     """Build the model of `trained`. Adapters are folded into the weights beside them: here, and nowhere else, so that a
     checkpoint and its export are one model.
 
-    Raises `CheckpointError` when the parts do not fit each other.
+    device: where the model will answer: its matrices are held from the start as that device computes, so that they are never
+    in memory in float32. None: everything in float32, as it was trained. Raises `CheckpointError` when the parts do not fit
+    each other.
     """
     with describing(where):
         config = config_from_dict(trained.config, where=f"{where}: config")
         preprocessor = Preprocessor.from_dict(trained.preprocessor, str(where))
         metadata = DatasetMetadata.from_json(trained.metadata, str(where))
         model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
+        model.requires_grad_(False)
+        adapted = config.model.vlm_config.lora is not None
+        if device is None:
+            model.float()  # weights that do not learn are built in bfloat16; an export holds all as they were trained
+        elif not adapted:  # adapters are added up in float32
+            model.hold_for(device)
         _load_weights(model, trained.state_dict, str(where))
-        if config.model.vlm_config.lora is not None:
-            model.paligemma_vlm.merge_adapters()
+        if adapted:
+            held = torch.float32 if device is None else Arithmetic.on(device.type, model.configured_dtype).dtype
+            model.paligemma_vlm.merge_adapters(held)
             config = config_from_dict(trained.config, {"model.vlm_config.lora": None})
         return Restored(model, preprocessor, config, metadata)
 
 
 def _load_weights(model: VLAModel, weights: dict[str, Tensor], where: str) -> None:
-    model.float()  # weights that do not learn are built in bfloat16; an export holds all as they were trained
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -74,12 +74,15 @@ class PaliGemmaVLM(nn.Module):
         for _, layer in _adapted(self.backbone):
             yield from (layer.lora_A, layer.lora_B)
 
-    def merge_adapters(self) -> None:
-        """Fold the adapters into the weights beside them, in float32: from now on this is a backbone without adapters."""
+    def merge_adapters(self, hold: torch.dtype = torch.float32) -> None:
+        """Fold the adapters into the weights beside them, in float32: from now on this is a backbone without adapters.
+
+        hold: type in which the sums are kept.
+        """
         for name, layer in list(_adapted(self.backbone)):
             base = layer.get_base_layer().float()
             layer.merge()
-            self.backbone.set_submodule(name, base)
+            self.backbone.set_submodule(name, base.to(hold))
         self.config = self.config.model_copy(update={"lora": None})
 
     def forward(

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.model.memory import available_bytes
-from paligemma_vla.model.vla_model import Arithmetic, VLAModel
+from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.preprocess import ImageSpec
 
 GB = 1e9
@@ -242,8 +242,7 @@ def _without_storage(config: VLAConfig, architecture: dict[str, Any], device: to
     image = ImageSpec(int(architecture["vision_config"]["image_size"]), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = VLAModel(config, NotImplemented, image, architecture)
-    model.arithmetic = Arithmetic.on(device.type, model.configured_dtype)
-    model.hold_frozen()
+    model.hold_for(device)
     return model
 
 

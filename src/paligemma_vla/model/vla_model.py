@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
@@ -104,20 +103,19 @@ class VLAModel(nn.Module):
         Call it when it is known what learns (`set_stage`, `requires_grad_`). weights: quantise the backbone, which must have no
         adapters, and no longer learns then; raises `ModelError` where that cannot be.
         """
-        self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
-        self.hold_frozen()
+        self.hold_for(device)
         if weights is not None:
             quantize(self.paligemma_vlm, weights, device)
         return self.to(device)
 
-    def hold_frozen(self) -> None:
-        """Turn matrices that do not learn to the compute type, everything else to float32; quantised ones stay."""
+    def hold_for(self, device: torch.device) -> None:
+        """Turn matrices that do not learn to the type that `device` computes in, everything else to float32."""
+        self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
         for module in self.modules():
             matrices = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
             for parameter in module.parameters(recurse=False):
-                if not is_traceable_wrapper_subclass(parameter.data):
-                    frozen_matrix = matrices and not parameter.requires_grad
-                    parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
+                frozen_matrix = matrices and not parameter.requires_grad
+                parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
 
     def set_stage(self, train: str) -> None:
         """Choose what learns: `head` alone, or `all` that the configuration does not freeze."""
