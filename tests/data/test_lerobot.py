@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from paligemma_vla.data.recordings import Recording, Recordings
 from paligemma_vla.data.sources.lerobot_place import Place, Selection
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.video import VideoDecoders
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.preflight import prepare
 from support import STATE_DIM, identical, read_metrics, train_here
@@ -150,7 +151,7 @@ def test_place_is_written_as_it_is_read(text: str, selection: Selection) -> None
             "state=qpos",
             r"features: got no 'qpos', expected one for the state; name it with \?state=FEATURE.*observation.effort",
         ),
-        ("action=observation.images.front", "expected numbers of one dimension"),
+        ("action=observation.images.front", "expected 1 to 4096 numbers in a row"),
     ],
 )
 def test_selection_that_cannot_be_is_told(video_set: Truth, selection: str, message: str) -> None:
@@ -413,3 +414,46 @@ def test_large_lists_and_whole_numbers_are_read_as_float32(tmp_path: Path) -> No
     pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", values), path)
     assert read_all(truth.name)[2].action.tolist() == [[1.0, 2.0]] * LENGTHS[2]
     assert identical(read_all(truth.name)[2].action.dtype.name, "float32")
+
+
+VALUES: list[Any] = [None, -1, 0, 1.5, 2**40, 2**70, float("nan"), "", "x", "../x", "{", "a\0b", [], {}, [None], {"a": 1}, True]
+
+
+def spots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a JSON value can be changed."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    deeper = [spot for key, one in inner for spot in spots(one, (*path, key))]
+    return [path, *deeper] if path else deeper
+
+
+def mutate(path: Path, rng: random.Random) -> None:
+    """Change a value of a JSON file, or some bytes of any other."""
+    if path.suffix == ".json" or (path.suffix == ".jsonl" and rng.random() < 0.7):
+        lines = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
+        number = rng.randrange(len(lines))
+        content = json.loads(lines[number])
+        *outer, last = rng.choice(spots(content))
+        place = content
+        for key in outer:
+            place = place[key]
+        place[last] = rng.choice(VALUES)
+        lines[number] = json.dumps(content)
+        path.write_text("\n".join(lines))
+        return
+    damaged = bytearray(path.read_bytes())
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+    path.write_bytes(damaged[: rng.randrange(len(damaged))] if rng.random() < 0.2 else damaged)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mutated_set_is_read_or_refused_with_a_message(truth: Truth, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    shutil.copytree(truth.root, tmp_path / "toy")
+    files = sorted(path for path in (tmp_path / "toy").rglob("*") if path.is_file())
+    mutate(rng.choice([path for path in files if "meta" in path.parts] if seed % 2 else files), rng)
+    try:
+        recordings = read_all(f"lerobot:{tmp_path / 'toy'}")
+        assert len(pixels(recordings, 0)) == sum(one.length for one in recordings)
+    except VLAError as error:
+        assert len(str(error)) < 1500

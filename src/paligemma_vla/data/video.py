@@ -75,6 +75,8 @@ class _Video:
         if not self.container.streams.video:
             raise ValueError("it holds no video")
         self.stream = self.container.streams.video[0]
+        if self.stream.codec_context is None:
+            raise ValueError("there is no decoder for its codec")
         width, height = self.stream.codec_context.width, self.stream.codec_context.height
         if width * height > MAX_PIXELS:
             got = f"{path}: got frames of {width} x {height}, expected at most {MAX_PIXELS // 10**6} megapixels"

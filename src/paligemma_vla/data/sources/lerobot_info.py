@@ -65,6 +65,9 @@ def read_info(root: str) -> dict[str, Any]:
     fps = info.get("fps")
     if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf"):
         raise DataError(f"{path}: fps: got {fps!r}, expected frames per second, more than 0; restore the file")
+    chunk = info.get("chunks_size", 1)
+    if not isinstance(chunk, int) or chunk < 1:
+        raise DataError(f"{path}: chunks_size: got {chunk!r}, expected a whole number of at least 1; restore the file")
     templates = ["data_path", *(["video_path"] if _has_videos(info) else [])]
     for name in templates:
         if not isinstance(info.get(name), str):
@@ -86,7 +89,7 @@ def read_features(info: dict[str, Any], where: str) -> dict[str, Feature]:
     features = {}
     for key, value in raw.items():
         shape = value.get("shape") if isinstance(value, dict) else None
-        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape) or not isinstance(value["dtype"], str):
+        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape) or not isinstance(value.get("dtype"), str):
             got = json.dumps(value)[:120]
             raise DataError(f"{where}: features.{key}: got {got}, expected dtype, shape and names; restore the file")
         names = _names(value.get("names"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paligemma_vla.data.files import MOST_NUMBERS
 from paligemma_vla.data.sources.lerobot_info import INDEX_COLUMNS, INFO, Feature, read_features, read_info
 from paligemma_vla.data.sources.lerobot_place import Selection
 from paligemma_vla.data.sources.lerobot_tables import Episodes, episodes_v21, episodes_v30, tasks_v21, tasks_v30
@@ -80,8 +81,9 @@ class Metadata:
                 f"{self.root}/{INFO}: features: got no '{key}', expected one for the {role}; name it with ?{role}=FEATURE"
                 f"{closest('', there)}"
             )
-        if feature.is_camera or feature.dtype == "string" or len(feature.shape) != 1 or feature.shape[0] < 1:
-            got = f"got dtype {feature.dtype} of shape {list(feature.shape)}, expected numbers of one dimension"
+        numbers = feature.shape[0] if len(feature.shape) == 1 else 0
+        if feature.is_camera or feature.dtype == "string" or not 0 < numbers <= MOST_NUMBERS:
+            got = f"got dtype {feature.dtype} of shape {list(feature.shape)}, expected 1 to {MOST_NUMBERS} numbers in a row"
             raise DataError(f"{self.root}/{INFO}: features.{key}: {got}; name another with ?{role}=FEATURE")
         return feature
 

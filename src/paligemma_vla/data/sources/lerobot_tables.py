@@ -19,6 +19,7 @@ from paligemma_vla.data.sources.lerobot_info import INFO, Feature
 from paligemma_vla.errors import DataError, first_line
 
 Indices = NDArray[np.int64]
+MOST = 2**40  # episodes, steps, files
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def _table(root: str, name: str, columns: Sequence[str] | None = None) -> pa.Tab
 
 
 def _whole_numbers(values: Sequence[Any], where: str) -> Indices:
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
-        bad = next(value for value in values if not isinstance(value, int) or value < 0)
-        raise DataError(f"{where}: got {bad!r}, expected a whole number of at least 0; restore the file")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MOST:
+            raise DataError(f"{where}: got {str(value)[:80]}, expected a whole number from 0 to {MOST - 1}; restore the file")
     return np.array(values, np.int64)
 
 
@@ -79,7 +80,10 @@ def tasks_v30(root: str) -> dict[int, str]:
         got = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
         raise DataError(f"{where}: got columns {got}, expected task_index and the tasks as strings; restore it")
     numbers = _whole_numbers(table["task_index"].to_pylist(), f"{where}: task_index")
-    return _tasks(numbers, table[column].to_pylist(), where)
+    try:
+        return _tasks(numbers, table[column].to_pylist(), where)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: got tasks that are not UTF-8, expected text; restore the file") from error
 
 
 def _tasks(numbers: Indices, texts: Sequence[Any], where: str) -> dict[int, str]:
@@ -97,7 +101,7 @@ def _path(template: str, where: str, **values: object) -> str:
         name = os.path.normpath(template.format(**values))
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: got {template!r}, expected a template with {', '.join(values)}; restore the file") from error
-    if os.path.isabs(name) or name.startswith(".."):
+    if os.path.isabs(name) or name.startswith("..") or "\0" in name:
         raise DataError(f"{where}: got {template!r}, expected a path within the data set; restore the file")
     return name
 
@@ -110,7 +114,7 @@ def episodes_v21(root: str, info: dict[str, Any], features: dict[str, Feature]) 
     lengths = _whole_numbers([row.get("length") for row in rows], f"{root}/{name}: length")
     order = np.argsort(numbers)
     numbers, lengths = numbers[order], lengths[order]
-    size, where = int(info.get("chunks_size", 1000)), f"{root}/{INFO}"
+    size, where = info.get("chunks_size", 1000), f"{root}/{INFO}"
     places = [{"episode_chunk": number // size, "episode_index": number} for number in numbers.tolist()]
     return Episodes(
         number=numbers,
