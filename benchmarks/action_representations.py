@@ -79,8 +79,8 @@ def measure(args: argparse.Namespace, representation: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--representations", nargs="+", choices=REPRESENTATIONS, default=REPRESENTATIONS)
-    parser.add_argument("--demonstrations", type=int, default=100, help="per task")
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of each training")
+    parser.add_argument("--demonstrations", type=int, default=200, help="per task")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of each training")
     parser.add_argument("--episodes", type=int, default=20, help="played per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("experiments/action_representations"))

@@ -18,13 +18,18 @@ def main() -> None:
     rows: list[Row] = []
     for benchmark in (loader, sampler, demo_model):
         rows += benchmark.measure()
+    report(rows, "make bench", RESULTS)
+
+
+def report(rows: list[Row], command: str, path: Path) -> None:
+    """Print a table, and write it to a file with what it was measured on."""
     width = max(len(row.name) for row in rows)
     for row in rows:
         print(f"{row.name:<{width}}  {row.value:>12,.4g}  {row.unit}")
-    result = {**environment("make bench"), "rows": [asdict(row) for row in rows]}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"-> {RESULTS}")
+    result = {**environment(command), "rows": [asdict(row) for row in rows]}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"-> {path}")
 
 
 if __name__ == "__main__":

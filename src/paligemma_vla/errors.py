@@ -35,6 +35,10 @@ class SimulatorError(VLAError):
     """A simulator, or its graphics, that cannot run here."""
 
 
+class WorkerError(VLAError):
+    """Worker processes that cannot be had, or that died."""
+
+
 class TrainingError(VLAError):
     """A run that had to stop (out of memory, a lost rank); the message carries the remedy."""
 

@@ -91,7 +91,7 @@ def test_flipped_byte_in_a_page_of_the_writers_files_is_an_error(tmp_path: Path,
             group.state.tolist(),
             group.action.tolist(),
             group.prompt.to_pylist(),
-            [i and i.to_pylist() for i in group.images],
+            [i and [i.encoded(place) for place in range(len(group.prompt))] for i in group.images],
         ]
 
     expected = content()

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from episode_files import Columns, columns, flags, put, write
 
+from paligemma_vla.data.episode_file import read_layout
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
-from paligemma_vla.data.files import open_parquet, read_layout
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
+from paligemma_vla.data.sources import open_file
 from paligemma_vla.errors import DataError
 from support import LENGTHS, METADATA, read_rows, write_episodes
 
@@ -154,7 +155,7 @@ def test_every_kind_of_bytes_and_text_reads_the_same(tmp_path: Path, types: dict
         rows, place = reader.group_of(0, row)
         assert rows.prompt[place].as_py() == content["prompt"][row]
         assert rows.images[0] is not None
-        assert rows.images[0][place].as_py() == content["image_1_bytes"][row]
+        assert rows.images[0].encoded(place) == content["image_1_bytes"][row]
 
 
 @pytest.mark.parametrize("folder", ["plain", "with {braces}"])
@@ -231,8 +232,8 @@ def test_cameras_are_counted_from_one_without_a_gap(tmp_path: Path) -> None:
         content[f"image_{camera}_bytes"] = content["image_1_bytes"]
     path = write(tmp_path / "x.parquet", content, {f"image_{n}_bytes": pa.binary() for n in (2, 3)})
     assert EpisodeIndex.build(path).layout.cameras == 3
-    with open_parquet(path) as file:
-        assert read_layout(path, file).cameras == 3
+    with open_file(path) as file:
+        assert read_layout(file).cameras == 3
     del content["image_2_bytes"]
     with pytest.raises(DataError, match="column image_2_bytes: missing, but image_3_bytes is there; number cameras without"):
         EpisodeIndex.build(write(tmp_path / "y.parquet", content))
@@ -244,7 +245,7 @@ def test_further_camera_without_any_picture_and_type_is_absent(tmp_path: Path) -
     index = EpisodeIndex.build(write(tmp_path / "x.parquet", content))
     assert pq.read_schema(index.paths[0]).field("image_2_bytes").type == pa.null()
     rows, place = EpisodeReader(index, 2, 1).group_of(0, 0)
-    assert [column[place].is_valid for column in rows.images if column is not None] == [True, False]
+    assert [column.present(place) for column in rows.images if column is not None] == [True, False]
     del content["image_1_bytes"]
     content["image_1_bytes"] = [None] * len(content["prompt"])
     with pytest.raises(DataError, match="column image_1_bytes: got type null, expected binary"):

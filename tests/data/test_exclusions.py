@@ -150,7 +150,10 @@ def test_list_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     exclude = listed(tmp_path / "l.json", {**entry("x.parquet", 0, 3), "digest": digest})
     assert len(EpisodeIndex.build(path, "x", exclude)) == 2
     write(tmp_path / "x.parquet", flags(put("state", 7, [9.0, 9.0, 9.0])))
-    with pytest.raises(DataError, match=r"rows 0 to 2 of .*x\.parquet: the file has changed since; run .*, or set .* to null"):
+    with pytest.raises(
+        DataError,
+        match=r"rows 0 to 2 of .*x\.parquet: the file, or what is read of it, has changed since; run .*, or set .* to null",
+    ):
         EpisodeIndex.build(path, "x", exclude)
 
 

@@ -8,11 +8,13 @@ import warnings
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from paligemma_vla.config import AugmentationConfig
-from paligemma_vla.data.images import MAX_PIXELS, decode_image, jitter_colour, random_crop
+from paligemma_vla.data.episode_file import EncodedPictures, decode_picture
+from paligemma_vla.data.images import MAX_PIXELS, jitter_colour, random_crop
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import ImageSpec, to_pixels
 from support import encode_image
@@ -23,6 +25,11 @@ def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> byt
     stream = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(stream, kind)
     return stream.getvalue()
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """An image as it is decoded out of a column."""
+    return decode_picture(EncodedPictures(pa.array([data], pa.binary())), 0, where)
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("JPEG", "CMYK")])

@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Names of the files opened since it was last called."""
     names: list[str] = []
-    original = index_cache.open_parquet
+    original = index_cache.open_file
 
     def recording(path: str, stream: bool = False) -> object:
         names.append(Path(path).name)
@@ -51,7 +51,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         names.clear()
         return found
 
-    monkeypatch.setattr(index_cache, "open_parquet", recording)
+    monkeypatch.setattr(index_cache, "open_file", recording)
     return since
 
 
@@ -137,7 +137,7 @@ def cut(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     arrays = dict(np.load(path))
-    header = arrays["header"].tobytes().replace(b'"version": 3', b'"version": 9')
+    header = arrays["header"].tobytes().replace(f'"version": {index_cache.VERSION}'.encode(), b'"version": 9')
     assert header != arrays["header"].tobytes()
     np.savez(path, **{**arrays, "header": np.frombuffer(header, np.uint8)})  # type: ignore[arg-type]
 

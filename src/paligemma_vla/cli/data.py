@@ -1,4 +1,4 @@
-"""`paligemma-vla data info PATH` and `data check PATH`: what is in some episode files, and what is wrong with it.
+"""`paligemma-vla data info PATH`, `data check PATH` and `data convert`: what is in episode files, what is wrong with it.
 
 `data check` exits with 0 when it finds nothing, 1 when it finds faults.
 """
@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from paligemma_vla.cli import convert
 from paligemma_vla.config import load_config
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList
-from paligemma_vla.data.faults import Fault
+from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.reader import episode_prompts
+from paligemma_vla.data.sources import identify_file
 from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
 SLOW_GROUP_ROWS = 512
@@ -32,14 +34,15 @@ BAR: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": T
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     info = actions.add_parser("info", help="episodes, steps, cameras, dimensions, instructions")
-    info.add_argument("path", nargs="+", help="files, folders or globs")
+    info.add_argument("path", nargs="+", help="files, folders, globs, lerobot:FOLDER")
     info.add_argument("--json", action="store_true", help="print JSON")
     check = actions.add_parser("check", help="find every fault, and list the episodes to leave out")
-    check.add_argument("path", nargs="+", help="files, folders or globs")
+    check.add_argument("path", nargs="+", help="files, folders, globs, lerobot:FOLDER")
     check.add_argument("--json", action="store_true", help="print JSON, with every fault")
     check.add_argument("--exclusion_list", default="excluded_episodes.json", metavar="FILE", help="where to write the list")
     check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")
     check.add_argument("--allow_prompt_changes", action="store_true", help="an instruction may change within an episode")
+    convert.add_arguments(actions.add_parser("convert", help="episodes from one format to another (LeRobot)"))
 
 
 def describe(paths: list[str]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "control_hz": metadata.control_hz,
         "image_orientation": metadata.image_orientation,
         "robot": metadata.robot,
-        "megabytes": round(sum(os.path.getsize(path) for path in index.paths) / 1e6, 1),
+        "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": largest,
         "instructions": dict(prompts.most_common()),
@@ -89,14 +92,14 @@ def _shown(value: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    return check(args) if args.action == "check" else info(args)
+    return {"info": info, "check": check, "convert": convert.main}[args.action](args)
 
 
 def check(args: argparse.Namespace) -> int:
     """Find every fault; write the exclusion list when there is something to leave out, or one of before is out of date."""
     files = expand_paths(args.path, "data check")
     options = _check_options(args)
-    with warnings.catch_warnings(), tqdm(total=sum(map(os.path.getsize, files)), **BAR) as bar:
+    with warnings.catch_warnings(), tqdm(total=sum(map(_bytes_of, files)), **BAR) as bar:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
         diagnosis = diagnose(files, options, bar.update)
     excluded = diagnosis.excluded
@@ -116,6 +119,14 @@ def check(args: argparse.Namespace) -> int:
     elif emptied:
         sys.stdout.write(f"\nwrote {name} anew, empty: there is nothing to leave out any more\n")
     return 1 if diagnosis.faults else 0
+
+
+def _bytes_of(file: str) -> int:
+    """Size of a file with all that belongs to it; of one that is not there 0, since that is a fault like others."""
+    try:
+        return identify_file(file)[0]
+    except FaultError:
+        return 0
 
 
 def _on_one_line(text: str) -> str:

@@ -30,7 +30,7 @@ COMMANDS = {
     "collect": "record scripted demonstrations in a simulator",
     "export": "write a policy as a Hugging Face folder, and put it on the hub",
     "rollout": "run a policy in a simulator and count successes",
-    "data": "look at episode files",
+    "data": "look at episodes, check them, convert them from and to LeRobot",
     "tiny": "write a random tiny PaliGemma with tokenizer",
 }
 

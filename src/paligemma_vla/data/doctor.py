@@ -9,32 +9,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from threading import Event, Lock
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from paligemma_vla import schema
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, number_faults, prompt_of, to_matrix
+from paligemma_vla.data.episode_file import EpisodeFile, Pictures
 from paligemma_vla.data.exclusions import NOTHING, Excluded, hex_digest
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable
-from paligemma_vla.data.files import (
-    READ_ERRORS,
-    Layout,
-    Rows,
-    file_digest,
-    group_bounds,
-    identify,
-    joint_layout,
-    open_parquet,
-    robot_faults,
-    survey,
-    unreadable_group,
-)
-from paligemma_vla.data.flags import chain_faults, read_flags, segment
-from paligemma_vla.data.images import decode
+from paligemma_vla.data.files import READ_ERRORS, Layout, Rows, joint_layout, robot_faults, unreadable_group
+from paligemma_vla.data.flags import chain_faults, inside, read_flags, segment
+from paligemma_vla.data.sources import identify_file, open_file, real_name
+from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import PromptEncoder
 
@@ -55,7 +46,7 @@ class CheckOptions:
 class Examined:
     """One file: its faults, and the first row of each episode, as far as they could be told.
 
-    layout: None when the file cannot be used as a whole.
+    layout: None when the file cannot be used as a whole. outside: row ranges that were not asked for (X, 2).
     """
 
     path: str
@@ -64,6 +55,16 @@ class Examined:
     rows: int = 0
     layout: Layout | None = None
     digest: str | None = None
+    outside: Rows = field(default_factory=lambda: NOTHING)
+
+    @property
+    def episodes(self) -> int:
+        """How many there are, as far as they were asked for."""
+        return int((~inside(self.starts, self.outside)).sum())
+
+    @property
+    def steps(self) -> int:
+        return self.rows - int((self.outside[:, 1] - self.outside[:, 0]).sum())
 
     @property
     def whole(self) -> bool:
@@ -79,7 +80,7 @@ class Examined:
 
     def excluded(self) -> list[Excluded]:
         """What of this file has to be left out."""
-        file = os.path.realpath(self.path)
+        file = real_name(self.path)
         if self.whole:
             reasons = tuple(sorted({fault.kind.value for fault in self.faults}))
             return [Excluded(file, None, None, None, reasons, self.digest)]
@@ -111,15 +112,15 @@ class Diagnosis:
 
     @property
     def episodes(self) -> int:
-        return sum(len(file.starts) for file in self.files)
+        return sum(file.episodes for file in self.files)
 
     @property
     def steps(self) -> int:
-        return sum(file.rows for file in self.files)
+        return sum(file.steps for file in self.files)
 
     @property
     def bad_episodes(self) -> int:
-        return sum(len(file.starts) if file.whole else len(file.excluded()) for file in self.files)
+        return sum(file.episodes if file.whole else len(file.excluded()) for file in self.files)
 
 
 def diagnose(files: Sequence[str], options: CheckOptions, progress: Progress) -> Diagnosis:
@@ -168,9 +169,9 @@ def _compared(report: Examined, first: Examined) -> Examined:
 def examine(path: str, options: CheckOptions, progress: Progress) -> Examined:
     """Every fault of one file by itself."""
     try:
-        size = identify(path)[0]
-        with open_parquet(path, stream=True) as file:
-            return _examine(path, file, options, _in_bytes(size, progress))
+        size = identify_file(path)[0]
+        with open_file(path, stream=True) as file:
+            return _examine(file, options, _in_bytes(size, progress))
     except FaultError as error:
         return Examined(path, (error.fault,))
 
@@ -189,44 +190,61 @@ def _in_bytes(size: int, progress: Progress) -> Callable[[float], None]:
     return advance
 
 
-def _examine(path: str, file: pq.ParquetFile, options: CheckOptions, progress: Callable[[float], None]) -> Examined:
+def _examine(file: EpisodeFile, options: CheckOptions, progress: Callable[[float], None]) -> Examined:
     """As `examine`, of an open file. progress: called with the share of it that is done since its last call."""
-    layout, faults = survey(path, file)
-    groups, digest = group_bounds(file), hex_digest(file_digest(path))
+    layout, faults = file.survey()
+    path, groups, digest = file.path, file.bounds, hex_digest(file.digest())
     rows = int(groups[-1])
     broken = {fault.column for fault in faults}
     starts: Rows = NOTHING[:, 0]
     try:
         if rows and not broken & set(schema.FLAGS):
-            flags = read_flags(path, file)
+            flags = read_flags(file)
             starts, _ = segment(flags, rows, NOTHING)
-            faults += chain_faults(path, flags, rows, NOTHING)
+            faults += chain_faults(path, flags, rows, file.outside)
     except FaultError as error:
         faults.append(error.fault)
     cameras = [schema.image_column(n + 1) for n in range(layout.cameras)]
     columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
-    judge = _Judge(path, layout, options, frozenset(starts.tolist()))
-    for group in range(len(groups) - 1):
+    judge = _Judge(file, layout, options, frozenset(starts.tolist()))
+    judged = list(_groups_to_judge(file))
+    judged_rows = max(1, int(np.diff(groups)[judged].sum()))
+    for group in judged:
         for column in columns:
             try:
-                for first_row, values in _batches(file, path, group, groups, column):
+                for first_row, values in _batches(file, group, column):
                     faults += judge(column, values, np.arange(first_row, first_row + len(values)))
             except FaultError as error:
                 faults.append(error.fault)
-            progress((groups[group + 1] - groups[group]) / max(rows, 1) / len(columns))
+            progress((groups[group + 1] - groups[group]) / judged_rows / len(columns))
+    faults = [fault for fault in faults if fault.row is None or not _is_outside(file, fault)]
     faults.sort(key=lambda fault: (-1 if fault.row is None else fault.row, fault.column or ""))
     whole = any(fault.row is None for fault in faults)
-    return Examined(path, tuple(faults), starts, rows, None if whole else layout, digest)
+    return Examined(path, tuple(faults), starts, rows, None if whole else layout, digest, file.outside)
 
 
-def _batches(file: pq.ParquetFile, path: str, group: int, groups: Rows, column: str) -> Iterator[tuple[int, pa.Array]]:
+def _groups_to_judge(file: EpisodeFile) -> Iterator[int]:
+    """Row groups that hold a row that was asked for."""
+    for group, (first, stop) in enumerate(pairwise(file.bounds.tolist())):
+        if not inside(np.arange(first, stop), file.outside).all():
+            yield group
+
+
+def _is_outside(file: EpisodeFile, fault: Fault) -> bool:
+    """Whether a fault is of rows that were not asked for."""
+    assert fault.row is not None
+    return bool(inside(np.arange(fault.row, fault.row + fault.rows), file.outside).all())
+
+
+def _batches(file: EpisodeFile, group: int, column: str) -> Iterator[tuple[int, pa.Array]]:
     """One column of one row group, piece by piece (it may be as large as the file), each with its first row's number.
 
     Raises `FaultError` where it cannot be read further.
     """
+    path, groups = file.path, file.bounds
     row, stop = int(groups[group]), int(groups[group + 1])
     try:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
+        for batch in file.batches([column], [group], BATCH_ROWS):
             yield row, batch.column(0)
             row += batch.num_rows
     except READ_ERRORS as error:
@@ -238,8 +256,9 @@ def _batches(file: pq.ParquetFile, path: str, group: int, groups: Rows, column: 
 class _Judge:
     """The checks of one file's columns, called with their batches in the order of rows."""
 
-    def __init__(self, path: str, layout: Layout, options: CheckOptions, starts: frozenset[int]) -> None:
-        self.path, self.options, self.starts = path, options, starts
+    def __init__(self, file: EpisodeFile, layout: Layout, options: CheckOptions, starts: frozenset[int]) -> None:
+        self.file, self.path, self.options, self.starts = file, file.path, options, starts
+        self.videos = VideoDecoders()
         self.dimensions = {schema.STATE: layout.state_dim, schema.ACTION: layout.action_dim}
         self.previous: str | None = None
 
@@ -247,25 +266,26 @@ class _Judge:
         if column in self.dimensions:
             matrix = to_matrix(values, self.dimensions[column])
             return number_faults(self.path, column, values, matrix, rows)
-        check = self._prompt if column == schema.PROMPT else self._image
-        return self._each(check, column, values, rows)
+        if column == schema.PROMPT:
+            return self._each(partial(self._prompt, values), column, rows)
+        pictures = self.file.pictures(values, self.videos)
+        return self._each(partial(self._image, pictures, column == schema.image_column(1)), column, rows)
 
-    def _each(
-        self, check: Callable[[pa.Array, int, int, str], None], column: str, values: pa.Array, rows: Rows
-    ) -> Iterator[Fault]:
+    def _each(self, check: Callable[[int, int], None], column: str, rows: Rows) -> Iterator[Fault]:
+        """check: called with each row's place in the batch and its number in the file."""
         for place, row in enumerate(rows.tolist()):
             try:
-                check(values, place, row, column)
+                check(place, row)
             except Unusable as error:
                 yield error.at(self.path, row, column)
 
-    def _image(self, values: pa.Array, place: int, row: int, column: str) -> None:
-        if values[place].is_valid:
-            decode(values[place].as_buffer())
-        elif column == schema.image_column(1):
+    def _image(self, pictures: Pictures, needed: bool, place: int, row: int) -> None:
+        if pictures.present(place):
+            pictures.decode(place)
+        elif needed:
             raise missing_image()
 
-    def _prompt(self, values: pa.Array, place: int, row: int, column: str) -> None:
+    def _prompt(self, values: pa.Array, place: int, row: int) -> None:
         before, self.previous = self.previous, None
         prompt = self.previous = prompt_of(values, place)
         if self.options.prompts is not None:

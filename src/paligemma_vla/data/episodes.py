@@ -19,20 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.data.exclusions import NOTHING, ExclusionList
-from paligemma_vla.data.faults import raise_first
-from paligemma_vla.data.files import Layout, Rows, identify, joint_layout, robot_faults
+from paligemma_vla.data.faults import FaultError, raise_first
+from paligemma_vla.data.files import Layout, Rows, joint_layout, robot_faults
 from paligemma_vla.data.flags import chain_faults, segment
 from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
+from paligemma_vla.data.sources import absolute_name, find_source, identify_file
 from paligemma_vla.errors import DataError
 
 
 def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
-    """List the Parquet files behind a file, folder (searched through), glob, or list of these; sorted, without repeats.
+    """List the files behind a file, folder (searched through), glob, place of a source, or list of these; without repeats.
 
     Raises `DataError`, naming `where` (the config key or flag), when one of them holds none.
     """
     found: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
+        prefix, source, place = find_source(path)
+        if source is not None:
+            found.update(dict.fromkeys(prefix + file for file in source.files(place, where)))
+            continue
         matches = [path]
         if not os.path.exists(path):  # else its name may well hold what a glob would take for its own
             matches = [str(Path(match)) for match in glob.glob(path, recursive=True)]
@@ -57,7 +62,7 @@ class EpisodeIndex:
     paths: files. Per episode, in the order of files and rows: file (int32), start (int64, row in its file), length (int32).
     groups: of all files one after the other, the first row of each row group, and the file's number of rows (int64); those
     of file f lie at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes and mtime in ns (int64). digests: per
-    file, see `file_digest` (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
+    file, see `EpisodeFile.digest` (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
     """
 
     paths: tuple[str, ...]
@@ -174,10 +179,11 @@ class EpisodeIndex:
         """Raise `DataError` when a file is no longer the one that was indexed."""
         path, indexed = self.paths[file], tuple(self.stamps[file].tolist())
         try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError(_changed(path, "gone", str(error.strerror), indexed)) from error
-        current = status.st_size, status.st_mtime_ns
+            current = identify_file(path)[:2]
+        except FaultError as error:
+            cause = error.__cause__
+            why = str(cause.strerror) if isinstance(cause, OSError) else error.fault.text
+            raise DataError(_changed(path, "gone", why, indexed)) from error
         if current != indexed:
             raise DataError(_changed(path, "changed", _stamp(current), indexed))
 
@@ -211,8 +217,8 @@ def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str])
     """Facts of the kept files: from the cache where they have not changed, else from the files, in parallel."""
     cache = cache_path(arguments)
     known = load_facts(cache)
-    absolute = {path: os.path.abspath(path) for path in files}
-    identities = {path: identify(path) for path in kept}
+    absolute = {path: absolute_name(path) for path in files}
+    identities = {path: identify_file(path) for path in kept}
     facts = {path: known[absolute[path]] for path in kept if absolute[path] in known}
     facts = {path: entry for path, entry in facts.items() if entry.identity == identities[path]}
     missing = [path for path in kept if path not in facts]
@@ -228,6 +234,7 @@ def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str])
 def _episodes(path: str, facts: FileFacts, exclude: ExclusionList | None) -> tuple[Rows, Rows, int]:
     """First rows and lengths of a file's episodes, and how many are left out. Raises `DataError` for a broken chain."""
     rows = int(facts.groups[-1])
-    ranges = exclude.ranges(path, rows, facts.digest) if exclude else NOTHING
+    left_out = exclude.ranges(path, rows, facts.digest) if exclude else NOTHING
+    ranges = np.concatenate([left_out, facts.outside.reshape(-1, 2)])
     raise_first(chain_faults(path, facts.flags, rows, ranges))
-    return *segment(facts.flags, rows, ranges), len(ranges)
+    return *segment(facts.flags, rows, ranges), len(left_out)

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from paligemma_vla.data.files import Rows
+from paligemma_vla.data.sources import joined_name, real_name, relative_name
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.storage import replace_file
 
@@ -58,20 +59,20 @@ class ExclusionList:
             assert entry.first_row is not None and entry.rows is not None
             stop = entry.first_row + entry.rows
             if stop > rows or entry.digest not in (None, hex_digest(digest)):
-                changed = "the file has changed since" if stop <= rows else f"the file has {rows} rows"
+                changed = "the file, or what is read of it, has changed since" if stop <= rows else f"the file has {rows} rows"
                 where = f"{self.path}: rows {entry.first_row} to {stop - 1} of {path}"
                 raise DataError(f"{where}: {changed}; {AGAIN}, or set data.exclude_episodes to null")
             ranges.append((entry.first_row, stop))
         return np.array(ranges, np.int64).reshape(-1, 2)
 
     def _entries(self, path: str) -> list[Excluded]:
-        return self._by_file.get(os.path.realpath(path), [])
+        return self._by_file.get(real_name(path), [])
 
     def save(self) -> None:
         """Write the list; its files are named relative to its folder, so that data and list can move together."""
         target = os.path.realpath(self.path)
         folder = os.path.dirname(target)
-        episodes = [{**vars(entry), "file": os.path.relpath(entry.file, folder)} for entry in self.entries]
+        episodes = [{**vars(entry), "file": relative_name(entry.file, folder)} for entry in self.entries]
         content = json.dumps({"version": VERSION, "episodes": episodes}, indent=1) + "\n"
         try:
             replace_file(target, content.encode())
@@ -113,7 +114,7 @@ def _entry(raw: Any, folder: str, where: str) -> Excluded:
         raise DataError(f"data.exclude_episodes: {where}: got {json.dumps(raw)[:120]}, expected {expected}; {AGAIN}")
     reasons = values.get("reasons")
     return Excluded(
-        file=os.path.realpath(os.path.join(folder, file)),
+        file=joined_name(folder, file),
         first_row=first,
         rows=rows,
         episode=values.get("episode"),

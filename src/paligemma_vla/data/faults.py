@@ -28,6 +28,7 @@ class Kind(StrEnum):
     NO_IMAGE = "missing image"
     IMAGE = "undecodable image"
     IMAGE_SIZE = "oversized image"
+    FRAME = "missing video frame"
     PROMPT = "missing instruction"
     PROMPT_LENGTH = "instruction too long"
     PROMPT_CHANGE = "instruction changes"

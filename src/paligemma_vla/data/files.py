@@ -1,4 +1,4 @@
-"""One episode file: opening it, what its columns hold, its digest. No image is decoded here."""
+"""One Parquet file of episodes: opening it, what its columns hold, its digest. No image is decoded here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_first
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata
 
@@ -65,19 +65,6 @@ def _is_encodable(path: str) -> bool:
     return True
 
 
-def read_columns(path: str, file: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
-    """Some columns of an open file as a whole; raises `FaultError` when they cannot be read."""
-    what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
-    try:
-        table = file.read(columns=list(columns), use_threads=False)
-    except READ_ERRORS as error:
-        raise FaultError(Fault(path, Kind.GROUP, f"{what}: cannot be read ({first_line(error)}); restore the file")) from error
-    if table.num_rows != file.metadata.num_rows:  # a damaged footer
-        got = f"got {table.num_rows} rows, expected {file.metadata.num_rows} as the file says; restore it"
-        raise FaultError(Fault(path, Kind.GROUP, f"{what}: {got}"))
-    return table
-
-
 def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
     """Row group `group` of a file whose row groups begin at `groups` cannot be read."""
     first, stop = int(groups[group]), int(groups[group + 1])
@@ -110,6 +97,21 @@ def file_digest(path: str) -> int:
     except OSError as error:
         raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
     return int.from_bytes(digest.digest(), "little")
+
+
+def sample_digest(path: str) -> bytes:
+    """As `file_digest`, of a file of any kind: size, and blocks spread evenly over it. Raises `FaultError`."""
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for offset, count in _sampled_blocks(size):
+                file.seek(offset)
+                digest.update(file.read(count))
+    except OSError as error:
+        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+    return digest.digest()
 
 
 def _sampled_blocks(size: int) -> list[tuple[int, int]]:
@@ -147,13 +149,6 @@ def robot_faults(path: str, layout: Layout, first_path: str, first: Layout) -> I
         said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
         if said and said_first and said != said_first:
             yield Fault(path, Kind.ROBOT, f"metadata {name}: got {said}, expected {said_first} {remedy}")
-
-
-def read_layout(path: str, file: pq.ParquetFile) -> Layout:
-    """Check the columns of one open file (S1.1) and tell their dimensions. Raises `FaultError` naming the column."""
-    layout, faults = survey(path, file)
-    raise_first(faults)
-    return layout
 
 
 def survey(path: str, file: pq.ParquetFile) -> tuple[Layout, list[Fault]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
+from paligemma_vla.data.episode_file import EpisodeFile, read_columns
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, Kind
-from paligemma_vla.data.files import Rows, read_columns
+from paligemma_vla.data.files import Rows
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class FlagRows:
     null: Rows
 
 
-def read_flags(path: str, file: pq.ParquetFile) -> FlagRows:
+def read_flags(file: EpisodeFile) -> FlagRows:
     """Flags of one open file; raises `FaultError` when they cannot be read."""
-    table = read_columns(path, file, schema.FLAGS)
+    table = read_columns(file, schema.FLAGS)
     rows, null = [], []
     for number, name in enumerate(schema.FLAGS):
         column = table[name]
@@ -43,12 +43,12 @@ def segment(flags: FlagRows, rows: int, excluded: Rows) -> tuple[Rows, Rows]:
     bounds = np.unique(np.concatenate([[0, rows], flags.first, flags.last + 1, excluded.ravel()]).astype(np.int64))
     starts, lengths = bounds[:-1], np.diff(bounds)
     if len(excluded):
-        kept = ~_inside(starts, excluded)
+        kept = ~inside(starts, excluded)
         starts, lengths = starts[kept], lengths[kept]
     return starts, lengths
 
 
-def _inside(rows: Rows, ranges: Rows) -> NDArray[np.bool_]:
+def inside(rows: Rows, ranges: Rows) -> NDArray[np.bool_]:
     """Which of some rows lie in any of the ranges [first, stop)."""
     if len(ranges) == 0:
         return np.zeros(len(rows), bool)
@@ -65,10 +65,10 @@ def chain_faults(path: str, flags: FlagRows, rows: int, excluded: Rows) -> list[
     """
     starts, lengths = segment(flags, rows, excluded)
     lasts = starts + lengths - 1
-    null = flags.null[~_inside(flags.null // 3, excluded)]
+    null = flags.null[~inside(flags.null // 3, excluded)]
     headless = starts[~np.isin(starts, flags.first) & ~np.isin(3 * starts, null)]
     endless = lasts[~np.isin(lasts, flags.last) & ~np.isin(3 * lasts + 1, null)]
-    early = flags.terminal[~np.isin(flags.terminal, lasts) & ~_inside(flags.terminal, excluded)]
+    early = flags.terminal[~np.isin(flags.terminal, lasts) & ~inside(flags.terminal, excluded)]
     faults = [(int(code) // 3, schema.FLAGS[int(code) % 3], "got null, expected true or false") for code in null]
     for row, after_last in zip(headless.tolist(), np.isin(headless - 1, flags.last), strict=True):
         why = f"row {row - 1} {'has is_last' if after_last else 'is excluded'}" if row else "it is the first row of the file"

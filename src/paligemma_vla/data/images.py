@@ -9,20 +9,12 @@ from PIL import Image, UnidentifiedImageError
 
 from paligemma_vla.config import AugmentationConfig
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import Box
 
 MAX_PIXELS = 32_000_000
 WIDE_MODES = ("I", "F")  # of Pillow, which would cut them off at 255
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
-
-
-def decode_image(data: bytes | memoryview, where: str) -> Image.Image:
-    """Decode one JPEG or PNG to RGB; raises `DataError`, starting with `where` (file, row, column)."""
-    try:
-        return decode(data)
-    except Unusable as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 def decode(data: bytes | memoryview) -> Image.Image:

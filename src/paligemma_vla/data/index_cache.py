@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, open_parquet, read_layout
+from paligemma_vla.data.episode_file import read_layout
+from paligemma_vla.data.files import Layout, Rows
 from paligemma_vla.data.flags import FlagRows, read_flags
+from paligemma_vla.data.sources import absolute_name, open_file
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import cache_folder, replace_file
 
-VERSION = 3
-ROWS = ("groups", *(field.name for field in fields(FlagRows)))
+VERSION = 4
+ROWS = ("groups", "outside", *(field.name for field in fields(FlagRows)))
 logger = logging.getLogger(__name__)
 
 
@@ -32,26 +34,28 @@ logger = logging.getLogger(__name__)
 class FileFacts:
     """What indexing learns from one file, exclusions aside.
 
-    identity: size, mtime_ns, ctime_ns. digest: see `file_digest`. groups: see `group_bounds`.
+    identity: size, mtime_ns, ctime_ns. digest: see `EpisodeFile.digest`. groups: see `group_bounds`. outside: row ranges
+    [first, stop) that were not asked for, one after the other (2 X,).
     """
 
     identity: tuple[int, int, int]
     layout: Layout
     digest: int
     groups: Rows
+    outside: Rows
     flags: FlagRows
 
 
 def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
     """Read footer and flags of one file. Raises `FaultError` naming file and column."""
-    with open_parquet(path) as file:
-        layout = read_layout(path, file)
-        return FileFacts(identity, layout, file_digest(path), group_bounds(file), read_flags(path, file))
+    with open_file(path) as file:
+        layout = read_layout(file)
+        return FileFacts(identity, layout, file.digest(), file.bounds, file.outside.ravel(), read_flags(file))
 
 
 def cache_path(arguments: Sequence[str]) -> Path:
     """Where the facts about the files behind some arguments (files, folders, globs) are kept."""
-    absolute = "\n".join(os.path.abspath(argument) for argument in arguments)
+    absolute = "\n".join(absolute_name(argument) for argument in arguments)
     key = hashlib.blake2b(os.fsencode(absolute), digest_size=16).hexdigest()
     return cache_folder("index") / f"{key}.npz"
 
@@ -105,6 +109,7 @@ def _unpack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FileFacts]:
             layout=layouts[arrays["layout"][place]],
             digest=int(arrays["digest"][place]),
             groups=rows["groups"][place],
+            outside=rows["outside"][place],
             flags=FlagRows(*(rows[field.name][place] for field in fields(FlagRows))),
         )
         for place, path in enumerate(header["paths"])
@@ -112,7 +117,7 @@ def _unpack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FileFacts]:
 
 
 def _rows(entry: FileFacts, name: str) -> NDArray[np.int64]:
-    rows: NDArray[np.int64] = entry.groups if name == "groups" else getattr(entry.flags, name)
+    rows: NDArray[np.int64] = getattr(entry if name in ("groups", "outside") else entry.flags, name)
     return rows
 
 

@@ -22,10 +22,11 @@ from paligemma_vla import flow, schema
 from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.config import AugmentationConfig, VLAConfig
 from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, no_rotation, prompt_of
+from paligemma_vla.data.episode_file import Pictures
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable
 from paligemma_vla.data.files import Layout
-from paligemma_vla.data.images import decode, jitter_colour, random_crop
+from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import ConfigError, DataError, VLAError
@@ -171,10 +172,12 @@ class VLADataset(Dataset[Item]):
         except VLAError as error:
             return error
 
-    def _images(self, columns: Sequence[Any], place: int, source: tuple[str, int], ref: SampleRef) -> tuple[list[Any], Any]:
+    def _images(
+        self, columns: Sequence[Pictures | None], place: int, source: tuple[str, int], ref: SampleRef
+    ) -> tuple[list[Any], Any]:
         """Images of one row, (3, H, W) uint8 per camera, and which cameras are present (N,)."""
         spec, augmentation = self.preprocessor.image, self.options.augmentation
-        present = np.array([column is not None and column[place].is_valid for column in columns])
+        present = np.array([column is not None and column.present(place) for column in columns])
         if not present[0]:
             raise FaultError(missing_image().at(*source, schema.image_column(1)))
         rng = None
@@ -182,12 +185,12 @@ class VLADataset(Dataset[Item]):
             rng = np.random.default_rng(derive_seed(self.options.seed, "augmentation", ref.position))
         images = []
         for camera, column in enumerate(columns):
-            if not present[camera]:
+            if column is None or not present[camera]:
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
                 continue
             name = schema.image_column(camera + 1)
             try:
-                image = decode(column[place].as_buffer())
+                image = column.decode(place)
             except Unusable as error:
                 raise FaultError(error.at(*source, name)) from error
             if augmentation is None or rng is None:

@@ -1,4 +1,4 @@
-"""Reading rows of indexed Parquet files: numbers in a stream, or rows on demand through a bounded cache of row groups."""
+"""Reading rows of indexed files: numbers in a stream, or rows on demand through a bounded cache of row groups."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
 from paligemma_vla.data.checks import number_faults, prompt_of, to_matrix
+from paligemma_vla.data.episode_file import EpisodeFile, Pictures, read_columns
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable, raise_first
-from paligemma_vla.data.files import READ_ERRORS, Rows, open_parquet, read_columns, unreadable_group
+from paligemma_vla.data.files import READ_ERRORS, Rows, unreadable_group
+from paligemma_vla.data.sources import open_file
+from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 
 OPEN_FILES = 64
-FOOTER_UNFOLDS = 10  # 148 kB of 256 row groups with 7 columns took 1.5 MB
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Group:
     state: NDArray[np.float32]
     action: NDArray[np.float32]
     prompt: pa.Array
-    images: tuple[pa.Array | None, ...]
+    images: tuple[Pictures | None, ...]
     nbytes: int
 
 
 class EpisodeReader:
-    """Read rows on demand. Keeps open files and row groups (images still compressed) up to `cache_bytes` together.
+    """Read rows on demand. Keeps open files and row groups (images still compressed) up to `cache_bytes` together, and a
+    few open videos.
 
     Made to be sent to loader processes: what is cached stays behind.
     """
@@ -48,7 +50,8 @@ class EpisodeReader:
         self._clear()
 
     def _clear(self) -> None:
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._files: OrderedDict[int, EpisodeFile] = OrderedDict()
+        self._videos = VideoDecoders()
         self._groups: OrderedDict[tuple[int, int], Group] = OrderedDict()
         self._cached = 0
 
@@ -90,12 +93,13 @@ class EpisodeReader:
         available = [schema.image_column(n + 1) for n in range(self.cameras)]
         table = self._read(file, group, [schema.STATE, schema.ACTION, schema.PROMPT, *available])
         arrays = {name: table[name].combine_chunks() for name in table.column_names}
+        images = [arrays.get(name) for name in available]
         rows, layout = np.arange(groups[group], groups[group + 1]), self.index.layout
         return Group(
             state=_numbers(self.index, file, schema.STATE, arrays[schema.STATE], layout.state_dim, rows),
             action=_numbers(self.index, file, schema.ACTION, arrays[schema.ACTION], layout.action_dim, rows),
             prompt=arrays[schema.PROMPT],
-            images=tuple(arrays.get(name) for name in available),
+            images=tuple(None if column is None else self._open(file).pictures(column, self._videos) for column in images),
             nbytes=table.nbytes,
         )
 
@@ -103,10 +107,9 @@ class EpisodeReader:
         """The columns of a row group that the file has. Raises `DataError` when it cannot be read or the file has changed."""
         path, groups = self.index.paths[file], self.index.row_groups(file)
         try:
-            parquet = self._open(file)
-            names = parquet.schema_arrow.names
-            there = [name for name in columns if name in names]
-            table = parquet.read_row_group(group, columns=there, use_threads=False).combine_chunks()
+            episodes = self._open(file)
+            names = episodes.columns
+            table = episodes.read([name for name in columns if name in names], group).combine_chunks()
         except (DataError, *READ_ERRORS) as error:
             self.index.check_unchanged(file)  # which explains it better
             if isinstance(error, DataError):
@@ -117,18 +120,18 @@ class EpisodeReader:
             raise FaultError(unreadable_group(path, group, groups, f"got {table.num_rows} rows"))
         return table
 
-    def _open(self, file: int) -> pq.ParquetFile:
-        parquet = self._files.get(file)
-        if parquet is None:
-            parquet = self._files[file] = open_parquet(self.index.paths[file])
-            self._cached += _footer_bytes(parquet)
+    def _open(self, file: int) -> EpisodeFile:
+        episodes = self._files.get(file)
+        if episodes is None:
+            episodes = self._files[file] = open_file(self.index.paths[file])
+            self._cached += episodes.nbytes
             if len(self._files) > OPEN_FILES:
                 closed = self._files.popitem(last=False)[1]
-                self._cached -= _footer_bytes(closed)
+                self._cached -= closed.nbytes
                 closed.close()
         else:
             self._files.move_to_end(file)
-        return parquet
+        return episodes
 
 
 def _numbers(index: EpisodeIndex, file: int, name: str, column: pa.Array, dimension: int, rows: Rows) -> NDArray[np.float32]:
@@ -140,11 +143,6 @@ def _numbers(index: EpisodeIndex, file: int, name: str, column: pa.Array, dimens
     return values
 
 
-def _footer_bytes(parquet: pq.ParquetFile) -> int:
-    """Memory that an open file takes: its footer as objects, of which there are many for each column of each row group."""
-    return FOOTER_UNFOLDS * int(parquet.metadata.serialized_size)
-
-
 def iterate_numbers(
     index: EpisodeIndex, file: int, rows: int = 65536
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -152,39 +150,37 @@ def iterate_numbers(
 
     Row groups without a row of them are not read: they may be unreadable.
     """
-    path, bounds, layout = index.paths[file], index.row_groups(file), index.layout
+    bounds, layout = index.row_groups(file), index.layout
     held = index.holds(file, np.arange(bounds[-1]))
     groups = [group for group in range(len(bounds) - 1) if held[bounds[group] : bounds[group + 1]].any()]
     numbers = np.concatenate([np.arange(bounds[group], bounds[group + 1]) for group in groups] or [bounds[:0]])
-    with open_parquet(path, stream=True) as parquet:
-        columns = [schema.STATE, schema.ACTION]
-        batches = parquet.iter_batches(batch_size=rows, row_groups=groups, columns=columns, use_threads=False)
-        while (batch := _next_batch(batches, parquet, path, bounds, groups)) is not None:
+    with open_file(index.paths[file], stream=True) as episodes:
+        batches = episodes.batches([schema.STATE, schema.ACTION], groups, rows)
+        while (batch := _next_batch(batches, episodes, groups)) is not None:
             here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
             state = _numbers(index, file, schema.STATE, batch[schema.STATE], layout.state_dim, here)
             action = _numbers(index, file, schema.ACTION, batch[schema.ACTION], layout.action_dim, here)
             yield state[held[here]], action[held[here]]
 
 
-def _next_batch(
-    batches: Iterator[pa.RecordBatch], parquet: pq.ParquetFile, path: str, bounds: Rows, groups: list[int]
-) -> pa.RecordBatch | None:
+def _next_batch(batches: Iterator[pa.RecordBatch], episodes: EpisodeFile, groups: list[int]) -> pa.RecordBatch | None:
     try:
         return next(batches, None)
     except READ_ERRORS as error:
         for group in groups:  # a batch may lie in several: find the one to blame
             try:
-                parquet.read_row_group(group, columns=[schema.STATE, schema.ACTION], use_threads=False)
+                episodes.read([schema.STATE, schema.ACTION], group)
             except READ_ERRORS as cause:
-                raise FaultError(unreadable_group(path, group, bounds, first_line(cause))) from cause
-        raise DataError(f"{path}: columns state, action: cannot be read ({first_line(error)}); restore the file") from error
+                raise FaultError(unreadable_group(episodes.path, group, episodes.bounds, first_line(cause))) from cause
+        text = f"columns state, action: cannot be read ({first_line(error)}); restore the file"
+        raise DataError(f"{episodes.path}: {text}") from error
 
 
 def episode_prompts(index: EpisodeIndex, file: int) -> list[str]:
     """The instruction of each episode of a file, at its first row. Raises `DataError` where it cannot be read."""
     path, starts = index.paths[file], index.start[index.file == file]
-    with open_parquet(path) as parquet:
-        column = read_columns(path, parquet, [schema.PROMPT])[schema.PROMPT].combine_chunks()
+    with open_file(path) as episodes:
+        column = read_columns(episodes, [schema.PROMPT])[schema.PROMPT].combine_chunks()
     prompts = []
     for row in starts.tolist():
         try:

@@ -29,8 +29,8 @@ from paligemma_vla import schema
 from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Control, Environment, make_environment
-from paligemma_vla.evaluation.workers import WorkerPool
 from paligemma_vla.schema import Episode, Observation, image_key
+from paligemma_vla.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 

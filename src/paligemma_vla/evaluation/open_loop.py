@@ -23,6 +23,7 @@ from tqdm import tqdm
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset, batches
 from paligemma_vla.data.sampling import SampleRef, ValidationSampler, derive_seed
+from paligemma_vla.data.sources import real_name
 from paligemma_vla.errors import ConfigError, VLAError
 from paligemma_vla.evaluation.predictions import PredictionWriter
 from paligemma_vla.evaluation.samples import Floats, Sample, Samples, check_same_robot
@@ -301,5 +302,5 @@ def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterato
 
 def _training_files(index: EpisodeIndex, policy: Policy) -> int:
     """How many of the evaluated files the checkpoint's statistics were computed from: those figures flatter."""
-    known = {str(Path(path).resolve()) for path in policy.preprocessor.statistics.datasets}
-    return sum(str(Path(path).resolve()) in known for path in index.paths)
+    known = {real_name(path) for path in policy.preprocessor.statistics.datasets}
+    return sum(real_name(path) in known for path in index.paths)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from paligemma_vla import schema
+from paligemma_vla.data.episode_file import decode_picture
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.images import decode_image
 from paligemma_vla.data.reader import EpisodeReader, episode_prompts
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation.charts import Line, bullet, chunk_chart, columns, line_chart, smooth
@@ -249,11 +250,11 @@ def _episode(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> Html:
         rows, place = reader.group_of(file, start + int(step))
         prompt = prompt or str(rows.prompt[place].as_py())
         for camera, column in enumerate(rows.images):
-            if column is None or not column[place].is_valid:
+            if column is None or not column.present(place):
                 strips[camera].append(Html("<i></i>"))
                 continue
             where = f"{index.paths[file]}: row {start + step}, column {schema.image_column(camera + 1)}"
-            strips[camera].append(fill('<img alt="step {}" src="{}">', step, _thumbnail(column[place].as_buffer(), where)))
+            strips[camera].append(fill('<img alt="step {}" src="{}">', step, _thumbnail(decode_picture(column, place, where))))
     actions = reader.actions(file, start, start + length)
     shown = min(actions.shape[1], DIMENSIONS_SHOWN)
     metadata = index.layout.metadata
@@ -270,8 +271,7 @@ def labelled(name: str, unit: str) -> str:
     return f"{name} ({unit})" if unit else name
 
 
-def _thumbnail(data: Any, where: str) -> Html:
-    image = decode_image(data, where)
+def _thumbnail(image: Image.Image) -> Html:
     image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)

@@ -24,8 +24,8 @@ from paligemma_vla.evaluation import rollout_worker
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.episode import Condition, EpisodeOutcome, instructions
 from paligemma_vla.evaluation.rollout_worker import PolicyFactory, load_checkpoint
-from paligemma_vla.evaluation.workers import WorkerPool
 from paligemma_vla.export.hub import local_copy
+from paligemma_vla.workers import WorkerPool
 
 if TYPE_CHECKING:
     from paligemma_vla.model.quantize import Weights

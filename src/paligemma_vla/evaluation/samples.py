@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
+from paligemma_vla.data.episode_file import decode_picture
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.images import decode_image
 from paligemma_vla.data.loader import VLADataset
 from paligemma_vla.errors import DataError
 from paligemma_vla.policy import Policy
@@ -50,9 +50,8 @@ class Samples:
         where = f"{self.index.paths[file]}: row {row}"
         observation: dict[str, Any] = {"state": rows.state[place], "prompt": rows.prompt[place].as_py()}
         for camera, column in enumerate(rows.images[: self.cameras], start=1):
-            if column is not None and column[place].is_valid:
-                name = schema.image_column(camera)
-                image = decode_image(column[place].as_buffer(), f"{where}, column {name}")
+            if column is not None and column.present(place):
+                image = decode_picture(column, place, f"{where}, column {schema.image_column(camera)}")
                 observation[schema.image_key(camera)] = np.asarray(image)
         real = min(self.horizon, int(self.index.length[episode]) - step)
         actions = self._actions(file, row, row + real)

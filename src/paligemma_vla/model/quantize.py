@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import ModelError, first_line
@@ -91,7 +92,6 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def _bytes(value: Tensor) -> int:
-    inner = getattr(value, "__tensor_flatten__", None)
-    if inner is None:
-        return value.numel() * value.element_size()
-    return sum(_bytes(getattr(value, name)) for name in inner()[0])
+    if is_traceable_wrapper_subclass(value):  # as torchao's are: tensors made of tensors
+        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.nbytes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
@@ -110,12 +111,13 @@ class VLAModel(nn.Module):
         return self.to(device)
 
     def hold_frozen(self) -> None:
-        """Turn matrices that do not learn to the compute type, everything else to float32."""
+        """Turn matrices that do not learn to the compute type, everything else to float32; quantised ones stay."""
         for module in self.modules():
             matrices = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
             for parameter in module.parameters(recurse=False):
-                frozen_matrix = matrices and not parameter.requires_grad
-                parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
+                if not is_traceable_wrapper_subclass(parameter.data):
+                    frozen_matrix = matrices and not parameter.requires_grad
+                    parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
 
     def set_stage(self, train: str) -> None:
         """Choose what learns: `head` alone, or `all` that the configuration does not freeze."""

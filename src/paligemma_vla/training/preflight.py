@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +18,7 @@ from paligemma_vla.data.exclusions import hex_digest, load_exclusions
 from paligemma_vla.data.files import joint_layout
 from paligemma_vla.data.loader import MISFIT, VLADataset, check_actions, check_fit
 from paligemma_vla.data.sampling import SampleOrder
+from paligemma_vla.data.sources import real_name
 from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.known import read_architecture
@@ -172,7 +172,7 @@ def _without_held_out(pairs: list[tuple[EpisodeIndex, EpisodeIndex]]) -> list[Ep
 
 def _shared_files(indices: list[EpisodeIndex]) -> set[str]:
     """Files that more than one index has."""
-    counts = Counter(file for index in indices for file in {os.path.realpath(path) for path in index.paths})
+    counts = Counter(file for index in indices for file in {real_name(path) for path in index.paths})
     return {file for file, count in counts.items() if count > 1}
 
 
@@ -180,7 +180,7 @@ def _places(index: EpisodeIndex, shared: set[str]) -> list[tuple[str, int]]:
     """File and first row of each episode; of none when no file is shared, which is the rule and costs nothing then."""
     if not shared:
         return []
-    real = [os.path.realpath(path) for path in index.paths]
+    real = [real_name(path) for path in index.paths]
     return [(real[file], row) for file, row in zip(index.file.tolist(), index.start.tolist(), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Simulators in parallel processes: results come back in the order of the jobs, a failure comes back as an error."""
+"""Jobs in parallel processes: results come back in the order of the jobs, a failure comes back as an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, TypeVar
 
-from paligemma_vla.errors import SimulatorError, VLAError
+from paligemma_vla.errors import VLAError, WorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -30,7 +30,7 @@ class WorkerPool:
 
     def __init__(self, workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> None:
         if workers < 0:
-            raise SimulatorError(f"workers: got {workers}, expected 0 (this process) or more")
+            raise WorkerError(f"workers: got {workers}, expected 0 (this process) or more")
         self.workers = workers
         self._executor: ProcessPoolExecutor | None = None
         if workers:
@@ -47,7 +47,7 @@ class WorkerPool:
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield `function(job)` for each job, in order. Raises what the function raised, naming the job unless it is a
-        `VLAError`; a worker that died (killed, out of memory) raises `SimulatorError` instead of being waited for."""
+        `VLAError`; a worker that died (killed, out of memory) raises `WorkerError` instead of being waited for."""
         if self._executor is None:
             yield from (function(job) for job in jobs)
             return
@@ -62,7 +62,7 @@ class WorkerPool:
                 job, future = waiting.popleft()
                 yield _result(job, future)
         except BrokenProcessPool as error:
-            raise SimulatorError(
+            raise WorkerError(
                 "a worker process died without an error message; if the machine ran out of memory, use fewer --workers"
             ) from error
         finally:

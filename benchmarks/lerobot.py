@@ -1,0 +1,94 @@
+"""Loading from LeRobot data directly, and from its conversions: samples a second of one process, two 224 px cameras.
+
+`python -m benchmarks.lerobot` prints a table and writes benchmarks/results/lerobot.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.common import Row, best_seconds, demo_config
+from benchmarks.run import report
+from paligemma_vla.cli.main import main as command
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import VLADataset, batches, build_loader
+from paligemma_vla.data.sampling import RunSampler, SampleOrder
+from paligemma_vla.data.targets import encode_image
+from paligemma_vla.data.writer import EpisodeWriter
+from paligemma_vla.model.tiny import TinySpec
+from paligemma_vla.schema import DatasetMetadata, Episode
+
+RESULTS = Path(__file__).parent / "results" / "lerobot.json"
+EPISODES, LENGTH, SIDE = 24, 100, 224
+BATCH, STEPS, ROUNDS = 32, 12, 5
+
+
+def write_moving(folder: Path) -> None:
+    """Episodes in which a window wanders over a large smooth picture with some grain, as a camera on an arm sees it."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((800, 800), Image.Resampling.BICUBIC)
+    scene = np.clip(np.asarray(small, np.int16) + rng.integers(-6, 7, (800, 800, 1)), 0, 255).astype(np.uint8)
+    with EpisodeWriter(folder, DatasetMetadata(cameras=("front", "wrist"), control_hz=10)) as writer:
+        for _ in range(EPISODES):
+            begin, speed = rng.integers(0, 300, (2, 2)), rng.integers(-1, 3, (2, 2))
+            corners = (begin[:, None] + speed[:, None] * np.arange(LENGTH)[None, :, None]).clip(0, 800 - SIDE)
+            images = [[_window(scene, *corner) for corner in camera] for camera in corners]
+            numbers = rng.standard_normal((LENGTH, 14)).astype(np.float32)
+            writer.write(Episode([list(camera) for camera in images], numbers, numbers, "open the drawer"))
+
+
+def _window(scene: np.ndarray, top: int, left: int) -> bytes:
+    return encode_image(Image.fromarray(scene[top : top + SIDE, left : left + SIDE]), "jpeg", 95)
+
+
+def convert(*arguments: object) -> None:
+    if command(["data", "convert", *map(str, arguments)]):
+        raise SystemExit("the conversion failed")
+
+
+def load(dataset: VLADataset, config: VLAConfig) -> None:
+    """Read the first batches of a shuffled run."""
+    sampler = RunSampler(SampleOrder([len(dataset)], None, BATCH, seed=0), 0, STEPS, 0, 1, 1)
+    for _ in batches(build_loader(dataset, sampler, config, pin_memory=False)):
+        pass
+
+
+def measure() -> list[Row]:
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_moving(folder / "episodes")
+        convert("--to", "lerobot", "--input", folder / "episodes", "--output_dir", folder / "video")
+        convert("--to", "lerobot", "--images", "parquet", "--input", folder / "episodes", "--output_dir", folder / "stored")
+        for kind in ("png", "jpeg"):
+            flags = ("--from", "lerobot", "--input", folder / "video", "--image_format", kind)
+            convert(*flags, "--output_dir", folder / kind)
+        spec = TinySpec(image_size=224, patch_size=14, width=32, vision_layers=1, text_layers=1, heads=2)
+        config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH)
+        places = {
+            "LeRobot v3.0, H.264, directly": f"lerobot:{folder / 'video'}",
+            "LeRobot v3.0, JPEG in Parquet, directly": f"lerobot:{folder / 'stored'}",
+            "converted from H.264 to PNG": str(folder / "png"),
+            "converted from H.264 to JPEG": str(folder / "jpeg"),
+        }
+        sets = {label: VLADataset(place, str(folder / "backbone"), config, training=True) for label, place in places.items()}
+        seconds = dict.fromkeys(places, float("inf"))
+        for _ in range(ROUNDS):  # in turns, since other work comes and goes on a shared machine
+            for label, dataset in sets.items():
+                seconds[label] = min(seconds[label], best_seconds(partial(load, dataset, config), 1))
+        for label, place in places.items():
+            rows.append(Row(label, BATCH * STEPS / seconds[label], "samples/s per process", "higher"))
+            size = sum(path.stat().st_size for path in Path(place.removeprefix("lerobot:")).rglob("*") if path.is_file())
+            rows.append(Row(f"{label}: size", size / 1e6, "MB", "lower"))
+    return rows
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    report(measure(), "python -m benchmarks.lerobot", RESULTS)

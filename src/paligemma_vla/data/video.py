@@ -1,0 +1,121 @@
+"""Frames of videos on demand, by their time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable
+from paligemma_vla.data.images import MAX_PIXELS
+from paligemma_vla.errors import first_line
+
+if TYPE_CHECKING:
+    import av
+
+OPEN_VIDEOS = 16  # per reader; a decoder holds some frames of its video
+EXACT = 1e-4  # seconds within which a frame is the one that is wanted, without a look at the next
+REMEDY = f"restore the video, or {LEAVE_OUT}"
+
+
+class VideoDecoders:
+    """Decoders of the videos used last, kept open; for one thread. limit: how many."""
+
+    def __init__(self, limit: int = OPEN_VIDEOS) -> None:
+        self.limit = limit
+        self._open: OrderedDict[str, _Video] = OrderedDict()
+
+    def frame(self, path: str, time: float, tolerance: float) -> Image.Image:
+        """The frame nearest to `time`, at most `tolerance` away (both in seconds), as RGB. Raises `Unusable`."""
+        from av.error import FFmpegError  # here, since most data has no videos
+
+        try:
+            video = self._video(path)
+            frame = video.nearest(time, tolerance)
+        except (FFmpegError, OSError, ValueError, EOFError) as error:
+            self.forget(path)
+            raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({first_line(error)}); {REMEDY}") from error
+        if frame is None:
+            last = "" if video.current is None else f", the last one before is at {_time(video.current):.3f} s"
+            self.forget(path)
+            text = f"{path}: got no frame within {tolerance:.3f} s of {time:.3f} s{last}; {REMEDY}"
+            raise Unusable(Kind.FRAME, text)
+        return Image.fromarray(frame.to_ndarray(format="rgb24"))
+
+    def forget(self, path: str) -> None:
+        """Close a video."""
+        video = self._open.pop(path, None)
+        if video is not None:
+            video.container.close()
+
+    def close(self) -> None:
+        for path in list(self._open):
+            self.forget(path)
+
+    def _video(self, path: str) -> _Video:
+        video = self._open.get(path)
+        if video is None:
+            video = self._open[path] = _Video(path)
+            if len(self._open) > self.limit:
+                self.forget(next(iter(self._open)))
+        else:
+            self._open.move_to_end(path)
+        return video
+
+
+class _Video:
+    """One open video. current: the frame decoded last."""
+
+    def __init__(self, path: str) -> None:
+        import av
+
+        self.container = av.open(path)
+        if not self.container.streams.video:
+            raise ValueError("it holds no video")
+        self.stream = self.container.streams.video[0]
+        width, height = self.stream.codec_context.width, self.stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            got = f"{path}: got frames of {width} x {height}, expected at most {MAX_PIXELS // 10**6} megapixels"
+            raise Unusable(Kind.IMAGE_SIZE, f"{got}; {REMEDY}")
+        self.stream.thread_type = "NONE"  # a loader has processes; threads would decode ahead of what is asked
+        self.current: av.VideoFrame | None = None
+        self._frames: Iterator[av.VideoFrame] = iter(())
+
+    def nearest(self, time: float, tolerance: float) -> av.VideoFrame | None:
+        """The frame nearest to `time`, None when it is further away than `tolerance`."""
+        if not self._is_next(time, tolerance):
+            self._seek(time + tolerance / 2)
+            first = next(self._frames, None)
+            if first is None or _time(first) > time + tolerance:  # some files are sought too far
+                self._seek(0.0)
+                first = next(self._frames, None)
+            self.current = first
+        return self._forward(time, tolerance)
+
+    def _is_next(self, time: float, tolerance: float) -> bool:
+        """Whether the wanted frame is the current one or one of the next two, so that going on is cheaper than seeking."""
+        return self.current is not None and -EXACT <= time - _time(self.current) <= 4 * tolerance
+
+    def _forward(self, time: float, tolerance: float) -> av.VideoFrame | None:
+        """Decode until the wanted time is reached; of the frames around it, the nearer one."""
+        before, frame = None, self.current
+        while frame is not None and _time(frame) < time - EXACT:
+            before = frame
+            frame = next(self._frames, None)
+            self.current = frame or before
+        near = [one for one in (before, frame) if one is not None and abs(_time(one) - time) <= tolerance]
+        return min(near, key=lambda one: abs(_time(one) - time), default=None)
+
+    def _seek(self, time: float) -> None:
+        """Go to the keyframe before a time."""
+        self.current = None
+        assert self.stream.time_base is not None
+        self.container.seek(int(max(time, 0.0) / self.stream.time_base), stream=self.stream, backward=True)
+        self._frames = (frame for frame in self.container.decode(self.stream) if frame.pts is not None)
+
+
+def _time(frame: av.VideoFrame) -> float:
+    assert frame.time is not None
+    return frame.time

@@ -1,0 +1,444 @@
+"""`paligemma-vla data convert`: round trips, batches, an independent checker, kills, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from paligemma_vla.cli.main import main
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.compare import compare_episode
+from paligemma_vla.data.convert import Conversion, convert
+from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor
+from paligemma_vla.data.recordings import Recordings
+from paligemma_vla.data.sampling import SampleRef
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.data.targets import NativeTarget
+from paligemma_vla.data.writer import EpisodeWriter
+from paligemma_vla.errors import DataError
+from paligemma_vla.schema import DatasetMetadata, Episode
+from support import METADATA, call, encode_image, identical
+from zygote import Zygote
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+from lerobot_sets import CAMERAS, LENGTHS, Truth, encode, picture, write_set
+
+ConfigFactory = Callable[..., VLAConfig]
+KINDS = [("v3.0", "video"), ("v3.0", "parquet"), ("v2.1", "video"), ("v2.1", "parquet")]
+
+
+def episode(number: int, length: int, size: tuple[int, int] = (32, 48), prompt: str = "open the drawer") -> Episode:
+    """Two cameras, smooth pictures."""
+    rng = np.random.default_rng(number)
+    images = [[encode(picture(camera, number, step)[: size[0], : size[1]]) for step in range(length)] for camera in range(2)]
+    values = rng.normal(size=(length, 5)).astype(np.float32)
+    return Episode([list(one) for one in images], values[:, :3], values[:, 3:], prompt, is_terminal=number % 2 == 0)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("native") / "data"
+    with EpisodeWriter(folder, METADATA, episodes_per_file=2) as writer:
+        for number, length in enumerate((12, 20, 15, 12, 30)):
+            writer.write(episode(number, length, prompt=("open the drawer", "shut it")[number % 2]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def exported(request: pytest.FixtureRequest, native: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native episodes as LeRobot has them."""
+    folder = tmp_path_factory.mktemp("exported") / "set"
+    version, images = request.param
+    assert (
+        run("--to", "lerobot", "--lerobot_version", version, "--images", images, "--input", native, "--output_dir", folder) == 0
+    )
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main(["data", "convert", "--workers", "0", *map(str, arguments)])
+
+
+def same(first: str, second: str, exact: bool = True) -> None:
+    """Hold every value of two sets against each other."""
+    a, b = (Recordings(EpisodeIndex.build(name), range(2)) for name in (first, second))
+    assert a.index.length.tolist() == b.index.length.tolist()
+    for number in range(len(a)):
+        one, two = a.read(number), b.read(number)
+        assert np.array_equal(one.state, two.state)
+        assert np.array_equal(one.action, two.action)
+        assert (one.prompts, one.is_terminal) == (two.prompts, two.is_terminal)
+        for camera in range(2):
+            for left, right in zip(one.images[camera], two.images[camera], strict=True):
+                pixels = [np.asarray(image.decode(), float) for image in (left, right) if image]
+                assert np.array_equal(*pixels) if exact else np.abs(pixels[0] - pixels[1]).mean() < 4
+
+
+def test_export_and_back_is_the_same_and_so_is_its_metadata(native: Path, exported: Path, tmp_path: Path) -> None:
+    assert run("--from", "lerobot", "--input", exported, "--output_dir", tmp_path / "back") == 0
+    same(f"lerobot:{exported}", str(tmp_path / "back"))
+    same(str(native), str(tmp_path / "back"), exact=not list(exported.rglob("*.mp4")))
+    assert EpisodeIndex.build(str(tmp_path / "back")).layout == EpisodeIndex.build(str(native)).layout
+
+
+def test_stored_images_keep_their_bytes_both_ways(native: Path, exported: Path, tmp_path: Path) -> None:
+    if list(exported.rglob("*.mp4")):
+        pytest.skip("frames of videos have no bytes of their own")
+    run("--from", "lerobot", "--input", exported, "--output_dir", tmp_path / "back")
+    stored = [pq.read_table(folder)["image_1_bytes"].to_pylist() for folder in (native, tmp_path / "back")]
+    assert stored[0] == stored[1]
+
+
+def test_export_passes_the_independent_checker(exported: Path) -> None:
+    from lerobot_doctor.dataset_loader import load_dataset
+    from lerobot_doctor.runner import run_checks
+
+    report = run_checks(load_dataset(str(exported)), checks=None, verbose=False)
+    found = {result.name: result.severity.name for result in report.results}
+    assert len(found) >= 8
+    assert "FAIL" not in found.values()
+    # Short episodes are the test data's own.
+    assert {name for name, severity in found.items() if severity == "WARN"} <= {
+        "Episode Health",
+        "Training Readiness",
+        "Per-Episode Summary",
+    }
+
+
+def test_export_counts_as_a_naive_pass_over_the_data_does(native: Path, exported: Path) -> None:
+    stats = json.loads((exported / "meta/stats.json").read_text())
+    table = pq.read_table(native)
+    action = np.array(table["action"].to_pylist(), np.float64)
+    for name, expected in [("min", action.min(0)), ("max", action.max(0)), ("mean", action.mean(0)), ("std", action.std(0))]:
+        assert np.allclose(stats["action"][name], expected, rtol=1e-10)
+    assert stats["action"]["count"] == [len(action)]
+    images = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in table["image_1_bytes"].to_pylist()])
+    front = stats["observation.images.front"]
+    assert np.array(front["mean"]).shape == (3, 1, 1)
+    assert np.allclose(np.array(front["mean"]).ravel(), images.mean((0, 1, 2)) / 255, atol=1e-9)
+    assert np.allclose(np.array(front["std"]).ravel(), images.reshape(-1, 3).std(0) / 255, atol=1e-9)
+    info = json.loads((exported / "meta/info.json").read_text())
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"], info["fps"]) == (5, 89, 2, 12.5)
+
+
+def test_exported_video_has_a_keyframe_at_every_second_frame(exported: Path) -> None:
+    for path in exported.rglob("*.mp4"):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12.5)
+            packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+            keys = [float(packet.pts * stream.time_base) for packet in packets if packet.is_keyframe]
+            assert np.allclose(keys, np.arange(0, len(packets), 2) / 12.5)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Truth, Path]:
+    """A LeRobot set written by hand, and its conversion."""
+    folder = tmp_path_factory.mktemp("both")
+    truth = write_set(folder / "toy", request.param[0], request.param[1] == "video")
+    assert run("--from", "lerobot", "--input", truth.root, "--output_dir", folder / "converted") == 0
+    return truth, folder / "converted"
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_batches_of_the_conversion_are_those_of_the_source(
+    both: tuple[Truth, Path], augmented: bool, tiny_config: ConfigFactory, tmp_path: Path
+) -> None:
+    truth, converted = both
+    statistics = [compute_statistics(name, "test") for name in (truth.name, str(converted))]
+    for one, two in ((statistics[0].state, statistics[1].state), (statistics[0].action, statistics[1].action)):
+        for name in ("min", "max", "q01", "q99", "count"):
+            assert np.array_equal(getattr(one, name), getattr(two, name))
+        for name in ("mean", "std"):  # summed file by file, and the files are others
+            assert np.allclose(getattr(one, name), getattr(two, name), rtol=1e-12, atol=1e-15)
+    statistics[0].save(tmp_path / "statistics.json")
+    config = tiny_config({"data.normalization_stats_path": str(tmp_path / "statistics.json")}, cameras=2)
+    preprocessor = build_preprocessor(config)
+    order = np.random.default_rng(0).permutation(sum(LENGTHS)).tolist()
+    batches = []
+    for name in (truth.name, str(converted)):
+        dataset = VLADataset(name, preprocessor, config, training=augmented)
+        collate = Collator(preprocessor.prompts)
+        refs = [SampleRef(position, sample) for position, sample in enumerate(order)]
+        batches.append([collate(dataset.__getitems__(refs[n : n + 7])) for n in range(0, len(refs), 7)])
+    assert identical(*batches)
+    assert all(isinstance(batch["image_2"], torch.Tensor) for batch in batches[0])
+
+
+def test_conversion_says_what_it_left_behind_and_compared(both: tuple[Truth, Path], capfd: Any, tmp_path: Path) -> None:
+    truth, _ = both
+    arguments = ["--from", "lerobot", "--input", truth.root, "--output_dir", tmp_path / "out", "--cameras", "wrist"]
+    arguments += ["--episodes", "1:4", "--workers", "0"]
+    code, out, err = call(capfd, "data", "convert", *arguments)
+    assert code == 0, err
+    images = "15 images have the same bytes" if truth.stored["wrist"] else "10 frames were compared, every pixel is equal"
+    assert out.splitlines() == [
+        "left behind: observation.images.front, observation.effort",
+        f"verified: 3 episodes, 15 steps; state, action, instructions and flags are equal; {images}",
+        str(tmp_path / "out"),
+    ]
+    assert "convert: 100%" in err
+    code, out, _ = call(capfd, "data", "convert", *arguments)
+    assert (code, out.splitlines()[-1]) == (
+        0,
+        f"{tmp_path / 'out'}: is there already, converted and verified; nothing was done",
+    )
+    code, _, err = call(capfd, "data", "convert", *arguments[:-4], "--workers", "0")
+    assert code == 2
+    assert f"{tmp_path / 'out'}: is there already, and is not this conversion; delete it" in err
+
+
+def test_frames_become_jpeg_when_asked(both: tuple[Truth, Path], tmp_path: Path) -> None:
+    truth, _ = both
+    arguments = ("--from", "lerobot", "--input", truth.root, "--output_dir", tmp_path / "out", "--image_format", "jpeg")
+    assert run(*arguments) == 0
+    first = pq.read_table(tmp_path / "out")["image_1_bytes"][0].as_py()
+    assert first.startswith(b"\x89PNG" if truth.stored["front"] else b"\xff\xd8\xff")  # what is encoded stays as it is
+
+
+def test_one_lerobot_version_becomes_the_other(both: tuple[Truth, Path], tmp_path: Path) -> None:
+    truth, _ = both
+    version = json.loads((truth.root / "meta/info.json").read_text())["codebase_version"]
+    other = {"v2.1": "v3.0", "v3.0": "v2.1"}[version]
+    arguments = ["--from", "lerobot", "--to", "lerobot", "--lerobot_version", other, "--images", "parquet"]
+    assert run(*arguments, "--input", truth.root, "--output_dir", tmp_path / "other") == 0
+    same(truth.name, f"lerobot:{tmp_path / 'other'}")
+
+
+def count(folder: Path) -> int:
+    """Files under a folder in which another process is at work."""
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("direction", [("--from", "lerobot"), ("--to", "lerobot", "--lerobot_version", "v2.1")])
+def test_killed_conversion_goes_on_to_the_very_same_result(
+    direction: tuple[str, ...], tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paligemma_vla.data.targets.IMAGE_STEPS", 40)
+    source, files = tmp_path / "source", 24
+    with EpisodeWriter(source, DatasetMetadata(cameras=("a",), control_hz=5.0)) as writer:
+        for number in range(files):
+            one = episode(number, 6)
+            writer.write(Episode(one.images[:1], one.state, one.action, one.prompt))
+    if direction[0] == "--from":
+        assert run("--to", "lerobot", "--images", "video", "--input", source, "--output_dir", tmp_path / "set") == 0
+        source = tmp_path / "set"
+    command = ["data", "convert", *direction, "--input", str(source), "--workers", "0", "--output_dir"]
+    assert zygote.run([*command, "whole"], tmp_path).status == 0
+    partial, kills = tmp_path / "killed.partial", 0
+    for _ in range(2):
+        child = zygote.start([*command, "killed"], tmp_path)
+        before, deadline = count(partial), time.monotonic() + 20
+        while count(partial) <= before + 2 and not (tmp_path / "killed").exists() and time.monotonic() < deadline:
+            pass
+        os.killpg(child.pid, signal.SIGKILL)
+        kills += child.wait(30).status == -9 and not (tmp_path / "killed").exists()
+    assert kills >= 1
+    ended = zygote.run([*command, "killed"], tmp_path)
+    assert ended.status == 0, ended.stderr
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_unfinished_conversion_of_something_else_is_refused(native: Path, tmp_path: Path, capfd: Any) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".conversion.json").write_text("{}")
+    code, _, err = call(capfd, "data", "convert", "--to", "lerobot", "--input", native, "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert f"{partial}: holds what another conversion, or one of other data, left unfinished; delete it" in err
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "same format": (["--input", "x"], "got native to native, expected another format"),
+    "camera": (["--to", "lerobot", "--cameras", "top"], "--cameras: got 'top', expected of front, wrist"),
+    "range": (["--to", "lerobot", "--episodes", "3:9"], "--episodes: got 3:9, expected a range within 0:5"),
+    "no range": (["--to", "lerobot", "--episodes", "3"], "episodes: got '3', expected FIRST:STOP"),
+    "fps": (["--to", "lerobot", "--fps", "10"], "--fps: got 10, expected 12.5 as the data says (control_hz)"),
+    "quality": (["--from", "lerobot", "--jpeg_quality", "0"], "--jpeg_quality: got 0, expected 1 to 100"),
+    "crf": (["--to", "lerobot", "--crf", "60"], "--crf: got 60, expected 0 to 51"),
+    "no set": (["--from", "lerobot"], "got no meta/info.json there, expected a LeRobot data set"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_command_that_cannot_be_done_is_one_message(case: str, native: Path, tmp_path: Path, capfd: Any) -> None:
+    flags, message = REFUSED[case]
+    code, _, err = call(capfd, "data", "convert", "--input", native, *flags, "--output_dir", tmp_path / "out", "--workers", "0")
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def odd(one: Episode) -> Episode:
+    images = [[encode(picture(0, 0, step)[:31]) for step in range(one.length)] for _ in range(2)]
+    return Episode([list(camera) for camera in images], one.state, one.action, one.prompt)
+
+
+def absent(one: Episode) -> Episode:
+    return Episode([one.images[0], [None, *one.images[1][1:]]], one.state, one.action, one.prompt)
+
+
+def resized(one: Episode) -> Episode:
+    return Episode(
+        [[*one.images[0][:-1], encode_image(np.random.default_rng(0))], one.images[1]], one.state, one.action, one.prompt
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "images", "message"),
+    [
+        (odd, "video", "camera observation.images.front: got 48 x 31 pixels, expected even numbers"),
+        (
+            absent,
+            "video",
+            "camera observation.images.wrist: got no image, expected one: LeRobot has no place for an absent one",
+        ),
+        (absent, "parquet", "got no image, expected one: LeRobot has no place for an absent one"),
+        (resized, "video", "got 40 x 28 pixels, expected 48 x 32 as before"),
+        (resized, "parquet", "got 40 x 28 pixels, expected 48 x 32 as before"),
+    ],
+)
+def test_what_lerobot_cannot_hold_is_refused(
+    change: Callable[[Episode], Episode], images: str, message: str, tmp_path: Path, capfd: Any
+) -> None:
+    with EpisodeWriter(tmp_path / "data", METADATA) as writer:
+        writer.write(change(episode(0, 5)))
+    arguments = ["--to", "lerobot", "--images", images, "--input", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    code, _, err = call(capfd, "data", "convert", *arguments, "--workers", "0")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rate_that_nobody_knows_must_be_given(tmp_path: Path, capfd: Any) -> None:
+    with EpisodeWriter(tmp_path / "data", DatasetMetadata()) as writer:
+        writer.write(episode(0, 5))
+    arguments = ["--to", "lerobot", "--input", tmp_path / "data", "--output_dir", tmp_path / "out", "--workers", "0"]
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    assert (code, "--fps: got none, and the data does not say it" in err) == (2, True)
+    code, _, err = call(capfd, "data", "convert", *arguments, "--fps", "7.5")
+    assert code == 0, err
+    meta = EpisodeIndex.build(f"lerobot:{tmp_path / 'out'}").layout.metadata
+    assert (meta.control_hz, meta.cameras) == (7.5, ("image_1", "image_2"))
+
+
+def shifted(one: Episode) -> Episode:
+    return Episode([[*one.images[0][1:], one.images[0][-1]], one.images[1]], one.state, one.action, one.prompt)
+
+
+def other_state(one: Episode) -> Episode:
+    state = one.state.copy()
+    state[2, 1] = np.nextafter(state[2, 1], np.float32(9))
+    return Episode(one.images, state, one.action, one.prompt)
+
+
+def other_picture(one: Episode) -> Episode:
+    images = [encode(255 - picture(0, 0, step)) for step in range(one.length)]
+    return Episode([list(images), one.images[1]], one.state, one.action, one.prompt)
+
+
+@pytest.mark.parametrize(
+    ("change", "lossless", "message"),
+    [
+        (other_state, True, "state: got "),
+        (shifted, True, r"camera 1, step 0: got other pixels \(PSNR"),
+        (shifted, False, "camera 1, step 0: got an image more like step 1 than its own"),
+        (other_picture, False, r"camera 1, step 0: got PSNR .* dB, expected 20 dB at least"),
+        (lambda one: Episode(one.images, one.state, one.action, "another"), True, "instructions: got "),
+        (
+            lambda one: Episode(one.images, one.state, one.action, one.prompt, True),
+            True,
+            "is_terminal: got True, expected False",
+        ),
+        (absent, True, "camera 2, step 0: an image is there in only one of them"),
+    ],
+)
+def test_comparison_finds(change: Callable[[Episode], Episode], lossless: bool, message: str, tmp_path: Path) -> None:
+    one = episode(1, 5)
+    for name, written in (("a", one), ("b", change(one))):
+        with EpisodeWriter(tmp_path / name, METADATA) as writer:
+            writer.write(written)
+    source, result = (Recordings(EpisodeIndex.build(str(tmp_path / name)), range(2)) for name in ("a", "b"))
+    assert compare_episode(source, source, 0, lossless).identical == 10
+    with pytest.raises(DataError, match=message):
+        compare_episode(source, result, 0, lossless)
+
+
+class Careless(NativeTarget):
+    """Loses an episode."""
+
+    def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterator[Any]) -> None:
+        next(recordings)
+        super().write(folder, shard, first, recordings)
+
+
+def test_result_that_lacks_an_episode_is_an_error_and_gets_no_name(native: Path, tmp_path: Path) -> None:
+    from tqdm import tqdm
+
+    index = EpisodeIndex.build(str(native))
+    conversion = Conversion(index, (0, 1), Careless(METADATA, "png", 90), tmp_path / "out")
+    with pytest.raises(DataError, match="got 4 episodes of 77 steps, expected 5 of 89"):
+        convert(conversion, 0, lambda total: tqdm(total=total, disable=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_instruction_that_changes_within_an_episode_needs_the_data_itself(tmp_path: Path, capfd: Any) -> None:
+    from lerobot_sets import edit_table
+
+    truth = write_set(tmp_path / "toy", "v2.1", video=False)
+    edit_table(truth.root / "data/chunk-000/episode_000002.parquet", lambda columns: columns["task_index"].__setitem__(4, 1))
+    arguments = ["--from", "lerobot", "--input", truth.root, "--output_dir", tmp_path / "out", "--workers", "0"]
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    assert code == 2
+    assert "step 4: got the instruction 'close the drawer', expected 'open the drawer' as at the first step" in err
+
+
+def test_several_processes_write_what_one_does(native: Path, tmp_path: Path) -> None:
+    arguments = [
+        "data",
+        "convert",
+        "--to",
+        "lerobot",
+        "--input",
+        str(native),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--workers",
+    ]
+    assert main([*arguments, "2"]) == 0
+    shutil.move(tmp_path / "out", tmp_path / "by_two")
+    assert main([*arguments, "0"]) == 0
+    assert contents(tmp_path / "by_two") == contents(tmp_path / "out")
+
+
+def test_commands_take_the_data_by_its_name(both: tuple[Truth, Path], capfd: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    truth, _ = both
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capfd, "data", "info", f"{truth.name}?episodes=0:3", "--json")
+    facts = json.loads(out)
+    assert (code, facts["episodes"], facts["camera_names"], facts["control_hz"]) == (0, 3, list(CAMERAS), 10.0)
+    code, out, _ = call(capfd, "data", "check", truth.name)
+    assert (code, out) == (0, out)
+    assert out.startswith("0 of 4 episodes, in 0 of ")

@@ -1,0 +1,217 @@
+"""LeRobot data sets written by hand, straight from the format: what the reader is held against."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+CAMERAS = ("front", "wrist")
+TASKS = ("open the drawer", "close the drawer")
+LENGTHS = (5, 2, 9, 4)
+FPS = 10
+HEIGHT, WIDTH = 32, 48
+
+
+@dataclass
+class Truth:
+    """What a set holds: per episode state, action, task and success; per camera and row pixels, and bytes in Parquet."""
+
+    root: Path
+    state: list[np.ndarray] = field(default_factory=list)
+    action: list[np.ndarray] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    success: list[bool] = field(default_factory=list)
+    pixels: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    stored: dict[str, list[bytes]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"lerobot:{self.root}"
+
+
+def picture(camera: int, episode: int, step: int) -> np.ndarray:
+    """(H, W, 3) uint8: smooth, and different for every camera, episode and step."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    red = 60 + 2 * x + 12 * (step % 8)
+    green = 40 + 3 * y + 9 * episode + 50 * camera
+    blue = np.full_like(x, 20 * (step % 10) + 5 * episode)
+    return np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: int = FPS) -> list[np.ndarray]:
+    """Write frames; returns them as a plain pass over the file decodes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"g": "6", "crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def write_set(root: Path, version: str = "v3.0", video: bool = True, fps: int = FPS) -> Truth:
+    """Four episodes of two tasks and two cameras; in v3.0 two data files, and videos of two episodes each."""
+    truth = Truth(root, pixels={camera: [] for camera in CAMERAS}, stored={camera: [] for camera in CAMERAS})
+    rng = np.random.default_rng(0)
+    for episode, length in enumerate(LENGTHS):
+        truth.state.append(rng.normal(size=(length, 3)).astype(np.float32))
+        truth.action.append(rng.normal(size=(length, 2)).astype(np.float32))
+        truth.tasks.append(TASKS[episode % 2])
+        truth.success.append(episode % 3 == 0)
+    files = [[0], [1], [2], [3]] if version == "v2.1" else [[0, 1], [2, 3]]
+    rows = [_write_file(truth, version, video, number, episodes, fps) for number, episodes in enumerate(files)]
+    _write_meta(truth, version, video, [row for part in rows for row in part], fps)
+    return truth
+
+
+def _paths(version: str, number: int, key: str) -> tuple[str, str]:
+    if version == "v2.1":
+        name = f"episode_{number:06d}"
+        return f"data/chunk-000/{name}.parquet", f"videos/chunk-000/{key}/{name}.mp4"
+    return f"data/chunk-000/file-{number:03d}.parquet", f"videos/{key}/chunk-000/file-{number:03d}.mp4"
+
+
+def _write_file(truth: Truth, version: str, video: bool, number: int, episodes: list[int], fps: int) -> list[dict[str, Any]]:
+    tables, entries = [], []
+    frames: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
+    for episode in episodes:
+        length, begin = LENGTHS[episode], sum(LENGTHS[:episode])
+        steps = np.arange(length)
+        columns: dict[str, Any] = {
+            "observation.state": pa.FixedSizeListArray.from_arrays(truth.state[episode].reshape(-1), 3),
+            "action": pa.array(truth.action[episode].tolist(), pa.list_(pa.float32())),
+            "next.success": pa.array((steps == length - 1) & truth.success[episode]),
+            "observation.effort": pa.array(np.zeros(length, np.float32)),
+            "timestamp": pa.array((steps / fps).astype(np.float32)),
+            "frame_index": pa.array(steps),
+            "episode_index": pa.array(np.full(length, episode)),
+            "index": pa.array(begin + steps),
+            "task_index": pa.array(np.full(length, episode % 2)),
+        }
+        offsets = {camera: len(frames[camera]) / fps for camera in CAMERAS}
+        for place, camera in enumerate(CAMERAS):
+            pixels = [picture(place, episode, step) for step in range(length)]
+            frames[camera] += pixels
+            if not video:
+                data = [encode(one, ("PNG", "JPEG")[place]) for one in pixels]
+                truth.stored[camera] += data
+                truth.pixels[camera] += [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in data]
+                images = [{"bytes": one, "path": f"frame-{step:06d}.png"} for step, one in enumerate(data)]
+                columns[f"observation.images.{camera}"] = pa.array(images)
+        tables.append(pa.table(columns))
+        entries.append({"episode": episode, "file": number, "from": begin, "offsets": offsets})
+    path = truth.root / _paths(version, number, "")[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)  # a row group per episode
+    if video:
+        for camera in CAMERAS:
+            target = truth.root / _paths(version, number, f"observation.images.{camera}")[1]
+            truth.pixels[camera] += write_video(target, frames[camera], fps)
+    return entries
+
+
+def _features(video: bool) -> dict[str, Any]:
+    image = {"dtype": "video" if video else "image", "shape": [HEIGHT, WIDTH, 3], "names": ["height", "width", "channels"]}
+    return {
+        **{f"observation.images.{camera}": image for camera in CAMERAS},
+        "observation.state": {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "z"]}},
+        "action": {"dtype": "float32", "shape": [2], "names": ["dx", "dy"]},
+        "next.success": {"dtype": "bool", "shape": [1], "names": None},
+        "observation.effort": {"dtype": "float32", "shape": [1], "names": None},
+        **{
+            key: {"dtype": "int64", "shape": [1], "names": None}
+            for key in ("frame_index", "episode_index", "index", "task_index")
+        },
+        "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+    }
+
+
+def _write_meta(truth: Truth, version: str, video: bool, entries: list[dict[str, Any]], fps: int) -> None:
+    meta = truth.root / "meta"
+    meta.mkdir()
+    info = {
+        "codebase_version": version,
+        "robot_type": "toy arm",
+        "total_episodes": len(LENGTHS),
+        "total_frames": sum(LENGTHS),
+        "total_tasks": len(TASKS),
+        "chunks_size": 1000,
+        "fps": fps,
+        "splits": {"train": f"0:{len(LENGTHS)}"},
+        "features": _features(video),
+    }
+    if version == "v2.1":
+        info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+        info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4" if video else None
+        write_lines(meta / "tasks.jsonl", [{"task_index": number, "task": task} for number, task in enumerate(TASKS)])
+        lines = [{"episode_index": n, "tasks": [TASKS[n % 2]], "length": length} for n, length in enumerate(LENGTHS)]
+        write_lines(meta / "episodes.jsonl", lines)
+    else:
+        info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+        info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if video else None
+        write_tasks(meta / "tasks.parquet")
+        (meta / "episodes" / "chunk-000").mkdir(parents=True)
+        rows = [_episode_row(entry, video, fps) for entry in entries]
+        pq.write_table(pa.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet")
+    (meta / "info.json").write_text(json.dumps(info))
+
+
+def _episode_row(entry: dict[str, Any], video: bool, fps: int) -> dict[str, Any]:
+    length = LENGTHS[entry["episode"]]
+    row = {"episode_index": entry["episode"], "tasks": [TASKS[entry["episode"] % 2]], "length": length}
+    row |= {"data/chunk_index": 0, "data/file_index": entry["file"]}
+    row |= {"dataset_from_index": entry["from"], "dataset_to_index": entry["from"] + length}
+    for camera in CAMERAS if video else ():
+        key, begin = f"videos/observation.images.{camera}", entry["offsets"][camera]
+        row |= {f"{key}/chunk_index": 0, f"{key}/file_index": entry["file"]}
+        row |= {f"{key}/from_timestamp": begin, f"{key}/to_timestamp": begin + length / fps}
+    return row
+
+
+def write_tasks(path: Path, with_note: bool = True, name: str = "__index_level_0__") -> None:
+    """The tasks as pandas writes them, its note about the index included or not."""
+    table = pa.table({"task_index": pa.array(range(len(TASKS)), pa.int64()), name: pa.array(TASKS)})
+    if with_note:
+        note = {"index_columns": [name], "column_indexes": [], "columns": [], "pandas_version": "2.2.0"}
+        table = table.replace_schema_metadata({b"pandas": json.dumps(note).encode()})
+    pq.write_table(table, path)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_table(path: Path, change: Callable[[dict[str, list[Any]]], object]) -> None:
+    """Change the columns of a Parquet file as lists; types and row groups stay."""
+    file = pq.ParquetFile(path)
+    table, schema = file.read(), file.schema_arrow
+    columns = table.to_pydict()
+    change(columns)
+    table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in columns})
+    pq.write_table(table, path, row_group_size=file.metadata.row_group(0).num_rows)

@@ -1,0 +1,415 @@
+"""LeRobot data sets, written by hand straight from the format, against what is read from them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lerobot_sets as sets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, write_set
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.doctor import CheckOptions, diagnose
+from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
+from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
+from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
+from paligemma_vla.data.recordings import Recording, Recordings
+from paligemma_vla.data.sources.lerobot_place import Place, Selection
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.data.video import VideoDecoders
+from paligemma_vla.errors import DataError
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.preflight import prepare
+from support import STATE_DIM, identical, read_metrics, train_here
+
+ConfigFactory = Callable[..., VLAConfig]
+KINDS = [("v3.0", True), ("v3.0", False), ("v2.1", True), ("v2.1", False)]
+DATA, TASKS = "data/chunk-000/", {"v3.0": "meta/tasks.parquet", "v2.1": "meta/tasks.jsonl"}
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{'video' if kind[1] else 'parquet'}")
+def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    version, video = request.param
+    return write_set(tmp_path_factory.mktemp("sets") / "toy", version, video)
+
+
+@pytest.fixture(scope="module")
+def video_set(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    return write_set(tmp_path_factory.mktemp("sets") / "toy")
+
+
+@pytest.fixture
+def copied(video_set: Truth, tmp_path: Path) -> Truth:
+    """A v3.0 set with videos, of one's own."""
+    shutil.copytree(video_set.root, tmp_path / "toy")
+    return replace(video_set, root=tmp_path / "toy")
+
+
+def read_all(name: str, cameras: int = 2) -> list[Recording]:
+    recordings = Recordings(EpisodeIndex.build(name), range(cameras))
+    return [recordings.read(episode) for episode in range(len(recordings))]
+
+
+def pixels(recordings: list[Recording], camera: int) -> list[np.ndarray]:
+    return [np.asarray(image.decode()) for one in recordings for image in one.images[camera] if image is not None]
+
+
+def test_every_value_is_read_as_it_was_written(truth: Truth) -> None:
+    recordings = read_all(truth.name)
+    assert [one.length for one in recordings] == list(LENGTHS)
+    for one, state, action, task, success in zip(
+        recordings, truth.state, truth.action, truth.tasks, truth.success, strict=True
+    ):
+        assert np.array_equal(one.state, state)
+        assert np.array_equal(one.action, action)
+        assert one.prompts == [task] * one.length
+        assert one.is_terminal == success
+    for number, camera in enumerate(CAMERAS):
+        assert all(map(np.array_equal, pixels(recordings, number), truth.pixels[camera]))
+        if truth.stored[camera]:
+            assert [image.encoded() for one in recordings for image in one.images[number] if image] == truth.stored[camera]
+
+
+def test_metadata_tells_robot_cameras_names_and_rate(truth: Truth) -> None:
+    layout = EpisodeIndex.build(truth.name).layout
+    meta = layout.metadata
+    assert (layout.cameras, layout.state_dim, layout.action_dim) == (2, 3, 2)
+    assert (meta.robot, meta.cameras, meta.control_hz) == ("toy arm", CAMERAS, 10.0)
+    assert (meta.state_names, meta.action_names) == (("x", "y", "z"), ("dx", "dy"))
+
+
+def test_frames_in_any_order_and_after_pickling_are_those_of_a_pass_in_order(video_set: Truth) -> None:
+    index = EpisodeIndex.build(video_set.name)
+    reader = pickle.loads(pickle.dumps(EpisodeReader(index, 2, 2**20)))  # noqa: S301 - what a loader's worker gets
+    order = np.random.default_rng(0).permutation(sum(LENGTHS))
+    starts = np.cumsum([0, *LENGTHS])
+    for row in [*order.tolist(), 3, 3, 2, 4]:
+        episode = int(np.searchsorted(starts, row, side="right")) - 1
+        file = int(index.file[episode])
+        rows, place = reader.group_of(file, int(index.start[episode]) + row - int(starts[episode]))
+        for pictures, camera in zip(rows.images, CAMERAS, strict=True):
+            assert np.array_equal(np.asarray(pictures.decode(place)), video_set.pixels[camera][row])
+
+
+def test_decoders_keep_no_more_videos_open_than_they_may(truth: Truth) -> None:
+    decoders, videos = VideoDecoders(limit=1), sorted(truth.root.rglob("*.mp4"))
+    for path in videos * 2:
+        decoders.frame(str(path), 0.1, 0.05)
+        assert list(decoders._open) == [str(path)]
+    decoders.close()
+    assert not decoders._open
+
+
+def test_selection_takes_cameras_by_name_in_the_order_given_and_a_range_of_episodes(truth: Truth) -> None:
+    index = EpisodeIndex.build(f"{truth.name}?cameras=wrist,front&episodes=1:3")
+    assert index.length.tolist() == list(LENGTHS[1:3])
+    assert index.layout.metadata.cameras == ("wrist", "front")
+    recordings = [Recordings(index, range(2)).read(n) for n in range(2)]
+    rows = range(LENGTHS[0], sum(LENGTHS[:3]))
+    assert all(map(np.array_equal, pixels(recordings, 0), (truth.pixels["wrist"][row] for row in rows)))
+    assert np.array_equal(np.concatenate([one.state for one in recordings]), np.concatenate(truth.state[1:3]))
+    numbers = [states for file in range(len(index.paths)) for states, _ in iterate_numbers(index, file)]
+    assert np.array_equal(np.concatenate(numbers), np.concatenate(truth.state[1:3]))
+
+
+@pytest.mark.parametrize(
+    ("text", "selection"),
+    [
+        ("", Selection()),
+        ("?cameras=wrist", Selection(cameras=("wrist",))),
+        ("?episodes=:5", Selection(episodes=(None, 5))),
+        ("?cameras=a,b&episodes=2:&state=s&action=actions", Selection(("a", "b"), (2, None), "s", "actions")),
+    ],
+)
+def test_place_is_written_as_it_is_read(text: str, selection: Selection) -> None:
+    place = Place.parse(f"data/pusht{text}")
+    assert place == Place("data/pusht", selection)
+    assert str(place) == f"data/pusht{text}"
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("cameras=top", r"cameras: got 'top', expected of front, wrist"),
+        ("cameras=front,front", "expected different names"),
+        ("camera=front", r"got 'camera', expected PATH\?cameras=.*did you mean 'cameras'"),
+        ("episodes=3", "episodes: got '3', expected FIRST:STOP"),
+        ("episodes=2:9", "episodes: got 2:9, expected a range within 0:4"),
+        ("episodes=3:3", "episodes: got 3:3, expected a range within 0:4"),
+        (
+            "state=qpos",
+            r"features: got no 'qpos', expected one for the state; name it with \?state=FEATURE.*observation.effort",
+        ),
+        ("action=observation.images.front", "expected numbers of one dimension"),
+    ],
+)
+def test_selection_that_cannot_be_is_told(video_set: Truth, selection: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        EpisodeIndex.build(f"{video_set.name}?{selection}")
+
+
+def test_single_numbers_and_other_features_do_for_state_and_action(copied: Truth) -> None:
+    index = EpisodeIndex.build(f"{copied.name}?state=observation.effort&action=observation.state")
+    assert (index.layout.state_dim, index.layout.action_dim, index.layout.metadata.state_names) == (1, 3, ())
+    recording = Recordings(index, [0]).read(2)
+    assert recording.state.shape == (LENGTHS[2], 1)
+    assert np.array_equal(recording.action, copied.state[2])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a", "b", "c"], ("a", "b", "c")),
+        ({"motors": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({"axes": ["a"], "gripper": ["b", "c"]}, ("a", "b", "c")),
+        ({"c": 2, "a": 0, "b": 1}, ("a", "b", "c")),
+        ([["a", "b", "c"]], ("a", "b", "c")),
+        (["too", "few"], ()),
+        (None, ()),
+    ],
+)
+def test_names_of_dimensions_come_in_many_shapes(copied: Truth, names: Any, expected: tuple[str, ...]) -> None:
+    edit_json(copied.root / "meta/info.json", lambda info: info["features"]["observation.state"].update(names=names))
+    assert EpisodeIndex.build(copied.name).layout.metadata.state_names == expected
+
+
+@pytest.mark.parametrize("name", ["__index_level_0__", "task"])
+@pytest.mark.parametrize("with_note", [True, False])
+def test_tasks_are_texts_with_and_without_the_note_of_pandas(copied: Truth, name: str, with_note: bool) -> None:
+    sets.write_tasks(copied.root / "meta/tasks.parquet", with_note, name)
+    assert [one.prompts[0] for one in read_all(copied.name)] == copied.tasks
+
+
+def test_images_beside_the_rows_are_read_within_the_data_set_only(tmp_path: Path) -> None:
+    truth = write_set(tmp_path / "toy", "v2.1", video=False)
+    data, key = truth.root / f"{DATA}episode_000000.parquet", "observation.images.front"
+    (truth.root / "images").mkdir()
+    (truth.root / "images/a.png").write_bytes(truth.stored["front"][0])
+
+    def point(path: str) -> None:
+        edit_table(data, lambda columns: columns[key].__setitem__(0, {"bytes": None, "path": path}))
+
+    point("images/a.png")
+    assert np.array_equal(pixels(read_all(truth.name), 0)[0], truth.pixels["front"][0])
+    for path, message in [("../secret.png", "expected one within the data set"), ("images/b.png", "cannot be read")]:
+        point(path)
+        with pytest.raises(DataError, match=rf"episode_000000.parquet: row 0, column image_1_bytes: .*{message}"):
+            pixels(read_all(truth.name), 0)
+
+
+def test_statistics_touch_no_video_and_are_those_of_the_rows(copied: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = EpisodeIndex.build(copied.name)
+    shutil.rmtree(copied.root / "videos")
+    monkeypatch.setattr(VideoDecoders, "frame", None)
+    statistics = compute_statistics(index, "test")
+    rows = np.concatenate(copied.state).astype(np.float64)
+    assert np.allclose(statistics.state.mean, rows.mean(axis=0), rtol=1e-12)
+    assert np.array_equal(statistics.state.max, rows.max(axis=0))
+
+
+def test_fingerprint_is_of_the_content_wherever_it_lies(copied: Truth, video_set: Truth) -> None:
+    moved = EpisodeIndex.build(copied.name).fingerprint
+    assert EpisodeIndex.build(video_set.name).fingerprint == moved
+    assert EpisodeIndex.build(f"{video_set.name}?cameras=wrist").fingerprint != moved
+    for change in (change_task, change_video):
+        before = EpisodeIndex.build(copied.name).fingerprint
+        change(copied.root)
+        assert EpisodeIndex.build(copied.name).fingerprint != before
+
+
+def change_task(root: Path) -> None:
+    edit_table(root / "meta/tasks.parquet", lambda columns: columns["__index_level_0__"].__setitem__(0, "shut the drawer"))
+
+
+def change_video(root: Path) -> None:
+    path = next(root.rglob("*.mp4"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [change_task, change_video])
+def test_change_of_what_belongs_to_an_indexed_file_is_noticed(copied: Truth, change: Callable[[Path], None]) -> None:
+    index = EpisodeIndex.build(copied.name)
+    index.check_unchanged(0)
+    change(copied.root)
+    with pytest.raises(DataError, match=r"file-000.parquet: changed since it was indexed"):
+        [index.check_unchanged(file) for file in range(len(index.paths))]
+
+
+def info(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda root: edit_json(root / "meta/info.json", change)
+
+
+def rows(change: Callable[[dict[str, list[Any]]], object]) -> Callable[[Path], None]:
+    return lambda root: edit_table(root / f"{DATA}file-001.parquet", change)
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).unlink()
+
+
+def damaged_table(name: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).write_bytes(b"PAR1 no more PAR1")
+
+
+DAMAGES = {
+    "no info": (gone("meta/info.json"), r"got no meta/info.json there, expected a LeRobot data set"),
+    "no tasks": (gone("meta/tasks.parquet"), r"meta/tasks.parquet: cannot be read"),
+    "broken tasks": (damaged_table("meta/tasks.parquet"), r"meta/tasks.parquet: cannot be read as Parquet"),
+    "no episodes": (gone("meta/episodes/chunk-000/file-000.parquet"), r"meta/episodes: got no Parquet file there"),
+    "no data": (gone(f"{DATA}file-001.parquet"), r"file-001.parquet: .*No such file"),
+    "no video": (
+        gone("videos/observation.images.wrist/chunk-000/file-001.mp4"),
+        r"got no video .*wrist/chunk-000/file-001.mp4, expected one as its metadata says; restore it, or choose other cameras",
+    ),
+    "json": (lambda root: (root / "meta/info.json").write_text("{"), r"meta/info.json: cannot be read as JSON"),
+    "v2.0": (info(lambda i: i.update(codebase_version="v2.0")), r"got v2.0, expected one of v2.1, v3.0; .*v20_to_v21"),
+    "v1.6": (info(lambda i: i.update(codebase_version="v1.6")), r"got v1.6, expected one of v2.1, v3.0; .*v1_to_v2"),
+    "v9": (info(lambda i: i.update(codebase_version="v9.0")), r"codebase_version: got v9.0, expected one of v2.1, v3.0"),
+    "episodes counted": (info(lambda i: i.update(total_episodes=7)), r"total_episodes: got 7, expected 4 as meta lists them"),
+    "frames counted": (info(lambda i: i.update(total_frames=7)), r"total_frames: got 7, expected 20 as meta lists them"),
+    "fps": (info(lambda i: i.update(fps=30)), r"row 1, column timestamp: got 0.100 s, expected 0.033 s .*at fps 30 of info"),
+    "fps 0": (info(lambda i: i.update(fps=0)), r"fps: got 0, expected frames per second"),
+    "template": (info(lambda i: i.update(data_path="data/{nothing}")), r"expected a template with chunk_index, file_index"),
+    "outside": (info(lambda i: i.update(data_path="../{chunk_index}")), r"expected a path within the data set"),
+    "feature": (
+        info(lambda i: i["features"].update(action={"dtype": "float32"})),
+        r"features.action: got .*expected dtype, shape",
+    ),
+    "rows": (rows(lambda c: [values.pop() for values in c.values()]), r"file-001.parquet: got 12 rows, expected 13"),
+    "episode": (rows(lambda c: c["episode_index"].__setitem__(5, 1)), r"row 5, column episode_index: got 1, expected 2"),
+    "frame": (rows(lambda c: c["frame_index"].__setitem__(5, 9)), r"row 5, column frame_index: got 9, expected 5"),
+    "column": (rows(lambda c: c.pop("action")), r"column action: missing; got .*; restore the file"),
+    "task": (
+        rows(lambda c: c["task_index"].__setitem__(0, 7)),
+        r"row 0, column prompt: got null .*task_index without a task.* expected some words",
+    ),
+    "number": (rows(lambda c: c["action"].__setitem__(3, [0.0, np.nan])), r"row 3, column action: dimension 1 is nan"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_with_its_place_and_a_remedy(copied: Truth, damage: str) -> None:
+    change, message = DAMAGES[damage]
+    change(copied.root)
+    with pytest.raises(DataError, match=message):
+        for recording in read_all(copied.name):
+            assert recording.length
+
+
+def test_hub_name_is_told_how_to_be_had() -> None:
+    with pytest.raises(DataError, match="hf download NAME --repo-type dataset"):
+        expand_paths("lerobot:someone/pusht", "data.train_parquet_files")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[: len(content) // 2], r"cannot be decoded"),
+        (lambda content: b"no video at all", r"cannot be decoded"),
+    ],
+)
+def test_broken_video_is_a_fault_of_its_frames(copied: Truth, change: Callable[[bytes], bytes], message: str) -> None:
+    path = copied.root / "videos/observation.images.wrist/chunk-000/file-001.mp4"
+    path.write_bytes(change(path.read_bytes()))
+    where = rf"file-001.parquet: row 0, column image_2_bytes: episode 2, frame 0: .*wrist/chunk-000/file-001.mp4: {message}"
+    with pytest.raises(DataError, match=where):
+        pixels(read_all(copied.name), 1)
+    assert len(pixels(read_all(f"{copied.name}?episodes=0:2"), 1)) == LENGTHS[0] + LENGTHS[1]
+
+
+def test_video_that_is_too_short_lacks_frames(copied: Truth) -> None:
+    path = copied.root / "videos/observation.images.front/chunk-000/file-001.mp4"
+    sets.write_video(path, [sets.picture(0, 2, step) for step in range(11)])
+    with pytest.raises(DataError, match=r"row 11, .*: episode 3, frame 2: .*no frame within 0.050 s of 1.100 s"):
+        pixels(read_all(copied.name), 0)
+
+
+def test_check_finds_all_faults_and_its_list_leaves_them_out(copied: Truth, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    edit_table(copied.root / f"{DATA}file-000.parquet", lambda columns: columns["action"].__setitem__(1, [np.inf, 0.0]))
+    path = copied.root / "videos/observation.images.front/chunk-000/file-001.mp4"
+    sets.write_video(path, [sets.picture(0, 2, step) for step in range(11)])
+    diagnosis = diagnose(expand_paths("lerobot:toy", "test"), CheckOptions(), lambda size: None)
+    faults = [(Path(fault.file).name, fault.row, fault.column) for fault in diagnosis.faults]
+    last = [("file-001.parquet", row, "image_1_bytes") for row in (11, 12)]
+    assert faults == [("file-000.parquet", 1, "action"), *last]
+    assert (diagnosis.episodes, diagnosis.steps, diagnosis.bad_episodes) == (4, sum(LENGTHS), 2)
+    ExclusionList("list.json", diagnosis.excluded).save()
+    assert json.loads(Path("list.json").read_text())["episodes"][0]["file"] == "lerobot:toy/data/chunk-000/file-000.parquet"
+    exclude = load_exclusions("list.json")
+    index = EpisodeIndex.build("lerobot:toy", exclude=exclude)
+    assert index.length.tolist() == [LENGTHS[1], LENGTHS[2]]
+    assert len(pixels([Recordings(index, [0]).read(n) for n in range(2)], 0)) == LENGTHS[1] + LENGTHS[2]
+    with pytest.raises(DataError, match=r"the file, or what is read of it, has changed since"):
+        EpisodeIndex.build("lerobot:toy?cameras=wrist", exclude=exclude)
+
+
+def test_check_of_a_range_judges_that_range(copied: Truth) -> None:
+    edit_table(copied.root / f"{DATA}file-000.parquet", lambda columns: columns["action"].__setitem__(1, [np.inf, 0.0]))
+    diagnosis = diagnose(expand_paths(f"{copied.name}?episodes=1:2", "test"), CheckOptions(), lambda size: None)
+    assert (diagnosis.faults, diagnosis.episodes, diagnosis.steps) == ([], 1, LENGTHS[1])
+
+
+@pytest.fixture
+def training(video_set: Truth, tiny_config: ConfigFactory, tmp_path: Path) -> Callable[..., VLAConfig]:
+    """A configuration for two cameras that trains on the set with videos under the name of an experiment."""
+    compute_statistics(video_set.name, "test").save(tmp_path / "statistics.json")
+
+    def make(experiment: str, **overrides: Any) -> VLAConfig:
+        settings = {
+            "data.train_parquet_files": video_set.name,
+            "data.normalization_stats_path": str(tmp_path / "statistics.json"),
+            "data.state_dim": STATE_DIM,
+            "data.batch_size": 6,
+            "data.val_fraction": 0.25,
+            "training.epochs": 1,
+            "training.experiment_name": experiment,
+        }
+        return tiny_config({**settings, **overrides}, cameras=2)
+
+    return make
+
+
+def test_training_directly_resumes_bit_for_bit(training: Callable[..., VLAConfig]) -> None:
+    whole = training("whole")
+    train_here(whole)
+    first = training("parts", **{"training.stop_after_step": 1})
+    train_here(first)
+    train_here(training("parts"), resume=first.run_dir / "checkpoints" / "last.pth.tar")
+    assert read_metrics(first.run_dir) == read_metrics(whole.run_dir)
+    assert read_metrics(whole.run_dir)
+
+
+def test_one_set_held_out_by_another_name_is_not_trained_on(video_set: Truth, training: Callable[..., VLAConfig]) -> None:
+    twice = [video_set.name, f"{video_set.name}?cameras=wrist,front"]
+    _, data, _ = prepare(training("twice", **{"data.train_parquet_files": twice}), Distributed(0, 1, torch.device("cpu")))
+    assert data.validation is not None
+    held_out = {(path.partition("?")[0], int(row)) for path, row in episodes(data.validation.index)}
+    assert held_out
+    assert not held_out & {(path.partition("?")[0], int(row)) for path, row in episodes(data.train.index)}
+
+
+def episodes(index: EpisodeIndex) -> list[tuple[str, int]]:
+    return [(index.paths[file], row) for file, row in zip(index.file.tolist(), index.start.tolist(), strict=True)]
+
+
+def test_large_lists_and_whole_numbers_are_read_as_float32(tmp_path: Path) -> None:
+    truth = write_set(tmp_path / "toy", "v2.1")
+    path = truth.root / f"{DATA}episode_000002.parquet"
+    table = pq.read_table(path)
+    values = pa.array([[1, 2]] * LENGTHS[2], pa.large_list(pa.int64()))
+    pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", values), path)
+    assert read_all(truth.name)[2].action.tolist() == [[1.0, 2.0]] * LENGTHS[2]
+    assert identical(read_all(truth.name)[2].action.dtype.name, "float32")

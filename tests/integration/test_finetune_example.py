@@ -1,0 +1,46 @@
+"""The worked example, as a reader runs it, in the small: from a LeRobot dataset with video to an exported policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paligemma_vla import Policy
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_lerobot" / "finetune.sh"
+
+
+@pytest.mark.timeout(600)
+def test_example_goes_from_a_lerobot_dataset_to_a_policy(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "WORK": "work",
+        "DEMONSTRATIONS": "16",
+        "STEPS": "300",
+        "EPISODES": "5",
+    }
+    done = subprocess.run([SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    work = tmp_path / "work"
+    info = json.loads((work / "lerobot" / "meta" / "info.json").read_text())
+    assert (info["codebase_version"], info["total_episodes"], info["total_tasks"] > 1) == ("v3.0", 32, True)
+    assert list((work / "lerobot" / "videos").rglob("*.mp4"))
+    rollout = json.loads((work / "closed_loop" / "rollout.json").read_text())
+    rates = {task: entry["rate"] for task, entry in rollout["tasks"].items()}
+    assert set(rates) == {"drawer-open", "drawer-close"}
+    # Loose: twenty times fewer demonstrations and steps than the demonstration. Random actions reach 0.02.
+    assert sum(rates.values()) / 2 >= 0.3
+    assert (work / "open_loop" / "report.html").is_file()
+    observation = {"image_1": np.zeros((64, 64, 3), np.uint8), "state": np.zeros(4), "prompt": "open the drawer"}
+    exported = Policy.from_checkpoint(work / "policy").infer(observation, seed=0)["actions"]
+    checkpoint = work / "experiments" / "finetune" / "checkpoints" / "last.pth.tar"
+    trained = Policy.from_checkpoint(checkpoint).infer(observation, seed=0)["actions"]
+    assert np.array_equal(exported, trained)
