@@ -90,7 +90,8 @@ def main() -> None:
         row = {"weights": f"{kind or 'full'}{', head too' * head}", "megabytes": size, "change": change, "ms": time_ms}
         rows.append(row if head else {**row, **by_main_eval(args, kind)})
         print(rows[-1])
-    result = {**environment("python -m benchmarks.quantization --checkpoint_path P --eval_data_path D"), "rows": rows}
+    command = "python -m benchmarks.quantization --checkpoint_path P --eval_data_path D"
+    result = {**environment(command), "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(f"-> {RESULTS}")
 

@@ -28,6 +28,7 @@ from transformers import PaliGemmaConfig
 from paligemma_vla import Policy, flow
 from paligemma_vla.config import VLAConfig, VLMConfig, load_config, parse_assignments
 from paligemma_vla.data.loader import build_preprocessor
+from paligemma_vla.export.folder import Restored
 from paligemma_vla.model.known import known_architecture, read_architecture
 from paligemma_vla.model.plan import plan_memory
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
@@ -228,7 +229,8 @@ def _policy(shapes: dict[str, Any], device: torch.device, common: dict[str, Any]
         f"image_{n + 1}": rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for n in range(config.model.vlm_config.cameras)
     }
     observation |= {"state": np.zeros(7, np.float32), "prompt": "open the drawer"}
-    return Policy(model, _preprocessor(config, shapes), config, DatasetMetadata(), {}), observation
+    restored = Restored(config, model, _preprocessor(config, shapes), DatasetMetadata())
+    return Policy(restored, {}, {}, None), observation
 
 
 def _preprocessor(config: VLAConfig, shapes: dict[str, Any]) -> Preprocessor:

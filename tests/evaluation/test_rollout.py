@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from paligemma_vla.cli import rollout as command
-from paligemma_vla.errors import SimulatorError
+from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_SPEC, SPEC
 from paligemma_vla.evaluation.episode import Condition, check_compatible, play
@@ -230,7 +230,7 @@ def test_rollout_pool_surfaces_what_goes_wrong():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("factory", "error", "message"),
-    [(dies, SimulatorError, "worker process died"), (breaks, RuntimeError, "no such weights")],
+    [(dies, WorkerError, "worker process died"), (breaks, RuntimeError, "no such weights")],
 )
 def test_rollout_pool_reports_a_lost_worker_instead_of_waiting(factory, error, message):
     config = RolloutConfig(tasks=("faucet-close",), episodes=3)
