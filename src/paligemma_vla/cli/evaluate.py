@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--checkpoint_path", required=True, metavar="P", help="a .pth.tar of a training run")
-    parser.add_argument("--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders or globs")
+    parser.add_argument(
+        "--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders, globs, lerobot:FOLDER"
+    )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="O", help="for metrics.json and report.html")
     parser.add_argument("--save_predictions", action="store_true", help="also write predictions.parquet")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
