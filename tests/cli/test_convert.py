@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_table, encode, picture, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.compare import compare_episode
@@ -35,9 +35,6 @@ from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 from support import METADATA, call, encode_image, identical
 from zygote import Zygote
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
-from lerobot_sets import CAMERAS, LENGTHS, Truth, encode, picture, write_set
 
 ConfigFactory = Callable[..., VLAConfig]
 KINDS = [("v3.0", "video"), ("v3.0", "parquet"), ("v2.1", "video"), ("v2.1", "parquet")]
@@ -405,8 +402,6 @@ def test_result_that_lacks_an_episode_is_an_error_and_gets_no_name(native: Path,
 
 
 def test_instruction_that_changes_within_an_episode_needs_the_data_itself(tmp_path: Path, capfd: Any) -> None:
-    from lerobot_sets import edit_table
-
     truth = write_set(tmp_path / "toy", "v2.1", video=False)
     edit_table(truth.root / "data/chunk-000/episode_000002.parquet", lambda columns: columns["task_index"].__setitem__(4, 1))
     arguments = ["--from", "lerobot", "--input", truth.root, "--output_dir", tmp_path / "out", "--workers", "0"]

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_policy_arguments(parser, required=True)
-    parser.add_argument("--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders or globs")
+    parser.add_argument(
+        "--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders, globs, lerobot:FOLDER"
+    )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="O", help="for metrics.json and report.html")
     parser.add_argument("--save_predictions", action="store_true", help="also write predictions.parquet")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")

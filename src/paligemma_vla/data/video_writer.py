@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 KEYFRAME_EVERY = 2  # as LeRobot: a frame is had by decoding two at most
 # name -> encoder of FFmpeg, and its options beside the constant rate factor. x264 without its look ahead, which has nothing to
-# gain from two frames: with it, the same frames became other bytes now and then, by what lay in memory beside them.
+# gain from two frames: with it, the same frames became other bytes now and then, by what lay in memory beside them. Without
+# B-frames a decoder need not read one frame more than is wanted.
 CODECS = {
-    "h264": ("libx264", {"x264-params": "mbtree=0:rc-lookahead=0"}),
+    "h264": ("libx264", {"x264-params": "mbtree=0:rc-lookahead=0:bframes=0"}),
     "av1": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1"}),
 }
 
