@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lerobot_sets as sets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, write_set
 
+import lerobot_sets as sets
+from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, write_set
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
