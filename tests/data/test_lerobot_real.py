@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lerobot_sets import CAMERAS, LENGTHS, write_set
 
+from lerobot_sets import CAMERAS, LENGTHS, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.recordings import Recordings

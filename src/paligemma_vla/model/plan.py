@@ -221,7 +221,7 @@ def _changes(config: VLAConfig) -> list[tuple[str, VLAConfig]]:
         (learns, "model.vlm_config.lora: {rank: 16, alpha: 32}", {"model.vlm_config.lora": {}}),
         (
             learns or vlm.lora is not None,
-            "model.vlm_config.freeze_vision_tower, freeze_language_model: true",
+            "the head alone (docs/finetuning.md)",
             {
                 "model.vlm_config.freeze_vision_tower": True,
                 "model.vlm_config.freeze_language_model": True,
