@@ -26,13 +26,14 @@ def test_plan_of_the_published_model_for_a_card_that_is_not_here(capfd: pytest.C
     assert "activations of 8 samples at a time, 576 context tokens each:" in out
 
 
-def test_plan_that_does_not_fit_says_what_to_change(capfd: pytest.CaptureFixture[str]) -> None:
-    change = ("--set", "model.vlm_config.lora=null", "--nproc", "2")
-    code, out, _ = call(capfd, "plan", "--config_path", CONFIG, "--memory_gb", "24", *change)
+def test_plan_that_does_not_fit_says_what_to_change(capfd: pytest.CaptureFixture[str], tiny_model_dir: Path) -> None:
+    change = ("--set", "model.vlm_config.lora=null", "--set", "model.action_head_config.embed_dim=64", "--nproc", "2")
+    small = ("--device", "cpu", "--memory_gb", "0.001", "--model_path_override", tiny_model_dir)
+    code, out, _ = call(capfd, "plan", "--config_path", CONFIG, *small, *change)
     assert code == 1
-    assert "DOES NOT FIT" in out
+    assert "of 0.00 on cpu: DOES NOT FIT" in out
     assert "activations of 4 samples at a time" in out
-    assert "model.vlm_config.lora: {rank: 16, alpha: 32}" in out
+    assert "training.gradient_accumulation_steps: 2" in out
 
 
 def test_plan_of_a_folder_counts_that_model(capfd: pytest.CaptureFixture[str], tiny_model_dir: Path) -> None:
