@@ -100,7 +100,7 @@ def _staged(output: Path) -> Iterator[Path]:
         folder.rename(output)
     except CheckpointError:
         raise
-    except Exception as error:
+    except Exception as error:  # of any kind: torch and safetensors make errors of their own of the disk's
         if not _is_of_the_disk(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -5,6 +5,7 @@ Imported only when `optimizer.type: adamw_8bit` asks for it: torchao is an extra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +39,9 @@ class AdamW8bit(TorchaoAdamW8bit):  # type: ignore[misc]
         for group, rate in zip(self.param_groups, self._rates, strict=True):
             group["lr"] = rate.fill_(group["lr"])
         try:
-            return super().step(closure)
+            with warnings.catch_warnings():  # of a cache of compiled graphs that torchao's types cannot use
+                warnings.filterwarnings("ignore", "OptimState8bit does not implement", UserWarning)
+                return super().step(closure)
         except TorchDynamoException as error:
             raise TrainingError(
                 f"optimizer.type: the step of adamw_8bit cannot be compiled here ({first_line(error)}); install a C++ compiler "
