@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.interrupt import SIGNALS, StopRequest
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _usual_handlers() -> Iterator[None]:
+    """Whoever started the tests may have had some signals ignored (nohup does), which the program honours."""
+    before = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
