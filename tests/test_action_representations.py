@@ -349,7 +349,7 @@ def test_statistics_of_other_actions_are_refused_with_the_remedy(
 ) -> None:
     path = arm.work / change.get("data.normalization_stats_path", "absolute.json")
     config = session_config(arm.overrides(wanted, **{**change, "data.normalization_stats_path": str(path)}))
-    remedy = rf"compute the statistics again: python utils/calculate_normalization_stats\.py .* --output_path {path}"
+    remedy = rf"compute the statistics again: paligemma-vla stats --config_path CONFIG --output_path {path}"
     for begin in (
         lambda: preflight.prepare(config, ALONE),
         lambda: VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config),
@@ -496,3 +496,13 @@ def test_checkpoint_of_before_there_was_a_choice_answers_as_it_did(checkpoint: P
     np.testing.assert_array_equal(old.infer(observation, seed=0)["actions"], new.infer(observation, seed=0)["actions"])
     assert old.metadata == new.metadata
     assert old.metadata["action_units"] == [] and old.metadata["rotation"] is None
+
+
+def test_statistics_take_any_key_as_training_does(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    from paligemma_vla.cli.main import main
+
+    (tmp_path / "c.yaml").write_text(tiny_config().to_yaml())
+    output = tmp_path / "s.json"
+    command = ["stats", "--config_path", str(tmp_path / "c.yaml"), "--output_path", str(output)]
+    assert main([*command, "--set", "data.actions.representation=chunk_relative", "--set", "data.actions.dimensions=[0]"]) == 0
+    assert DatasetStatistics.load(output).actions.converts

@@ -185,5 +185,5 @@ def test_statistics_file_that_is_no_statistics(tmp_path: Path, content: str) -> 
 
 
 def test_statistics_file_missing_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"calculate_normalization_stats\.py --config_path CONFIG --output_path"):
+    with pytest.raises(DataError, match=r"paligemma-vla stats --config_path CONFIG --output_path"):
         DatasetStatistics.load(tmp_path / "s.json")

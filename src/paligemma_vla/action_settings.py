@@ -30,6 +30,12 @@ def resolve_actions(config: VLAConfig, metadata: DatasetMetadata, state_dim: int
     return ActionTransform(settings.representation, dimensions, starts, rotation, turned, horizon)
 
 
+def taken_by_number(config: VLAConfig, metadata: DatasetMetadata) -> bool:
+    """Whether actions and state have names and share none, so that only their numbers say what belongs together."""
+    names = set(metadata.action_names), set(metadata.state_names)
+    return config.data.actions.state_dimensions is None and all(names) and not names[0] & names[1]
+
+
 class _Resolver:
     """One configuration against one robot; faults are gathered until `tell`."""
 

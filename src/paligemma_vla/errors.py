@@ -67,11 +67,12 @@ class Faults:
 
     def tell(self, where: str) -> None:
         """Raise what was gathered: one error as it is, several as one `ConfigError`."""
-        if len(self.errors) == 1:
+        different = {str(error): error for error in self.errors}  # one file may hold training and validation
+        if len(different) == 1:
             raise self.errors[0]
-        if self.errors:
-            lines = "\n".join(str(error) for error in self.errors).splitlines()
-            raise ConfigError("\n  ".join([f"{where}: {len(self.errors)} faults", *lines]))
+        if different:
+            lines = "\n".join(different).splitlines()
+            raise ConfigError("\n  ".join([f"{where}: {len(different)} faults", *lines]))
 
 
 def first_line(error: BaseException) -> str:

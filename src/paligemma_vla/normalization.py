@@ -229,7 +229,7 @@ def recompute(path: str | Path) -> str:
 
 
 def _command(path: str | Path) -> str:
-    return f"python utils/calculate_normalization_stats.py --config_path CONFIG --output_path {path}"
+    return f"paligemma-vla stats --config_path CONFIG --output_path {path} (with the --set of the training)"
 
 
 def _texts(raw: Any, where: str) -> tuple[str, ...]:

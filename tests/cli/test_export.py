@@ -207,3 +207,16 @@ def test_rollout_takes_an_export_and_quantised_weights(exported: Path, tmp_path:
     assert policy.metadata["weights"] == "int8"
     pictures = np.zeros((32, 32, 3), np.uint8)
     assert policy.infer({"image_1": pictures, "state": np.zeros(3), "prompt": "open"}, seed=0)["actions"].shape == (4, 2)
+
+
+def test_export_through_a_link_goes_where_the_link_leads(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "link").symlink_to("large_disk")
+    for _ in range(2):
+        code, _, err = call(capfd, "export", "--checkpoint_path", checkpoint, "--output_dir", tmp_path / "link")
+        assert code == 0, err
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "large_disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large_disk", "link"]

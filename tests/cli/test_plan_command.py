@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "vla_config_24gb.yaml"
 def test_plan_of_the_published_model_for_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capfd, "plan", "--config_path", CONFIG, "--memory_gb", "24")
     assert (code, err) == (0, "")
-    assert "google/paligemma-3b-pt-224 cannot be read here; planned with its published sizes" in out
+    assert "google/paligemma-3b-pt-224 is not here; planned with its published sizes" in out
     assert "of 24.00 on cuda: fits" in out
     assert "activations of 8 samples at a time, 576 context tokens each:" in out
 
@@ -39,7 +39,7 @@ def test_plan_that_does_not_fit_says_what_to_change(capfd: pytest.CaptureFixture
 def test_plan_of_a_folder_counts_that_model(capfd: pytest.CaptureFixture[str], tiny_model_dir: Path) -> None:
     code, out, _ = call(capfd, "plan", "--config_path", CONFIG, "--model_path_override", tiny_model_dir, "--device", "cpu")
     assert code == 0
-    assert "cannot be read" not in out
+    assert "is not here" not in out
     assert "on cpu: fits" in out
 
 

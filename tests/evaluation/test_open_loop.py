@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,15 @@ from PIL import Image
 from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.sources import share_episodes
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError
+from paligemma_vla.evaluation import open_loop
 from paligemma_vla.evaluation.open_loop import EULER_STEPS, ErrorSums, OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.normalization import DatasetStatistics
-from support import ACTION_DIM, HORIZON, METADATA, make_episode, read_rows, train_here
+from support import ACTION_DIM, HORIZON, METADATA, make_episode, read_rows, train_here, write_episodes
 
 Rows = list[dict[str, Any]]
 
@@ -256,3 +260,26 @@ def test_command_refuses_what_is_not_there(checkpoint: Path, tmp_path: Path, cap
     arguments = ["--checkpoint_path", str(checkpoint), "--eval_data_path", absent, "--output_dir", str(blocked)]
     assert script("evaluate", arguments) == 2
     assert f"--output_dir {blocked}: cannot be created" in capsys.readouterr().err
+
+
+def test_figures_flatter_wherever_the_training_files_lie_now(policy: Policy, two_camera_dir: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(two_camera_dir, moved)
+    index = EpisodeIndex.build(str(moved))
+    assert open_loop._training_files(index, policy) == len(index.paths)
+    write_episodes(tmp_path / "others", cameras=2, seed=77)
+    assert open_loop._training_files(EpisodeIndex.build(str(tmp_path / "others")), policy) == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("lerobot:set?episodes=0:4", "lerobot:set?episodes=4:5", False),
+        ("lerobot:set?episodes=0:4", "lerobot:set?episodes=3:5", True),
+        ("lerobot:set", "lerobot:set?episodes=4:5", True),
+        ("lerobot:set?episodes=:4", "lerobot:elsewhere?cameras=front&episodes=4:", False),
+        ("a.parquet", "a.parquet", True),
+    ],
+)
+def test_episodes_selected_apart_are_not_shared(first: str, second: str, shared: bool) -> None:
+    assert share_episodes(first, second) is shared

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     architecture, published = architecture_to_plan(config.model.vlm_config)
     if published:
         name = config.model.vlm_config.model_name_or_path
-        sys.stdout.write(f"{name} cannot be read here; planned with its published sizes\n")
+        sys.stdout.write(f"{name} is not here; planned with its published sizes\n")
     plan = with_remedies(plan_memory(config, architecture, device, available, args.nproc))
     sys.stdout.write(plan.table() + "\n")
     return 0 if plan.fits else 1

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.exclusions import hex_digest
 from paligemma_vla.data.loader import Collator, VLADataset, batches
 from paligemma_vla.data.sampling import SampleRef, ValidationSampler, derive_seed
-from paligemma_vla.data.sources import real_name
+from paligemma_vla.data.sources import real_name, share_episodes
 from paligemma_vla.errors import ConfigError, VLAError
 from paligemma_vla.evaluation.predictions import PredictionWriter
 from paligemma_vla.evaluation.samples import Floats, Sample, Samples, check_same_robot
@@ -301,6 +302,16 @@ def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterato
 
 
 def _training_files(index: EpisodeIndex, policy: Policy) -> int:
-    """How many of the evaluated files the checkpoint's statistics were computed from: those figures flatter."""
-    known = {real_name(path) for path in policy.preprocessor.statistics.datasets}
-    return sum(real_name(path) in known for path in index.paths)
+    """How many of the evaluated files the checkpoint's statistics were computed from: those figures flatter.
+
+    Files are the same by content, wherever they lie (older statistics know names only), unless other episodes of them were
+    selected.
+    """
+    statistics = policy.preprocessor.statistics
+    known = statistics.digests or tuple(map(real_name, statistics.datasets))
+    trained = list(zip(known, statistics.datasets, strict=True))
+    evaluated = map(hex_digest, index.digests.tolist()) if statistics.digests else map(real_name, index.paths)
+    return sum(
+        any(same == key and share_episodes(path, name) for key, name in trained)
+        for same, path in zip(evaluated, index.paths, strict=True)
+    )

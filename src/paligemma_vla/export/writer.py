@@ -55,7 +55,7 @@ def write_export(output: Path, trained: Trained, restored: Restored, options: Ex
     restored: of `trained`. Raises `CheckpointError` when `output` holds something else, or cannot be written; it is untouched
     then.
     """
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.realpath(output))  # a link stays one, and the folder behind it is written
     check_replaceable(output)
     with _staged(output) as folder:
         _write_weights(folder, restored.model.state_dict(), options)

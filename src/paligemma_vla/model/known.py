@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
 from paligemma_vla.config import VLMConfig
@@ -86,11 +87,11 @@ def read_architecture(vlm: VLMConfig) -> dict[str, Any]:
 
 
 def architecture_to_plan(vlm: VLMConfig) -> tuple[dict[str, Any], bool]:
-    """The configured backbone's architecture, and whether it is the published one because its files cannot be had here."""
+    """The configured backbone's architecture, and whether it is the published one because its files are not here."""
     published = known_architecture(vlm.model_name_or_path)
-    if published is not None and not Path(vlm.model_name_or_path).is_dir():
-        try:
-            return read_architecture(vlm), False
-        except ModelError:
-            return dict(published.to_dict()), True
-    return read_architecture(vlm), False
+    if published is None or Path(vlm.model_name_or_path).is_dir():
+        return read_architecture(vlm), False
+    here = try_to_load_from_cache(vlm.model_name_or_path, "config.json", revision=vlm.revision)
+    if isinstance(here, str):  # the network is not asked: the published sizes are known
+        return dict(PaliGemmaConfig.from_json_file(here).to_dict()), False
+    return dict(published.to_dict()), True

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
+from paligemma_vla.action_settings import taken_by_number
 from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import hex_digest, load_exclusions
@@ -66,7 +67,13 @@ def prepare(
     assert made is not None and plan is not None
     train = VLADataset(EpisodeIndex.concatenate(found.indices), made, config, training=True)
     if made.actions.converts:
-        logger.info("actions as %s; the rest as recorded", made.actions.describe(train.index.layout.metadata))
+        metadata = train.index.layout.metadata
+        logger.info("actions as %s; the rest as recorded", made.actions.describe(metadata))
+        if taken_by_number(config, metadata):
+            logger.warning(
+                "data.actions.state_dimensions: no converted action has a name of the state's, so each was taken from the "
+                "number of the state in its own place; list them if that is another quantity"
+            )
     validation = VLADataset(EpisodeIndex.concatenate(found.held_out), made, config) if found.held_out else None
     return made, Data(train, validation, _order(found.indices, config)), plan
 

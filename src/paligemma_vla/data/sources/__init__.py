@@ -32,6 +32,9 @@ class Source(Protocol):
     def file_of(self, place: str) -> str:
         """The path of a file itself, without what is selected of it."""
 
+    def episodes_of(self, place: str) -> tuple[int | None, int | None]:
+        """Numbers [first, stop) of the episodes that a place selects, None where it is open."""
+
 
 def find_source(name: str) -> tuple[str, Source | None, str]:
     """Prefix, source and place of a name; without a source, an empty prefix and the name itself."""
@@ -69,6 +72,16 @@ def real_name(name: str) -> str:
     """The one name of a file, whatever links lead to it and whatever is selected of it."""
     prefix, source, place = find_source(name)
     return prefix + os.path.realpath(place if source is None else source.file_of(place))
+
+
+def share_episodes(first: str, second: str) -> bool:
+    """Whether two names of the same data may select an episode in common."""
+    ranges = []
+    for name in (first, second):
+        _, source, place = find_source(name)
+        start, stop = (None, None) if source is None else source.episodes_of(place)
+        ranges.append((start or 0, float("inf") if stop is None else stop))
+    return max(start for start, _ in ranges) < min(stop for _, stop in ranges)
 
 
 def relative_name(name: str, folder: str) -> str:

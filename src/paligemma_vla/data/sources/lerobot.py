@@ -64,6 +64,9 @@ class LeRobotSource:
     def file_of(self, place: str) -> str:
         return Place.parse(place).path
 
+    def episodes_of(self, place: str) -> tuple[int | None, int | None]:
+        return Place.parse(place).selection.episodes
+
 
 SOURCE = LeRobotSource()
 
