@@ -266,6 +266,22 @@ def test_unfinished_conversion_of_something_else_is_refused(native: Path, tmp_pa
     assert f"{partial}: holds what another conversion, or one of other data, left unfinished; delete it" in err
 
 
+@pytest.mark.parametrize("lost", ["*.parquet", "episodes-00001.parquet"])
+def test_output_that_lost_files_is_not_taken_for_whole(
+    lost: str, native: Path, tmp_path: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("paligemma_vla.data.targets.NATIVE_EPISODES", 2)
+    assert run("--to", "lerobot", "--images", "parquet", "--input", native, "--output_dir", tmp_path / "set") == 0
+    arguments = ["--from", "lerobot", "--input", tmp_path / "set", "--output_dir", tmp_path / "out", "--workers", "0"]
+    assert call(capfd, "data", "convert", *arguments)[0] == 0
+    for path in (tmp_path / "out").glob(lost):
+        path.unlink()
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    assert code == 2
+    assert f"{tmp_path / 'out'}: its record is there, its files are not, or differ" in err
+    assert "; delete it and convert again" in err
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "same format": (["--input", "x"], "got native to native, expected another format"),
     "camera": (["--to", "lerobot", "--cameras", "top"], "--cameras: got 'top', expected of front, wrist"),
