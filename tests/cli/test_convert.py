@@ -282,6 +282,24 @@ def test_output_that_lost_files_is_not_taken_for_whole(
     assert "; delete it and convert again" in err
 
 
+@pytest.mark.parametrize("output", ["data", "data/out", "link/a/out"])
+@pytest.mark.parametrize("source", ["native", "lerobot"])
+def test_output_within_the_input_is_refused(source: str, output: str, native: Path, tmp_path: Path, capfd: Any) -> None:
+    data, arguments = tmp_path / "data", ["--to", "lerobot"]
+    if source == "native":
+        shutil.copytree(native, data)
+    else:
+        write_set(data, "v2.1", video=False)
+        arguments = ["--from", "lerobot"]
+    (tmp_path / "link").symlink_to(data)
+    before = contents(data)
+    arguments += ["--input", str(data), "--output_dir", str(tmp_path / output), "--workers", "0"]
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    assert code == 2
+    assert f"--output_dir: {tmp_path / output}: got a folder within the input, {data}; give one outside of it" in err
+    assert contents(data) == before
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "same format": (["--input", "x"], "got native to native, expected another format"),
     "camera": (["--to", "lerobot", "--cameras", "top"], "--cameras: got 'top', expected of front, wrist"),
