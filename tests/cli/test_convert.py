@@ -363,6 +363,30 @@ def test_what_lerobot_cannot_hold_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_failure_before_any_whole_shard_is_not_in_the_way_of_the_remedy(tmp_path: Path, capfd: Any) -> None:
+    with EpisodeWriter(tmp_path / "data", METADATA) as writer:
+        writer.write(episode(0, 6))
+        writer.write(absent(episode(1, 5)))
+    arguments = ["--to", "lerobot", "--input", tmp_path / "data", "--output_dir", tmp_path / "out", "--workers", "0"]
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    row = next(n for n, data in enumerate(pq.read_table(tmp_path / "data")["image_2_bytes"].to_pylist()) if data is None)
+    assert code == 2
+    assert f": row {row}: camera observation.images.wrist: got no image" in err
+    assert row >= 6
+    assert not (tmp_path / "out.partial").exists()
+    code, _, err = call(capfd, "data", "convert", *arguments, "--cameras", "front")
+    assert code == 0, err
+
+
+def test_folder_that_no_conversion_made_is_left_alone(native: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    code, _, err = call(capfd, "data", "convert", "--to", "lerobot", "--input", native, "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert f"{tmp_path / 'out.partial'}: is there already, and no conversion made it" in err
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
+
+
 def test_rate_that_nobody_knows_must_be_given(tmp_path: Path, capfd: Any) -> None:
     with EpisodeWriter(tmp_path / "data", DatasetMetadata()) as writer:
         writer.write(episode(0, 5))

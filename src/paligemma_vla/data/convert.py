@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,7 +141,10 @@ def _recorded(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _workspace(conversion: Conversion) -> Iterator[Path]:
-    """The folder to work in, held by this process; what it holds gets the output's name in the end."""
+    """The folder to work in, held by this process; what it holds gets the output's name in the end.
+
+    What failed before any shard was whole leaves no folder: it has nothing to go on from, and another conversion may follow.
+    """
     folder = conversion.partial
     folder.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(folder / LOCK)
@@ -150,8 +154,16 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         if (folder / RECORD).exists() and _recorded(folder) != conversion.record():
             text = "holds what another conversion, or one of other data, left unfinished"
             raise DataError(f"{folder}: {text}; delete it, or give another --output_dir")
+        if not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise DataError(f"{folder}: is there already, and no conversion made it; move it, or give another --output_dir")
         replace_file(folder / RECORD, json.dumps(conversion.record(), indent=1).encode())
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            shards = range(len(conversion.target.shards(conversion.index.length.tolist())))
+            if not any(conversion.target.is_written(folder, number) for number in shards):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         (folder / LOCK).unlink()
         try:
             folder.replace(conversion.output)
