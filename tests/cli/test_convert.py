@@ -282,6 +282,26 @@ def test_output_that_lost_files_is_not_taken_for_whole(
     assert "; delete it and convert again" in err
 
 
+@pytest.mark.parametrize("target", ["native", "lerobot"])
+def test_prefix_of_the_input_says_its_format(target: str, tmp_path: Path, capfd: Any) -> None:
+    truth = write_set(tmp_path / "set", "v2.1", video=False)
+    arguments = ["--to", target, "--images", "parquet"] if target == "lerobot" else []
+    arguments += ["--input", f"{truth.name}?episodes=0:3", "--output_dir", str(tmp_path / "out"), "--episodes", "1:3"]
+    assert run(*arguments) == 0
+    result = EpisodeIndex.build(f"lerobot:{tmp_path / 'out'}" if target == "lerobot" else str(tmp_path / "out"))
+    assert result.length.tolist() == list(LENGTHS[1:3])
+    code, _, err = call(capfd, "data", "convert", *arguments, "--from", "native")
+    assert (code, f"--from: got native, expected lerobot as --input says ({truth.name}" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", [("info",), ("check",), ("convert", "--to", "lerobot", "--output_dir", "out", "--input")])
+def test_lerobot_folder_without_its_prefix_is_told_so(command: tuple[str, ...], tmp_path: Path, capfd: Any) -> None:
+    truth = write_set(tmp_path / "set", "v2.1", video=False)
+    code, _, err = call(capfd, "data", *command, truth.root)
+    assert code == 2
+    assert f"{truth.root}: this is data of another format; write lerobot:{truth.root}" in err
+
+
 @pytest.mark.parametrize("output", ["data", "data/out", "link/a/out"])
 @pytest.mark.parametrize("source", ["native", "lerobot"])
 def test_output_within_the_input_is_refused(source: str, output: str, native: Path, tmp_path: Path, capfd: Any) -> None:

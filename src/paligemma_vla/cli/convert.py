@@ -17,7 +17,7 @@ from paligemma_vla.cli.arguments import natural
 from paligemma_vla.data.convert import Conversion, Target, convert
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.recordings import Recordings
-from paligemma_vla.data.sources import open_file
+from paligemma_vla.data.sources import find_source, open_file
 from paligemma_vla.data.sources.lerobot_info import find_root
 from paligemma_vla.data.sources.lerobot_layout import Format
 from paligemma_vla.data.sources.lerobot_place import Place, parse_range
@@ -33,7 +33,7 @@ BAR: Any = {"unit": " steps", "desc": "convert", "dynamic_ncols": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", choices=FORMATS, default=NATIVE, help="format of the input (default: native)")
+    parser.add_argument("--from", dest="source", choices=FORMATS, help="format of the input (default: as its name says)")
     parser.add_argument("--to", dest="target", choices=FORMATS, default=NATIVE, help="format of the output (default: native)")
     parser.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; for native: file, folder or glob")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on when it is repeated")
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Convert, and say what was converted, compared and left behind; returns the exit status."""
+    args.source = _source_format(args)
     _check_flags(args)
     name = _source_name(args)
     _check_output(args)
@@ -70,6 +71,14 @@ def main(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(f"verified: {found}\n{target.place(args.output_dir)}\n")
     return 0
+
+
+def _source_format(args: argparse.Namespace) -> str:
+    """Format of the input: what --from says, else the prefix of its name. Raises `ConfigError` when they contradict."""
+    named = LEROBOT if find_source(args.input)[1] is not None else NATIVE
+    if args.source == NATIVE != named:
+        raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
+    return args.source or named
 
 
 def _check_flags(args: argparse.Namespace) -> None:
