@@ -266,6 +266,60 @@ def test_unfinished_conversion_of_something_else_is_refused(native: Path, tmp_pa
     assert f"{partial}: holds what another conversion, or one of other data, left unfinished; delete it" in err
 
 
+@pytest.mark.parametrize("lost", ["*.parquet", "episodes-00001.parquet"])
+def test_output_that_lost_files_is_not_taken_for_whole(
+    lost: str, native: Path, tmp_path: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("paligemma_vla.data.targets.NATIVE_EPISODES", 2)
+    assert run("--to", "lerobot", "--images", "parquet", "--input", native, "--output_dir", tmp_path / "set") == 0
+    arguments = ["--from", "lerobot", "--input", tmp_path / "set", "--output_dir", tmp_path / "out", "--workers", "0"]
+    assert call(capfd, "data", "convert", *arguments)[0] == 0
+    for path in (tmp_path / "out").glob(lost):
+        path.unlink()
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    assert code == 2
+    assert f"{tmp_path / 'out'}: its record is there, its files are not, or differ" in err
+    assert "; delete it and convert again" in err
+
+
+@pytest.mark.parametrize("target", ["native", "lerobot"])
+def test_prefix_of_the_input_says_its_format(target: str, tmp_path: Path, capfd: Any) -> None:
+    truth = write_set(tmp_path / "set", "v2.1", video=False)
+    arguments = ["--to", target, "--images", "parquet"] if target == "lerobot" else []
+    arguments += ["--input", f"{truth.name}?episodes=0:3", "--output_dir", str(tmp_path / "out"), "--episodes", "1:3"]
+    assert run(*arguments) == 0
+    result = EpisodeIndex.build(f"lerobot:{tmp_path / 'out'}" if target == "lerobot" else str(tmp_path / "out"))
+    assert result.length.tolist() == list(LENGTHS[1:3])
+    code, _, err = call(capfd, "data", "convert", *arguments, "--from", "native")
+    assert (code, f"--from: got native, expected lerobot as --input says ({truth.name}" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", [("info",), ("check",), ("convert", "--to", "lerobot", "--output_dir", "out", "--input")])
+def test_lerobot_folder_without_its_prefix_is_told_so(command: tuple[str, ...], tmp_path: Path, capfd: Any) -> None:
+    truth = write_set(tmp_path / "set", "v2.1", video=False)
+    code, _, err = call(capfd, "data", *command, truth.root)
+    assert code == 2
+    assert f"{truth.root}: this is data of another format; write lerobot:{truth.root}" in err
+
+
+@pytest.mark.parametrize("output", ["data", "data/out", "link/a/out"])
+@pytest.mark.parametrize("source", ["native", "lerobot"])
+def test_output_within_the_input_is_refused(source: str, output: str, native: Path, tmp_path: Path, capfd: Any) -> None:
+    data, arguments = tmp_path / "data", ["--to", "lerobot"]
+    if source == "native":
+        shutil.copytree(native, data)
+    else:
+        write_set(data, "v2.1", video=False)
+        arguments = ["--from", "lerobot"]
+    (tmp_path / "link").symlink_to(data)
+    before = contents(data)
+    arguments += ["--input", str(data), "--output_dir", str(tmp_path / output), "--workers", "0"]
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    assert code == 2
+    assert f"--output_dir: {tmp_path / output}: got a folder within the input, {data}; give one outside of it" in err
+    assert contents(data) == before
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "same format": (["--input", "x"], "got native to native, expected another format"),
     "camera": (["--to", "lerobot", "--cameras", "top"], "--cameras: got 'top', expected of front, wrist"),
@@ -327,6 +381,30 @@ def test_what_lerobot_cannot_hold_is_refused(
     assert code == 2
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_failure_before_any_whole_shard_is_not_in_the_way_of_the_remedy(tmp_path: Path, capfd: Any) -> None:
+    with EpisodeWriter(tmp_path / "data", METADATA) as writer:
+        writer.write(episode(0, 6))
+        writer.write(absent(episode(1, 5)))
+    arguments = ["--to", "lerobot", "--input", tmp_path / "data", "--output_dir", tmp_path / "out", "--workers", "0"]
+    code, _, err = call(capfd, "data", "convert", *arguments)
+    row = next(n for n, data in enumerate(pq.read_table(tmp_path / "data")["image_2_bytes"].to_pylist()) if data is None)
+    assert code == 2
+    assert f": row {row}: camera observation.images.wrist: got no image" in err
+    assert row >= 6
+    assert not (tmp_path / "out.partial").exists()
+    code, _, err = call(capfd, "data", "convert", *arguments, "--cameras", "front")
+    assert code == 0, err
+
+
+def test_folder_that_no_conversion_made_is_left_alone(native: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    code, _, err = call(capfd, "data", "convert", "--to", "lerobot", "--input", native, "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert f"{tmp_path / 'out.partial'}: is there already, and no conversion made it" in err
+    assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
 
 
 def test_rate_that_nobody_knows_must_be_given(tmp_path: Path, capfd: Any) -> None:

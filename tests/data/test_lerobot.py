@@ -138,6 +138,20 @@ def test_place_is_written_as_it_is_read(text: str, selection: Selection) -> None
     assert str(place) == f"data/pusht{text}"
 
 
+def test_tilde_is_the_home_folder(video_set: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(video_set.root.parent))
+    name = f"~/{video_set.root.name}"
+    assert Place.parse(name) == Place(str(video_set.root), Selection())
+    assert Place.parse(f"{name}?episodes=1:") == Place(str(video_set.root), Selection(episodes=(1, None)))
+    assert expand_paths(f"lerobot:{name}", "--input") == expand_paths(video_set.name, "--input")
+
+
+@pytest.mark.parametrize("name", ["lerobot:", "lerobot:?cameras=front"])
+def test_place_without_a_path_is_told_that_a_folder_is_expected(name: str) -> None:
+    with pytest.raises(DataError, match=r"^--input: got 'lerobot:.*', expected a folder after lerobot:"):
+        expand_paths(name, "--input")
+
+
 @pytest.mark.parametrize(
     ("selection", "message"),
     [

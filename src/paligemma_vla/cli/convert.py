@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 from dataclasses import replace
@@ -16,12 +17,13 @@ from paligemma_vla.cli.arguments import natural
 from paligemma_vla.data.convert import Conversion, Target, convert
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.recordings import Recordings
-from paligemma_vla.data.sources import open_file
+from paligemma_vla.data.sources import find_source, open_file
+from paligemma_vla.data.sources.lerobot_info import find_root
 from paligemma_vla.data.sources.lerobot_layout import Format
 from paligemma_vla.data.sources.lerobot_place import Place, parse_range
 from paligemma_vla.data.targets import LeRobotTarget, NativeTarget
 from paligemma_vla.data.video_writer import CODECS
-from paligemma_vla.errors import ConfigError
+from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.schema import DatasetMetadata
 
 NATIVE, LEROBOT = "native", "lerobot"
@@ -31,7 +33,7 @@ BAR: Any = {"unit": " steps", "desc": "convert", "dynamic_ncols": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", choices=FORMATS, default=NATIVE, help="format of the input (default: native)")
+    parser.add_argument("--from", dest="source", choices=FORMATS, help="format of the input (default: as its name says)")
     parser.add_argument("--to", dest="target", choices=FORMATS, default=NATIVE, help="format of the output (default: native)")
     parser.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; for native: file, folder or glob")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on when it is repeated")
@@ -51,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Convert, and say what was converted, compared and left behind; returns the exit status."""
+    args.source = _source_format(args)
     _check_flags(args)
     name = _source_name(args)
+    _check_output(args)
     index = EpisodeIndex.build(name, "--input")
     cameras = tuple(range(index.layout.cameras))
     if args.source == NATIVE:
@@ -69,6 +73,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _source_format(args: argparse.Namespace) -> str:
+    """Format of the input: what --from says, else the prefix of its name. Raises `ConfigError` when they contradict."""
+    named = LEROBOT if find_source(args.input)[1] is not None else NATIVE
+    if args.source == NATIVE != named:
+        raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
+    return args.source or named
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     if (args.source, args.target) == (NATIVE, NATIVE):
         raise ConfigError(f"data convert: got native to native, expected another format: --from {LEROBOT}, or --to {LEROBOT}")
@@ -78,6 +90,19 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--crf: got {args.crf}, expected 0 to 51")
     if args.fps is not None and not 0 < args.fps < 1000:
         raise ConfigError(f"--fps: got {args.fps}, expected more than 0 and less than 1000")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuse an output within the data itself: it would be a part of it from then on. Raises `DataError`."""
+    if args.source == LEROBOT:
+        folders = [find_root(Place.parse(args.input.removeprefix(PREFIX), "--input").path)]
+    else:
+        found = [args.input] if os.path.exists(args.input) else glob.glob(args.input, recursive=True)
+        folders = [path for path in found if os.path.isdir(path)]
+    output = Path(os.path.realpath(args.output_dir))
+    for folder in folders:
+        if output.is_relative_to(os.path.realpath(folder)):
+            raise DataError(f"--output_dir: {args.output_dir}: got a folder within the input, {folder}; give one outside of it")
 
 
 def _source_name(args: argparse.Namespace) -> str:

@@ -75,7 +75,7 @@ def _digest(values: NDArray[np.float32]) -> str:
 
 
 def _difference(first: Recording, second: Recording, text: str) -> DataError:
-    return DataError(f"{second.where}: differs from {first.where}: {text}; delete the result and convert again")
+    return DataError(f"{second.where()}: differs from {first.where()}: {text}; delete the result and convert again")
 
 
 def _compare_camera(first: Recording, second: Recording, camera: int, lossless: bool) -> Comparison:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +104,7 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> Compari
         for steps in pool.map(_write, ((number, shards[number], firsts[shards[number].start]) for number in missing)):
             bar.update(steps)
         conversion.target.finish(folder, len(shards))
-        _build(conversion)
+        _build(conversion, folder)
         comparison = Comparison()
         for part in pool.map(_compare, shards):
             comparison += part
@@ -117,13 +118,18 @@ def _steps(lengths: Sequence[int], episodes: range) -> int:
 
 
 def _is_done(conversion: Conversion) -> bool:
-    """Whether the output is there. Raises `DataError` when it is something else."""
+    """Whether the output is there, whole. Raises `DataError` when it is something else, or has lost files."""
     output = conversion.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if _recorded(output) == conversion.record():
-        return True
-    raise DataError(f"{output}: is there already, and is not this conversion; delete it, or give another --output_dir")
+    if _recorded(output) != conversion.record():
+        raise DataError(f"{output}: is there already, and is not this conversion; delete it, or give another --output_dir")
+    try:
+        _build(conversion, output)
+    except DataError as error:
+        text = f"its record is there, its files are not, or differ ({first_line(error)})"
+        raise DataError(f"{output}: {text}; delete it and convert again") from error
+    return True
 
 
 def _recorded(folder: Path) -> Any:
@@ -135,7 +141,10 @@ def _recorded(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _workspace(conversion: Conversion) -> Iterator[Path]:
-    """The folder to work in, held by this process; what it holds gets the output's name in the end."""
+    """The folder to work in, held by this process; what it holds gets the output's name in the end.
+
+    What failed before any shard was whole leaves no folder: it has nothing to go on from, and another conversion may follow.
+    """
     folder = conversion.partial
     folder.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(folder / LOCK)
@@ -145,8 +154,16 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         if (folder / RECORD).exists() and _recorded(folder) != conversion.record():
             text = "holds what another conversion, or one of other data, left unfinished"
             raise DataError(f"{folder}: {text}; delete it, or give another --output_dir")
+        if not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise DataError(f"{folder}: is there already, and no conversion made it; move it, or give another --output_dir")
         replace_file(folder / RECORD, json.dumps(conversion.record(), indent=1).encode())
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            shards = range(len(conversion.target.shards(conversion.index.length.tolist())))
+            if not any(conversion.target.is_written(folder, number) for number in shards):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         (folder / LOCK).unlink()
         try:
             folder.replace(conversion.output)
@@ -157,9 +174,8 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         lock.close()
 
 
-def _build(conversion: Conversion) -> EpisodeIndex:
-    """The index of the result. Raises `DataError` when it has other episodes than the source."""
-    folder = conversion.partial
+def _build(conversion: Conversion, folder: Path) -> EpisodeIndex:
+    """The index of the result in a folder. Raises `DataError` when it has other episodes than the source."""
     result = EpisodeIndex.build(conversion.target.place(folder), str(folder))
     got, expected = result.length.tolist(), conversion.index.length.tolist()
     if got != expected:
@@ -177,7 +193,7 @@ class _Worker:
 
     @cached_property
     def result(self) -> Recordings:
-        return Recordings(_build(self.conversion), range(len(self.conversion.cameras)))
+        return Recordings(_build(self.conversion, self.conversion.partial), range(len(self.conversion.cameras)))
 
 
 _worker: list[_Worker] = []

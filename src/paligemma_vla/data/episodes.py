@@ -23,14 +23,14 @@ from paligemma_vla.data.faults import FaultError, raise_first
 from paligemma_vla.data.files import Layout, Rows, joint_layout, robot_faults
 from paligemma_vla.data.flags import chain_faults, segment
 from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
-from paligemma_vla.data.sources import absolute_name, find_source, identify_file
+from paligemma_vla.data.sources import absolute_name, find_source, foreign_format, identify_file
 from paligemma_vla.errors import DataError
 
 
 def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
     """List the files behind a file, folder (searched through), glob, place of a source, or list of these; without repeats.
 
-    Raises `DataError`, naming `where` (the config key or flag), when one of them holds none.
+    Raises `DataError`, naming `where` (the config key or flag), when one of them holds none, or data of a foreign format.
     """
     found: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
@@ -41,6 +41,9 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
         matches = [path]
         if not os.path.exists(path):  # else its name may well hold what a glob would take for its own
             matches = [str(Path(match)) for match in glob.glob(path, recursive=True)]
+        for match in matches:
+            if form := foreign_format(match):
+                raise DataError(f"{where}: {match}: this is data of another format; write {form}:{match}")
         files = sorted({file for match in matches for file in _files_in(match)})
         if not files:
             raise DataError(f"{where}: {path}: no Parquet file there; expected a file, a folder that holds some, or a glob")

@@ -51,10 +51,11 @@ class Picture:
 class Recording:
     """One episode of L steps: state (L, P), action (L, A), an instruction per step, images per camera and step.
 
-    where: file and first row, for messages. An image is None where the camera is absent.
+    file, row: where its first step lies, for messages. An image is None where the camera is absent.
     """
 
-    where: str
+    file: str
+    row: int
     state: NDArray[np.float32]
     action: NDArray[np.float32]
     prompts: list[str]
@@ -64,6 +65,10 @@ class Recording:
     @property
     def length(self) -> int:
         return len(self.action)
+
+    def where(self, step: int = 0) -> str:
+        """File and row of a step."""
+        return f"{self.file}: row {self.row + step}"
 
 
 class Recordings:
@@ -97,7 +102,8 @@ class Recordings:
                 column = schema.image_column(camera + 1)
                 found.append(Picture(pictures, place, path, row, column) if pictures is not None and there else None)
         return Recording(
-            where=f"{path}: row {start}",
+            file=path,
+            row=start,
             state=np.stack(states),
             action=self.reader.actions(file, start, start + length),
             prompts=prompts,

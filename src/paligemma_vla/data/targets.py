@@ -72,7 +72,7 @@ class NativeTarget:
         for step, text in enumerate(recording.prompts):
             if text != prompt:
                 got = f"step {step}: got the instruction {text[:60]!r}, expected {prompt[:60]!r} as at the first step"
-                raise DataError(f"{recording.where}: {got}: an episode file has one; read the data directly: lerobot:PATH")
+                raise DataError(f"{recording.where()}: {got}: an episode file has one; read the data directly: lerobot:PATH")
         images = [[None if picture is None else self._encoded(picture) for picture in camera] for camera in recording.images]
         return Episode(images, recording.state, recording.action, prompt, recording.is_terminal)
 

@@ -15,6 +15,7 @@ from paligemma_vla.data.episode_file import EpisodeFile, ParquetEpisodes
 from paligemma_vla.data.files import identify
 
 MODULES = {"lerobot": "paligemma_vla.data.sources.lerobot"}
+MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is known by
 
 
 class Source(Protocol):
@@ -42,6 +43,11 @@ def find_source(name: str) -> tuple[str, Source | None, str]:
     if not colon or prefix not in MODULES or os.path.exists(name):
         return "", None, name
     return f"{prefix}:", _source(prefix), place
+
+
+def foreign_format(folder: str) -> str | None:
+    """The foreign format that a folder holds, None for any other."""
+    return next((name for name, mark in MARKS.items() if os.path.isfile(os.path.join(folder, mark))), None)
 
 
 @cache

@@ -81,10 +81,14 @@ class Place:
 
     @classmethod
     def parse(cls, text: str, where: str = "lerobot") -> Self:
-        """Raises `DataError` that begins with `where`."""
+        """Raises `DataError` that begins with `where`. A leading `~` is the home folder, as in a shell."""
+        if not os.path.exists(text):
+            text = os.path.expanduser(text)
         if os.path.exists(text):  # a name may hold a question mark
             return cls(text, Selection())
         path, _, selection = text.rpartition("?") if "?" in text else (text, "", "")
+        if not path:
+            raise DataError(f"{where}: got 'lerobot:{text}', expected a folder after lerobot: as in lerobot:{EXPECTED}")
         return cls(path, Selection.parse(selection, f"{where}: {text}"))
 
     def __str__(self) -> str:

@@ -78,7 +78,7 @@ class LeRobotShard:
             counted, sampled = ImageStats(), set(sampled_steps(recording.length).tolist())
             images: list[bytes] = []
             for step, picture in enumerate(pictures):
-                where = f"{recording.where} + {step}: camera {key}"
+                where = f"{recording.where(step)}: camera {key}"
                 if picture is None:
                     text = "got no image, expected one: LeRobot has no place for an absent one"
                     raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
