@@ -152,14 +152,8 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
     """Put adapters beside the linear layers that `lora` names, outside of frozen towers. They begin at zero (B = 0)."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    frozen = (
-        (config.freeze_vision_tower, ("vision_tower", "multi_modal_projector")),
-        (
-            config.freeze_language_model,
-            ("language_model",),
-        ),
-    )
-    left_out = tuple(prefix for is_frozen, prefixes in frozen if is_frozen for prefix in prefixes)
+    left_out = ("vision_tower", "multi_modal_projector") * config.freeze_vision_tower
+    left_out += ("language_model",) * config.freeze_language_model
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     chosen = [name for name in linear if re.fullmatch(lora.target_modules, name) and not name.startswith(left_out)]
     if not chosen:

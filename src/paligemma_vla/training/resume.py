@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from paligemma_vla.config import VLAConfig, VLMConfig, config_from_dict
-from paligemma_vla.errors import CheckpointError, DataError
+from paligemma_vla.errors import CheckpointError, DataError, ModelError
 from paligemma_vla.normalization import DatasetStatistics
 
 # Keys that change neither what is learned from which samples nor what `best` means, but how long, how fast and where.
@@ -100,11 +100,11 @@ def _other_backbone(saved: Mapping[str, Any], before: VLMConfig, now: VLMConfig)
     """Whether another backbone is named. Its weights come out of the checkpoint, so one that has only moved is the same."""
     if now.model_name_or_path == before.model_name_or_path:
         return False
-    from transformers import AutoConfig  # heavy, and needed for this alone
+    from paligemma_vla.model.known import read_architecture  # heavy, and needed for this alone
 
     try:
-        named = AutoConfig.from_pretrained(now.model_name_or_path, revision=now.revision).to_dict()
-    except (OSError, ValueError):
+        named = read_architecture(now)
+    except ModelError:
         return True
     return _sizes(named) != _sizes(saved["backbone"])
 
