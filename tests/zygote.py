@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,9 +77,10 @@ class Zygote:
         self._process.communicate()
         self._folder.cleanup()
 
-    def start(self, argv: list[str], cwd: Path) -> Child:
-        """Begin a command; it may be killed by its `pid` from here on."""
-        return Child(self, self.ask(argv=[str(word) for word in argv], cwd=str(cwd), memory=self.memory)["pid"])
+    def start(self, argv: list[str], cwd: Path, environment: Mapping[str, str] | None = None) -> Child:
+        """Begin a command; it may be killed by its `pid` from here on. environment: what it has besides this process's."""
+        words = [str(word) for word in argv]
+        return Child(self, self.ask(argv=words, cwd=str(cwd), memory=self.memory, environment=dict(environment or {}))["pid"])
 
     def run(self, argv: list[str], cwd: Path, timeout: float = 60) -> Result:
         return self.start(argv, cwd).wait(timeout)
@@ -143,6 +145,7 @@ def _fork(request: dict[str, Any], folder: str) -> int:
             resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
         os.close(ready)
         os.close(set_up)
+        os.environ.update(request["environment"])
         _run(request["argv"])
     os.close(set_up)
     os.read(ready, 1)  # ends when the child has closed its end: it leads its group now

@@ -178,7 +178,10 @@ class VLMConfig(Section):
         "CPU without AVX-512 BF16 computes in float32.",
     )
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, ~30 % slower.")
+    activation_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute activations in backward: less memory, ~30 % slower; selective: keep those of matrix products.",
+    )
 
     @property
     def cameras(self) -> int:
@@ -228,6 +231,16 @@ class TrainingConfig(Section):
     )
     grad_clip_norm: float = Field(1.0, gt=0, le=1e30, description="Largest gradient norm.")
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp",
+        description="How processes hold the model: each all of it (ddp), in shards (fsdp), or in shards within groups.",
+    )
+    shard_processes: Positive | None = Field(
+        None, description="hsdp: processes of a group that shares one copy; null: those of one machine."
+    )
+    cpu_offload: bool = Field(
+        False, description="fsdp, hsdp: weights, gradients and optimiser in the machine's memory; slow, fits far more."
+    )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Moving average of the weights, used by validation and Policy; 0: off."
     )
@@ -242,6 +255,11 @@ class TrainingConfig(Section):
     keep_last: Positive | None = Field(
         None, description="Checkpoints to keep besides best; null: all of whole epochs, and of the others the last."
     )
+    checkpoint_format: Literal["file", "sharded"] | None = Field(
+        None,
+        description="file: one .pth.tar; sharded: a folder to which every process writes while training goes on; null: sharded "
+        "with fsdp and hsdp, unless checkpoint_dir is a URL.",
+    )
     stop_when_save_fails: bool = Field(False, description="On a full disk: stop; false: say so, keep the old ones, go on.")
     max_skipped_steps: Positive = Field(
         10, description="Steps in a row with NaN or infinity in loss or gradient; each is skipped, then the run stops."
@@ -253,6 +271,13 @@ class TrainingConfig(Section):
     stop_after_epoch: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     stop_after_step: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the run's folder.")
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether checkpoints are folders to which every process writes its part."""
+        if self.checkpoint_format is None:
+            return self.parallel != "ddp" and not is_url(self.checkpoint_dir)
+        return self.checkpoint_format == "sharded"
 
 
 class OptimizerConfig(Section):
@@ -620,6 +645,26 @@ def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[st
             whole_backbone_frozen and any(stage.train == "all" for stage in training.stages),
             ["training.stages", vlm_path],
             "the whole backbone is frozen in model.vlm_config, so no stage can train all",
+        ),
+        (
+            training.parallel == "ddp" and training.cpu_offload,
+            ["training.cpu_offload", "training.parallel"],
+            "got true with parallel: ddp, which keeps the whole model on each GPU; take fsdp or hsdp",
+        ),
+        (
+            training.parallel != "hsdp" and training.shard_processes is not None,
+            ["training.shard_processes", "training.parallel"],
+            f"got {training.shard_processes} with parallel: {training.parallel}; delete it, or take hsdp",
+        ),
+        (
+            training.parallel != "ddp" and config.optimizer.type == "adamw_8bit",
+            ["optimizer.type", "training.parallel"],
+            f"got adamw_8bit with parallel: {training.parallel}; take adamw, whose moments are in shards then, or ddp",
+        ),
+        (
+            training.checkpoint_format == "sharded" and is_url(training.checkpoint_dir),
+            ["training.checkpoint_format", "training.checkpoint_dir"],
+            "got sharded with a URL as checkpoint_dir; take file, or a folder that all machines share",
         ),
         *_action_checks(data.actions),
     ]

@@ -43,6 +43,10 @@ class TrainingError(VLAError):
     """A run that had to stop (out of memory, a lost rank); the message carries the remedy."""
 
 
+class CommunicationError(TrainingError):
+    """Another process is gone or does not answer: what stops a run is there, not here."""
+
+
 class StorageError(VLAError):
     """A place behind a URL that cannot be reached."""
 

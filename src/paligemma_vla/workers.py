@@ -1,10 +1,13 @@
-"""Jobs in parallel processes: results come back in the order of the jobs, a failure comes back as an error."""
+"""Jobs in parallel processes: results come back in the order of the jobs, a failure comes back as an error; processes that end
+with another one."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +20,7 @@ from paligemma_vla.errors import VLAError, WorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+WATCH_SECONDS = 2.0
 JOBS_AHEAD = 4  # jobs per worker that may be finished but not fetched yet; bounds memory
 
 
@@ -72,6 +76,19 @@ class WorkerPool:
     def close(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def end_with(process: int) -> None:
+    """End this process, within seconds, when another one of this machine has gone: killed, that one could not stop it."""
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(process, 0)
+                time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from paligemma_vla.cli.arguments import natural
 from paligemma_vla.config import InvalidConfig, VLAConfig, load_config, own_statistics, parse_assignments
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.storage import is_url
 
 if TYPE_CHECKING:
     from paligemma_vla.data.loader import VLADataset
+    from paligemma_vla.training.distributed import Distributed
     from paligemma_vla.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. data.num_workers=4")
     parser.add_argument("--nproc", type=int, help="processes on this machine (default: 1; main_train_ddp.py: one per GPU)")
+    parser.add_argument(
+        "--max_restarts", type=natural, default=0, help="with --nproc: start all of them again when one has failed, so often"
+    )
 
 
 def resolve_config(args: argparse.Namespace) -> VLAConfig:
@@ -83,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
         return _train(config, args)
     from paligemma_vla.training.distributed import launch
 
-    return launch(_worker, args, int(args.nproc))
+    return launch(_worker, args, int(args.nproc), args.max_restarts)
 
 
 def main_ddp(args: argparse.Namespace) -> int:
@@ -122,34 +129,61 @@ def train(
     force: resume in spite of differences. config_path: where the configuration was read, to know that a run is repeated.
     """
     from paligemma_vla.training.distributed import join
+
+    distributed = join(device)
+    with distributed.last_words():
+        _train_in(distributed, config, resume_checkpoint, force, config_path)
+    return 0
+
+
+def _train_in(
+    distributed: Distributed, config: VLAConfig, resume_checkpoint: str | None, force: bool, config_path: Path | None
+) -> None:
+    from paligemma_vla.training.distributed import restarted
     from paligemma_vla.training.mirror import Mirror
     from paligemma_vla.training.run_folder import begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
-    distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     mirror = Mirror.of(config)
-    resume = find_resume(config, resume_checkpoint, mirror)
+    resume = None
+    if distributed.any(restarted()):  # after a rank has failed; not every machine's launcher counts the same
+        resume = distributed.agree(partial(find_resume, config, "auto", mirror))
+    if resume is None:
+        resume = distributed.agree(partial(find_resume, config, resume_checkpoint, mirror))
+    with distributed.first_here():
+        _bring_here(resume, mirror)
     if resume_checkpoint == "auto" and resume is None and distributed.main:
         logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_place("checkpoints"))
     trainer = Trainer(config, distributed, resume, force)
-    if distributed.main:  # only now: a run that cannot begin leaves no trace
+
+    def begin() -> IO[bytes]:  # only now: a run that cannot begin leaves no trace
         trainer.mirror = mirror
         if config_path is not None:
             warn_of_other_data(config_path, trainer.data)
-        lock = begin_run(config, trainer.data, distributed, trainer.step, resume, mirror)
-    distributed.barrier()
+        return begin_run(config, trainer.data, distributed, trainer.step, resume, mirror)
+
+    lock = distributed.on_main(begin)
     trainer.run()
-    if distributed.main:
+    distributed.close()  # what is left is for one process, and takes its time
+    if lock is not None:
+        write_single_files(config)
         report = write_run_report(config, trainer.data.train)
         if mirror is not None:
             mirror.publish(config.training.keep_last)
         places = config.run_place("checkpoints"), config.run_place(report.name)
         logger.info("finished; checkpoints in %s, report: %s", *places)
         end_run(lock)
-    distributed.close()
-    return 0
+
+
+def write_single_files(config: VLAConfig) -> None:
+    """At the end of a run that saves in shards: the specification's files beside them."""
+    from paligemma_vla.training.checkpoint import BEST, LAST, consolidate_link
+
+    for name in (LAST, BEST):
+        if config.training.saves_shards:
+            consolidate_link(config.run_dir / "checkpoints", name)
 
 
 def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
@@ -166,9 +200,21 @@ def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None = N
         return wanted
     if wanted != "auto":
         path = Path(wanted)
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(f"--resume_checkpoint {path}: no such file")
         return path
     from paligemma_vla.training.checkpoint import newest_checkpoint
 
     return newest_checkpoint(config.run_dir / "checkpoints") if mirror is None else mirror.newest_checkpoint()
+
+
+def _bring_here(resume: str | Path | None, mirror: Mirror | None) -> None:
+    """See that the checkpoint rank 0 found can be read on this machine too."""
+    if resume is None or is_url(str(resume)) or Path(resume).exists():
+        return
+    if mirror is None:
+        raise CheckpointError(
+            f"{resume}: not there on {socket.gethostname()}; training.checkpoint_dir has to be a folder that all machines "
+            f"share, or a URL"
+        )
+    mirror.fetch_checkpoint(Path(resume).name)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +30,9 @@ from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
+from paligemma_vla.workers import end_with
 
 Batch = dict[str, Any]
-WATCH_SECONDS = 2.0
 MISFIT = "data and configuration do not fit"
 
 
@@ -332,16 +330,7 @@ def _prepare_worker(trainer: int, worker: int) -> None:
     # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
-
-
-def _end_with(trainer: int) -> None:
-    """End this process when the trainer has gone. Torch watches its parent, but that is what workers are forked from."""
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.kill(trainer, 0)
-            time.sleep(WATCH_SECONDS)
-    os._exit(1)
+    end_with(trainer)  # torch watches the parent of a worker, but that is only what workers are forked from
 
 
 def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:

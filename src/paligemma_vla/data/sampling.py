@@ -134,17 +134,19 @@ class RunSampler:
 class ValidationSampler:
     """The same `samples` indices every time, spread evenly over a set of `size`; one process takes every world_size-th batch.
 
-    A sample's position is its index, so its flow time and noise never change (D8).
+    A sample's position is its index, so its flow time and noise never change (D8). Every process has as many batches: with
+    shards no one passes through the model alone; a filler counts for nothing.
     """
 
     def __init__(self, size: int, samples: int, batch_size: int, rank: int, world_size: int) -> None:
         chosen = np.unique(np.linspace(0, size - 1, min(samples, size)).round().astype(np.int64))
-        batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+        starts = range(0, len(chosen), batch_size)
+        batches = [[SampleRef(i, i) for i in chosen[first : first + batch_size].tolist()] for first in starts]
+        batches += [[SampleRef(int(chosen[0]), int(chosen[0]), valid=False)]] * (-len(batches) % world_size)
         self.batches = batches[rank::world_size]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
-        for batch in self.batches:
-            yield [SampleRef(int(index), int(index)) for index in batch]
+        return iter(self.batches)

@@ -8,16 +8,21 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
 
 from paligemma_vla.config import LoRAConfig, VLMConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, not_loadable
+
+# What selective recomputation keeps: a third of what a layer holds, and nearly all that it costs to compute.
+MATRIX_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
 
 
 class PaliGemmaVLM(nn.Module):
@@ -46,9 +51,12 @@ class PaliGemmaVLM(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
         self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
         if config.activation_checkpointing:
+            how: dict[str, Any] = {"use_reentrant": False}
+            if config.activation_checkpointing == "selective":
+                how["context_fn"] = partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)
             with warnings.catch_warnings():  # 5.23 prefers a new name, which 5.17 does not know yet
                 warnings.simplefilter("ignore", FutureWarning)
-                self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+                self.backbone.gradient_checkpointing_enable(how)
 
     @property
     def hidden_size(self) -> int:

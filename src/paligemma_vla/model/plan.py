@@ -141,7 +141,7 @@ def plan_memory(
     follow: count activations too, which takes a second or two.
     """
     model = _without_storage(config, architecture, device)
-    samples = max(1, config.data.batch_size // (processes * config.training.gradient_accumulation_steps))
+    samples = -(-config.data.batch_size // (processes * config.training.gradient_accumulation_steps))
     side, patch = (int(architecture["vision_config"][name]) for name in ("image_size", "patch_size"))
     tokens = config.model.vlm_config.cameras * (side // patch) ** 2 + config.data.prompt_max_len
     parts = _count(model, config)
@@ -203,6 +203,11 @@ def _changes(config: VLAConfig) -> list[tuple[str, VLAConfig]]:
     changes: list[tuple[bool, str, dict[str, Any]]] = [
         (
             not vlm.activation_checkpointing,
+            "model.vlm_config.activation_checkpointing: selective",
+            {"model.vlm_config.activation_checkpointing": "selective"},
+        ),
+        (
+            vlm.activation_checkpointing is not True,
             "model.vlm_config.activation_checkpointing: true",
             {"model.vlm_config.activation_checkpointing": True},
         ),

@@ -91,7 +91,7 @@ class VLAModel(nn.Module):
         backbone, action_head = resolve_backbone(config), resolve_head(config)
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
-        self.recomputes = vlm.activation_checkpointing
+        self.recomputes = bool(vlm.activation_checkpointing)
         self.detach_context = head.detach_context
         self.configured_dtype = getattr(torch, vlm.dtype)
         self.arithmetic = Arithmetic.on("cpu", self.configured_dtype)

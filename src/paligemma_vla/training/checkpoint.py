@@ -1,7 +1,7 @@
 """Checkpoints: one self-describing file with the specification's keys and everything a resume or a robot needs (S9).
 
 Written to a temporary name, synced, its sha256 put beside it, then renamed: a file under a final name is whole. `last` and
-`best` are links to such files.
+`best` are links to such files. A checkpoint in shards (`sharded.py`) is a folder with the same keys, read in the same way.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import shutil
 import tempfile
 import time
 import zipfile
@@ -22,11 +23,13 @@ import torch
 
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.storage import fetch, is_url, replace_file
+from paligemma_vla.training import sharded
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
 RESUME_KEYS = (*POLICY_KEYS, "rng", "stale", "watch", "data")
-LAST, BEST = "last.pth.tar", "model_best.pth.tar"
+SUFFIX = ".pth.tar"
+LAST, BEST = f"last{SUFFIX}", f"model_best{SUFFIX}"
 DIGEST = ".sha256"
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,21 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def consolidate(folder: Path, path: Path) -> None:
+    """Write a checkpoint in shards as the specification's one file. Raises `CheckpointError`."""
+    save_checkpoint(path, sharded.read_whole(folder, sharded.IN_SHARDS))
+
+
+def consolidate_link(folder: Path, name: str) -> None:
+    """The one file of the checkpoint in shards that `name` (`LAST` or `BEST`) leads to, and a link to it."""
+    link = folder / _in_shards(name)
+    if link.exists():
+        path = folder / f"{_stem(link.resolve())}{SUFFIX}"
+        if not path.exists():
+            consolidate(link.resolve(), path)
+        link_checkpoint(path, name)
 
 
 class _HashedFile:
@@ -87,12 +105,31 @@ def _save(payload: dict[str, Any], file: IO[bytes]) -> str:
 
 
 def link_checkpoint(target: Path, name: str) -> None:
-    """Point `name` beside `target` at it, at once."""
-    temporary = _temporary(target.with_name(name))
-    with _writing(target.with_name(name)):
+    """Point `name` (`LAST` or `BEST`, in shards with their suffix) beside `target` at it, at once."""
+    other, link = (target.with_name(link) for link in (name, _in_shards(name)))
+    if target.suffix != sharded.SUFFIX:
+        other, link = link, other
+    temporary = _temporary(link)
+    with _writing(link):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
-        temporary.replace(target.with_name(name))
+        temporary.replace(link)
+        if _stem(other.resolve()) != _stem(target):
+            other.unlink(missing_ok=True)  # of a time when checkpoints were of the other kind
+
+
+def _in_shards(name: str) -> str:
+    return f"{name.removesuffix(SUFFIX)}{sharded.SUFFIX}"
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(SUFFIX).removesuffix(sharded.SUFFIX)
+
+
+def linked_checkpoints(folder: Path, names: Sequence[str] = (LAST, BEST)) -> set[Path]:
+    """What the links of a run point at."""
+    links = [folder / link for name in names for link in (name, _in_shards(name))]
+    return {link.resolve() for link in links if link.exists()}
 
 
 @contextmanager
@@ -114,18 +151,25 @@ def _temporary(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed save left; only while nothing else saves into `folder`."""
     for path in folder.glob(".*.tmp"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
         path.unlink()
 
 
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
     """Remove what is neither linked nor to be kept; see `superfluous`."""
-    linked = {(folder / name).resolve().name for name in (LAST, BEST)}
+    linked = {path.name for path in linked_checkpoints(folder)}
     if keep_last:  # what cannot be read is not one of the newest, and not ours to remove
         numbered = [path.name for path in newest_first(folder) if _step_of(path) < float("inf")]
     else:
-        numbered = [path.name for path in folder.glob("checkpoint_*.pth.tar")]
+        numbered = [path.name for path in _numbered(folder)]
     for name in superfluous(numbered, linked, keep_last):
-        (folder / name).unlink()
+        _remove(folder / name)
         _digest_path(folder / name).unlink(missing_ok=True)
 
 
@@ -135,39 +179,59 @@ def superfluous(names: Sequence[str], linked: Set[str], keep_last: int | None) -
     return [name for name in names if name not in kept and name not in linked]
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS, verify: bool = True
+) -> dict[str, Any]:
     """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
 
     keys: what must be there besides the specification's. A file without its sha256 (copied alone, or under another name) is
-    verified by the checksums inside it. One behind a URL is fetched first.
+    verified by the checksums inside it. One behind a URL is fetched first. Of one in shards the optimiser's tensors are left
+    out. verify: another process does it where False.
     """
     if is_url(str(path)):
         with tempfile.TemporaryDirectory() as folder:
-            return load_checkpoint(fetch(str(path), Path(folder) / Path(path).name), device, keys)
+            return load_checkpoint(fetch(str(path), Path(folder) / Path(path).name), device, keys, verify)
     path = Path(path)
+    if path.is_dir():
+        return with_keys(sharded.read_whole(path.resolve(), ("state_dict", "ema"), verify), path, keys)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.pth.tar")) if path.parent.is_dir() else []
         raise CheckpointError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(beside)}" if beside else ""))
     real = path.resolve()
-    digests = _digests(real)
     try:
-        with open(real, "rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest() if digests else ""
-        if got not in digests.split() and digests:
-            name = _digest_path(real).name
-            raise CheckpointError(f"{real}: damaged: its sha256 differs from {name}; use an older checkpoint")
-        if not digests and (entry := _damaged_entry(real)) is not None:
-            raise CheckpointError(
-                f"{real}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one"
-            )
+        if verify:
+            _verify(real)
         # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
         payload = torch.load(real, map_location=device, weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
+    return with_keys(payload, real, keys)
+
+
+def open_to_resume(path: str | Path, verify: bool) -> dict[str, Any]:
+    """A checkpoint to go on from, verified by one process for all; of one in shards the tensors are still notes (`sharded`),
+    and `in_shards` is True."""
+    if Path(path).is_dir():
+        folder = Path(path).resolve()
+        return {**with_keys(sharded.read_record(folder, verify), folder, RESUME_KEYS), "in_shards": True}
+    return {**load_checkpoint(path, keys=RESUME_KEYS, verify=verify), "in_shards": False}
+
+
+def with_keys(payload: Any, path: Path, keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
+    """What was read from `path`, when the specification's keys and `keys` are in it. Raises `CheckpointError`."""
     missing = [key for key in (*SPEC_KEYS, *keys) if not isinstance(payload, dict) or key not in payload]
     if missing:
-        raise CheckpointError(f"{real}: missing {', '.join(missing)}; it was not written by this program")
+        raise CheckpointError(f"{path}: missing {', '.join(missing)}; it was not written by this program")
     return dict(payload)
+
+
+def _verify(path: Path) -> None:
+    """Raise `CheckpointError` for a file that is not what was written."""
+    digests = _digests(path)
+    if not digests and (entry := _damaged_entry(path)) is not None:
+        raise CheckpointError(f"{path}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one")
+    if digests and sharded.digest_of(path) not in digests.split():
+        raise CheckpointError(f"{path}: damaged: its sha256 differs from {_digest_path(path).name}; use an older checkpoint")
 
 
 def _digests(path: Path) -> str:
@@ -190,7 +254,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of a run that is furthest and verifies; what is passed over is logged."""
     for path in newest_first(folder):
         try:
-            load_checkpoint(path, keys=RESUME_KEYS)
+            if path.is_dir():
+                with_keys(sharded.read_record(path), path, RESUME_KEYS)
+            else:
+                load_checkpoint(path, keys=RESUME_KEYS)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
         else:
@@ -203,14 +270,19 @@ def newest_first(folder: Path) -> list[Path]:
 
     Those that do not even tell their step come first, so that `newest_checkpoint` names them.
     """
-    found = [path for path in folder.glob("checkpoint_*.pth.tar") if path.is_file()]
-    return sorted(found, key=lambda path: (_step_of(path), path.stat().st_mtime_ns), reverse=True)
+    return sorted(_numbered(folder), key=lambda path: (_step_of(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    files = [path for path in folder.glob(f"checkpoint_*{SUFFIX}") if path.is_file()]
+    return files + [path for path in folder.glob(f"checkpoint_*{sharded.SUFFIX}") if path.is_dir()]
 
 
 def _step_of(path: Path) -> float:
     try:
         # mmap: the small entries are read, not the weights.
-        return float(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["step"])
+        small = path / sharded.RECORD if path.is_dir() else path
+        return float(torch.load(small, map_location="cpu", mmap=True, weights_only=True)["step"])
     except Exception:  # of any kind: a damaged file can hold anything, and is judged by whoever loads it
         return float("inf")
 
@@ -227,7 +299,7 @@ def set_aside_later(folder: Path, resumed: Path, step: int) -> None:
             if (folder / name).exists():
                 (folder / name).rename(aside / name)
     for name in (LAST, BEST):
-        if not (folder / name).exists() and resumed.parent.resolve() == folder.resolve():
+        if not linked_checkpoints(folder, [name]) and resumed.parent.resolve() == folder.resolve():
             link_checkpoint(folder / resumed.name, name)
     logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
 

@@ -1,36 +1,49 @@
-"""Processes: how they start, who they are, and the two collectives the trainer needs."""
+"""Processes: how they start, who they are, the few collectives the trainer needs, and who is missing when one fails."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from paligemma_vla.errors import ConfigError, Terminated, TrainingError, VLAError
+from paligemma_vla.errors import CommunicationError, ConfigError, Terminated, TrainingError, VLAError, first_line
+from paligemma_vla.workers import end_with
 
-SAVING_SECONDS = "1800"
+Result = TypeVar("Result")
+SAVING_SECONDS = "300"
+ROLL_CALL_SECONDS = 10.0
 COMMUNICATION_REMEDY = (
-    "a rank died (out of memory, killed) or hangs, see the first error above; if it was only slow (first epoch, large "
-    "checkpoints), set NCCL_TIMEOUT=1800 or more, in seconds"
+    "see the first error above (out of memory, killed); if a rank was only slow (first epoch, large checkpoints), set "
+    "NCCL_TIMEOUT=1800 or more, in seconds"
 )
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among `world_size`; rank 0 writes files. One process alone has no process group."""
+    """This process among `world_size`; rank 0 writes files. One process alone has no process group.
+
+    local_rank, local_world_size: the same on its machine. store: where processes leave word for each other; None for one alone.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
+    local_world_size: int = 1
+    store: Store | None = None
 
     @property
     def main(self) -> bool:
@@ -42,6 +55,10 @@ class Distributed:
             dist.all_reduce(value)
         return value
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
     def gather(self, value: Any) -> list[Any]:
         """What every process gives, in the order of ranks: plain data of no great size."""
         if self.world_size == 1:
@@ -50,14 +67,87 @@ class Distributed:
         dist.all_gather_object(values, value)
         return values
 
+    def on_main(self, act: Callable[[], Result]) -> Result | None:
+        """What rank 0 gets from `act`, None on the others; where it raises a `VLAError`, every process raises that."""
+        if self.world_size == 1:
+            return act()
+        result, error = None, None
+        if self.main:
+            try:
+                result = act()
+            except VLAError as met:
+                error = met
+        told = [error]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise told[0]
+        return result
+
+    def agree(self, decide: Callable[[], Result]) -> Result:
+        """What rank 0 decides (plain data), on every process."""
+        decided: list[Any] = [self.on_main(decide)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(decided, src=0)
+        result: Result = decided[0]
+        return result
+
+    @contextlib.contextmanager
+    def first_here(self) -> Iterator[None]:
+        """The block runs on one process of each machine, then on the others of it, which find what it left on the disk.
+
+        An error of the first does not keep the others: they meet it themselves.
+        """
+        if self.local_rank:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if not self.local_rank:
+                self.barrier()
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def last_words(self) -> Iterator[None]:
+        """An error within the block is left as word for the other processes, which will only notice that this one is gone."""
+        try:
+            yield
+        except Exception as error:  # of any kind: it goes on
+            if self.store is not None and not isinstance(error, CommunicationError):
+                with contextlib.suppress(RuntimeError):  # the store may be what is gone
+                    self.store.set(f"last words/{self.rank}", first_line(error))
+            raise
+
+    def roll_call(self) -> str:
+        """Which processes are gone or do not answer, to be asked by all that are left when communication has failed."""
+        assert self.store is not None
+        try:
+            self.store.set(f"here/{self.rank}", "")
+            deadline = time.monotonic() + ROLL_CALL_SECONDS
+            missing = list(range(self.world_size))
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+                if any(self.store.check([f"last words/{rank}"]) for rank in missing):
+                    break
+                time.sleep(0.1)
+            told = [self._fate(rank) for rank in missing]
+        except RuntimeError as error:
+            return f"rank 0, or what started it, is gone: it kept the list of processes ({first_line(error)})"
+        return "; ".join(told) if told else "every process answers, so one was slower than NCCL_TIMEOUT, or the network failed"
+
+    def _fate(self, rank: int) -> str:
+        assert self.store is not None
+        name = self.store.get(f"name/{rank}").decode()
+        if self.store.check([f"last words/{rank}"]):
+            return f"{name} ended: {self.store.get(f'last words/{rank}').decode()}"
+        return f"{name} does not answer: it was killed, or hangs"
+
     def close(self) -> None:
         """Leave the group together: without the barrier some ranks abort when others are gone first."""
-        if self.world_size > 1:
-            dist.barrier()
+        self.barrier()
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -85,30 +175,63 @@ def join(device: str | None) -> Distributed:
     NCCL on GPUs, one process each, gloo on CPUs (S7.1). NCCL_TIMEOUT: seconds a collective may take (S10.2).
     """
     chosen = choose_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())  # an agent that is killed cannot stop its ranks, and others will take their place
     world_size = _whole("WORLD_SIZE", 1)
     if world_size == 1:
         return Distributed(0, 1, chosen)
+    local_rank = _whole("LOCAL_RANK", 0)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", _whole("LOCAL_RANK", 0))
+        chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-    timeout = timedelta(seconds=_whole("NCCL_TIMEOUT", 1800))
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: not set, but WORLD_SIZE is {world_size}; start with torchrun or main_train_ddp.py, or "
             f"unset WORLD_SIZE"
         )
-    for name in ("RANK", "MASTER_PORT"):
-        _whole(name, 0)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
-    return Distributed(dist.get_rank(), world_size, chosen)
+    rank = _whole("RANK", 0)
+    _whole("MASTER_PORT", 0)  # or torch would say so in a traceback
+    store, *_ = next(rendezvous("env://", rank, world_size, timeout=_timeout()))
+    notes = PrefixStore("paligemma_vla", store)
+    notes.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+    dist.init_process_group(_backend(chosen), store=store, rank=rank, world_size=world_size, timeout=_timeout())
+    return Distributed(rank, world_size, chosen, local_rank, _whole("LOCAL_WORLD_SIZE", 1), notes)
 
 
-def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
+def stand_alone(distributed: Distributed) -> None:
+    """Give one process alone a process group of its own, for what cannot do without."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(distributed.device), store=HashStore(), rank=0, world_size=1)
+
+
+def _backend(device: torch.device) -> str:
+    # Checkpoints, offloaded weights and plain data are exchanged from the machine's memory.
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def group_for_checkpoints(distributed: Distributed) -> dist.ProcessGroup | None:
+    """A group of its own for threads that write checkpoints: in the trainers' they would get in the way of each other."""
+    if distributed.world_size == 1:
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_timeout())
+    return group
+
+
+def _timeout() -> timedelta:
+    return timedelta(seconds=_whole("NCCL_TIMEOUT", 1800))
+
+
+def restarted() -> bool:
+    """Whether an elastic launcher has started this process in place of one that ended."""
+    return _whole("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def launch(entry: Callable[..., int], args: Any, nproc: int, max_restarts: int = 0) -> int:
     """Run `entry(args)` in `nproc` processes of this machine through torch's elastic launcher.
 
-    MASTER_PORT fixes the port of the rendezvous; otherwise a free one is taken. Raises `TrainingError` naming the first
-    rank that failed and why.
+    MASTER_PORT fixes the port of the rendezvous; otherwise a free one is taken. max_restarts: how often all of them are started
+    again when one has failed. Raises `TrainingError` naming the first rank that failed and why.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -127,7 +250,7 @@ def launch(entry: Callable[..., int], args: Any, nproc: int) -> int:
         run_id=f"paligemma-vla-{socket.gethostname()}-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint=f"{address}:{port}",
-        max_restarts=0,
+        max_restarts=max_restarts,
     )
     try:
         codes: dict[int, int] = elastic_launch(config, entry)(args)

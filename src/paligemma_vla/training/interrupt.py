@@ -10,8 +10,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
 from paligemma_vla.training.distributed import Distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,10 +54,7 @@ class StopRequest:
 
     def anywhere(self) -> bool:
         """Whether any process was asked; each asks at the same step, so all of them stop after the same one."""
-        if self.distributed.world_size == 1:
-            return self.number is not None
-        flag = torch.tensor(float(self.number is not None), device=self.distributed.device)
-        return bool(self.distributed.sum(flag) > 0)
+        return self.distributed.any(self.number is not None)
 
     @property
     def name(self) -> str:

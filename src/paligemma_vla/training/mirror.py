@@ -37,18 +37,22 @@ class Mirror:
     def newest_checkpoint(self) -> Path | None:
         """Fetch the newest checkpoint that verifies; what is passed over is logged."""
         for name in self._checkpoints():
-            path = self.local / "checkpoints" / name
-            digest = f"checkpoints/{name}{DIGEST}"
-            if self._has(digest):
-                self._fetch(digest)
+            path = self.fetch_checkpoint(name)
             try:
-                load_checkpoint(self._fetch(f"checkpoints/{name}"), keys=RESUME_KEYS)
+                load_checkpoint(path, keys=RESUME_KEYS)
             except CheckpointError as error:
                 logger.warning("passed over: %s", error)
                 path.unlink()
             else:
                 return path
         return None
+
+    def fetch_checkpoint(self, name: str) -> Path:
+        """Copy a checkpoint, and its digest where it has one, to this machine."""
+        digest = f"checkpoints/{name}{DIGEST}"
+        if self._has(digest):
+            self._fetch(digest)
+        return self._fetch(f"checkpoints/{name}")
 
     def begin(self, resuming: bool) -> None:
         """Take over records of the run that goes on, or make room for one that starts."""

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
 from paligemma_vla.errors import ConfigError, first_line
 from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.training.parallel import copy_part, local
 
 
 def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
@@ -89,8 +90,8 @@ class ExponentialMovingAverage:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = dict(model.named_parameters())
-        names = list(self.average)
-        torch._foreach_lerp_([self.average[n] for n in names], [current[n] for n in names], 1 - decay)
+        pairs = [(local(average), local(current[name].detach())) for name, average in self.average.items()]
+        torch._foreach_lerp_([average for average, _ in pairs], [weight for _, weight in pairs], 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -104,10 +105,9 @@ class ExponentialMovingAverage:
             self._copy(current, kept)
 
     @staticmethod
-    @torch.no_grad()
     def _copy(parameters: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
         for name, value in source.items():
-            parameters[name].copy_(value)
+            copy_part(parameters[name], value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}

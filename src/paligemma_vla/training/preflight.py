@@ -206,10 +206,17 @@ def _order(indices: list[EpisodeIndex], config: VLAConfig) -> SampleOrder:
 
 def _check_division(config: VLAConfig, processes: int) -> None:
     parts = processes * config.training.gradient_accumulation_steps
-    if config.data.batch_size % parts:
+    if config.data.batch_size < parts:
         raise ConfigError(
-            f"data.batch_size: got {config.data.batch_size}, expected a multiple of processes * gradient_accumulation_steps = "
-            f"{parts}; it is the total over all of them"
+            f"data.batch_size: got {config.data.batch_size}, expected at least processes * gradient_accumulation_steps = "
+            f"{parts}, or some would have nothing to do; it is the total over all of them"
+        )
+    if config.data.batch_size % parts:
+        # Exact all the same: the loss is the mean over the whole batch, whoever holds how much of it.
+        logger.info(
+            "data.batch_size: %d is no multiple of processes * gradient_accumulation_steps = %d; some wait for others",
+            config.data.batch_size,
+            parts,
         )
 
 

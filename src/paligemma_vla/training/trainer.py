@@ -14,30 +14,33 @@ import shlex
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, batches, build_loader
 from paligemma_vla.data.sampling import RunSampler
-from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
+from paligemma_vla.errors import CheckpointError, CommunicationError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
-from paligemma_vla.training.distributed import COMMUNICATION_REMEDY, Distributed
+from paligemma_vla.training import sharded
+from paligemma_vla.training.distributed import COMMUNICATION_REMEDY, Distributed, group_for_checkpoints
 from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
+from paligemma_vla.training.parallel import spread, whole
 from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.resume import check_same_run
+from paligemma_vla.training.state import gathered, read_parts, restore_model, restore_optimizer
 from paligemma_vla.training.tracking import Meter, Quiet, Tracker
 from paligemma_vla.training.validation import to_device, validate
 from paligemma_vla.training.watch import LossWatch, Step
@@ -59,7 +62,7 @@ class Trainer:
     ) -> None:
         self.config, self.distributed, self.step = config, distributed, 0
         torch.manual_seed(config.training.seed)
-        saved = ckpt.load_checkpoint(resume, keys=ckpt.RESUME_KEYS) if resume is not None else None
+        saved = ckpt.open_to_resume(resume, verify=distributed.main) if resume is not None else None
         with _belonging(str(resume)):
             kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
         backbone = saved["backbone"] if saved else None
@@ -71,7 +74,7 @@ class Trainer:
         with _belonging(str(resume)) if saved else contextlib.nullcontext():
             self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
         with self._explained():
-            self.model.place(distributed.device)
+            self.parallel = spread(self.model, distributed, config.training)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.total_steps = self._total_steps()
         self.stages = self._stages()
@@ -84,11 +87,12 @@ class Trainer:
         self.best_metric, self.stale = float("inf"), 0
         self.watch = LossWatch(config, self.data, distributed)
         self.saved_step: int | None = None
+        self.group = group_for_checkpoints(distributed)
+        self.sharded = sharded.ShardedWriter(self.group) if config.training.saves_shards else None
         self.mirror: Mirror | None = None
         if saved is not None:
             with _belonging(str(resume)):
                 self._restore(saved, str(resume))
-        self.parallel: nn.Module = self.model
         self.learning: str | None = None
         self.tracker: Tracker | None = None
 
@@ -171,10 +175,11 @@ class Trainer:
                     meter.restart()
             if 0 < self.step < stop and self.saved_step != self.step:
                 self._save(improved=False, last=True)
+            self._finish_saving(last=True)
         if self.tracker is not None:
             self.tracker.close()
         # DDP must not be what ends the process group: it would wait, holding Python's lock, for a thread that needs it.
-        self.parallel = self.model
+        self.parallel.leave()
         gc.collect()
         if self.step < stop:
             self._tell_how_to_go_on(asked.name)
@@ -212,19 +217,14 @@ class Trainer:
         return batches(loader)
 
     def _enter_stage(self) -> None:
-        """At the first step, and where a stage begins: say what learns, and tell DDP anew."""
+        """At the first step, and where a stage begins: say what learns."""
         train = next(train for first, train in reversed(self.stages) if first <= self.step)
         if train == self.learning:
             return
         self.learning = train
-        self.model.set_stage(train)
+        self.parallel.enter_stage(train)
         if self.distributed.main and self.config.training.stages:
             logger.info("step %d: training %s", self.step, "the head alone" if train == "head" else "backbone and head")
-        if self.distributed.world_size > 1:
-            device = self.distributed.device
-            ids = [device.index] if device.type == "cuda" else None
-            # Gradients lie in DDP's buckets only, instead of there and in the parameters.
-            self.parallel = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
     def _train_step(self, stream: Iterator[Batch]) -> Step:
         """One optimiser step; weights and moving average stay as they are where loss or gradient is not finite."""
@@ -236,18 +236,18 @@ class Trainer:
         draws = self.config.model.action_head_config.num_flow_samples
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
         self.distributed.sum(count)
-        self.parallel.train()
+        self.parallel.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         parts = []
         for number, batch in enumerate(micro):
-            with self._no_sync() if number < len(micro) - 1 else contextlib.nullcontext():
-                output: FlowOutput = self.parallel(**arguments_from_batch(to_device(batch, device)))
-                # DDP averages gradients over processes; times world, their sum over the global count remains.
+            with self.parallel.accumulating() if number < len(micro) - 1 else contextlib.nullcontext():
+                output: FlowOutput = self.parallel.module(**arguments_from_batch(to_device(batch, device)))
+                # Gradients are averaged over processes; times world, their sum over the global count remains.
                 (output.loss_sum * (world / count)).backward()
             total += output.loss_sum.detach()
             parts.append((batch, output))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm))
         loss = self.distributed.sum(total) / count
         taken = Step(loss.item(), norm.item(), rate, wait, parts)
         if taken.finite:
@@ -259,11 +259,6 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         return taken
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.parallel, DistributedDataParallel):
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
 
     def validate(self) -> dict[str, Any]:
         """Validation metrics, of the averaged weights where there are any; empty without a validation set."""
@@ -296,25 +291,45 @@ class Trainer:
                 raise self.watch.diverged(self.step)
             return
         self.watch.refuse_lost_weights(self.step, self.model)
-        if self.distributed.main:
-            try:
-                self._write_checkpoint(improved)
-            except (CheckpointError, StorageError) as error:
-                if last or self.config.training.stop_when_save_fails:
-                    raise
-                logger.error("%s; training goes on (training.stop_when_save_fails)", error)
+        path = self.config.run_dir / "checkpoints" / self._checkpoint_name()
+        self._finish_saving(last=False)
+        with self._survived(last):
+            if self.sharded is not None:
+                self.sharded.save(path, self._payload(), partial(self._complete, path, improved))
+            else:
+                self.distributed.on_main(partial(self._write, path, gathered(self._payload(), self.distributed.main), improved))
         self.saved_step = self.step
-        self.distributed.barrier()
+
+    def _write(self, path: Path, payload: dict[str, Any], improved: bool) -> None:
+        ckpt.save_checkpoint(path, payload)
+        self._complete(path, improved)
+
+    def _finish_saving(self, last: bool) -> None:
+        """Wait until nothing is being written to shards."""
+        if self.sharded is not None:
+            with self._survived(last):
+                self.sharded.wait()
+
+    @contextlib.contextmanager
+    def _survived(self, last: bool) -> Iterator[None]:
+        """Within the block a checkpoint that cannot be written ends the run only when asked to, or when there is no later."""
+        try:
+            yield
+        except (CheckpointError, StorageError) as error:
+            if last or self.config.training.stop_when_save_fails:
+                raise
+            if self.distributed.main:
+                logger.error("%s; training goes on (training.stop_when_save_fails)", error)
 
     def _checkpoint_name(self) -> str:
         at_epoch = self.step % self.data.order.steps_per_epoch == 0
-        return f"checkpoint_epoch_{self.epoch}.pth.tar" if at_epoch else f"checkpoint_step_{self.step}.pth.tar"
+        name = f"checkpoint_epoch_{self.epoch}" if at_epoch else f"checkpoint_step_{self.step}"
+        return name + (ckpt.SUFFIX if self.sharded is None else sharded.SUFFIX)
 
-    def _write_checkpoint(self, improved: bool) -> None:
-        path = self.config.run_dir / "checkpoints" / self._checkpoint_name()
-        ckpt.save_checkpoint(path, self._payload())
+    def _complete(self, path: Path, improved: bool) -> None:
+        """On rank 0, when a checkpoint is whole: let the links lead to it, and make room."""
         ckpt.link_checkpoint(path, ckpt.LAST)
-        if improved or self.data.validation is None or not (path.parent / ckpt.BEST).exists():
+        if improved or self.data.validation is None or not ckpt.linked_checkpoints(path.parent, [ckpt.BEST]):
             ckpt.link_checkpoint(path, ckpt.BEST)
         keep_last = self.config.training.keep_last
         if self.mirror is not None:
@@ -347,9 +362,11 @@ class Trainer:
         """Take over everything of a checkpoint; refuse one of another model."""
         options = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         base_rates = list(self.scheduler.base_lrs)
+        if saved["in_shards"]:
+            saved = read_parts(Path(where), saved, self.model, self.optimizer, self.group)
         try:
-            self.model.load_state_dict(saved["state_dict"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            restore_model(self.model, saved["state_dict"])
+            restore_optimizer(self.optimizer, saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where}: does not fit this model ({first_line(error)})") from error
         self.scheduler.load_state_dict(saved["lr_scheduler"])
@@ -440,8 +457,9 @@ class Trainer:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
                 raise TrainingError(self._out_of_memory()) from error
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-                raise TrainingError(
-                    f"communication between processes failed at step {self.step} ({reason}): {COMMUNICATION_REMEDY}"
+                raise CommunicationError(
+                    f"communication between processes failed at step {self.step}: {self.distributed.roll_call()} ({reason}); "
+                    f"{COMMUNICATION_REMEDY}"
                 ) from error
             raise
 

@@ -18,6 +18,7 @@ from paligemma_vla.data.loader import Batch, VLADataset
 from paligemma_vla.errors import TrainingError
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.parallel import local
 from paligemma_vla.training.preflight import Data
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ class LossWatch:
 
     def refuse_lost_weights(self, number: int, model: nn.Module) -> None:
         """Raise `TrainingError` rather than save weights that are not finite: a finite gradient can still overflow them."""
-        if not torch.stack([torch.isfinite(parameter).all() for parameter in model.parameters()]).all():
+        finite = torch.stack([torch.isfinite(local(parameter)).all() for parameter in model.parameters()]).all()
+        if self.distributed.any(not finite):
             raise TrainingError(
                 f"step {number}: got NaN or infinity in the weights; the run diverged and was not saved: {self._remedy()}"
             )

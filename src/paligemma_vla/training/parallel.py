@@ -1,0 +1,170 @@
+"""How the processes hold the model: each as a whole (DDP), or together in shards (FSDP2). The trainer sees no difference.
+
+With shards a parameter, its gradient, its moments and its average are `DTensor`s; the functions here are what turns them into
+plain tensors and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from paligemma_vla.config import TrainingConfig
+from paligemma_vla.errors import ConfigError
+from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.training.distributed import Distributed, stand_alone
+
+# A table of tokens that is looked up once need not stay gathered through the step; a small one is not worth a message.
+LARGE_TABLE = 2**20
+
+
+class Parallel(ABC):
+    """A model on its device, held as the configuration says. module: what every forward pass goes through."""
+
+    module: nn.Module
+
+    def __init__(self, model: VLAModel, distributed: Distributed) -> None:
+        self.model, self.distributed = model, distributed
+
+    @abstractmethod
+    def enter_stage(self, train: str) -> None:
+        """Choose what learns: `head` or `all`, as `VLAModel.set_stage`."""
+
+    @abstractmethod
+    def accumulating(self) -> contextlib.AbstractContextManager[Any]:
+        """For micro-batches of a step before its last one."""
+
+    def leave(self) -> None:
+        """Let go of whatever uses the process group, which must not end before it."""
+        self.module = self.model
+
+
+class Replicated(Parallel):
+    """The whole model on each process; gradients are averaged while backward runs."""
+
+    def __init__(self, model: VLAModel, distributed: Distributed) -> None:
+        super().__init__(model, distributed)
+        self.module = model.place(distributed.device)
+
+    def enter_stage(self, train: str) -> None:
+        self.model.set_stage(train)
+        if self.distributed.world_size > 1:
+            device = self.distributed.device
+            ids = [device.index] if device.type == "cuda" else None
+            # Gradients lie in DDP's buckets only, instead of there and in the parameters.
+            self.module = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def accumulating(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.module, DistributedDataParallel):
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+
+class Sharded(Parallel):
+    """Each process holds 1/n of every parameter (FSDP2). Layers are gathered one by one, as they are needed.
+
+    Shards and what is summed over processes are float32; layers are gathered in the type that the device computes in.
+    """
+
+    def __init__(self, model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> None:
+        super().__init__(model, distributed)
+        stand_alone(distributed)
+        device = distributed.device
+        model.hold_for(device)
+        computed = model.arithmetic.dtype
+        shared: dict[str, Any] = {
+            "mesh": build_mesh(settings, distributed),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if computed is torch.float32 else computed,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,  # autocast sees to that, as it does without shards
+            ),
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.cpu_offload else OffloadPolicy(),
+        }
+        for unit in units(model):
+            fully_shard(unit, **shared)
+        fully_shard(model, **shared)
+        self.module = model
+        # Of a velocity that is returned as a view: nothing is written into it.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+    def enter_stage(self, train: str) -> None:
+        # What learns at all was settled before the first pass, when FSDP looks at it: a stage only stops the gradient.
+        self.model.backbone_learns = train == "all" and any(p.requires_grad for p in self.model.paligemma_vlm.parameters())
+
+    def accumulating(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # each pass adds to the shards: whole gradients would be what does not fit
+
+
+def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> Parallel:
+    """Bring a model to its device, held as `training.parallel` says."""
+    return Replicated(model, distributed) if settings.parallel == "ddp" else Sharded(model, distributed, settings)
+
+
+def units(model: VLAModel) -> list[nn.Module]:
+    """What is gathered as one: each layer of the backbone, and its large tables.
+
+    The head stays gathered through the step, with the little that is left: sampling passes through it once per Euler step.
+    """
+    found: list[nn.Module] = []
+    for module in model.paligemma_vlm.modules():
+        if isinstance(module, nn.ModuleList):
+            found += module
+        elif isinstance(module, nn.Embedding) and module.weight.numel() >= LARGE_TABLE:
+            found.append(module)
+    return found
+
+
+def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh:
+    """The processes in one line (fsdp), or as (replicas, shards) (hsdp). Raises `ConfigError` where groups do not come out."""
+    kind, world = distributed.device.type, distributed.world_size
+    if settings.parallel == "fsdp":
+        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    group = group_size(settings, distributed)
+    return init_device_mesh(kind, (world // group, group), mesh_dim_names=("replicate", "shard"))
+
+
+def group_size(settings: TrainingConfig, distributed: Distributed) -> int:
+    """How many processes hold one model together. Raises `ConfigError` where they are no part of all processes."""
+    world = distributed.world_size
+    if settings.parallel != "hsdp":
+        return world if settings.parallel == "fsdp" else 1
+    group = settings.shard_processes or distributed.local_world_size
+    if world % group:
+        raise ConfigError(
+            f"training.shard_processes: got {group}, expected a divisor of the {world} processes; give one of "
+            f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+        )
+    return group
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory; all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. Every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_part(target: Tensor, value: Tensor) -> None:
+    """Copy `value` into `target`: what belongs to this process. Asks no other process."""
+    local(target).copy_(local(part_of(value, target)))
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """`value` held as `like` is. value: held so already, or whole, and then the same on every process."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(local(like).device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,215 @@
+"""The same run, however many processes hold it and in whatever way: DDP, FSDP2, HSDP; checkpoints go between all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paligemma_vla import Policy
+from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.training.checkpoint import LAST, load_checkpoint
+from ranks import start_ranks, train_on
+from support import distance, identical, read_metrics, write_episodes
+from zygote import Zygote
+
+ConfigFactory = Callable[..., VLAConfig]
+STEPS = 50
+# 33 samples: of each epoch's five batches of 8 the last has one, which leaves every rank but the first without any.
+LENGTHS = (9, 2, 14, 8)
+SETTINGS = {
+    "data.batch_size": 8,
+    "training.epochs": 10,
+    "training.validate_every_n_steps": STEPS // 2,
+    "training.val_action_samples": 16,
+    "training.gradient_accumulation_steps": 2,
+    "training.stages": [{"train": "head", "steps": 3}, {"train": "all"}],
+    "model.action_head_config.num_flow_samples": 3,
+}
+HSDP = {"training.parallel": "hsdp", "training.shard_processes": 2}
+FSDP = {"training.parallel": "fsdp"}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run of one process: its configuration, and where a run of several writes."""
+
+    config: VLAConfig
+    zygote: Zygote
+
+    def another(self, name: str, changes: dict[str, Any]) -> VLAConfig:
+        """Its configuration, changed and under another name."""
+        return config_from_dict(self.config.model_dump(mode="json"), {**changes, "training.experiment_name": name})
+
+
+@pytest.fixture(scope="module")
+def whole(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("one")
+    write_episodes(folder / "train", lengths=LENGTHS, cameras=2)
+    write_episodes(folder / "val", lengths=(3, 38), cameras=2, seed=1)  # 41: a rank has more batches than the others
+    data = {"data.train_parquet_files": str(folder / "train"), "data.val_parquet_files": str(folder / "val")}
+    config = session_config({**SETTINGS, **data, "training.experiment_name": "whole"}, cameras=2)
+    train_on(zygote, config, 1, folder)
+    return Whole(config, zygote)
+
+
+def last(config: VLAConfig) -> dict[str, Any]:
+    return load_checkpoint(config.run_dir / "checkpoints" / LAST)
+
+
+def assert_same_curve(config: VLAConfig, expected: VLAConfig) -> None:
+    """Losses to 1e-5, all weights together to 1e-4, as everything that follows from the position in the run."""
+    lines = [read_metrics(each.run_dir) for each in (config, expected)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for got, want in zip(*lines, strict=True):
+        assert got.keys() == want.keys()
+        for key in want.keys() & {"train/batch_loss", "train/lr", "val/epoch_loss", "val/action_mae"}:
+            assert got[key] == pytest.approx(want[key], rel=1e-5), (want["step"], key)
+        if "train/grad_norm" in want:
+            assert got["train/grad_norm"] == pytest.approx(want["train/grad_norm"], rel=1e-4)
+    got, want = last(config), last(expected)
+    assert got["state_dict"].keys() == want["state_dict"].keys()
+    assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
+    assert distance(got["ema"]["average"].values(), want["ema"]["average"].values()) < 1e-4
+    for key in ("step", "epoch", "lr_scheduler", "data"):
+        assert identical(got[key], want[key]), key
+    assert got["optimizer"]["param_groups"] == want["optimizer"]["param_groups"]
+    assert distance(*([moments(saved) for saved in (got, want)])) < 1e-3
+
+
+def moments(saved: dict[str, Any]) -> list[torch.Tensor]:
+    return [entry[name] for _, entry in sorted(saved["optimizer"]["state"].items()) for name in ("exp_avg", "exp_avg_sq")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [({}, 2), ({}, 4), (FSDP, 2), (FSDP, 4), (HSDP, 4), (FSDP, 1)],
+    ids=["ddp-2", "ddp-4", "fsdp-2", "fsdp-4", "hsdp-2x2", "fsdp-1"],
+)
+def test_world_size_and_kind_of_parallelism_change_nothing(
+    whole: Whole, tmp_path: Path, changes: dict[str, Any], world_size: int
+) -> None:
+    """Two stages, accumulation, three draws per context, masks of uneven weight, fillers, uneven numbers of batches."""
+    config = whole.another(f"{changes.get('training.parallel', 'ddp')}_{world_size}", changes)
+    train_on(whole.zygote, config, world_size, tmp_path)
+    assert_same_curve(config, whole.config)
+
+
+@pytest.mark.parametrize("changes", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_batch_that_the_processes_do_not_divide_is_exact(whole: Whole, tmp_path: Path, changes: dict[str, Any]) -> None:
+    odd = {"data.batch_size": 7, "training.gradient_accumulation_steps": 1, "training.epochs": 4}
+    one, three = whole.another("odd_1", odd), whole.another("odd_3", {**odd, **changes})
+    train_on(whole.zygote, one, 1, tmp_path)
+    told = train_on(whole.zygote, three, 3, tmp_path)
+    assert "data.batch_size: 7 is no multiple of processes * gradient_accumulation_steps = 3" in told[0].stderr
+    assert_same_curve(three, one)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (({}, 1), (FSDP, 2)),
+        ((FSDP, 2), ({}, 1)),
+        ((FSDP, 2), (FSDP, 4)),
+        ((HSDP, 4), ({}, 2)),
+        (({"training.checkpoint_format": "sharded"}, 2), (HSDP, 4)),
+        (({**FSDP, "training.checkpoint_format": "file"}, 2), ({"training.checkpoint_format": "sharded"}, 1)),
+    ],
+    ids=["one-fsdp", "fsdp-one", "fsdp2-fsdp4", "hsdp-ddp", "sharded-hsdp", "file-sharded"],
+)
+def test_run_goes_on_with_other_processes_held_in_another_way(
+    whole: Whole, tmp_path: Path, before: tuple[dict[str, Any], int], after: tuple[dict[str, Any], int]
+) -> None:
+    """From the middle of an epoch; with `auto`, which finds checkpoints of both kinds."""
+    name = "_".join(f"{changes.get('training.parallel', 'ddp')}{world}" for changes, world in (before, after))
+    name += f"_{before[0].get('training.checkpoint_format', '')}"
+    first = whole.another(name, {**before[0], "training.stop_after_step": 23})
+    train_on(whole.zygote, first, before[1], tmp_path)
+    second = whole.another(name, after[0])
+    told = train_on(whole.zygote, second, after[1], tmp_path, "--resume_checkpoint", "auto")
+    assert "step 23" in told[0].stderr
+    assert_same_curve(second, whole.config)
+
+
+def test_single_file_of_a_run_in_shards_holds_what_the_shards_hold(whole: Whole, tmp_path: Path) -> None:
+    config = whole.another("single", {**FSDP, "training.epochs": 1})
+    train_on(whole.zygote, config, 2, tmp_path)
+    folder = config.run_dir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint_epoch_1.dcp",
+        "checkpoint_epoch_1.pth.tar",
+        "checkpoint_epoch_1.pth.tar.sha256",
+        "last.dcp",
+        "last.pth.tar",
+        "model_best.dcp",
+        "model_best.pth.tar",
+    ]
+    file, shards = load_checkpoint(folder / "last.pth.tar"), load_checkpoint(folder / "last.dcp")
+    for key in file.keys() - {"optimizer"}:
+        assert identical(file[key], shards[key]), key
+    plain = torch.load(folder / "last.pth.tar", weights_only=True)
+    assert plain["state_dict"].keys() == last(whole.config)["state_dict"].keys()
+    assert all(type(tensor) is torch.Tensor for tensor in plain["state_dict"].values())
+    assert all(part.suffix == ".safetensors" or part.name == "record.pt" for part in (folder / "last.dcp").iterdir())
+    answers = [policy_answer(folder / name) for name in ("last.pth.tar", "last.dcp")]
+    assert torch.equal(*answers)
+
+
+def policy_answer(path: Path) -> torch.Tensor:
+    policy = Policy.from_checkpoint(path)
+    image = torch.arange(32 * 32 * 3, dtype=torch.uint8).view(32, 32, 3).numpy()
+    observation = {"image_1": image, "image_2": image, "state": [0.1, 0.2, 0.3], "prompt": "open the drawer"}
+    return torch.from_numpy(policy.infer(observation, seed=0)["actions"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.cpu_offload": True},
+        {"model.vlm_config.activation_checkpointing": True},
+        {"model.vlm_config.activation_checkpointing": "selective"},
+    ],
+    ids=["offload", "recompute", "selective"],
+)
+def test_what_saves_memory_changes_nothing(whole: Whole, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = whole.another(f"saving_{'_'.join(map(str, changes.values()))}", {**FSDP, **changes})
+    train_on(whole.zygote, config, 2, tmp_path)
+    assert_same_curve(config, whole.config)
+
+
+def test_adapters_learn_the_same_in_shards(whole: Whole, tmp_path: Path) -> None:
+    """Their frozen weights beside them are of another type."""
+    adapters = {"model.vlm_config.lora": {"rank": 4}, "training.epochs": 4}
+    runs = [whole.another("lora_1", adapters), whole.another("lora_2", {**adapters, **FSDP})]
+    for config, world_size in zip(runs, (1, 2), strict=True):
+        train_on(whole.zygote, config, world_size, tmp_path)
+    assert_same_curve(runs[1], runs[0])
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU computes bfloat16 in float32")
+def test_bfloat16_in_shards_stays_near_that_of_one_process(whole: Whole, tmp_path: Path) -> None:
+    """Layers are gathered in bfloat16: norms and biases are rounded, which autocast alone does not do. Masters are float32."""
+    runs = [
+        whole.another(f"half_{kind}", {"model.vlm_config.dtype": "bfloat16", **how})
+        for kind, how in (("one", {}), ("two", FSDP))
+    ]
+    for config, world_size in zip(runs, (1, 2), strict=True):
+        train_on(whole.zygote, config, world_size, tmp_path)
+    losses = [
+        [line["train/batch_loss"] for line in read_metrics(config.run_dir) if "train/batch_loss" in line] for config in runs
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]
+    assert {tensor.dtype for tensor in last(runs[1])["state_dict"].values()} == {torch.float32}
+
+
+def test_groups_that_the_processes_do_not_fill_are_refused(whole: Whole, tmp_path: Path) -> None:
+    config = whole.another("groups", {**HSDP, "training.gradient_accumulation_steps": 1})
+    results = [child.wait(60) for child in start_ranks(whole.zygote, config, 3, tmp_path)]
+    assert [result.status for result in results] == [2, 2, 2]
+    assert "training.shard_processes: got 2, expected a divisor of the 3 processes; give one of 1, 3" in results[0].stderr
+    assert not any("Traceback" in result.stderr for result in results)
