@@ -85,6 +85,12 @@ def read_file(place: str | Path, most: int = -1) -> bytes:
         return file.read(most)
 
 
+def sha256(path: str | Path) -> str:
+    """Digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def replace_file(path: str | Path, content: bytes | memoryview) -> None:
     """Write a file under another name, then give it its own: neither a kill nor another process leaves half of it."""
     path = Path(path)

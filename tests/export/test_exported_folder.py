@@ -18,9 +18,10 @@ from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import CheckpointError
 from paligemma_vla.export import writer
-from paligemma_vla.export.folder import CONFIG, Trained, fingerprint, load_trained, restore, sha256
+from paligemma_vla.export.folder import CONFIG, Trained, fingerprint, load_trained, restore
 from paligemma_vla.export.writer import ExportOptions, write_export
 from paligemma_vla.model import VLAModel
+from paligemma_vla.storage import sha256
 from support import train_here
 
 

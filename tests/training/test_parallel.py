@@ -192,18 +192,16 @@ def test_adapters_learn_the_same_in_shards(whole: Whole, tmp_path: Path) -> None
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU computes bfloat16 in float32")
 def test_bfloat16_in_shards_stays_near_that_of_one_process(whole: Whole, tmp_path: Path) -> None:
-    """Layers are gathered in bfloat16: norms and biases are rounded, which autocast alone does not do. Masters are float32."""
+    """What is gathered in bfloat16 is what autocast would have turned to it. Masters are float32."""
     runs = [
         whole.another(f"half_{kind}", {"model.vlm_config.dtype": "bfloat16", **how})
         for kind, how in (("one", {}), ("two", FSDP))
     ]
     for config, world_size in zip(runs, (1, 2), strict=True):
         train_on(whole.zygote, config, world_size, tmp_path)
-    losses = [
-        [line["train/batch_loss"] for line in read_metrics(config.run_dir) if "train/batch_loss" in line] for config in runs
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=0.03)
-    assert losses[1] != losses[0]
+    curves = [[line["train/batch_loss"] for line in read_metrics(config.run_dir) if "train/lr" in line] for config in runs]
+    print(max(abs(a / b - 1) for a, b in zip(*curves, strict=True)))
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
     assert {tensor.dtype for tensor in last(runs[1])["state_dict"].values()} == {torch.float32}
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "stats": "compute normalisation statistics",
     "plan": "tell what training will hold in memory",
     "train": "train a policy",
+    "consolidate": "write a checkpoint in shards as one .pth.tar",
     "evaluate": "compare a policy's actions with recorded episodes",
     "collect": "record scripted demonstrations in a simulator",
     "export": "write a policy as a Hugging Face folder, and put it on the hub",

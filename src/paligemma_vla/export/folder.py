@@ -12,7 +12,6 @@ Each fact stands in one file:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -31,8 +30,9 @@ from paligemma_vla.export.hub import local_copy
 from paligemma_vla.model.vla_model import Arithmetic, VLAModel
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
-from paligemma_vla.storage import is_url
+from paligemma_vla.storage import is_url, sha256
 from paligemma_vla.training.checkpoint import DIGEST, load_checkpoint
+from paligemma_vla.training.sharded import RECORD, is_in_shards
 
 MODEL_TYPE, FORMAT = "paligemma_vla", 1
 CONFIG, CARD = "config.json", "README.md"
@@ -60,12 +60,13 @@ class Trained:
 
 
 def load_trained(place: str | Path) -> Trained:
-    """Read a `.pth.tar` (path or URL), an exported folder, or one on the hub (`org/name`, `org/name@revision`).
+    """Read a checkpoint (`.pth.tar`, path or URL, or a folder of shards), an exported folder, or one on the hub (`org/name`,
+    `org/name@revision`).
 
     The averaged weights are taken where the run kept them. Raises `CheckpointError` for what is missing or damaged.
     """
     here = local_copy(place)
-    if not is_url(here) and Path(here).is_dir():
+    if not is_url(here) and Path(here).is_dir() and not is_in_shards(Path(here)):
         return _read_folder(Path(here))
     saved = load_checkpoint(here)
     average = saved["ema"]["average"] if saved["ema"] is not None else {}
@@ -126,21 +127,16 @@ def _load_weights(model: VLAModel, weights: dict[str, Tensor], where: str) -> No
 
 
 def fingerprint(place: str | Path) -> str | None:
-    """What tells a checkpoint or an export from others: sha256 of the file, or of the folder's config.json, which holds the
-    sha256 of the rest. None for a URL, which is fetched only to be read."""
+    """What tells a checkpoint or an export from others: sha256 of the file, or of the one file of a folder that holds the sha256
+    of the rest. None for a URL, which is fetched only to be read."""
     if is_url(str(place)):
         return None
     here = Path(local_copy(place)).resolve()
     if here.is_dir():
-        return sha256(here / CONFIG)
+        return sha256(here / (RECORD if is_in_shards(here) else CONFIG))
     beside = here.with_name(f"{here.name}{DIGEST}")
     words = beside.read_text(encoding="ascii").split() if beside.is_file() else []
     return words[0] if len(words) == 2 else sha256(here)  # more of them: a kill came in the middle of a save
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from paligemma_vla import versions
 from paligemma_vla.config import RUN_STATISTICS, VLAConfig
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.export.card import model_card
-from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTURE, Restored, Trained, read_config, sha256
+from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTURE, Restored, Trained, read_config
 from paligemma_vla.export.measurements import Measurement
 from paligemma_vla.export.programs import PROGRAMS
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
-from paligemma_vla.storage import replace_file
+from paligemma_vla.storage import replace_file, sha256
 
 INDEX = "model.safetensors.index.json"  # where transformers and the hub look for shards; config.json names them too
 SHARD = "5GB"  # what the hub recommends for one file

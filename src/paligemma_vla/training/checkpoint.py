@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 import torch
 
 from paligemma_vla.errors import CheckpointError, first_line
-from paligemma_vla.storage import fetch, is_url, replace_file
+from paligemma_vla.storage import fetch, is_url, replace_file, sha256
 from paligemma_vla.training import sharded
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
@@ -230,7 +230,7 @@ def _verify(path: Path) -> None:
     digests = _digests(path)
     if not digests and (entry := _damaged_entry(path)) is not None:
         raise CheckpointError(f"{path}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one")
-    if digests and sharded.digest_of(path) not in digests.split():
+    if digests and sha256(path) not in digests.split():
         raise CheckpointError(f"{path}: damaged: its sha256 differs from {_digest_path(path).name}; use an older checkpoint")
 
 

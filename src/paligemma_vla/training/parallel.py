@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ from paligemma_vla.errors import ConfigError
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.training.distributed import Distributed, stand_alone
 
-# A table of tokens that is looked up once need not stay gathered through the step; a small one is not worth a message.
-LARGE_TABLE = 2**20
+LARGE_TABLE = 2**20  # numbers; a smaller table is not worth a message of its own
 
 
 class Parallel(ABC):
@@ -72,7 +72,8 @@ class Replicated(Parallel):
 class Sharded(Parallel):
     """Each process holds 1/n of every parameter (FSDP2). Layers are gathered one by one, as they are needed.
 
-    Shards and what is summed over processes are float32; layers are gathered in the type that the device computes in.
+    Shards and what is summed over processes are float32. Autocast takes copies of a layer's matrices in the type that the device
+    computes in, so they are gathered in it; what it leaves as it is (norms, tables) is gathered as it is.
     """
 
     def __init__(self, model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> None:
@@ -80,19 +81,21 @@ class Sharded(Parallel):
         stand_alone(distributed)
         device = distributed.device
         model.hold_for(device)
-        computed = model.arithmetic.dtype
         shared: dict[str, Any] = {
             "mesh": build_mesh(settings, distributed),
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=None if computed is torch.float32 else computed,
-                reduce_dtype=torch.float32,
-                cast_forward_inputs=False,  # autocast sees to that, as it does without shards
-            ),
             "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.cpu_offload else OffloadPolicy(),
         }
-        for unit in units(model):
-            fully_shard(unit, **shared)
-        fully_shard(model, **shared)
+        as_held = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        computed = model.arithmetic.dtype
+        as_computed = as_held if computed is torch.float32 else replace(as_held, param_dtype=computed)
+        for layer in layers(model):
+            others = [module for module in layer.modules() if not _is_matrix(module) and _own_parameters(module)]
+            if others and as_computed != as_held:
+                fully_shard(others, mp_policy=as_held, **shared)
+            fully_shard(layer, mp_policy=as_computed, **shared)
+        for table in large_tables(model):
+            fully_shard(table, mp_policy=as_held, **shared)
+        fully_shard(model, mp_policy=as_held, **shared)
         self.module = model
         # Of a velocity that is returned as a view: nothing is written into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -110,18 +113,26 @@ def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig) 
     return Replicated(model, distributed) if settings.parallel == "ddp" else Sharded(model, distributed, settings)
 
 
-def units(model: VLAModel) -> list[nn.Module]:
-    """What is gathered as one: each layer of the backbone, and its large tables.
+def layers(model: VLAModel) -> list[nn.Module]:
+    """What is gathered one by one: the layers of the backbone.
 
     The head stays gathered through the step, with the little that is left: sampling passes through it once per Euler step.
     """
-    found: list[nn.Module] = []
-    for module in model.paligemma_vlm.modules():
-        if isinstance(module, nn.ModuleList):
-            found += module
-        elif isinstance(module, nn.Embedding) and module.weight.numel() >= LARGE_TABLE:
-            found.append(module)
-    return found
+    return [layer for module in model.paligemma_vlm.modules() if isinstance(module, nn.ModuleList) for layer in module]
+
+
+def large_tables(model: VLAModel) -> list[nn.Module]:
+    """Tables of tokens: looked up once, they need not stay gathered."""
+    tables = [module for module in model.paligemma_vlm.modules() if isinstance(module, nn.Embedding)]
+    return [table for table in tables if table.weight.numel() >= LARGE_TABLE]
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def _own_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh:

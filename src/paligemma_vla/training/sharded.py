@@ -6,7 +6,6 @@ gets its name when all of it is there. What was saved by any number of processes
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import warnings
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.storage import sha256
 
 SUFFIX = ".dcp"
 RECORD = "record.pt"
@@ -125,7 +125,7 @@ class ShardedWriter:
         digests: dict[str, str] = {}
         try:
             written.result()
-            digests = {shard.name: digest_of(shard) for shard in temporary.glob(f"shard-{self._rank + 1:05d}-*")}
+            digests = {shard.name: sha256(shard) for shard in temporary.glob(f"shard-{self._rank + 1:05d}-*")}
         except (CheckpointException, OSError) as error:
             fault = f"{path}: cannot be written ({_reason(error)}); the checkpoints before it are whole"
         parts = self._gather((fault, digests))
@@ -164,10 +164,9 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def digest_of(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_in_shards(path: Path) -> bool:
+    """Whether a path is a checkpoint in shards."""
+    return (path / RECORD).is_file()
 
 
 def read_record(folder: Path, verify: bool = True) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def read_record(folder: Path, verify: bool = True) -> dict[str, Any]:
     try:
         record: dict[str, Any] = torch.load(folder / RECORD, map_location="cpu", weights_only=True)
         shards: dict[str, str] = record.pop(SHARDS)
-        damaged = [name for name, digest in shards.items() if verify and digest_of(folder / name) != digest]
+        damaged = [name for name, digest in shards.items() if verify and sha256(folder / name) != digest]
     except Exception as error:  # of any kind: a damaged file can hold anything
         raise CheckpointError(f"{folder}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
     if damaged:
