@@ -135,6 +135,20 @@ def test_run_goes_on_with_other_processes_held_in_another_way(
     assert_same_curve(second, whole.config)
 
 
+@pytest.mark.parametrize("changes", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_run_goes_on_with_as_many_processes_to_the_last_bit(whole: Whole, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Four: with two, sums would come out the same in any order."""
+    kind = changes.get("training.parallel", "ddp")
+    straight = whole.another(f"straight_{kind}", changes)
+    train_on(whole.zygote, straight, 4, tmp_path)
+    stopped = whole.another(f"stopped_{kind}", {**changes, "training.stop_after_step": 23})
+    train_on(whole.zygote, stopped, 4, tmp_path)
+    train_on(whole.zygote, whole.another(f"stopped_{kind}", changes), 4, tmp_path, "--resume_checkpoint", "auto")
+    for key in ("state_dict", "ema", "optimizer", "watch", "best_metric"):
+        assert identical(last(stopped)[key], last(straight)[key]), key
+    assert read_metrics(stopped.run_dir) == read_metrics(straight.run_dir)
+
+
 def test_single_file_of_a_run_in_shards_holds_what_the_shards_hold(whole: Whole, tmp_path: Path) -> None:
     config = whole.another("single", {**FSDP, "training.epochs": 1})
     train_on(whole.zygote, config, 2, tmp_path)
@@ -200,8 +214,7 @@ def test_bfloat16_in_shards_stays_near_that_of_one_process(whole: Whole, tmp_pat
     for config, world_size in zip(runs, (1, 2), strict=True):
         train_on(whole.zygote, config, world_size, tmp_path)
     curves = [[line["train/batch_loss"] for line in read_metrics(config.run_dir) if "train/lr" in line] for config in runs]
-    print(max(abs(a / b - 1) for a, b in zip(*curves, strict=True)))
-    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+    assert curves[1] == pytest.approx(curves[0], rel=0.005)  # 0.0005 measured
     assert {tensor.dtype for tensor in last(runs[1])["state_dict"].values()} == {torch.float32}
 
 

@@ -127,7 +127,7 @@ def _load_weights(model: VLAModel, weights: dict[str, Tensor], where: str) -> No
 
 
 def fingerprint(place: str | Path) -> str | None:
-    """What tells a checkpoint or an export from others: sha256 of the file, or of the one file of a folder that holds the sha256
+    """What tells a checkpoint or an export from others: sha256 of the file, or of the one file of a folder that holds those
     of the rest. None for a URL, which is fetched only to be read."""
     if is_url(str(place)):
         return None

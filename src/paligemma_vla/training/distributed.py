@@ -175,7 +175,7 @@ def join(device: str | None) -> Distributed:
     NCCL on GPUs, one process each, gloo on CPUs (S7.1). NCCL_TIMEOUT: seconds a collective may take (S10.2).
     """
     chosen = choose_device(device)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if launched():
         end_with(os.getppid())  # an agent that is killed cannot stop its ranks, and others will take their place
     world_size = _whole("WORLD_SIZE", 1)
     if world_size == 1:
@@ -222,8 +222,13 @@ def _timeout() -> timedelta:
     return timedelta(seconds=_whole("NCCL_TIMEOUT", 1800))
 
 
+def launched() -> bool:
+    """Whether an elastic launcher (torchrun, `launch`) has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def restarted() -> bool:
-    """Whether an elastic launcher has started this process in place of one that ended."""
+    """Whether it has done so in place of one that ended."""
     return _whole("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 

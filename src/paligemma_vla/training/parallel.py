@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,10 @@ class Parallel(ABC):
         """Choose what learns: `head` or `all`, as `VLAModel.set_stage`."""
 
     @abstractmethod
+    def settle(self, loss: Callable[[], Tensor]) -> None:
+        """Before the first step of a stage, with a loss of it. Parameters may have gradients then that mean nothing."""
+
+    @abstractmethod
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         """For micro-batches of a step before its last one."""
 
@@ -54,6 +59,7 @@ class Replicated(Parallel):
     def __init__(self, model: VLAModel, distributed: Distributed) -> None:
         super().__init__(model, distributed)
         self.module = model.place(distributed.device)
+        self._settled = True
 
     def enter_stage(self, train: str) -> None:
         self.model.set_stage(train)
@@ -62,6 +68,14 @@ class Replicated(Parallel):
             ids = [device.index] if device.type == "cuda" else None
             # Gradients lie in DDP's buckets only, instead of there and in the parameters.
             self.module = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            self._settled = False
+
+    def settle(self, loss: Callable[[], Tensor]) -> None:
+        # DDP puts its buckets in order after its first backward pass, and with them the order of sums: a run that goes on
+        # would have another one in its first step than the run that went through.
+        if not self._settled:
+            (0 * loss()).backward()
+            self._settled = True
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.module, DistributedDataParallel):
@@ -72,8 +86,8 @@ class Replicated(Parallel):
 class Sharded(Parallel):
     """Each process holds 1/n of every parameter (FSDP2). Layers are gathered one by one, as they are needed.
 
-    Shards and what is summed over processes are float32. Autocast takes copies of a layer's matrices in the type that the device
-    computes in, so they are gathered in it; what it leaves as it is (norms, tables) is gathered as it is.
+    Shards and what is summed over processes are float32. Autocast takes copies of a layer's matrices in the type that
+    the device computes in, so they are gathered in it; what it leaves as it is (norms, tables) is gathered as it is.
     """
 
     def __init__(self, model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> None:
@@ -103,6 +117,9 @@ class Sharded(Parallel):
     def enter_stage(self, train: str) -> None:
         # What learns at all was settled before the first pass, when FSDP looks at it: a stage only stops the gradient.
         self.model.backbone_learns = train == "all" and any(p.requires_grad for p in self.model.paligemma_vlm.parameters())
+
+    def settle(self, loss: Callable[[], Tensor]) -> None:
+        pass  # what is summed together was settled with the shards
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()  # each pass adds to the shards: whole gradients would be what does not fit

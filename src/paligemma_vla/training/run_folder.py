@@ -27,11 +27,12 @@ from paligemma_vla.config import RUN_CONFIG, RUN_ENVIRONMENT, RUN_STATISTICS, VL
 from paligemma_vla.errors import ConfigError, first_line
 from paligemma_vla.storage import hold_lock, replace_file
 from paligemma_vla.training.checkpoint import remove_leftovers, set_aside_later
-from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.distributed import Distributed, launched
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.preflight import Data
 
 logger = logging.getLogger(__name__)
+SUCCESSION_SECONDS = 20.0
 PATCH, METRICS = "code.patch", "metrics.jsonl"
 
 
@@ -76,7 +77,11 @@ def begin_run(
 def _lock(run_dir: Path) -> IO[bytes]:
     """Beside the run's folder, which may be moved."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = hold_lock(run_dir.with_name(f".{run_dir.name}.lock"))
+    path = run_dir.with_name(f".{run_dir.name}.lock")
+    # A launcher may have started this process before the one in whose place it comes is quite gone, on another machine even.
+    deadline = time.monotonic() + (SUCCESSION_SECONDS if launched() else 0)
+    while (lock := hold_lock(path)) is None and time.monotonic() < deadline:
+        time.sleep(0.2)
     if lock is None:
         raise ConfigError(
             f"training.experiment_name: {run_dir} is being trained by another process; wait for it, or give another name"

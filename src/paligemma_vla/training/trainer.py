@@ -237,12 +237,13 @@ class Trainer:
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
         self.distributed.sum(count)
         self.parallel.module.train()
+        self.parallel.settle(lambda: self._forward(micro[0]).loss_sum)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         parts = []
         for number, batch in enumerate(micro):
             with self.parallel.accumulating() if number < len(micro) - 1 else contextlib.nullcontext():
-                output: FlowOutput = self.parallel.module(**arguments_from_batch(to_device(batch, device)))
+                output = self._forward(batch)
                 # Gradients are averaged over processes; times world, their sum over the global count remains.
                 (output.loss_sum * (world / count)).backward()
             total += output.loss_sum.detach()
@@ -259,6 +260,10 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         return taken
+
+    def _forward(self, batch: Batch) -> FlowOutput:
+        output: FlowOutput = self.parallel.module(**arguments_from_batch(to_device(batch, self.distributed.device)))
+        return output
 
     def validate(self) -> dict[str, Any]:
         """Validation metrics, of the averaged weights where there are any; empty without a validation set."""
