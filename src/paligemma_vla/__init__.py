@@ -6,6 +6,7 @@ Importing the package is light; torch is loaded when something that needs it is 
 from __future__ import annotations
 
 import logging
+import os
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ LEVELS = {"torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR, "httpx
 
 
 def quiet_libraries() -> None:
-    """Keep from the user what libraries tell that helps nobody."""
+    """Keep from the user what libraries tell that helps nobody. Torch's C++ reads its level when it is first imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection would be told with every frame of its stack
     for name, level in LEVELS.items():
         logging.getLogger(name).setLevel(level)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,7 +20,9 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
+from ranks import start_ranks
 from support import distance, identical, read_metrics, train_here, write_episodes
+from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
 ROOT = Path(__file__).parent.parent.parent
@@ -107,6 +112,67 @@ def test_error_in_the_ranks_is_one_message(tiny_config: ConfigFactory, tmp_path:
     assert failed.returncode == 2, failed.stderr
     assert "missing.json: no such statistics file" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def wait_for_save(config: VLAConfig) -> None:
+    deadline = time.monotonic() + 60
+    while not (config.run_dir / "checkpoints" / "last.pth.tar").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+LONG_RUN = {"training.epochs": 2000, "training.validate_every_n_steps": 100_000, "training.save_every_n_epochs": 2000}
+
+
+@pytest.mark.parametrize(("number", "patience"), [(signal.SIGKILL, "60"), (signal.SIGSTOP, "3")], ids=["dies", "hangs"])
+def test_others_name_the_rank_that_is_gone(
+    zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, number: int, patience: str
+) -> None:
+    """NCCL_TIMEOUT is how long they wait for one that hangs."""
+    config = tiny_config({**LONG_RUN, "training.save_every_n_steps": 1})
+    ranks = start_ranks(zygote, config, 3, tmp_path, NCCL_TIMEOUT=patience)
+    wait_for_save(config)
+    os.killpg(ranks[1].pid, number)
+    results = [ranks[0].wait(40), ranks[2].wait(40)]
+    os.killpg(ranks[1].pid, signal.SIGKILL)
+    ranks[1].wait(5)
+    for result in results:
+        assert result.status == 2, result.stderr
+        named = f"rank 1 ({socket.gethostname()}, process {ranks[1].pid})"
+        assert f"{named} does not answer: it was killed, or hangs" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_others_tell_why_a_rank_ended(zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    """Each rank reads its own samples, so one alone meets a damaged one."""
+    write_episodes(tmp_path / "train", lengths=(40, 40))
+    own = {"data.train_parquet_files": str(tmp_path / "train"), "data.val_fraction": 0.0, "data.allow_other_statistics": True}
+    config = tiny_config({**LONG_RUN, **own, "data.batch_size": 2})
+    table = pq.read_table(path := next((tmp_path / "train").glob("*.parquet")))
+    images = table["image_1_bytes"].to_pylist()
+    images[5:15] = [b"no image"] * 10
+    place = table.column_names.index("image_1_bytes")
+    pq.write_table(table.set_column(place, "image_1_bytes", pa.array(images, pa.binary())), path)
+    results = [child.wait(20) for child in start_ranks(zygote, config, 2, tmp_path)]
+    assert [result.status for result in results] == [2, 2], [result.stderr for result in results]
+    told = "image_1_bytes"
+    met = next(number for number, result in enumerate(results) if "communication between processes" not in result.stderr)
+    assert told in results[met].stderr
+    assert f"rank {met} ({socket.gethostname()}" in results[1 - met].stderr
+    assert told in results[1 - met].stderr
+
+
+def test_launcher_names_the_rank_that_was_killed(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    config = tiny_config({**LONG_RUN, "training.save_every_n_steps": 1})
+    running = subprocess.Popen(arguments(config, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for_save(config)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    spawned = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    os.kill(max(spawned), signal.SIGKILL)
+    stderr = running.communicate(timeout=60)[1]
+    assert running.returncode == 2
+    assert "rank 1 " in next(line for line in stderr.splitlines() if line.startswith("error: ")), stderr
+    assert "Traceback" not in stderr
 
 
 def test_join_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

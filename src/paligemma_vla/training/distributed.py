@@ -24,7 +24,7 @@ from paligemma_vla.workers import end_with
 
 Result = TypeVar("Result")
 SAVING_SECONDS = "300"
-ROLL_CALL_SECONDS = 10.0
+ROLL_CALL_SECONDS = 4.0
 COMMUNICATION_REMEDY = (
     "see the first error above (out of memory, killed); if a rank was only slow (first epoch, large checkpoints), set "
     "NCCL_TIMEOUT=1800 or more, in seconds"
@@ -133,6 +133,11 @@ class Distributed:
                     break
                 time.sleep(0.1)
             told = [self._fate(rank) for rank in missing]
+            self.store.set(f"told/{self.rank}", "")
+            others = [rank for rank in range(self.world_size) if rank not in missing]
+            while self.main and others and time.monotonic() < deadline + ROLL_CALL_SECONDS:  # the list may end with rank 0
+                others = [rank for rank in others if not self.store.check([f"told/{rank}"])]
+                time.sleep(0.1)
         except RuntimeError as error:
             return f"rank 0, or what started it, is gone: it kept the list of processes ({first_line(error)})"
         return "; ".join(told) if told else "every process answers, so one was slower than NCCL_TIMEOUT, or the network failed"

@@ -1,0 +1,262 @@
+"""Ranks and whole launchers that are killed under torchrun: the run ends with the weights of one that nothing happened to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.training.checkpoint import LAST, load_checkpoint
+from ranks import free_port, train_on
+from support import distance, identical, read_metrics, write_episodes
+from zygote import Zygote
+
+ConfigFactory = Callable[..., VLAConfig]
+STEPS_PER_EPOCH = 4
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = {
+    "training.epochs": 25,
+    "training.save_every_n_steps": 5,
+    "training.keep_last": 3,
+    "training.validate_every_n_steps": 100,
+    "data.batch_size": 8,
+}
+EXACT = ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "watch", "step")
+
+
+@dataclass
+class Node:
+    """One machine of a job: a torchrun agent and what it starts, which end with the block."""
+
+    config: Path
+    output: Path
+    nodes: str = "1"
+    restarts: int = 100
+    port: int = 0
+    host: bool = True
+    ranks: int = 2
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> Node:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", self.nodes, "--nproc-per-node", str(self.ranks)),
+            *("--max-restarts", str(self.restarts), "--rdzv-backend", "c10d", "--rdzv-id", "test"),
+            *("--rdzv-endpoint", f"127.0.0.1:{self.port}"),
+            f"--rdzv-conf=is_host={int(self.host)},join_timeout=120,last_call_timeout=1",
+            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(self.config), "--device", "cpu"),
+            *("--resume_checkpoint", "auto"),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **self.environment}
+        with open(self.output, "ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self.processes(), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def processes(self) -> list[int]:
+        """The ranks that run just now."""
+        launcher = self.process.pid
+        with contextlib.suppress(OSError):
+            return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+        return []
+
+    def wait_for_ranks(self) -> None:
+        wait_for(lambda: self.ended or len(self.processes()) == self.ranks)
+
+    def wait_for_step(self, config: VLAConfig, step: int) -> None:
+        """Until a checkpoint of that step or a later one is there, or the run is over."""
+        wait_for(lambda: self.ended or saved_step(config) >= step)
+
+
+def saved_step(config: VLAConfig) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    names = {path.name.partition(".")[0] for path in (config.run_dir / "checkpoints").glob("checkpoint_*")}
+    steps = [int(name.rpartition("_")[2]) * (STEPS_PER_EPOCH if "epoch" in name else 1) for name in names]
+    return max(steps, default=0)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(process: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run of two ranks that nothing happened to, and how to start the like of it."""
+
+    config: VLAConfig
+    folder: Path
+
+    def another(self, name: str, changes: dict[str, Any] | None = None) -> tuple[VLAConfig, Path]:
+        """Its configuration under another name, and the file with it."""
+        config = config_from_dict(self.config.model_dump(mode="json"), {**(changes or {}), "training.experiment_name": name})
+        path = self.folder / f"{name}.yaml"
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        return config, path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("elastic")
+    write_episodes(folder / "data", lengths=(9, 2, 14, 8, 7))
+    data = {"data.train_parquet_files": str(folder / "data"), "training.experiment_name": "undisturbed"}
+    config = session_config({**SETTINGS, **data})
+    train_on(zygote, config, 2, folder)
+    return Undisturbed(config, folder)
+
+
+def assert_same(config: VLAConfig, expected: VLAConfig) -> None:
+    got, want = (load_checkpoint(each.run_dir / "checkpoints" / LAST) for each in (config, expected))
+    for key in EXACT:
+        assert identical(got[key], want[key]), key
+    assert read_metrics(config.run_dir) == read_metrics(expected.run_dir)
+
+
+def kill_one(node: Node, rng: np.random.Generator) -> bool:
+    """Kill -9 one of the ranks; False when the run is over."""
+    ranks = node.processes()
+    if not ranks or node.ended:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(rng.choice(ranks)), signal.SIGKILL)
+    wait_for(lambda: node.ended or not set(node.processes()) & set(ranks))
+    return True
+
+
+def kill_campaign(undisturbed: Undisturbed, name: str, kills: int, changes: dict[str, Any] | None = None) -> VLAConfig:
+    """Kill one rank or the other: at random moments of training, and now and then at any other; then let the run end."""
+    config, path = undisturbed.another(name, changes)
+    rng, done = np.random.default_rng(kills), 0
+    log = undisturbed.folder / f"{name}.log"
+    while True:
+        with Node(path, log) as node:
+            while done < kills and not node.ended:
+                node.wait_for_ranks()
+                if rng.random() < 0.7:
+                    node.wait_for_step(config, saved_step(config) + 1)
+                    time.sleep(rng.uniform(0, 0.3))
+                else:
+                    time.sleep(rng.uniform(0, 12))
+                done += kill_one(node, rng)
+            assert node.process.wait(120) == 0, log.read_text()[-5000:]
+        if done >= kills:
+            return config
+        assert_same(config, undisturbed.config)  # it got to its end: once more from the start
+        shutil.rmtree(config.run_dir)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_killed_under_torchrun_end_bit_for_bit_like_undisturbed_ones(undisturbed: Undisturbed) -> None:
+    assert_same(kill_campaign(undisturbed, "killed", 2), undisturbed.config)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("changes", [{}, {"training.parallel": "fsdp"}], ids=["ddp", "fsdp"])
+def test_ranks_killed_thirty_times_end_bit_for_bit_like_undisturbed_ones(
+    undisturbed: Undisturbed, zygote: Zygote, changes: dict[str, Any]
+) -> None:
+    expected = undisturbed.config
+    if changes:
+        expected, _ = undisturbed.another("undisturbed_fsdp", changes)
+        train_on(zygote, expected, 2, undisturbed.folder)
+    config = kill_campaign(undisturbed, f"killed_thirty_{len(changes)}", 30, changes)
+    assert_same(config, expected)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", [0, 1], ids=["host", "other"])
+def test_launcher_of_a_whole_machine_is_killed_and_comes_back(undisturbed: Undisturbed, victim: int) -> None:
+    """Two machines of one rank each. The first keeps the rendezvous: without it the other gives up, and a scheduler starts
+    both again."""
+    config, path = undisturbed.another(f"agents_{victim}")
+    log = undisturbed.folder / f"agents_{victim}.log"
+    port = free_port()
+    machines = [Node(path, log, nodes="2", port=port, host=number == 0, ranks=1) for number in range(2)]
+    with machines[0] as first, machines[1] as second:
+        first.wait_for_step(config, 10)
+        orphans = machines[victim].processes()
+        machines[victim].process.kill()
+        machines[victim].process.wait()
+        wait_for(lambda: not any(alive(process) for process in orphans))
+        if victim == 0:
+            assert second.process.wait(120) != 0
+        for machine in machines if victim == 0 else [second]:
+            machine.__enter__()
+        codes = [machine.process.wait(120) for machine in (first, second)]
+        assert codes == [0, 0], log.read_text()[-5000:]
+    assert_same(config, undisturbed.config)
+
+
+@pytest.mark.timeout(300)
+def test_run_goes_on_with_the_machines_that_are_left(undisturbed: Undisturbed) -> None:
+    """`--nnodes 1:2`: what remains takes the whole batch; the curve is the same."""
+    config, path = undisturbed.another("shrinks")
+    log = undisturbed.folder / "shrinks.log"
+    port = free_port()
+    machines = [Node(path, log, nodes="1:2", port=port, host=number == 0, ranks=1) for number in range(2)]
+    with machines[0] as first, machines[1] as second:
+        first.wait_for_step(config, 10)
+        for process in [second.process.pid, *second.processes()]:
+            os.kill(process, signal.SIGKILL)
+        assert first.process.wait(180) == 0, log.read_text()[-5000:]
+    text = log.read_text()
+    assert "on 2 process(es)" in text
+    assert "on 1 process(es)" in text
+    got, want = (load_checkpoint(each.run_dir / "checkpoints" / LAST) for each in (config, undisturbed.config))
+    assert got["step"] == want["step"]
+    assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("changes", [{}, {"training.parallel": "fsdp"}], ids=["ddp", "fsdp"])
+def test_pre_empted_machine_saves_on_every_rank_together(
+    undisturbed: Undisturbed, zygote: Zygote, changes: dict[str, Any]
+) -> None:
+    """SIGTERM to the launcher, as a scheduler sends it; what was saved goes on to the same end."""
+    name = f"preempted_{len(changes)}"
+    config, path = undisturbed.another(name, {**changes, "training.save_every_n_steps": 1000})
+    log = undisturbed.folder / f"{name}.log"
+    with Node(path, log) as node:
+        node.wait_for_step(config, 1)
+        began = time.monotonic()
+        node.process.terminate()
+        node.process.wait(60)
+        assert time.monotonic() - began < 25, "torchrun kills after 30 s"
+    text = log.read_text()
+    assert text.count("stopped by ") == 1, text[-5000:]
+    stopped = saved_step(config)
+    assert 0 < stopped < 100
+    finished, _ = undisturbed.another(name, changes)
+    train_on(zygote, finished, 2, undisturbed.folder, "--resume_checkpoint", "auto")
+    got, want = (load_checkpoint(each.run_dir / "checkpoints" / LAST) for each in (config, undisturbed.config))
+    assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
