@@ -119,7 +119,8 @@ def _survey(
             architecture = read_architecture(config.model.vlm_config)
     if architecture is not None:
         with faults.gathered():
-            found.plan = plan_run(config, architecture, distributed.device, distributed.world_size)
+            processes = distributed.world_size, distributed.local_world_size
+            found.plan = plan_run(config, architecture, distributed.device, *processes)
     with faults.gathered():
         found.indices, found.held_out = _index(config)
     if found.indices:
