@@ -121,7 +121,7 @@ def _survey(
         with faults.gathered():
             processes = distributed.world_size, distributed.local_world_size
             found.plan = plan_run(config, architecture, distributed.device, *processes)
-    with faults.gathered():
+    with faults.gathered(), distributed.first_here():  # the others find the index in the cache
         found.indices, found.held_out = _index(config)
     if found.indices:
         _check_sizes(found.indices, config, faults)
