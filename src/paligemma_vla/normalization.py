@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
+from paligemma_vla.byte_source import read_file
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.storage import read_file, replace_file
+from paligemma_vla.storage import replace_file
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
