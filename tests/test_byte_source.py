@@ -102,11 +102,13 @@ def _fail() -> None:
 def test_no_attempt_begins_after_the_patience_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reaching, "PATIENCE", 0.05)
     monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.02)
-    with pytest.raises(UnreachableError, match="[23] attempts in 0 s"):
+    with pytest.raises(UnreachableError, match=r"[23] attempts in 0 s"):
         reaching.reach("s3://bucket/x", _fail)
 
 
-@pytest.mark.parametrize("place", ["s3://bytes/none", "s3://no-such-bucket/x", "memory://none", "file:///none", "nosuch://x", "/none"])
+@pytest.mark.parametrize(
+    "place", ["s3://bytes/none", "s3://no-such-bucket/x", "memory://none", "file:///none", "nosuch://x", "/none"]
+)
 def test_what_is_not_there_is_told_at_once(store: Store, caplog: pytest.LogCaptureFixture, place: str) -> None:
     with pytest.raises(StorageError, match=place):
         open_bytes(place)

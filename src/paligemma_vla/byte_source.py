@@ -173,6 +173,38 @@ def _number(version: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(version, digest_size=8).digest(), "little") >> 1 if version else 0
 
 
+def list_files(url: str) -> list[str]:
+    """Paths below a folder behind a URL, relative to it, sorted; none when it is not there. Raises `StorageError`.
+
+    A store that fails in mid-listing is asked again: no file is left out in silence.
+    """
+    found, root = reach(url, lambda: _native_files(url) if url.startswith(NATIVE) else _fsspec_files(url), "its files")
+    root = root.strip("/")
+    inside = (path.strip("/").removeprefix(root).strip("/") for path in found if path.strip("/").startswith(f"{root}/"))
+    return sorted(inside) if root else sorted(path.strip("/") for path in found)
+
+
+def _native_files(url: str) -> tuple[list[str], str]:
+    from pyarrow.fs import FileSelector, FileType
+
+    system, path = native_system(url)
+    selector = FileSelector(path, recursive=True, allow_not_found=True)
+    return [info.path for info in system.get_file_info(selector) if info.type == FileType.File], path
+
+
+def _fsspec_files(url: str) -> tuple[list[str], str]:
+    from fsspec import AbstractFileSystem
+
+    system, path = file_system(url)
+    system.invalidate_cache()
+    # fsspec's own `find` leaves out folders that it fails to list, unless told otherwise.
+    strict = {"on_error": "raise"} if type(system).find is AbstractFileSystem.find else {}
+    try:
+        return [name for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")], path
+    except FileNotFoundError:
+        return [], path
+
+
 def fetch(url: str, target: Path) -> Path:
     """Copy a file behind a URL to `target`, which is whole or not there. Raises `StorageError`."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

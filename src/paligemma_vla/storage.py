@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -36,6 +36,20 @@ def cache_folder(*parts: str) -> Path:
 def working_copy(url: str) -> Path:
     """The folder of this machine that stands for a URL."""
     return cache_folder("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """A URL without what stands after its path, and that: the options of a native one, or the places within which it lies
+    (`zip://a::s3://b/c.zip`)."""
+    mark = "?" if url.startswith(NATIVE) else "::"
+    head, found, rest = url.partition(mark)
+    return head, found + rest
+
+
+def join_url(url: str, path: str) -> str:
+    """The URL of a file by its path, as a store has it, below the folder behind a URL."""
+    head, rest = split_url(url)
+    return f"{head.rstrip('/')}/{quote(path) if url.startswith(NATIVE) else path}{rest}"
 
 
 def file_system(url: str) -> tuple[Any, str]:

@@ -10,11 +10,10 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from paligemma_vla.byte_source import fetch
+from paligemma_vla.byte_source import fetch, list_files
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CheckpointError
 from paligemma_vla.reaching import reach
@@ -65,7 +64,7 @@ class Mirror:
                     self._fetch(name)
             return
         shutil.rmtree(self.local, ignore_errors=True)
-        names = list(self._names())
+        names = self._names()
         if names:
             aside = f"{self.root}.{time.strftime('%Y%m%d-%H%M%S')}"
             for name in names:
@@ -109,12 +108,10 @@ class Mirror:
         # Stores know seconds, in which a small run saves twice: then the number in the name decides.
         return sorted(numbered, key=lambda name: (ages[name], int(re.sub(r"\D", "", name))), reverse=True)
 
-    def _names(self) -> Iterator[str]:
+    def _names(self) -> list[str]:
         """Names of all files there, relative to the run's folder."""
         self.system.invalidate_cache()
-        found = reach(self.url, lambda: self.system.find(self.root))
-        root = self.root.lstrip("/")
-        return (path.lstrip("/").removeprefix(f"{root}/") for path in found)
+        return list_files(self.url)
 
     def _has(self, name: str) -> bool:
         return bool(reach(self.url, lambda: self.system.exists(f"{self.root}/{name}")))
