@@ -178,7 +178,12 @@ def list_files(url: str) -> list[str]:
 
     A store that fails in mid-listing is asked again: no file is left out in silence.
     """
-    found, root = reach(url, lambda: _native_files(url) if url.startswith(NATIVE) else _fsspec_files(url), "its files")
+    try:
+        found, root = reach(url, lambda: _native_files(url) if url.startswith(NATIVE) else _fsspec_files(url), "its files")
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
     root = root.strip("/")
     inside = (path.strip("/").removeprefix(root).strip("/") for path in found if path.strip("/").startswith(f"{root}/"))
     return sorted(inside) if root else sorted(path.strip("/") for path in found)
@@ -188,7 +193,7 @@ def _native_files(url: str) -> tuple[list[str], str]:
     from pyarrow.fs import FileSelector, FileType
 
     system, path = native_system(url)
-    selector = FileSelector(path, recursive=True, allow_not_found=True)
+    selector = FileSelector(path, recursive=True)
     return [info.path for info in system.get_file_info(selector) if info.type == FileType.File], path
 
 
@@ -199,10 +204,7 @@ def _fsspec_files(url: str) -> tuple[list[str], str]:
     system.invalidate_cache()
     # fsspec's own `find` leaves out folders that it fails to list, unless told otherwise.
     strict = {"on_error": "raise"} if type(system).find is AbstractFileSystem.find else {}
-    try:
-        return [name for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")], path
-    except FileNotFoundError:
-        return [], path
+    return [name for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")], path
 
 
 def fetch(url: str, target: Path) -> Path:

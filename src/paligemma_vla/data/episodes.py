@@ -23,7 +23,7 @@ from paligemma_vla.data.faults import FaultError, raise_first
 from paligemma_vla.data.files import Layout, Rows, joint_layout, robot_faults
 from paligemma_vla.data.flags import chain_faults, segment
 from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
-from paligemma_vla.data.remote_files import files_behind
+from paligemma_vla.data.remote_files import COPY_IT, files_behind
 from paligemma_vla.data.sources import absolute_name, find_source, foreign_format, identify_file
 from paligemma_vla.errors import DataError
 from paligemma_vla.storage import is_url
@@ -41,8 +41,7 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
         prefix, source, place = find_source(path)
         if source is not None:
             if is_url(place):
-                remedy = "copy it to this machine, or convert it (`paligemma-vla data convert`) and put the result there"
-                raise DataError(f"{where}: {path}: data of another format is read from a disk only; {remedy}")
+                raise DataError(f"{where}: {path}: data of another format is read from a disk only; {COPY_IT}")
             files = [prefix + file for file in source.files(place, where)]
         else:
             files = files_behind(path, where) if is_url(path) else _local_files(path, where)

@@ -47,13 +47,23 @@ def _base(head: str) -> tuple[str, str]:
 
 
 def _matching(names: list[str], pattern: str) -> dict[str, list[str]]:
-    """Files and folders that match a pattern, each with the names of the files below it; a file's is empty."""
+    """Files and folders that match a pattern, each with the names of the files below it; a file's is empty.
+
+    What is called just so matches, and nothing else does then: a name may well hold what a glob would take for its own. What
+    is hidden matches only a pattern that says so.
+    """
     from fsspec.utils import glob_translate
 
-    expression = re.compile(glob_translate(pattern))
+    literal = any(name == pattern or name.startswith(f"{pattern}/") for name in names)
+    expression = re.compile(f"{re.escape(pattern)}$" if literal else glob_translate(pattern))
+    hidden = literal or _is_hidden(pattern)
     found: dict[str, list[str]] = {}
     for name in names:
         for place in (name, *(str(parent) for parent in PurePosixPath(name).parents if str(parent) != ".")):
-            if expression.match(place):
+            if expression.match(place) and (hidden or not _is_hidden(place)):
                 found.setdefault(place, []).append(name.removeprefix(place).strip("/"))
     return found
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
