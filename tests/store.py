@@ -24,6 +24,7 @@ import pytest
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 PIECE = 16384
+HOP_BY_HOP = {"connection", "content-length", "date", "expect", "server", "transfer-encoding"}
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _relay(self) -> None:
         store, method = self.server.store, self.command
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         fault = store.draw(method)
         time.sleep(store.faults.latency)
         if fault == "unavailable":
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
             return
         upstream = http.client.HTTPConnection(*store.upstream)
-        upstream.request(method, self.path, body, dict(self.headers.items()))
+        passed_on = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
+        upstream.request(method, self.path, body, passed_on)
         response = upstream.getresponse()
         content = response.read()
-        headers = {name: value for name, value in response.getheaders() if name.lower() not in DROPPED}
+        headers = {name: value for name, value in response.getheaders() if name.lower() not in HOP_BY_HOP}
         length = response.getheader("Content-Length", "0")
         upstream.close()
         if method == "HEAD":
@@ -156,6 +158,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(response.status, headers, content[: len(content) // 2] if fault == "short" else content)
         store.count(method, len(content))
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes, length: int | None = None) -> None:
         self.send_response(status)
@@ -176,6 +188,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-
-DROPPED = {"content-length", "connection", "transfer-encoding", "date", "server"}
