@@ -110,7 +110,8 @@ def test_every_sample_through_a_failing_store_is_that_of_the_disk(
 
 def test_loader_workers_read_from_a_store(store: Store, two_camera_dataset: VLADataset, session_config: ConfigFactory) -> None:
     config = session_config({"data.num_workers": 2}, cameras=2)
-    remote = VLADataset(store.url("two"), two_camera_dataset.preprocessor, config)
+    # Complete, since workers come from a process that may have been started before the store was.
+    remote = VLADataset(store.complete_url("two"), two_camera_dataset.preprocessor, config)
     order = SampleOrder([len(remote)], None, 16, seed=0)
 
     def positions(dataset: VLADataset, config: VLAConfig) -> list[Any]:
