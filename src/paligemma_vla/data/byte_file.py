@@ -8,15 +8,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from paligemma_vla.byte_source import ByteSource
+from paligemma_vla.byte_source import ByteSource, Range
 
 # A request to a store takes as long as about a megabyte of its answer: what lies between two ranges is read along with them.
 HOLE = 2**20
 REQUEST = 2**23  # bytes of one request at most
 HELD = 2**25  # bytes at once
 TAIL = 2**19  # bytes at the end, which hold most footers
-
-Range = tuple[int, int]  # offset, and the first byte after it
 
 
 class HeldBytes(ByteSource):
@@ -28,7 +26,7 @@ class HeldBytes(ByteSource):
         self.expect([(self.size - TAIL, self.size)])
 
     def expect(self, ranges: Iterable[Range]) -> None:
-        """Announce what will be read from now on, as far as it lies in the file; what is held is dropped."""
+        """As far as they lie in the file; what is held is dropped."""
         self._ranges = sorted(part for whole in ranges for part in _cut(max(0, whole[0]), min(whole[1], self.size)))
         self._starts = [start for start, _ in self._ranges]
         self._requests = list(_together(self._ranges))
