@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -281,18 +282,47 @@ def test_weighted_sources_behind_urls_train_as_from_the_disk(
 ) -> None:
     paths = sorted(map(str, episode_dir.glob("*.parquet")))
     runs = {}
-    for name, places in (
-        ("local", paths[:2]),
-        ("remote", [store.complete_url(f"one/{Path(path).name}") for path in paths[:2]]),
-    ):
-        sources = [{"path": place, "weight": weight} for place, weight in zip(places, (1.0, 2.5), strict=True)]
-        config = tiny_config({"data.train_parquet_files": sources, "training.experiment_name": name})
+    for name, places in (("local", paths), ("remote", [store.complete_url(f"one/{Path(path).name}") for path in paths])):
+        *training, validation = places
+        data = {
+            "data.train_parquet_files": [{"path": place, "weight": n + 0.5} for n, place in enumerate(training)],
+            "data.val_parquet_files": validation,
+        }
+        config = tiny_config({**data, "training.experiment_name": name})
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
         with store.failing(Faults(unavailable=0.05, latency=0.001)):
             result = zygote.run(["train", "--config_path", f"{name}.yaml", "--device", "cpu"], tmp_path)
         assert result.status == 0, result.stderr
         runs[name] = read_metrics(config.run_dir)
     assert runs["remote"] == runs["local"]
+
+
+def test_statistics_and_evaluation_take_urls(
+    store: Store, checkpoint: Path, tiny_config: ConfigFactory, tmp_path: Path, two_camera_dir: Path, capfd: Any
+) -> None:
+    (tmp_path / "c.yaml").write_text(tiny_config(cameras=2).to_yaml())
+    written = []
+    for name, place in (("local", str(two_camera_dir)), ("remote", store.url("two"))):
+        output = tmp_path / f"{name}.json"
+        arguments = ["--config_path", tmp_path / "c.yaml", "--train_data_override", place, "--output_path", output]
+        assert call(capfd, "stats", *arguments)[0] == 0
+        statistics = json.loads(output.read_text())
+        assert len(statistics.pop("datasets")) == len(list(two_camera_dir.glob("*.parquet")))
+        arguments = [
+            "--checkpoint_path",
+            checkpoint,
+            "--eval_data_path",
+            place,
+            "--output_dir",
+            tmp_path / name,
+            "--max_samples",
+            5,
+        ]
+        status, _, error = call(capfd, "evaluate", *arguments, "--device", "cpu")
+        assert status == 0, error
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        written.append((statistics, metrics["mae"], metrics["velocity_loss"]))
+    assert written[0] == written[1]
 
 
 @pytest.mark.long
