@@ -214,6 +214,23 @@ def test_object_that_is_replaced_in_mid_run_is_refused(
     assert EpisodeIndex.build(store.upload(tmp_path / "a", "replaced")).fingerprint == index.fingerprint
 
 
+def test_object_that_is_replaced_by_one_that_reads_as_well_is_found_after_a_while(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = columns((8,))
+    path = Path(write(tmp_path / "x.parquet", content, row_group_size=2, compression="none", write_statistics=False))
+    whole = path.read_bytes()
+    store.put("quiet/x.parquet", whole)
+    reader = EpisodeReader(EpisodeIndex.build(store.url("quiet")), 1, 2**20)
+    reader.group_of(0, 0)
+    place = whole.index(content["image_1_bytes"][7])
+    store.put("quiet/x.parquet", whole[:place] + b"?" + whole[place + 1 :])
+    reader.group_of(0, 2)  # a store is not asked before every read
+    monkeypatch.setattr(episode_file, "TRUSTED_SECONDS", 0.0)
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        reader.group_of(0, 6)
+
+
 def test_store_that_stays_away_ends_in_one_error_within_the_patience(
     store: Store, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +347,7 @@ def test_long_campaign_of_every_fault_loses_and_repeats_no_sample(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, session_config: ConfigFactory, two_camera_dataset: VLADataset
 ) -> None:
     monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.01)
-    write_episodes(tmp_path / "long", lengths=tuple(20 + n % 50 for n in range(120)), cameras=2, per_file=8)
+    write_episodes(tmp_path / "long", lengths=tuple(20 + n % 50 for n in range(60)), cameras=2, per_file=8)
     url = store.upload(tmp_path / "long", "long")
     config = session_config(cameras=2)
     local = VLADataset(str(tmp_path / "long"), two_camera_dataset.preprocessor, config)
