@@ -266,6 +266,14 @@ def test_what_is_not_there_is_one_message(store: Store, capfd: Any, place: str, 
     assert "again in" not in error
 
 
+def test_credentials_that_a_store_refuses_are_one_message(store: Store, capfd: Any) -> None:
+    with store.failing(Faults(denied=1.0)):
+        status, out, error = call(capfd, "data", "info", store.url("two"))
+    assert (status, out) == (2, "")
+    assert re.match(r"error: s3://robot-data/two: its files: cannot be reached \(.*INVALID_ACCESS_KEY_ID.*; check", error)
+    assert "again in" not in error
+
+
 def test_lerobot_set_behind_a_url_is_refused(store: Store) -> None:
     store.put("lerobot/meta/info.json", b"{}")
     store.put("lerobot/data/chunk-000/file-000.parquet", b"PAR1")
