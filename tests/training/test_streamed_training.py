@@ -85,6 +85,18 @@ def test_both_ways_train_on_the_same_samples_of_an_epoch_in_another_order(tiny_c
     assert sorted(drawn[0]) == sorted(drawn[1])
 
 
+def test_what_streaming_takes_is_told_and_that_there_are_few_blocks(
+    tiny_config: ConfigFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = "the data makes 3 blocks, fewer than the 4 samples of a batch"
+    with caplog.at_level("INFO"):
+        for size, told in ((0.01, False), (0.05, True)):
+            caplog.clear()
+            preflight.prepare(tiny_config({**STREAMED, "data.batch_size": 4, "data.stream_block_mb": size}), ALONE)
+            assert "data is streamed in " in caplog.text
+            assert (few in caplog.text) is told
+
+
 def test_the_pool_is_of_the_share_that_a_loader_process_has(tiny_config: ConfigFactory) -> None:
     def room(processes: int, workers: int) -> int:
         config = tiny_config({**STREAMED, "data.batch_size": 16, "data.num_workers": workers})
