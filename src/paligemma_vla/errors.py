@@ -48,7 +48,11 @@ class CommunicationError(TrainingError):
 
 
 class StorageError(VLAError):
-    """A place behind a URL that cannot be reached."""
+    """A place behind a URL that cannot be reached, or bytes that cannot be had."""
+
+
+class UnreachableError(StorageError):
+    """A place that still could not be reached after many attempts."""
 
 
 class Terminated(BaseException):

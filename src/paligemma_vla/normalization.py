@@ -8,6 +8,7 @@ All kinds are affine, `normalised = (value - center) / scale` per dimension, so 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
+from paligemma_vla.byte_source import read_file
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.storage import read_file, replace_file
+from paligemma_vla.storage import replace_file
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
@@ -121,6 +123,17 @@ class Accumulator:
         part.low = part.high = values
         self.merge(part)
 
+    def without_tails(self) -> Accumulator:
+        """The same but for the kept numbers: small, and merged in an order, since sums of floats depend on it."""
+        part = copy.copy(self)
+        part.low = part.high = self.low[:0]
+        return part
+
+    def merge_tails(self, other: Accumulator) -> None:
+        """Take in the kept numbers of another accumulator, in any order, and nothing else of it."""
+        self.low = _smallest(np.concatenate([self.low, other.low]), self.keep)
+        self.high = -_smallest(-np.concatenate([self.high, other.high]), self.keep)
+
     def merge(self, other: Accumulator) -> None:
         """Take in what another accumulator has seen (Chan et al. 1979 for the variance)."""
         total = self.count + other.count
@@ -130,8 +143,7 @@ class Accumulator:
         self.mean = self.mean + delta * (other.count / total)
         self.squares = self.squares + other.squares + delta**2 * (self.count * other.count / total)
         self.min, self.max = np.minimum(self.min, other.min), np.maximum(self.max, other.max)
-        self.low = _smallest(np.concatenate([self.low, other.low]), self.keep)
-        self.high = -_smallest(-np.concatenate([self.high, other.high]), self.keep)
+        self.merge_tails(other)
         self.count = total
 
     def result(self) -> Statistics:
@@ -161,7 +173,7 @@ def _interpolate(ordered: NDArray[np.float32], position: float) -> NDArray[np.fl
     upper = min(lower + 1, len(ordered) - 1)
     share = position - lower
     value: NDArray[np.float64] = ordered[lower] * np.float64(1 - share) + ordered[upper] * np.float64(share)
-    return value
+    return value + 0.0  # no negative zero: which of two zeros comes first in an order is chance
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ STATE, ACTION, PROMPT = "state", "action", "prompt"
 IS_FIRST, IS_LAST, IS_TERMINAL = "is_first", "is_last", "is_terminal"
 FLAGS = (IS_FIRST, IS_LAST, IS_TERMINAL)
 METADATA_KEY = b"paligemma_vla"
+# What EpisodeWriter says of a file as a whole: how many episodes it holds, and the digest of all their values.
+EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
 REPRESENTATIONS = ("absolute", "delta")  # of recorded actions
 ROTATIONS = {"euler_xyz": 3, "rotvec": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4, "rotation_6d": 6}  # numbers in each
 

@@ -7,15 +7,19 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
 
-from paligemma_vla.errors import StorageError, first_line
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 # Those that pyarrow reaches without another package.
 NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")
+# Until a connection stands; and without a byte coming through it.
+CONNECT_SECONDS, SILENT_SECONDS = 5.0, 20.0
 
 
 def is_url(place: str) -> bool:
@@ -34,55 +38,65 @@ def working_copy(url: str) -> Path:
     return cache_folder("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
 
 
-@contextmanager
-def reaching(url: str) -> Iterator[None]:
-    """Tell of a place that cannot be reached."""
-    try:
-        yield
-    except Exception as error:  # of any kind: each file system has errors of its own
-        raise StorageError(
-            f"{url}: cannot be reached ({first_line(error)}); check the address, the network and the credentials (for s3:// "
-            f"the usual AWS_ variables)"
-        ) from error
+def split_url(url: str) -> tuple[str, str]:
+    """A URL without what stands after its path, and that: the options of a native one, or the places within which it lies
+    (`zip://a::s3://b/c.zip`)."""
+    mark = "?" if url.startswith(NATIVE) else "::"
+    head, found, rest = url.partition(mark)
+    return head, found + rest
+
+
+def join_url(url: str, path: str) -> str:
+    """The URL of a file by its path, as a store has it, below the folder behind a URL."""
+    head, rest = split_url(url)
+    return f"{head.rstrip('/')}/{quote(path) if url.startswith(NATIVE) else path}{rest}"
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system behind a URL, and the path in it. Raises `StorageError`."""
+    """The fsspec file system behind a URL, and the path in it. Raises what that system raises; `reach` tells of it."""
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow.fs import FileSystem
 
-    with reaching(url):
-        if url.startswith(NATIVE):
-            native, path = FileSystem.from_uri(url.rstrip("/"))
-            return ArrowFSWrapper(native), path
-        system, path = fsspec.core.url_to_fs(url.rstrip("/"))
-        return system, path
+    if url.startswith(NATIVE):
+        system, path = native_system(url)
+        return ArrowFSWrapper(system), path
+    system, path = fsspec.core.url_to_fs(url.rstrip("/"))
+    return system, path
 
 
-def fetch(url: str, target: Path) -> Path:
-    """Copy a file behind a URL to `target`, which is whole or not there. Raises `StorageError`."""
-    system, path = file_system(url)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with reaching(url):
-            system.get_file(path, str(temporary))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+def native_system(url: str) -> tuple[FileSystem, str]:
+    """pyarrow's file system behind a URL that begins as in `NATIVE`, and the path in it. Raises as `file_system`.
+
+    One client serves a bucket as long as nothing changes in the environment: it keeps its connections.
+    """
+    parts = urlsplit(url)
+    surroundings = frozenset(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "CLOUDSDK_")))
+    query = f"?{parts.query}" if parts.query else ""
+    system = _client(f"{parts.scheme}://{parts.netloc}/-{query}", surroundings, os.getpid())
+    bucket = parts.netloc.rpartition("@")[2]
+    key = unquote(parts.path).rstrip("/")
+    return system, key if parts.scheme in ("hdfs", "viewfs") else f"{bucket}{key}"
 
 
-def read_file(place: str | Path, most: int = -1) -> bytes:
-    """The first `most` bytes (all by default) of a file at a path or URL. Raises `OSError`, or `StorageError` for a URL."""
-    if is_url(str(place)):
-        system, path = file_system(str(place))
-        with reaching(str(place)):
-            content = bytes(system.cat_file(path))  # whole: not every store reads a part
-        return content if most < 0 else content[:most]
-    with open(place, "rb") as file:
-        return file.read(most)
+@lru_cache(maxsize=32)
+def _client(url: str, surroundings: frozenset[tuple[str, str]], process: int) -> FileSystem:
+    """Made so that a fault is told by the first request that meets it: pausing and asking again is `reach`'s, which logs it."""
+    from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, GcsFileSystem, S3FileSystem
+
+    system, _ = FileSystem.from_uri(url)
+    changes: dict[str, Any] = {}
+    if isinstance(system, S3FileSystem):
+        changes = {
+            "retry_strategy": AwsStandardS3RetryStrategy(max_attempts=1),
+            "connect_timeout": CONNECT_SECONDS,
+            "request_timeout": SILENT_SECONDS,
+        }
+    elif isinstance(system, GcsFileSystem):
+        changes = {"retry_time_limit": timedelta(seconds=1)}
+    if not changes:
+        return system
+    _, (options,) = system.__reduce__()  # all that the URL and the environment said
+    return type(system)(**{**options, **changes})
 
 
 def sha256(path: str | Path) -> str:

@@ -191,7 +191,7 @@ def test_fingerprint_of_other_writers_files_tells_pictures_in_another_order(tmp_
 def test_index_of_many_files_takes_64_bytes_an_episode_and_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured, so that an object per file or episode would show; paths are counted as the strings they are."""
     path = write(tmp_path / "x.parquet", columns(), row_group_size=3)
-    facts: FileFacts = read_facts(path, (1, 2, 3))
+    facts: FileFacts = read_facts(path)
     files = [f"{tmp_path}/folder/episodes-{number:06d}.parquet" for number in range(1000)]
     monkeypatch.setattr(episodes_module, "expand_paths", lambda paths, where: files)
     monkeypatch.setattr(episodes_module, "_gather", lambda arguments, files, kept: dict.fromkeys(kept, facts))

@@ -16,6 +16,7 @@ from paligemma_vla.errors import StorageError
 from paligemma_vla.storage import file_system
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.mirror import Mirror
+from store import Store
 from support import identical, read_metrics
 
 ConfigFactory = Callable[..., VLAConfig]
@@ -25,20 +26,8 @@ SMALL = {"data.batch_size": 8, "data.val_fraction": 0.2}
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """URL of an empty bucket."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(f"AWS_{name}", value)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield "s3://runs/experiments"
-    server.stop()
+    with Store("runs") as store:
+        yield store.url("experiments")
 
 
 @pytest.fixture(params=["s3", "file"])

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -15,12 +16,28 @@ import pyarrow as pa
 from PIL import Image
 
 from paligemma_vla import schema
+from paligemma_vla.byte_source import open_bytes
+from paligemma_vla.data.byte_file import HeldBytes
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
-from paligemma_vla.data.files import READ_ERRORS, Layout, Rows, count_cameras, file_digest, group_bounds, open_parquet, survey
+from paligemma_vla.data.files import (
+    READ_ERRORS,
+    Layout,
+    Rows,
+    count_cameras,
+    file_digest,
+    file_faults,
+    group_bounds,
+    identify,
+    open_parquet,
+    survey,
+)
+from paligemma_vla.data.footer import column_ranges, flag_rows
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.storage import is_url
 
+TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was
 FOOTER_UNFOLDS = 10  # 148 kB of 256 row groups with 7 columns took 1.5 MB
 
 
@@ -114,15 +131,31 @@ class EpisodeFile(ABC):
         """64 bits over the content, wherever it lies."""
 
     @abstractmethod
+    def identity(self) -> tuple[int, int, int]:
+        """Size, mtime_ns and ctime_ns of it with all that belongs to it, now or not long ago. Raises `FaultError`."""
+
+    @abstractmethod
+    def told_flags(self) -> list[Rows] | None:
+        """Rows in which each of `schema.FLAGS` is true, where that is told without the flags being read; else None."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
 class ParquetEpisodes(EpisodeFile):
-    """A file as docs/data_format.md describes it. Raises `FaultError` when it is not Parquet or is cut short."""
+    """A file as docs/data_format.md describes it. Raises `FaultError` when it is not Parquet or is cut short.
+
+    Behind a URL it is read by ranges: what a call needs of it is fetched in as few requests as it takes.
+    """
 
     def __init__(self, path: str, stream: bool = False) -> None:
         self.path = path
-        self._file = open_parquet(path, stream)
+        self._remote: HeldBytes | None = None
+        if is_url(path):
+            with file_faults(path):
+                self._remote = HeldBytes(open_bytes(path))
+            self._identity, self._seen = self._remote.identity, time.monotonic()
+        self._file = open_parquet(path, stream, self._remote)
         self.bounds = group_bounds(self._file)
         self.outside = np.empty((0, 2), np.int64)
         # Its footer as objects, of which there are many for each column of each row group.
@@ -143,24 +176,46 @@ class ParquetEpisodes(EpisodeFile):
         return survey(self.path, self._file)
 
     def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
+        self._expect(columns, range(len(self.bounds) - 1) if group is None else [group])
         if group is None:
             return self._file.read(columns=list(columns), use_threads=False)
         return self._file.read_row_group(group, columns=list(columns), use_threads=False)
 
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
+        self._expect(columns, groups)
         batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
             batch_size=rows, row_groups=list(groups), columns=list(columns), use_threads=False
         )
         return batches
 
+    def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> None:
+        if self._remote is not None:
+            self._remote.expect(column_ranges(self._file.metadata, columns, groups))
+
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         return EncodedPictures(column)
 
     def digest(self) -> int:
-        return file_digest(self.path)
+        if self._remote is not None:
+            return file_digest(self._remote, self._file.metadata)
+        with file_faults(self.path), open_bytes(self.path) as source:
+            return file_digest(source, self._file.metadata)
+
+    def told_flags(self) -> list[Rows] | None:
+        return flag_rows(self._file.metadata, self.bounds)
+
+    def identity(self) -> tuple[int, int, int]:
+        """Asking a store costs a request, so its answer is good for a while."""
+        if self._remote is None:
+            return identify(self.path)
+        if time.monotonic() - self._seen > TRUSTED_SECONDS:
+            self._identity, self._seen = identify(self.path), time.monotonic()
+        return self._identity
 
     def close(self) -> None:
         self._file.close()
+        if self._remote is not None:
+            self._remote.close()
 
 
 def read_layout(file: EpisodeFile) -> Layout:

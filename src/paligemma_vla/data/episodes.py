@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -23,12 +23,16 @@ from paligemma_vla.data.faults import FaultError, raise_first
 from paligemma_vla.data.files import Layout, Rows, joint_layout, robot_faults
 from paligemma_vla.data.flags import chain_faults, segment
 from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
+from paligemma_vla.data.remote_files import COPY_IT, files_behind
 from paligemma_vla.data.sources import absolute_name, find_source, foreign_format, identify_file
 from paligemma_vla.errors import DataError
+from paligemma_vla.storage import is_url
+
+REQUESTS = 16  # under way at once
 
 
 def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
-    """List the files behind a file, folder (searched through), glob, place of a source, or list of these; without repeats.
+    """List the files behind a file, folder (searched through), glob, URL of these, place of a source, or list; without repeats.
 
     Raises `DataError`, naming `where` (the config key or flag), when one of them holds none, or data of a foreign format.
     """
@@ -36,19 +40,25 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
     for path in [paths] if isinstance(paths, str) else paths:
         prefix, source, place = find_source(path)
         if source is not None:
-            found.update(dict.fromkeys(prefix + file for file in source.files(place, where)))
-            continue
-        matches = [path]
-        if not os.path.exists(path):  # else its name may well hold what a glob would take for its own
-            matches = [str(Path(match)) for match in glob.glob(path, recursive=True)]
-        for match in matches:
-            if form := foreign_format(match):
-                raise DataError(f"{where}: {match}: this is data of another format; write {form}:{match}")
-        files = sorted({file for match in matches for file in _files_in(match)})
+            if is_url(place):
+                raise DataError(f"{where}: {path}: data of another format is read from a disk only; {COPY_IT}")
+            files = [prefix + file for file in source.files(place, where)]
+        else:
+            files = files_behind(path, where) if is_url(path) else _local_files(path, where)
         if not files:
             raise DataError(f"{where}: {path}: no Parquet file there; expected a file, a folder that holds some, or a glob")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _local_files(path: str, where: str) -> list[str]:
+    matches = [path]
+    if not os.path.exists(path):  # else its name may well hold what a glob would take for its own
+        matches = [str(Path(match)) for match in glob.glob(path, recursive=True)]
+    for match in matches:
+        if form := foreign_format(match):
+            raise DataError(f"{where}: {match}: this is data of another format; write {form}:{match}")
+    return sorted({file for match in matches for file in _files_in(match)})
 
 
 def _files_in(path: str) -> list[str]:
@@ -64,8 +74,9 @@ class EpisodeIndex:
 
     paths: files. Per episode, in the order of files and rows: file (int32), start (int64, row in its file), length (int32).
     groups: of all files one after the other, the first row of each row group, and the file's number of rows (int64); those
-    of file f lie at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes and mtime in ns (int64). digests: per
-    file, see `EpisodeFile.digest` (uint64). excluded: how many episodes (and files as a whole) an exclusion list left out.
+    of file f lie at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes, mtime in ns, and a store's version of
+    it (int64, see `ByteSource.identity`). digests: per file, see `EpisodeFile.digest` (uint64). excluded: how many episodes
+    (and files as a whole) an exclusion list left out.
     """
 
     paths: tuple[str, ...]
@@ -111,7 +122,7 @@ class EpisodeIndex:
             length=np.concatenate([lengths for _, lengths, _ in episodes]).astype(np.int32),
             groups=np.concatenate([entry.groups for entry in entries]),
             group_offsets=np.cumsum([0, *(len(entry.groups) for entry in entries)], dtype=np.int64),
-            stamps=np.array([entry.identity[:2] for entry in entries], np.int64),
+            stamps=np.array([_stamp_of(path, facts[path].identity) for path in kept], np.int64),
             digests=np.array([entry.digest for entry in entries], np.uint64),
             excluded=excluded,
         )
@@ -178,17 +189,18 @@ class EpisodeIndex:
         held: NDArray[np.bool_] = (place >= 0) & (rows < (starts + lengths)[place])
         return held
 
-    def check_unchanged(self, file: int) -> None:
-        """Raise `DataError` when a file is no longer the one that was indexed."""
+    def check_unchanged(self, file: int, identify: Callable[[], tuple[int, int, int]] | None = None) -> None:
+        """Raise `DataError` when a file is no longer the one that was indexed. identify: tells what it is (default: asked
+        anew)."""
         path, indexed = self.paths[file], tuple(self.stamps[file].tolist())
         try:
-            current = identify_file(path)[:2]
+            current = identify_file(path) if identify is None else identify()
         except FaultError as error:
             cause = error.__cause__
             why = str(cause.strerror) if isinstance(cause, OSError) else error.fault.text
             raise DataError(_changed(path, "gone", why, indexed)) from error
-        if current != indexed:
-            raise DataError(_changed(path, "changed", _stamp(current), indexed))
+        if _stamp_of(path, current) != indexed:
+            raise DataError(_changed(path, "changed", _stamp(_stamp_of(path, current)), indexed))
 
     def select(self, episodes: NDArray[np.int64]) -> EpisodeIndex:
         """The same files with some of the episodes, given in ascending order."""
@@ -211,9 +223,16 @@ def _changed(path: str, what: str, got: str, indexed: tuple[int, ...]) -> str:
     return f"{path}: {what} since it was indexed: got {got}, expected {_stamp(indexed)}; {remedy}"
 
 
+def _stamp_of(path: str, identity: tuple[int, int, int]) -> tuple[int, int, int]:
+    """What must stay of a file's identity: not ctime, which changes with its name and rights too."""
+    size, modified, version = identity
+    return size, modified, version if is_url(path) else 0
+
+
 def _stamp(stamp: tuple[int, ...]) -> str:
-    size, modified = stamp
-    return f"{size} bytes of {datetime.fromtimestamp(modified / 1e9).isoformat(sep=' ', timespec='microseconds')}"
+    size, modified, version = stamp
+    date = f" of {datetime.fromtimestamp(modified / 1e9).isoformat(sep=' ', timespec='microseconds')}" if modified else ""
+    return f"{size} bytes{date}" + (f", version {version:016x}" if version else "")
 
 
 def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str]) -> Mapping[str, FileFacts]:
@@ -221,12 +240,14 @@ def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str])
     cache = cache_path(arguments)
     known = load_facts(cache)
     absolute = {path: absolute_name(path) for path in files}
-    identities = {path: identify_file(path) for path in kept}
     facts = {path: known[absolute[path]] for path in kept if absolute[path] in known}
-    facts = {path: entry for path, entry in facts.items() if entry.identity == identities[path]}
-    missing = [path for path in kept if path not in facts]
-    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
-        facts.update(zip(missing, pool.map(lambda path: read_facts(path, identities[path]), missing), strict=True))
+    # A store is waited for, so many are asked at once; a disk's files are work.
+    workers = REQUESTS if any(map(is_url, kept)) else min(REQUESTS, 2 * (os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        identities = dict(zip(facts, pool.map(identify_file, facts), strict=True))
+        facts = {path: entry for path, entry in facts.items() if entry.identity == identities[path]}
+        missing = [path for path in kept if path not in facts]
+        facts.update(zip(missing, pool.map(read_facts, missing), strict=True))
     gone = known.keys() - set(absolute.values())
     if missing or gone:
         current = {path: entry for path, entry in known.items() if path not in gone}

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +15,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
+from paligemma_vla.byte_source import ByteSource, open_bytes
+from paligemma_vla.data.byte_file import ByteFile
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import DataError, StorageError, first_line
 from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.storage import is_url
 
 # What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -36,17 +40,17 @@ FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic P
 Rows = NDArray[np.int64]
 
 
-def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
+def open_parquet(path: str, stream: bool = False, source: ByteSource | None = None) -> pq.ParquetFile:
     """Open one file; its page checksums, where it has them, are verified by whatever reads from it.
 
-    stream: columns are read piece by piece, so that a large row group need not fit into memory.
-    Raises `FaultError` when it is not Parquet or is cut short.
+    stream: columns are read piece by piece, so that a large row group need not fit into memory. source: its bytes, for a
+    file behind a URL. Raises `FaultError` when it is not Parquet or is cut short.
     """
     if not _is_encodable(path):  # pyarrow takes no other
         raise FaultError(Fault(path, Kind.FILE, "its path is not UTF-8; rename it, or take it out of the data"))
     try:
         return pq.ParquetFile(
-            path,
+            path if source is None else ByteFile(source),
             memory_map=False,  # reading a mapped file that was cut short kills the process
             pre_buffer=False,  # it goes through other threads, which costs a small row group more than it saves
             buffer_size=STREAM_BUFFER if stream else 0,
@@ -55,6 +59,19 @@ def open_parquet(path: str, stream: bool = False) -> pq.ParquetFile:
     except READ_ERRORS as error:
         text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
         raise FaultError(Fault(path, Kind.FILE, text)) from error
+
+
+@contextmanager
+def file_faults(path: str) -> Iterator[None]:
+    """Turn a file that is not there, or a disk that cannot read it, into a `FaultError`; a store that fails stays its own."""
+    try:
+        yield
+    except StorageError as error:
+        cause = error.__cause__
+        if is_url(path) and not isinstance(cause, FileNotFoundError):
+            raise
+        why = str(error) if cause is None else f"{path}: cannot be read ({first_line(cause)}); restore it"
+        raise FaultError(Fault(path, Kind.FILE, why.removeprefix(f"{path}: "))) from cause
 
 
 def _is_encodable(path: str) -> bool:
@@ -78,39 +95,27 @@ def group_bounds(file: pq.ParquetFile) -> Rows:
     return np.cumsum([0, *sizes], dtype=np.int64)
 
 
-def file_digest(path: str) -> int:
+def file_digest(source: ByteSource, metadata: pq.FileMetaData) -> int:
     """64 bits over a readable Parquet file: its footer, and blocks spread evenly over it (all of a small file).
 
-    The footer holds sizes, offsets, statistics, schema and metadata; for EpisodeWriter's files also a digest of all that
-    they contain. What another writer left without statistics may change between the blocks unseen. It does not depend on
-    the file's name, place and dates.
+    The footer, of which `metadata` is made, holds sizes, offsets, statistics, schema and metadata. EpisodeWriter puts a
+    digest of every value there, so of its files nothing else is read. What another writer left without statistics may change
+    between the blocks unseen. It does not depend on the file's name, place and dates.
     """
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(-FOOTER_TAIL, os.SEEK_END) + FOOTER_TAIL
-            length = int.from_bytes(file.read(4), "little")
-            file.seek(-FOOTER_TAIL - length, os.SEEK_END)
-            digest = hashlib.blake2b(file.read(length), digest_size=8)
-            for offset, count in _sampled_blocks(size):
-                file.seek(offset)
-                digest.update(file.read(count))
-    except OSError as error:
-        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+    length = int.from_bytes(source.read_at(source.size - FOOTER_TAIL, 4), "little")
+    footer = source.read_at(source.size - FOOTER_TAIL - length, length)
+    digest = hashlib.blake2b(footer, digest_size=8)
+    if schema.CONTENT_KEY not in (metadata.metadata or {}):
+        for offset, count in _sampled_blocks(source.size):
+            digest.update(source.read_at(offset, count))
     return int.from_bytes(digest.digest(), "little")
 
 
-def sample_digest(path: str) -> bytes:
-    """As `file_digest`, of a file of any kind: size, and blocks spread evenly over it. Raises `FaultError`."""
-    digest = hashlib.blake2b(digest_size=8)
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(size.to_bytes(8, "little"))
-            for offset, count in _sampled_blocks(size):
-                file.seek(offset)
-                digest.update(file.read(count))
-    except OSError as error:
-        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
+def sample_digest(source: ByteSource) -> bytes:
+    """As `file_digest`, of a file of any kind: size, and blocks spread evenly over it."""
+    digest = hashlib.blake2b(source.size.to_bytes(8, "little"), digest_size=8)
+    for offset, count in _sampled_blocks(source.size):
+        digest.update(source.read_at(offset, count))
     return digest.digest()
 
 
@@ -266,7 +271,10 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
 
 
 def identify(path: str) -> tuple[int, int, int]:
-    """Size, mtime_ns and ctime_ns of a file; raises `FaultError` when it is not there."""
+    """Size, mtime_ns and ctime_ns of a file, see `ByteSource.identity`; raises `FaultError` when it is not there."""
+    if is_url(path):
+        with file_faults(path), open_bytes(path) as source:
+            return source.identity
     try:
         status = os.stat(path)
     except OSError as error:

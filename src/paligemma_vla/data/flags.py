@@ -23,6 +23,15 @@ class FlagRows:
     null: Rows
 
 
+def find_flags(file: EpisodeFile) -> FlagRows:
+    """Flags of one open file, read only where they are not told otherwise; raises `FaultError` when they cannot be read."""
+    told = file.told_flags()
+    if told is None:
+        return read_flags(file)
+    first, last, terminal = told
+    return FlagRows(first, last, terminal, np.empty(0, np.int64))
+
+
 def read_flags(file: EpisodeFile) -> FlagRows:
     """Flags of one open file; raises `FaultError` when they cannot be read."""
     table = read_columns(file, schema.FLAGS)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from paligemma_vla.data.episode_file import read_layout
 from paligemma_vla.data.files import Layout, Rows
-from paligemma_vla.data.flags import FlagRows, read_flags
+from paligemma_vla.data.flags import FlagRows, find_flags
 from paligemma_vla.data.sources import absolute_name, open_file
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import cache_folder, replace_file
 
-VERSION = 4
+VERSION = 5
 ROWS = ("groups", "outside", *(field.name for field in fields(FlagRows)))
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class FileFacts:
     """What indexing learns from one file, exclusions aside.
 
-    identity: size, mtime_ns, ctime_ns. digest: see `EpisodeFile.digest`. groups: see `group_bounds`. outside: row ranges
+    identity: see `ByteSource.identity`. digest: see `EpisodeFile.digest`. groups: see `group_bounds`. outside: row ranges
     [first, stop) that were not asked for, one after the other (2 X,).
     """
 
@@ -46,11 +46,12 @@ class FileFacts:
     flags: FlagRows
 
 
-def read_facts(path: str, identity: tuple[int, int, int]) -> FileFacts:
+def read_facts(path: str) -> FileFacts:
     """Read footer and flags of one file. Raises `FaultError` naming file and column."""
     with open_file(path) as file:
-        layout = read_layout(file)
-        return FileFacts(identity, layout, file.digest(), file.bounds, file.outside.ravel(), read_flags(file))
+        identity = file.identity()  # before it is read: a change in between is found later
+        layout, digest = read_layout(file), file.digest()
+        return FileFacts(identity, layout, digest, file.bounds, file.outside.ravel(), find_flags(file))
 
 
 def cache_path(arguments: Sequence[str]) -> Path:

@@ -19,7 +19,7 @@ from paligemma_vla.data.faults import FaultError, Unusable, raise_first
 from paligemma_vla.data.files import READ_ERRORS, Rows, unreadable_group
 from paligemma_vla.data.sources import open_file
 from paligemma_vla.data.video import VideoDecoders
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 
 OPEN_FILES = 64
 
@@ -110,12 +110,15 @@ class EpisodeReader:
             episodes = self._open(file)
             names = episodes.columns
             table = episodes.read([name for name in columns if name in names], group).combine_chunks()
-        except (DataError, *READ_ERRORS) as error:
+        except UnreachableError:
+            raise  # the store has been asked often enough
+        except (DataError, StorageError, *READ_ERRORS) as error:
             self.index.check_unchanged(file)  # which explains it better
-            if isinstance(error, DataError):
+            if isinstance(error, VLAError):
                 raise
             raise FaultError(unreadable_group(path, group, groups, first_line(error))) from error
-        self.index.check_unchanged(file)  # after reading: what was read before a change is what was indexed
+        # After reading: what was read before a change is what was indexed.
+        self.index.check_unchanged(file, episodes.identity)
         if table.num_rows != groups[group + 1] - groups[group]:
             raise FaultError(unreadable_group(path, group, groups, f"got {table.num_rows} rows"))
         return table

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -39,14 +40,47 @@ def compute_statistics(
     index = parquet_files
     if not isinstance(index, EpisodeIndex):
         index = EpisodeIndex.build(index, where, exclude)
-    state, action = _accumulators(index, actions)
+    return merge_parts(index, actions, [compute_part(index, actions, range(len(index.paths)), progress)])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some files hold. moments: of each, for state and action, without tails. tails: of all of them, for both."""
+
+    moments: dict[int, tuple[Accumulator, Accumulator]]
+    tails: tuple[Accumulator, Accumulator]
+
+
+def compute_part(
+    index: EpisodeIndex, actions: ActionTransform, files: Sequence[int], progress: Callable[[int], object] | None = None
+) -> Part:
+    """Read some files of an index once, in parallel; the rest as `compute_statistics`."""
+    part = Part({}, _accumulators(index, actions))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        # map keeps the files' order, so the floating-point result does not depend on timing
-        for part_state, part_action in pool.map(partial(_file_statistics, index, actions), range(len(index.paths))):
-            state.merge(part_state)
-            action.merge(part_action)
+        for file, seen in zip(files, pool.map(partial(_file_statistics, index, actions), files), strict=True):
+            state, action = seen
+            part.moments[file] = state.without_tails(), action.without_tails()
+            for tails, accumulator in zip(part.tails, seen, strict=True):
+                tails.merge_tails(accumulator)
             if progress is not None:
-                progress(part_state.count)
+                progress(state.count)
+    return part
+
+
+def merge_parts(index: EpisodeIndex, actions: ActionTransform, parts: Iterable[Part]) -> DatasetStatistics:
+    """Statistics of an index out of parts that hold each of its files once: the same to the last bit, whatever the parts.
+
+    Moments are merged in the order of files, since a floating-point sum depends on its order.
+    """
+    state, action = _accumulators(index, actions)
+    moments: dict[int, tuple[Accumulator, Accumulator]] = {}
+    for part in parts:
+        moments.update(part.moments)
+        state.merge_tails(part.tails[0])
+        action.merge_tails(part.tails[1])
+    for file in range(len(index.paths)):
+        state.merge(moments[file][0])
+        action.merge(moments[file][1])
     digests = tuple(hex_digest(digest) for digest in index.digests.tolist())
     return DatasetStatistics(state.result(), action.result(), index.paths, digests, actions)
 

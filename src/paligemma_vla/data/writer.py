@@ -19,12 +19,11 @@ import pyarrow.parquet as pq
 
 from paligemma_vla import schema
 from paligemma_vla.data.files import open_parquet
+from paligemma_vla.data.footer import ROWS_PER_GROUP
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import hold_lock
 
-ROWS_PER_GROUP = 32
-EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
 IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
@@ -139,7 +138,7 @@ class EpisodeWriter:
         """Write a shard to a temporary name, then rename it, then drop the journal: a kill in between loses nothing."""
         final = self._shard_path
         temporary = final.with_suffix(".tmp")
-        facts = {EPISODES_KEY: str(len(batches)).encode(), CONTENT_KEY: content_digest(batches).encode()}
+        facts = {schema.EPISODES_KEY: str(len(batches)).encode(), schema.CONTENT_KEY: content_digest(batches).encode()}
         shard_schema = batches[0].schema.with_metadata({**batches[0].schema.metadata, **facts})
         images = [name for name in shard_schema.names if name.startswith("image_")]
         plain = [name for name in shard_schema.names if name not in images]
@@ -263,9 +262,9 @@ def _lock(path: Path, where: str) -> IO[bytes]:
 
 def _episodes_in(path: Path) -> int:
     metadata = stored_schema(path).metadata or {}
-    if EPISODES_KEY not in metadata:
+    if schema.EPISODES_KEY not in metadata:
         raise DataError(f"{path}: was not written by EpisodeWriter; write into another folder or under another prefix")
-    return int(metadata[EPISODES_KEY])
+    return int(metadata[schema.EPISODES_KEY])
 
 
 def _leaves(shard_schema: pa.Schema, names: list[str]) -> list[str]:

@@ -21,8 +21,9 @@ from typing import IO, Any, cast
 
 import torch
 
+from paligemma_vla.byte_source import fetch
 from paligemma_vla.errors import CheckpointError, first_line
-from paligemma_vla.storage import fetch, is_url, replace_file, sha256
+from paligemma_vla.storage import is_url, replace_file, sha256
 from paligemma_vla.training import sharded
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")

@@ -67,6 +67,17 @@ class Distributed:
         dist.all_gather_object(values, value)
         return values
 
+    def to_main(self, value: Any) -> Iterator[Any]:
+        """On rank 0 what every process gives, in the order of ranks, one at a time in memory; on the others nothing."""
+        if not self.main:
+            dist.send_object_list([value], dst=0)
+            return
+        yield value
+        for rank in range(1, self.world_size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=rank)
+            yield received[0]
+
     def on_main(self, act: Callable[[], Result]) -> Result | None:
         """What rank 0 gets from `act`, None on the others; where it raises a `VLAError`, every process raises that."""
         if self.world_size == 1:

@@ -10,12 +10,14 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from paligemma_vla.byte_source import fetch, list_files
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CheckpointError
-from paligemma_vla.storage import fetch, file_system, reaching
+from paligemma_vla.reaching import reach
+from paligemma_vla.storage import file_system
 from paligemma_vla.training.checkpoint import BEST, DIGEST, LAST, RESUME_KEYS, load_checkpoint, superfluous
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ class Mirror:
 
     def __init__(self, local: Path, url: str) -> None:
         self.local, self.url = local, url.rstrip("/")
-        self.system, self.root = file_system(self.url)
+        self.system, self.root = reach(self.url, lambda: file_system(self.url))
         self._published: dict[str, tuple[int, int]] = {}
 
     @classmethod
@@ -62,13 +64,12 @@ class Mirror:
                     self._fetch(name)
             return
         shutil.rmtree(self.local, ignore_errors=True)
-        names = list(self._names())
+        names = self._names()
         if names:
             aside = f"{self.root}.{time.strftime('%Y%m%d-%H%M%S')}"
-            with reaching(self.url):
-                for name in names:
-                    self._make_folder(f"{aside}/{name}")
-                    self.system.mv(f"{self.root}/{name}", f"{aside}/{name}")
+            for name in names:
+                self._make_folder(f"{aside}/{name}")
+                reach(self.url, partial(self.system.mv, f"{self.root}/{name}", f"{aside}/{name}"))
             logger.info("%s held an earlier run; it was moved to %s", self.url, aside)
 
     def publish(self, keep_last: int | None) -> None:
@@ -83,43 +84,37 @@ class Mirror:
                 self._published[name] = stamp
         linked = {(self.local / "checkpoints" / name).resolve().name for name in (LAST, BEST)}
         for name in superfluous(self._checkpoints(), linked, keep_last):
-            with reaching(self.url):
-                for suffix in ("", DIGEST):
-                    if self._has(f"checkpoints/{name}{suffix}"):
-                        self.system.rm_file(f"{self.root}/checkpoints/{name}{suffix}")
+            for suffix in ("", DIGEST):
+                if self._has(f"checkpoints/{name}{suffix}"):
+                    reach(self.url, partial(self.system.rm_file, f"{self.root}/checkpoints/{name}{suffix}"))
 
     def _copy(self, path: Path, name: str) -> None:
-        with reaching(f"{self.url}/{name}"):
-            if path.is_symlink():  # a store has no links: a copy there, not a second transfer
-                self.system.cp_file(f"{self.root}/checkpoints/{path.resolve().name}", f"{self.root}/{name}")
-            else:
-                self._make_folder(f"{self.root}/{name}")
-                self.system.put_file(str(path), f"{self.root}/{name}")
+        if path.is_symlink():  # a store has no links: a copy there, not a second transfer
+            copy = partial(self.system.cp_file, f"{self.root}/checkpoints/{path.resolve().name}")
+        else:
+            self._make_folder(f"{self.root}/{name}")
+            copy = partial(self.system.put_file, str(path))
+        reach(f"{self.url}/{name}", lambda: copy(f"{self.root}/{name}"))
 
     def _make_folder(self, file: str) -> None:
         """The folder that `file` is to lie in; stores have none, disks do."""
-        self.system.makedirs(file.rpartition("/")[0], exist_ok=True)
+        reach(self.url, lambda: self.system.makedirs(file.rpartition("/")[0], exist_ok=True))
 
     def _checkpoints(self) -> list[str]:
         """Names of the numbered checkpoints there, newest first."""
         names = [name.removeprefix("checkpoints/") for name in self._names()]
         numbered = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
-        with reaching(self.url):
-            ages = {name: self.system.modified(f"{self.root}/checkpoints/{name}") for name in numbered}
+        ages = {name: reach(self.url, partial(self.system.modified, f"{self.root}/checkpoints/{name}")) for name in numbered}
         # Stores know seconds, in which a small run saves twice: then the number in the name decides.
         return sorted(numbered, key=lambda name: (ages[name], int(re.sub(r"\D", "", name))), reverse=True)
 
-    def _names(self) -> Iterator[str]:
+    def _names(self) -> list[str]:
         """Names of all files there, relative to the run's folder."""
-        with reaching(self.url):
-            self.system.invalidate_cache()
-            found = self.system.find(self.root)
-        root = self.root.lstrip("/")
-        return (path.lstrip("/").removeprefix(f"{root}/") for path in found)
+        self.system.invalidate_cache()
+        return list_files(self.url)
 
     def _has(self, name: str) -> bool:
-        with reaching(self.url):
-            return bool(self.system.exists(f"{self.root}/{name}"))
+        return bool(reach(self.url, lambda: self.system.exists(f"{self.root}/{name}")))
 
     def _fetch(self, name: str) -> Path:
         return fetch(f"{self.url}/{name}", self.local / name)

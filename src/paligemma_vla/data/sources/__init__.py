@@ -1,7 +1,7 @@
 """The door for data of other formats: a place that begins with `NAME:` is read by the module of that name.
 
-Such a module has a class `Source` below; another format is another file, and a line here. Everything else is a path to files
-of this project's own format.
+Such a module has a class `Source` below; another format is another file, and a line here. Everything else is a path, or a URL,
+of files of this project's own format.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol
 
 from paligemma_vla.data.episode_file import EpisodeFile, ParquetEpisodes
 from paligemma_vla.data.files import identify
+from paligemma_vla.storage import is_url
 
 MODULES = {"lerobot": "paligemma_vla.data.sources.lerobot"}
 MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is known by
@@ -71,13 +72,14 @@ def identify_file(name: str) -> tuple[int, int, int]:
 def absolute_name(name: str) -> str:
     """A name that means the same from any folder."""
     prefix, _, place = find_source(name)
-    return prefix + os.path.abspath(place)
+    return prefix + (place if is_url(place) else os.path.abspath(place))
 
 
 def real_name(name: str) -> str:
     """The one name of a file, whatever links lead to it and whatever is selected of it."""
     prefix, source, place = find_source(name)
-    return prefix + os.path.realpath(place if source is None else source.file_of(place))
+    file = place if source is None else source.file_of(place)
+    return prefix + (file if is_url(file) else os.path.realpath(file))
 
 
 def share_episodes(first: str, second: str) -> bool:
@@ -91,12 +93,12 @@ def share_episodes(first: str, second: str) -> bool:
 
 
 def relative_name(name: str, folder: str) -> str:
-    """A name as seen from a folder; `joined_name` is the way back."""
+    """A name as seen from a folder (a URL is the same from anywhere); `joined_name` is the way back."""
     prefix, _, place = find_source(name)
-    return prefix + os.path.relpath(place, folder)
+    return prefix + (place if is_url(place) else os.path.relpath(place, folder))
 
 
 def joined_name(folder: str, name: str) -> str:
     """The real name behind a name as seen from a folder."""
     prefix, _, place = find_source(name)
-    return prefix + os.path.realpath(os.path.join(folder, place))
+    return prefix + (place if is_url(place) else os.path.realpath(os.path.join(folder, place)))

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from paligemma_vla import schema
+from paligemma_vla.byte_source import open_bytes
 from paligemma_vla.data.episode_file import FOOTER_UNFOLDS, EpisodeFile, Pictures
 from paligemma_vla.data.faults import Fault, FaultError, Kind
-from paligemma_vla.data.files import Layout, Rows, file_digest, group_bounds, identify, open_parquet, sample_digest
+from paligemma_vla.data.files import Layout, Rows, file_digest, file_faults, group_bounds, identify, open_parquet, sample_digest
 from paligemma_vla.data.sources.lerobot_info import INDEX_COLUMNS, find_root
 from paligemma_vla.data.sources.lerobot_meta import Metadata, load_metadata
 from paligemma_vla.data.sources.lerobot_place import Place
@@ -266,7 +267,9 @@ class LeRobotFile(EpisodeFile):
 
     def digest(self) -> int:
         metadata, selection = self.metadata, replace(self.place.selection, episodes=(None, None))
-        digest = hashlib.blake2b(file_digest(self.place.path).to_bytes(8, "little"), digest_size=8)
+        with file_faults(self.path), open_bytes(self.place.path) as source:
+            rows = file_digest(source, self._file.metadata)
+        digest = hashlib.blake2b(rows.to_bytes(8, "little"), digest_size=8)
         spans = [metadata.videos[camera.key] for camera in self.cameras if camera.dtype == "video"]
         facts = {
             "selection": str(selection),
@@ -280,8 +283,18 @@ class LeRobotFile(EpisodeFile):
         digest.update(json.dumps(facts).encode())
         for name in _videos_of(metadata, replace(self.place, selection=selection)):
             path = os.path.join(metadata.root, name)
-            digest.update(sample_digest(path) if os.path.isfile(path) else b"missing")
+            if not os.path.isfile(path):
+                digest.update(b"missing")
+                continue
+            with file_faults(path), open_bytes(path) as video:
+                digest.update(sample_digest(video))
         return int.from_bytes(digest.digest(), "little")
+
+    def told_flags(self) -> list[Rows] | None:
+        return None  # the rows' own are checked against what the data set says
+
+    def identity(self) -> tuple[int, int, int]:
+        return SOURCE.identify(str(self.place))
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,312 @@
+"""Episodes behind URLs: the same data as on a disk, bit for bit, whatever the store does that passes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from episode_files import columns, write
+
+from paligemma_vla import reaching
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data import episode_file
+from paligemma_vla.data.doctor import CheckOptions, diagnose
+from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
+from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
+from paligemma_vla.data.loader import VLADataset, batches, build_loader
+from paligemma_vla.data.reader import EpisodeReader, episode_prompts
+from paligemma_vla.data.sampling import RunSampler, SampleOrder
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.errors import DataError, UnreachableError
+from store import Faults, Store
+from support import call, identical, read_metrics, write_episodes
+from zygote import Zygote
+
+ConfigFactory = Callable[..., VLAConfig]
+FLAKY = Faults(unavailable=0.1, cut=0.05, short=0.05)
+ARRAYS = ("file", "start", "length", "groups", "group_offsets", "digests")
+
+
+@pytest.fixture(scope="module")
+def store(two_camera_dir: Path, episode_dir: Path) -> Iterator[Store]:
+    with Store("robot-data") as started:
+        started.upload(two_camera_dir, "two")
+        started.upload(episode_dir, "one")
+        yield started
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of hundredths of seconds."""
+    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(reaching, "LONGEST_PAUSE", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def _no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def names(index: EpisodeIndex) -> list[str]:
+    return [path.rpartition("/")[2] for path in index.paths]
+
+
+def same_index(first: EpisodeIndex, second: EpisodeIndex) -> None:
+    assert (names(first), first.layout, first.fingerprint) == (names(second), second.layout, second.fingerprint)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+def foreign_files(folder: Path) -> None:
+    """As other writers make them: plain tables, one of them too long for a digest of all its bytes."""
+    folder.mkdir()
+    write(folder / "a.parquet", columns((3, 4)), row_group_size=2)
+    write(folder / "b.parquet", columns((400, 300)), row_group_size=100, compression="none")
+
+
+@pytest.mark.parametrize("kind", ["ours", "foreign"])
+def test_index_and_statistics_are_those_of_the_same_files_on_disk(
+    store: Store, quick: None, two_camera_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    folder, url = two_camera_dir, store.url("two")
+    if kind == "foreign":
+        folder = tmp_path / "foreign"
+        foreign_files(folder)
+        url = store.upload(folder, "foreign")
+    local = EpisodeIndex.build(str(folder))
+    with store.failing(FLAKY), caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            os.environ["XDG_CACHE_HOME"] += "x"
+            remote = EpisodeIndex.build(url)
+            same_index(remote, local)
+        expected, got = compute_statistics(local, "x"), compute_statistics(remote, "x")
+        for file in range(len(local.paths)):
+            assert episode_prompts(remote, file) == episode_prompts(local, file)
+    assert got.digests == expected.digests
+    for part in ("state", "action"):
+        first, second = vars(getattr(got, part)), vars(getattr(expected, part))
+        assert all(np.array_equal(first[name], second[name]) for name in second)
+    assert "again in" in caplog.text
+
+
+def test_every_sample_through_a_failing_store_is_that_of_the_disk(
+    store: Store, quick: None, two_camera_dataset: VLADataset, session_config: ConfigFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with store.failing(FLAKY), caplog.at_level(logging.WARNING):
+        remote = VLADataset(store.url("two"), two_camera_dataset.preprocessor, session_config(cameras=2))
+        assert len(remote) == len(two_camera_dataset) > 0
+        for number in np.random.default_rng(0).permutation(len(remote)).tolist():
+            remote.reader = EpisodeReader(remote.index, 2, 2**20)  # nothing is kept: every sample is a request
+            assert identical(dict(remote[number]), dict(two_camera_dataset[number]))
+    assert "robot-data/two/" in caplog.text
+
+
+def test_loader_workers_read_from_a_store(store: Store, two_camera_dataset: VLADataset, session_config: ConfigFactory) -> None:
+    config = session_config({"data.num_workers": 2}, cameras=2)
+    remote = VLADataset(store.url("two"), two_camera_dataset.preprocessor, config)
+    order = SampleOrder([len(remote)], None, 16, seed=0)
+
+    def positions(dataset: VLADataset, config: VLAConfig) -> list[Any]:
+        return list(batches(build_loader(dataset, RunSampler(order, 0, 4, 0, 1, 1), config, pin_memory=False)))
+
+    remote[0]  # a client of this process must not be the workers'
+    with store.failing(Faults(unavailable=0.05)):
+        got = positions(remote, config)
+    assert identical(got, positions(two_camera_dataset, session_config(cameras=2)))
+
+
+@pytest.mark.parametrize("protocol", ["s3", "memory", "file"])
+def test_files_folders_globs_and_lists_are_found_as_on_a_disk(store: Store, tmp_path: Path, protocol: str) -> None:
+    contents = ["a/x.parquet", "a/y [1].parquet", "a/deep/er/z.parquet", "b/x.parquet", "b/.hidden.parquet", "b/notes.txt"]
+    root = tmp_path / "tree"
+    for name in contents:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tiny(root / name)
+        store.put(f"tree/{name}", (root / name).read_bytes())
+        fsspec.filesystem("memory").pipe(f"/tree/{name}", (root / name).read_bytes())
+    url = {"s3": store.url("tree"), "memory": "memory://tree", "file": f"file://{root}"}[protocol]
+    patterns = ["", "/", "/a", "/a/x.parquet", "/*/x.parquet", "/**/x.parquet", "/**", "/[ab]", "/a/*", "/b/*", "/*/*/er/*"]
+    for pattern in patterns:
+        local = expand_paths(f"{root}{pattern}", "x")
+        remote = expand_paths(f"{url}{pattern}", "x")
+        assert len(remote) == len(local) > 0, pattern
+        for path, place in zip(local, remote, strict=True):
+            assert place.startswith(url), pattern
+            if path.endswith(".parquet"):
+                assert EpisodeIndex.build(place).fingerprint == EpisodeIndex.build(path).fingerprint
+    assert expand_paths([f"{url}/b", f"{url}/a/x.parquet", f"{url}/b"], "x") == [
+        *expand_paths(f"{url}/b", "x"),
+        f"{url}/a/x.parquet",
+    ]
+    for pattern in ["/none", "/none/*.parquet", "/a/none.parquet"]:
+        with pytest.raises(DataError, match="none"):
+            EpisodeIndex.build(f"{url}{pattern}", "data.train_parquet_files")
+
+
+def write_tiny(path: Path) -> None:
+    write(path, columns((2 + len(str(path)) % 3,)))
+
+
+def test_options_of_a_url_hold_for_the_files_behind_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, two_camera_dir: Path
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    remote = EpisodeIndex.build(store.complete_url("two"))
+    assert all("endpoint_override" in path for path in remote.paths)
+    assert remote.fingerprint == EpisodeIndex.build(str(two_camera_dir)).fingerprint
+
+
+def test_second_index_asks_once_for_each_file(store: Store) -> None:
+    first = EpisodeIndex.build(store.url("two"))
+    store.reset()
+    same_index(EpisodeIndex.build(store.url("two")), first)
+    assert store.requests == {"GET": 1, "HEAD": len(first.paths)}
+
+
+def test_first_index_of_our_files_takes_two_requests_each(store: Store, tmp_path: Path) -> None:
+    """However many row groups and episodes there are, and whatever the images weigh."""
+    write_episodes(tmp_path / "many", lengths=(70,) * 12, per_file=6)
+    url = store.upload(tmp_path / "many", "many")
+    store.reset()
+    index = EpisodeIndex.build(url)
+    assert (len(index.paths), len(index.groups)) == (2, 2 * (6 * 3 + 1))
+    listing = 1
+    assert store.requests == {"GET": listing + 2, "HEAD": 2}
+
+
+def test_a_row_group_is_one_request(store: Store) -> None:
+    index = EpisodeIndex.build(store.url("two"))
+    reader = EpisodeReader(index, 2, 2**24)
+    reader.group_of(0, 0)
+    store.reset()
+    reader.group_of(0, int(index.row_groups(0)[1]))
+    assert store.requests == {"GET": 1}
+
+
+def test_object_that_is_replaced_in_mid_run_is_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    write_episodes(tmp_path / "a", lengths=(40, 40), seed=1)
+    write_episodes(tmp_path / "b", lengths=(40, 40), seed=2)
+    url = store.upload(tmp_path / "a", "replaced")
+    index = EpisodeIndex.build(url)
+    read, later = EpisodeReader(index, 1, 2**20), EpisodeReader(index, 1, 2**20)
+    read.group_of(0, 0)
+    store.upload(tmp_path / "b", "replaced")
+    with pytest.raises(DataError, match=r"replaced/.*: changed since it was indexed: got \d+ bytes of 20.*, version"):
+        later.group_of(0, 0)  # opened after the change
+    monkeypatch.setattr(episode_file, "TRUSTED_SECONDS", 0.0)
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        read.group_of(0, 40)
+    store.client.delete_object(Bucket=store.bucket, Key="replaced/episodes-00000.parquet")
+    with pytest.raises(DataError, match="gone since it was indexed"):
+        EpisodeReader(index, 1, 2**20).group_of(0, 0)
+    assert EpisodeIndex.build(store.upload(tmp_path / "a", "replaced")).fingerprint == index.fingerprint
+
+
+def test_store_that_stays_away_ends_in_one_error_within_the_patience(
+    store: Store, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = EpisodeIndex.build(store.url("two"))
+    reader = EpisodeReader(index, 2, 2**20)
+    reader.group_of(0, 0)
+    with store.failing(Faults(unavailable=1.0)):
+        for attempt in (
+            lambda: reader.group_of(0, int(index.row_groups(0)[1])),
+            lambda: EpisodeIndex.build(store.url("two")),
+            lambda: list(diagnose([index.paths[0]], CheckOptions(), lambda size: None).faults),
+        ):
+            with pytest.raises(UnreachableError, match=r"s3://robot-data/two.*\(10 attempts in \d s"):
+                attempt()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s3://no-such-bucket/x", "NO_SUCH_BUCKET"),
+        ("s3://robot-data/none/x.parquet", "cannot be read .*not exist"),
+        ("s3://robot-data/none/*.parquet", "no Parquet file there"),
+        ("lerobot:s3://robot-data/set", "data of another format is read from a disk only; copy it"),
+        ("nosuch://robot-data/set", "Protocol not known: nosuch"),
+    ],
+)
+def test_what_is_not_there_is_one_message(store: Store, capfd: Any, place: str, message: str) -> None:
+    status, out, error = call(capfd, "data", "info", place)
+    assert (status, out) == (2, "")
+    assert place.removeprefix("lerobot:") in error
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert "again in" not in error
+
+
+def test_lerobot_set_behind_a_url_is_refused(store: Store) -> None:
+    store.put("lerobot/meta/info.json", b"{}")
+    store.put("lerobot/data/chunk-000/file-000.parquet", b"PAR1")
+    for place in ("lerobot", "lerob*"):
+        with pytest.raises(DataError, match="s3://robot-data/lerobot: this is lerobot data, which is read from a disk only"):
+            expand_paths(store.url(place), "x")
+
+
+def test_check_of_a_store_finds_what_it_finds_on_the_disk(store: Store, quick: None, tmp_path: Path, capfd: Any) -> None:
+    content = columns((6, 5))
+    content["state"][7][1] = float("nan")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "x.parquet", content)
+    url = store.upload(tmp_path / "data", "checked")
+    found = []
+    for place, name in ((str(tmp_path / "data"), "local.json"), (url, "remote.json")):
+        with store.failing(FLAKY):
+            status, out, _ = call(capfd, "data", "check", place, "--exclusion_list", tmp_path / name)
+        assert status == 1
+        found.append(out.replace(place, "").replace(name, ""))
+    assert found[0].splitlines()[0] == found[1].splitlines()[0]
+    exclude = load_exclusions(str(tmp_path / "remote.json"))
+    assert isinstance(exclude, ExclusionList)
+    assert exclude.entries[0].file == f"{url}/x.parquet"
+    index = EpisodeIndex.build(url, exclude=exclude)
+    assert (len(index), index.excluded) == (1, 1)
+
+
+def test_weighted_sources_behind_urls_train_as_from_the_disk(
+    store: Store, zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, episode_dir: Path
+) -> None:
+    paths = sorted(map(str, episode_dir.glob("*.parquet")))
+    runs = {}
+    for name, places in (
+        ("local", paths[:2]),
+        ("remote", [store.complete_url(f"one/{Path(path).name}") for path in paths[:2]]),
+    ):
+        sources = [{"path": place, "weight": weight} for place, weight in zip(places, (1.0, 2.5), strict=True)]
+        config = tiny_config({"data.train_parquet_files": sources, "training.experiment_name": name})
+        (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
+        with store.failing(Faults(unavailable=0.05, latency=0.001)):
+            result = zygote.run(["train", "--config_path", f"{name}.yaml", "--device", "cpu"], tmp_path)
+        assert result.status == 0, result.stderr
+        runs[name] = read_metrics(config.run_dir)
+    assert runs["remote"] == runs["local"]
+
+
+@pytest.mark.long
+def test_long_campaign_of_every_fault_loses_and_repeats_no_sample(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, session_config: ConfigFactory, two_camera_dataset: VLADataset
+) -> None:
+    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.01)
+    write_episodes(tmp_path / "long", lengths=tuple(20 + n % 50 for n in range(120)), cameras=2, per_file=8)
+    url = store.upload(tmp_path / "long", "long")
+    config = session_config(cameras=2)
+    local = VLADataset(str(tmp_path / "long"), two_camera_dataset.preprocessor, config)
+    everything = Faults(latency=0.002, unavailable=0.15, cut=0.1, short=0.1, bytes_per_second=20e6)
+    with store.failing(everything):
+        remote = VLADataset(url, two_camera_dataset.preprocessor, config)
+        remote.reader = EpisodeReader(remote.index, 2, 2**21)  # room for a few row groups
+        for number in np.random.default_rng(0).permutation(len(local)).tolist():
+            assert identical(dict(remote[number]), dict(local[number]))
+    assert remote.index.fingerprint == local.index.fingerprint
