@@ -1,51 +1,86 @@
-"""Memory of a training run against the size of its data: `python -m benchmarks.memory [GB ...]` (default: 1 4).
+"""Memory of a training run against the size of its data: `python -m benchmarks.memory [--gigabytes 1 4 16] [--folder F]`.
 
 Peak anonymous memory (what no file on disk stands behind) of the main process and of its loader processes, each read from
-/proc while `paligemma-vla train` runs with the default cache.
+/proc while `paligemma-vla train` runs with the default settings, in both ways of reading. The first gigabyte is written, the
+rest are hard links to it under other names: to whoever reads them files of their own, which no page cache is asked about.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
-from benchmarks.common import demo_config, write_episodes
+from benchmarks.common import demo_config, environment, write_episodes
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.model.tiny import TinySpec
 
+RESULTS = Path(__file__).parent / "results" / "memory.json"
 SIDE, LENGTH, WORKERS, BATCH, STEPS = 640, 100, 2, 16, 250
 SPEC = TinySpec(image_size=32, patch_size=16, width=32, vision_layers=1, text_layers=1, heads=2)
 
 
-def measure(sizes: list[float], folder: Path) -> list[dict[str, float]]:
-    """One row per size in GB, in rising order: steps, index bytes, peak MB of the main process and of the larger worker."""
-    rows = []
+@dataclass(frozen=True)
+class Line:
+    """One run: size and way of reading, what the data is, peak MB of the main process and of the larger of its loaders."""
+
+    gb: float
+    reading: str
+    files: int
+    steps: int
+    index_bytes: int
+    main_mb: float
+    worker_mb: float
+
+
+def measure(sizes: Sequence[float], folder: Path) -> list[Line]:
+    """A line per size in GB, in rising order, and way of reading."""
+    lines = []
     for size in sizes:
         _grow(folder / "episodes", size)
-        config = demo_config(
-            folder,
-            SPEC,
-            cameras=1,
-            data__batch_size=BATCH,
-            data__num_workers=WORKERS,
-            training__max_steps=STEPS,
-            training__save_every_n_epochs=1000,
-        )
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        main, worker = peaks(folder)
         index = EpisodeIndex.build(str(folder / "episodes"))
-        rows.append({"gb": size, "steps": index.steps, "index_bytes": index.nbytes, "main_mb": main, "worker_mb": worker})
-    return rows
+        for reading in ("random", "streamed"):
+            config = demo_config(
+                folder,
+                SPEC,
+                cameras=1,
+                data__batch_size=BATCH,
+                data__num_workers=WORKERS,
+                data__reading=reading,
+                training__max_steps=STEPS,
+                training__save_every_n_epochs=1000,
+                training__experiment_name=f"{reading}_{size:g}",
+            )
+            (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            main, worker = peaks(folder)
+            lines.append(Line(size, reading, len(index.paths), index.steps, index.nbytes, main, worker))
+    return lines
 
 
 def _grow(folder: Path, size: float) -> None:
-    while sum(path.stat().st_size for path in folder.glob("*.parquet")) < size * 1e9:
+    """Let a folder have at least so many GB, of which at most one is written."""
+    while _gigabytes(folder) < min(size, 1.0):
         write_episodes(folder, episodes=64, length=LENGTH, side=SIDE, cameras=1, state_dim=8, action_dim=8)
+    written = sorted(folder.glob("episodes-*.parquet"))
+    for copy in count():
+        for path in written:
+            if _gigabytes(folder) >= size:
+                return
+            link = folder / path.name.replace("episodes", f"copy_{copy:03d}")
+            if not link.exists():
+                link.hardlink_to(path)
+
+
+def _gigabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("*.parquet")) / 1e9
 
 
 def peaks(folder: Path) -> tuple[float, float]:
@@ -84,19 +119,28 @@ def _anonymous(pid: int) -> float:
     return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
-def table(rows: list[dict[str, float]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| data, GB | steps | index, kB | main process, MB | loader process, MB |", "|---|---|---|---|---|"]
-    for row in rows:
-        index = row["index_bytes"] / 1e3
-        lines.append(f"| {row['gb']:g} | {row['steps']:,} | {index:.0f} | {row['main_mb']:.0f} | {row['worker_mb']:.0f} |")
-    return "\n".join(lines)
+def table(lines: Sequence[Line]) -> str:
+    """The lines as Markdown."""
+    rows = [
+        "| data, GB | reading | files | steps | index, kB | main process, MB | loader process, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        size, index = f"{line.gb:g} | {line.reading} | {line.files}", f"{line.index_bytes / 1e3:.0f}"
+        rows.append(f"| {size} | {line.steps:,} | {index} | {line.main_mb:.0f} | {line.worker_mb:.0f} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
-    sizes = [float(size) for size in sys.argv[1:]] or [1.0, 4.0]
-    with tempfile.TemporaryDirectory() as folder:
-        print(table(measure(sizes, Path(folder))))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0], help="sizes, rising (default: 1 4)")
+    parser.add_argument("--folder", type=Path, help="where the data is put (default: a temporary folder)")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        lines = measure(given.gigabytes, Path(folder))
+    print(table(lines))
+    command = "python -m benchmarks.memory --gigabytes " + " ".join(f"{size:g}" for size in given.gigabytes)
+    RESULTS.write_text(json.dumps({**environment(command), "rows": [asdict(line) for line in lines]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -138,8 +138,26 @@ class DataConfig(Section):
     num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in place.")
     prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
     pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
-    cache_mb: NonNegative = Field(256, description="Still-compressed row groups kept in memory, per loader process, MB.")
+    cache_mb: NonNegative = Field(
+        256, description="Still-compressed row groups kept in memory in random reading, per loader process, MB."
+    )
+    reading: Literal["random", "streamed"] | None = Field(
+        None,
+        description="How training data is read: row by row in random order, or block by block in a shuffled stream; null: "
+        "streamed when a training source is a URL.",
+    )
+    stream_block_mb: float = Field(
+        1.0, gt=0, le=4096, description="About what one request reads when data is streamed: whole episodes, MB."
+    )
+    stream_window: Positive = Field(4, le=4096, description="Blocks that each slot of the batch mixes when data is streamed.")
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether training data is read block by block."""
+        if self.reading is None:
+            return any(map(is_url, source_paths(self.train_parquet_files)))
+        return self.reading == "streamed"
 
 
 class LoRAConfig(Section):

@@ -27,9 +27,9 @@ class HeldBytes(ByteSource):
         self.place, self.size, self.identity = source.place, source.size, source.identity
         self.expect([(max(0, self.size - TAIL), self.size)])
 
-    def expect(self, ranges: Iterable[Range]) -> None:
-        """Announce what will be read from now on; what is held is dropped."""
-        self._pieces = [piece for merged in merge(ranges) for piece in _cut(merged)]
+    def expect(self, ranges: Iterable[Range], hole: int = HOLE) -> None:
+        """Announce what will be read from now on; what is held is dropped. hole: see `merge`."""
+        self._pieces = [piece for merged in merge(ranges, hole) for piece in _cut(merged)]
         self._starts = [start for start, _ in self._pieces]
         self._held: OrderedDict[int, bytes] = OrderedDict()
 
@@ -61,11 +61,11 @@ class HeldBytes(ByteSource):
         self.source.close()
 
 
-def merge(ranges: Iterable[Range]) -> list[Range]:
+def merge(ranges: Iterable[Range], hole: int = HOLE) -> list[Range]:
     """Ranges in order, those nearer to each other than a hole worth skipping as one."""
     merged: list[Range] = []
     for start, stop in sorted(ranges):
-        if merged and start - merged[-1][1] <= HOLE:
+        if merged and start - merged[-1][1] <= hole:
             merged[-1] = merged[-1][0], max(stop, merged[-1][1])
         else:
             merged.append((start, stop))

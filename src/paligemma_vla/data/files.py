@@ -40,17 +40,21 @@ FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic P
 Rows = NDArray[np.int64]
 
 
-def open_parquet(path: str, stream: bool = False, source: ByteSource | None = None) -> pq.ParquetFile:
+def open_parquet(
+    path: str, stream: bool = False, source: ByteSource | None = None, metadata: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
     """Open one file; its page checksums, where it has them, are verified by whatever reads from it.
 
     stream: columns are read piece by piece, so that a large row group need not fit into memory. source: its bytes, for a
-    file behind a URL. Raises `FaultError` when it is not Parquet or is cut short.
+    file behind a URL. metadata: its footer, where that has been read.
+    Raises `FaultError` when it is not Parquet or is cut short.
     """
     if not _is_encodable(path):  # pyarrow takes no other
         raise FaultError(Fault(path, Kind.FILE, "its path is not UTF-8; rename it, or take it out of the data"))
     try:
         return pq.ParquetFile(
             path if source is None else ByteFile(source),
+            metadata=metadata,
             memory_map=False,  # reading a mapped file that was cut short kills the process
             pre_buffer=False,  # it goes through other threads, which costs a small row group more than it saves
             buffer_size=STREAM_BUFFER if stream else 0,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import forkserver
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from paligemma_vla import flow, schema
 from paligemma_vla.action_settings import resolve_actions
@@ -25,12 +20,12 @@ from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable
 from paligemma_vla.data.files import Layout
 from paligemma_vla.data.images import jitter_colour, random_crop
-from paligemma_vla.data.reader import EpisodeReader
+from paligemma_vla.data.loader_processes import start_loader
+from paligemma_vla.data.reader import EpisodeReader, RowReader
 from paligemma_vla.data.sampling import SampleRef, derive_seed
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
-from paligemma_vla.workers import end_with
 
 Batch = dict[str, Any]
 MISFIT = "data and configuration do not fit"
@@ -95,7 +90,8 @@ class VLADataset(Dataset[Item]):
     `action_mask` False there (D7).
 
     parquet_files: file, folder, glob, list, or an `EpisodeIndex`. processor: hub id or folder of the backbone, or a
-    `Preprocessor`. Raises `DataError` or `ModelError` when they do not fit the configuration.
+    `Preprocessor`. reader: where rows come from; None: an `EpisodeReader`. Raises `DataError` or `ModelError` when they do
+    not fit the configuration.
     """
 
     def __init__(
@@ -104,6 +100,7 @@ class VLADataset(Dataset[Item]):
         processor: str | Preprocessor,
         config: VLAConfig,
         training: bool = False,
+        reader: RowReader | None = None,
     ) -> None:
         self.index = parquet_files if isinstance(parquet_files, EpisodeIndex) else EpisodeIndex.build(parquet_files)
         self.preprocessor = processor if isinstance(processor, Preprocessor) else build_preprocessor(config, processor)
@@ -111,7 +108,7 @@ class VLADataset(Dataset[Item]):
         check_fit(self.index, self.preprocessor.statistics, config)
         if self.preprocessor is not processor:
             check_actions(self.index.layout, self.preprocessor.statistics, config)
-        self.reader = EpisodeReader(self.index, self.options.cameras, self.options.cache_bytes)
+        self.reader = reader or EpisodeReader(self.index, self.options.cameras, self.options.cache_bytes)
         self._ends = np.cumsum(self.index.length, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -265,72 +262,30 @@ class Collator:
         self.prompts = prompts
 
     def __call__(self, items: list[Item] | VLAError) -> Batch | VLAError:
-        if isinstance(items, VLAError):
-            return items
-        batch: Batch = {}
-        for key, value in items[0].items():
-            if isinstance(value, Tensor) and key not in ("input_ids", "vlm_attention_mask"):
-                batch[key] = torch.stack([item[key] for item in items])  # type: ignore[literal-required]
-        batch["raw_prompt_text"] = [item["raw_prompt_text"] for item in items]
-        batch["position"] = torch.tensor([item["position"] for item in items])
+        return items if isinstance(items, VLAError) else self.lay_out(stack(items))
+
+    def lay_out(self, batch: Batch) -> Batch:
+        """A stacked batch with its prompts as tokens."""
         ids, mask = self.prompts.encode(batch["raw_prompt_text"], batch["image_mask"].numpy())
-        batch["input_ids"], batch["vlm_attention_mask"] = torch.from_numpy(ids), torch.from_numpy(mask)
-        return batch
+        return {**batch, "input_ids": torch.from_numpy(ids), "vlm_attention_mask": torch.from_numpy(mask)}
+
+
+def stack(items: list[Item]) -> Batch:
+    """What a batch holds of its items one by one: all but the tokens."""
+    batch: Batch = {}
+    for key, value in items[0].items():
+        if isinstance(value, Tensor) and key not in ("input_ids", "vlm_attention_mask"):
+            batch[key] = torch.stack([item[key] for item in items])  # type: ignore[literal-required]
+    batch["raw_prompt_text"] = [item["raw_prompt_text"] for item in items]
+    batch["position"] = torch.tensor([item["position"] for item in items])
+    return batch
 
 
 def build_loader(
     dataset: VLADataset, sampler: Iterable[list[SampleRef]], config: VLAConfig, pin_memory: bool
 ) -> DataLoader[Any]:
-    """A torch DataLoader over micro-batches; iterate it through `batches`, which raises what a worker met.
-
-    Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
-    """
-    workers = config.data.num_workers
-    if workers:
-        _start_forkserver()
-    return DataLoader(
-        dataset,
-        batch_sampler=_AsSampler(sampler),
-        num_workers=workers,
-        collate_fn=Collator(dataset.preprocessor.prompts),
-        pin_memory=pin_memory and config.data.pin_memory,
-        prefetch_factor=config.data.prefetch_factor if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=partial(_prepare_worker, os.getpid()),
-        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
-        generator=torch.Generator(),
-    )
-
-
-class _AsSampler(Sampler[list[SampleRef]]):
-    def __init__(self, source: Iterable[list[SampleRef]]) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[list[SampleRef]]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-
-def _start_forkserver() -> None:
-    """Start the process that workers are forked from, deaf to SIGTERM (to SIGINT it is anyway): were it gone, its workers
-    would be taken for dead. It ends with this process."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # only the main thread may change what a signal does; started from here, it is as torch leaves it
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a program that is started inherits
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _prepare_worker(trainer: int, worker: int) -> None:
-    torch.set_num_threads(1)
-    # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    end_with(trainer)  # torch watches the parent of a worker, but that is only what workers are forked from
+    """A torch DataLoader over micro-batches; iterate it through `batches`, which raises what a worker met."""
+    return start_loader(dataset, sampler, config, Collator(dataset.preprocessor.prompts), pin_memory)
 
 
 def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:

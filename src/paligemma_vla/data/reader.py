@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +40,27 @@ class Group:
     nbytes: int
 
 
-class EpisodeReader:
+class RowReader(ABC):
+    """Rows of an index on demand."""
+
+    index: EpisodeIndex
+
+    @abstractmethod
+    def group_of(self, file: int, row: int) -> tuple[Group, int]:
+        """The row group that holds a row, and the row's place in it."""
+
+    def actions(self, file: int, start: int, stop: int) -> NDArray[np.float32]:
+        """Actions of rows [start, stop) of a file: (stop - start, A)."""
+        parts = []
+        while start < stop:
+            rows, place = self.group_of(file, start)
+            part = rows.action[place : place + stop - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+class EpisodeReader(RowReader):
     """Read rows on demand. Keeps open files and row groups (images still compressed) up to `cache_bytes` together, and a
     few open videos.
 
@@ -63,7 +85,6 @@ class EpisodeReader:
         self._clear()
 
     def group_of(self, file: int, row: int) -> tuple[Group, int]:
-        """The row group that holds a row, and the row's place in it."""
         starts = self.index.row_groups(file)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         key = (file, group)
@@ -78,50 +99,21 @@ class EpisodeReader:
             self._groups.move_to_end(key)
         return rows, row - int(starts[group])
 
-    def actions(self, file: int, start: int, stop: int) -> NDArray[np.float32]:
-        """Actions of rows [start, stop) of a file: (stop - start, A)."""
-        parts = []
-        while start < stop:
-            rows, place = self.group_of(file, start)
-            part = rows.action[place : place + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
     def _load(self, file: int, group: int) -> Group:
-        groups = self.index.row_groups(file)
-        available = [schema.image_column(n + 1) for n in range(self.cameras)]
-        table = self._read(file, group, [schema.STATE, schema.ACTION, schema.PROMPT, *available])
-        arrays = {name: table[name].combine_chunks() for name in table.column_names}
-        images = [arrays.get(name) for name in available]
-        rows, layout = np.arange(groups[group], groups[group + 1]), self.index.layout
-        return Group(
-            state=_numbers(self.index, file, schema.STATE, arrays[schema.STATE], layout.state_dim, rows),
-            action=_numbers(self.index, file, schema.ACTION, arrays[schema.ACTION], layout.action_dim, rows),
-            prompt=arrays[schema.PROMPT],
-            images=tuple(None if column is None else self._open(file).pictures(column, self._videos) for column in images),
-            nbytes=table.nbytes,
-        )
+        table = self._read(file, group)
+        return make_group(self.index, file, group, self.cameras, table, self._pictures(file))
 
-    def _read(self, file: int, group: int, columns: list[str]) -> pa.Table:
+    def _read(self, file: int, group: int) -> pa.Table:
         """The columns of a row group that the file has. Raises `DataError` when it cannot be read or the file has changed."""
-        path, groups = self.index.paths[file], self.index.row_groups(file)
-        try:
+        with explaining(self.index, file, group):
             episodes = self._open(file)
-            names = episodes.columns
-            table = episodes.read([name for name in columns if name in names], group).combine_chunks()
-        except UnreachableError:
-            raise  # the store has been asked often enough
-        except (DataError, StorageError, *READ_ERRORS) as error:
-            self.index.check_unchanged(file)  # which explains it better
-            if isinstance(error, VLAError):
-                raise
-            raise FaultError(unreadable_group(path, group, groups, first_line(error))) from error
+            table = episodes.read(columns_of(episodes.columns, self.cameras), group).combine_chunks()
         # After reading: what was read before a change is what was indexed.
         self.index.check_unchanged(file, episodes.identity)
-        if table.num_rows != groups[group + 1] - groups[group]:
-            raise FaultError(unreadable_group(path, group, groups, f"got {table.num_rows} rows"))
         return table
+
+    def _pictures(self, file: int) -> Callable[[pa.Array], Pictures]:
+        return lambda column: self._open(file).pictures(column, self._videos)
 
     def _open(self, file: int) -> EpisodeFile:
         episodes = self._files.get(file)
@@ -135,6 +127,45 @@ class EpisodeReader:
         else:
             self._files.move_to_end(file)
         return episodes
+
+
+def columns_of(available: Sequence[str], cameras: int) -> list[str]:
+    """What a sample is made of, of the columns that a file has."""
+    wanted = [schema.STATE, schema.ACTION, schema.PROMPT, *(schema.image_column(n + 1) for n in range(cameras))]
+    return [name for name in wanted if name in available]
+
+
+@contextmanager
+def explaining(index: EpisodeIndex, file: int, group: int) -> Iterator[None]:
+    """Tell of a row group that cannot be read; that the file has changed explains it better."""
+    try:
+        yield
+    except UnreachableError:
+        raise  # the store has been asked often enough
+    except (DataError, StorageError, *READ_ERRORS) as error:
+        index.check_unchanged(file)
+        if isinstance(error, VLAError):
+            raise
+        raise FaultError(unreadable_group(index.paths[file], group, index.row_groups(file), first_line(error))) from error
+
+
+def make_group(
+    index: EpisodeIndex, file: int, group: int, cameras: int, table: pa.Table, pictures: Callable[[pa.Array], Pictures]
+) -> Group:
+    """What was read of a row group as what a sample is made of. Raises `FaultError` for what cannot be used."""
+    groups = index.row_groups(file)
+    if table.num_rows != groups[group + 1] - groups[group]:
+        raise FaultError(unreadable_group(index.paths[file], group, groups, f"got {table.num_rows} rows"))
+    arrays = {name: table[name].combine_chunks() for name in table.column_names}
+    images = [arrays.get(schema.image_column(n + 1)) for n in range(cameras)]
+    rows, layout = np.arange(groups[group], groups[group + 1]), index.layout
+    return Group(
+        state=_numbers(index, file, schema.STATE, arrays[schema.STATE], layout.state_dim, rows),
+        action=_numbers(index, file, schema.ACTION, arrays[schema.ACTION], layout.action_dim, rows),
+        prompt=arrays[schema.PROMPT],
+        images=tuple(None if column is None else pictures(column) for column in images),
+        nbytes=table.nbytes,
+    )
 
 
 def _numbers(index: EpisodeIndex, file: int, name: str, column: pa.Array, dimension: int, rows: Rows) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,13 +15,17 @@ from numpy.typing import NDArray
 from paligemma_vla import schema
 from paligemma_vla.action_settings import taken_by_number
 from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
+from paligemma_vla.data.block_reader import BlockReader
+from paligemma_vla.data.blocks import cut_blocks, pool_bytes
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.exclusions import hex_digest, load_exclusions
 from paligemma_vla.data.files import joint_layout
 from paligemma_vla.data.loader import MISFIT, VLADataset, check_actions, check_fit
-from paligemma_vla.data.sampling import SampleOrder
-from paligemma_vla.data.sources import real_name
+from paligemma_vla.data.sampling import Order, SampleOrder
+from paligemma_vla.data.sources import find_source, real_name
 from paligemma_vla.data.statistics import model_numbers
+from paligemma_vla.data.stream_loader import AHEAD
+from paligemma_vla.data.streamed_order import StreamedOrder
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.known import read_architecture
 from paligemma_vla.model.plan import MemoryPlan, plan_run
@@ -41,7 +46,7 @@ class Data:
 
     train: VLADataset
     validation: VLADataset | None
-    order: SampleOrder
+    order: Order
 
     @property
     def fingerprint(self) -> dict[str, str | None]:
@@ -65,7 +70,9 @@ def prepare(
     faults.tell("this run cannot begin")
     made, plan = found.preprocessor, found.plan
     assert made is not None and plan is not None
-    train = VLADataset(EpisodeIndex.concatenate(found.indices), made, config, training=True)
+    index = EpisodeIndex.concatenate(found.indices)
+    reader = _block_reader(index, config, distributed.world_size) if config.data.streamed else None
+    train = VLADataset(index, made, config, training=True, reader=reader)
     if made.actions.converts:
         metadata = train.index.layout.metadata
         logger.info("actions as %s; the rest as recorded", made.actions.describe(metadata))
@@ -124,6 +131,8 @@ def _survey(
         found.indices, found.held_out = _index(config)
     if found.indices:
         _check_sizes(found.indices, config, faults)
+        with faults.gathered():
+            _check_reading(found.indices, config)
     for part in (found.indices, found.held_out):
         if part:
             with faults.gathered():
@@ -196,12 +205,26 @@ def _sources(config: VLAConfig) -> list[str | DataSource]:
     return [files] if isinstance(files, str) else list(files)
 
 
-def _order(indices: list[EpisodeIndex], config: VLAConfig) -> SampleOrder:
+def _order(indices: list[EpisodeIndex], config: VLAConfig) -> Order:
     sources = _sources(config)
     weights = [source.weight if isinstance(source, DataSource) else 1.0 for source in sources]
-    weighted = any(isinstance(source, DataSource) for source in sources)
-    sizes = [index.steps for index in indices]
-    return SampleOrder(sizes, weights if weighted else None, config.data.batch_size, config.training.seed)
+    given = weights if any(isinstance(source, DataSource) for source in sources) else None
+    batch_size, seed = config.data.batch_size, config.training.seed
+    if not config.data.streamed:
+        return SampleOrder([index.steps for index in indices], given, batch_size, seed)
+    sets = [cut_blocks(index, config.data.stream_block_mb * 1e6).sizes for index in indices]
+    return StreamedOrder(sets, given, batch_size, seed, config.data.stream_window)
+
+
+def _block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> BlockReader:
+    """A reader with room for what one loader process needs at a time."""
+    data = config.data
+    blocks = cut_blocks(index, data.stream_block_mb * 1e6)
+    parts = config.training.gradient_accumulation_steps
+    slots = parts * math.ceil(math.ceil(data.batch_size / (processes * parts)) / max(1, data.num_workers))
+    streams = slots + len(_sources(config)) - 1  # a slot may serve more than one source, but all slots few of them
+    room = pool_bytes(blocks, streams, data.stream_window, AHEAD)
+    return BlockReader(index, blocks, config.model.vlm_config.cameras, room)
 
 
 def _check_division(config: VLAConfig, processes: int) -> None:
@@ -217,6 +240,15 @@ def _check_division(config: VLAConfig, processes: int) -> None:
             "data.batch_size: %d is no multiple of processes * gradient_accumulation_steps = %d; some wait for others",
             config.data.batch_size,
             parts,
+        )
+
+
+def _check_reading(indices: list[EpisodeIndex], config: VLAConfig) -> None:
+    foreign = next((path for index in indices for path in index.paths if find_source(path)[1] is not None), None)
+    if config.data.streamed and foreign is not None:
+        raise ConfigError(
+            f"data.reading: got {config.data.reading or 'null with a URL'}, so data is streamed, but {foreign} is of a foreign "
+            f"format, which is read in random order only; set it to random, or convert that (`paligemma-vla data convert`)"
         )
 
 

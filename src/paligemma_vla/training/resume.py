@@ -56,8 +56,7 @@ PLACES = {
 def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Mapping[str, str | None], where: str) -> None:
     """Raise `CheckpointError` with every difference that would make a resume silently another run."""
     old = config_from_dict(saved["config"], where=f"{where}: config")
-    before = flatten(old.model_dump(mode="json"))
-    now = flatten(config.model_dump(mode="json"))
+    before, now = _settings(old), _settings(config)
     # A list of stages or of weighted sources is one value: `flatten` does not go into it.
     differences = [
         f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
@@ -87,6 +86,15 @@ def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Map
                 ]
             )
         )
+
+
+def _settings(config: VLAConfig) -> dict[str, Any]:
+    """Dotted keys of a configuration, with the way of reading that null stands for; another order is another run."""
+    settings = flatten(config.model_dump(mode="json"))
+    settings["data.reading"] = "streamed" if config.data.streamed else "random"
+    if not config.data.streamed:
+        del settings["data.stream_block_mb"], settings["data.stream_window"]
+    return settings
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

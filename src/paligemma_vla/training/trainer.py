@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.loader import Batch, batches, build_loader
+from paligemma_vla.data.loader import Batch
 from paligemma_vla.data.sampling import RunSampler
+from paligemma_vla.data.stream_loader import run_batches
 from paligemma_vla.errors import CheckpointError, CommunicationError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.plan import with_remedies
@@ -213,8 +214,7 @@ class Trainer:
             self.distributed.world_size,
             self.config.training.gradient_accumulation_steps,
         )
-        loader = build_loader(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
-        return batches(loader)
+        return run_batches(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
 
     def _enter_stage(self) -> None:
         """At the first step, and where a stage begins: say what learns."""

@@ -1,0 +1,148 @@
+"""Training on data that is read block by block: interrupted or not, the same run; another order is another run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lerobot_sets import write_set
+from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.data.block_reader import BlockReader
+from paligemma_vla.data.blocks import cut_blocks
+from paligemma_vla.data.reader import EpisodeReader
+from paligemma_vla.data.sampling import RunSampler, SampleOrder
+from paligemma_vla.data.streamed_order import StreamedOrder
+from paligemma_vla.errors import CheckpointError, ConfigError
+from paligemma_vla.training import preflight
+from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.resume import check_same_run
+from support import identical, read_metrics, train_here
+
+ConfigFactory = Callable[..., VLAConfig]
+STREAMED = {"data.reading": "streamed", "data.stream_block_mb": 0.01, "data.stream_window": 2, "training.epochs": 3}
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_streamed_run_that_was_stopped_goes_on_bit_for_bit(
+    tiny_config: ConfigFactory, episode_dir: Path, two_camera_dir: Path, weighted: bool
+) -> None:
+    settings: dict[str, Any] = {**STREAMED, "data.batch_size": 9}
+    if weighted:
+        sources = [{"path": str(episode_dir), "weight": 0.7}, {"path": str(two_camera_dir), "weight": 0.3}]
+        settings |= {"data.train_parquet_files": sources, "training.epochs": 2}
+    whole = tiny_config({**settings, "training.experiment_name": "whole"})
+    trainer = train_here(whole)
+    assert isinstance(trainer.data.train.reader, BlockReader)
+    assert isinstance(trainer.data.validation.reader, EpisodeReader)
+    assert trainer.total_steps % trainer.data.order.steps_per_epoch == 0
+    assert trainer.data.order.epoch_size % 9  # a smaller last batch
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reads ahead") and not thread.daemon]
+    for stop in (3, 13):
+        cut = tiny_config({**settings, "training.stop_after_step": stop, "data.num_workers": int(stop == 13)})
+        train_here(cut, cut.run_dir / "checkpoints" / "last.pth.tar" if stop > 3 else None)
+    rest = tiny_config({**settings, "training.save_every_n_steps": 5})
+    train_here(rest, rest.run_dir / "checkpoints" / "last.pth.tar")
+    expected, got = (load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar") for config in (whole, rest))
+    for key in ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "epoch", "step"):
+        assert identical(got[key], expected[key]), key
+    assert read_metrics(rest.run_dir) == read_metrics(whole.run_dir)
+
+
+def test_both_ways_train_on_the_same_samples_of_an_epoch_in_another_order(tiny_config: ConfigFactory) -> None:
+    drawn = []
+    for reading in ("random", "streamed"):
+        _, data, _ = preflight.prepare(tiny_config({**STREAMED, "data.reading": reading}), ALONE)
+        run = RunSampler(data.order, 0, data.order.steps_per_epoch, 0, 1, 1)
+        drawn.append([ref.sample for refs in run for ref in refs])
+        assert isinstance(data.order, StreamedOrder if reading == "streamed" else SampleOrder)
+        assert isinstance(data.train.reader, BlockReader if reading == "streamed" else EpisodeReader)
+    assert drawn[0] != drawn[1]
+    assert sorted(drawn[0]) == sorted(drawn[1])
+
+
+def test_the_pool_is_of_the_share_that_a_loader_process_has(tiny_config: ConfigFactory) -> None:
+    def room(processes: int, workers: int) -> int:
+        config = tiny_config({**STREAMED, "data.batch_size": 16, "data.num_workers": workers})
+        _, data, _ = preflight.prepare(config, Distributed(0, processes, torch.device("cpu")))
+        assert isinstance(data.train.reader, BlockReader)
+        blocks = data.train.reader.blocks
+        assert blocks.sizes.tolist() == cut_blocks(data.train.index, 1e4).sizes.tolist() == data.order.blocks[0].tolist()
+        return data.train.reader.pool_bytes
+
+    assert room(1, 0) == room(1, 1) > room(2, 1) > room(2, 2) == room(4, 1) == room(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("sources", "reading", "streamed"),
+    [
+        ("data", None, False),
+        ("data", "streamed", True),
+        ("s3://bucket/data", None, True),
+        ("s3://bucket/data", "random", False),
+        (["data", {"path": "gs://bucket/x", "weight": 2.0}], None, True),
+        (["data", {"path": "s3", "weight": 2.0}], None, False),
+    ],
+)
+def test_what_lies_behind_a_url_is_streamed_unless_told_otherwise(
+    tiny_config: ConfigFactory, sources: Any, reading: str | None, streamed: bool
+) -> None:
+    config = tiny_config({"data.train_parquet_files": sources, "data.reading": reading})
+    assert config.data.streamed is streamed
+
+
+def test_a_resume_in_another_order_is_refused_and_an_old_checkpoint_is_of_random_order(
+    tiny_config: ConfigFactory, trained_run: Path
+) -> None:
+    saved = load_checkpoint(trained_run / "checkpoints" / "last.pth.tar")
+    now: dict[str, Any] = {"optimizer.lr": 5e-3}
+
+    def differences(change: dict[str, Any]) -> list[str]:
+        try:
+            check_same_run(saved, tiny_config({**now, **change}, cameras=2), saved["data"], "x")
+        except CheckpointError as error:
+            return [line.strip() for line in str(error).splitlines()[1:]]
+        return []
+
+    assert differences({"data.reading": "random"}) == []
+    assert differences({"data.stream_window": 9}) == []  # of no account in random order
+    (line,) = [line for line in differences({"data.reading": "streamed"}) if line.startswith("data.reading")]
+    assert line == "data.reading: 'random' in the checkpoint, 'streamed' now"
+    for name in ("reading", "stream_block_mb", "stream_window"):
+        del saved["config"]["data"][name]
+    assert differences({}) == []
+    assert any(line.startswith("data.reading: 'random'") for line in differences({"data.reading": "streamed"}))
+    saved["config"] = config_from_dict(saved["config"], {"data.reading": "streamed"}).model_dump(mode="json")
+    assert differences({"data.reading": "streamed"}) == []
+    assert [line.split(":")[0] for line in differences({"data.reading": "streamed", "data.stream_window": 9})] == [
+        "data.stream_window"
+    ]
+    assert any(line.startswith("data.reading: 'streamed'") for line in differences({}))
+
+
+def test_foreign_formats_are_read_in_random_order_only(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    truth = write_set(tmp_path / "set", video=False)
+    with pytest.raises(ConfigError, match=r"data\.reading: got streamed, so data is streamed, but lerobot:.*set it to random"):
+        preflight._check_reading(
+            [preflight.EpisodeIndex.build(truth.name)],
+            tiny_config({"data.train_parquet_files": truth.name, "data.reading": "streamed"}),
+        )
+    preflight._check_reading([preflight.EpisodeIndex.build(truth.name)], tiny_config({"data.train_parquet_files": truth.name}))
+
+
+def test_order_of_weighted_sources_is_of_each_source(
+    tiny_config: ConfigFactory, episode_dir: Path, two_camera_dir: Path
+) -> None:
+    sources = [{"path": str(episode_dir), "weight": 3.0}, {"path": str(two_camera_dir), "weight": 1.0}]
+    config = tiny_config({**STREAMED, "data.train_parquet_files": sources, "data.batch_size": 8, "data.val_fraction": 0.0})
+    _, data, _ = preflight.prepare(config, ALONE)
+    first = int(data.order.sizes[0])
+    counts = [int(np.count_nonzero(data.order.batch(step)[1] < first)) for step in range(8)]
+    assert counts == [6] * 8
