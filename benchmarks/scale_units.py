@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import alone, best_seconds, write_episodes
+
+if TYPE_CHECKING:
+    from paligemma_vla.data.sampling import Order
 
 CAMERAS, STATE, ACTION, SIDE = 2, 14, 14, 270
 LINKS = 100  # files of the local folder, hard links to one
@@ -26,16 +29,16 @@ PROCESSES = 4
 MEMORY = Path("/dev/shm")
 
 
-def measure(rows: int, episode: int, batch: int, block_mb: float, window: int, files: int) -> dict[str, float]:
+def measure(rows: int, episode: int, batch: int, processes: int, block_mb: float, window: int, files: int) -> dict[str, float]:
     """Every unit cost, of files of `rows` rows in episodes of `episode` rows; of the orders and the whole index at the size
-    of `files` such files."""
+    of `files` such files, for a total batch over that many processes."""
     with tempfile.TemporaryDirectory() as name, own_cache(Path(name) / "cache"):
         folder = Path(name)
         write_episodes(folder / "one", rows // episode, episode, SIDE, CAMERAS, STATE, ACTION)
         (path,) = (folder / "one").glob("*.parquet")
         units = file_units(folder, path)
         units |= alone(store_units, folder / "one", block_mb)
-        shape = (path, files, batch, block_mb, window)
+        shape = (path, files, batch, processes, block_mb, window)
         for stage in (random_order_units, streamed_order_units):
             units |= alone(stage, *shape)
     units |= alone(checkpoint_units)
@@ -67,7 +70,7 @@ def file_units(folder: Path, path: Path) -> dict[str, float]:
     """What a file is, and what indexing it costs on a disk."""
     import pyarrow.parquet as pq
 
-    from paligemma_vla.data.episodes import EpisodeIndex
+    from paligemma_vla.data.episodes import REQUESTS, EpisodeIndex
     from paligemma_vla.data.index_cache import cache_path
 
     many = folder / "many"
@@ -86,6 +89,7 @@ def file_units(folder: Path, path: Path) -> dict[str, float]:
         "cache_bytes_per_file": cached / LINKS,
         "index_s_per_file": cold / LINKS,
         "cached_index_s_per_file": warm / LINKS,
+        "requests_at_once": REQUESTS,
     }
 
 
@@ -164,7 +168,7 @@ def whole_index(path: Path, files: int) -> Any:
     )
 
 
-def random_order_units(path: Path, files: int, batch: int, block_mb: float, window: int) -> dict[str, float]:
+def random_order_units(path: Path, files: int, batch: int, processes: int, block_mb: float, window: int) -> dict[str, float]:
     """The index as a whole, what it takes to hand it to a loader process, and a batch of the random order."""
     from paligemma_vla.data.sampling import SampleOrder
 
@@ -172,29 +176,41 @@ def random_order_units(path: Path, files: int, batch: int, block_mb: float, wind
     pickled_s, pickled = timed(lambda: ForkingPickler.dumps(index))
     unpickled_s, _ = timed(lambda: ForkingPickler.loads(pickled))
     order = SampleOrder([index.steps], None, batch, 0)
-    seconds = best_seconds(lambda: order.batch(order.steps_per_epoch // 2), 5)
-    return {"whole_index_bytes": index.nbytes, "whole_index_hand_over_s": pickled_s + unpickled_s, "random_batch_s": seconds}
+    return {
+        "whole_index_bytes": index.nbytes,
+        "hand_over_s": pickled_s + unpickled_s,
+        "random_batch_s": drawn(order, processes),
+    }
 
 
-def streamed_order_units(path: Path, files: int, batch: int, block_mb: float, window: int) -> dict[str, float]:
+def streamed_order_units(path: Path, files: int, batch: int, processes: int, block_mb: float, window: int) -> dict[str, float]:
     """The blocks of the whole data set and the streamed order over them: seconds, bytes kept, and a batch."""
-    from paligemma_vla.data.blocks import cut_blocks
+    from paligemma_vla.data.blocks import cut_blocks, pool_bytes
+    from paligemma_vla.data.stream_loader import AHEAD
     from paligemma_vla.data.streamed_order import StreamedOrder
 
     index = whole_index(path, files)
-    cut, blocks = timed(lambda: cut_blocks(index, block_mb * 1e6))
+    seconds, blocks = timed(lambda: cut_blocks(index, block_mb * 1e6))
     made, order = timed(lambda: StreamedOrder([blocks.sizes], None, batch, 0, window))
     first, _ = timed(lambda: order.batch(order.steps_per_epoch // 2))
     lines = order._line(0, 0)
+    kept = sum(array.nbytes for array in (*order.blocks, *order.starts)) + 2 * sum(array.nbytes for array in lines)
     return {
         "blocks": len(blocks),
-        "blocks_bytes": blocks.episodes.nbytes + blocks.samples.nbytes + blocks.nbytes.nbytes,
-        "cut_s": cut,
-        "order_bytes": sum(array.nbytes for array in (*order.blocks, *order.starts)) + 2 * sum(a.nbytes for a in lines),
-        "order_s": made,
-        "first_streamed_batch_s": first,
-        "streamed_batch_s": best_seconds(lambda: order.batch(order.steps_per_epoch // 2 + 1), 5),
+        "bytes_per_block": (blocks.episodes.nbytes + blocks.samples.nbytes + blocks.nbytes.nbytes) / len(blocks),
+        "pool_blocks": pool_bytes(blocks, -(-batch // processes), window, AHEAD) / float(blocks.nbytes.mean()),
+        "order_bytes_per_block": kept / len(blocks),
+        "order_s_per_block": (2 * seconds + made + first) / len(blocks),  # cut for the order and for the reader
+        "streamed_batch_s": drawn(order, processes),
     }
+
+
+def drawn(order: Order, processes: int) -> float:
+    """Seconds of one process to find its part of a batch."""
+    from paligemma_vla.data.sampling import RunSampler
+
+    middle = order.steps_per_epoch // 2
+    return best_seconds(lambda: next(iter(RunSampler(order, middle, middle + 1, 0, processes, 1))), 5)
 
 
 def checkpoint_units() -> dict[str, float]:
