@@ -58,6 +58,14 @@ class Assumptions:
 
 
 SOURCES = {
+    "steps": "the run",
+    "machines": "the run",
+    "gpus_per_machine": "the run",
+    "batch_per_gpu": "samples of each GPU in a step",
+    "workers_per_gpu": "loader processes",
+    "episode_rows": "ten seconds at 20 Hz",
+    "block_mb": "`data.stream_block_mb`; the default of 1 is for slow networks",
+    "window": "`data.stream_window`",
     "file_rows": "files of 100 to 300 MB, docs/architecture.md",
     "gpu_flops": "H100 SXM, dense bfloat16: NVIDIA's data sheet",
     "utilisation": "of that, in training; 0.38 to 0.43 in Llama Team 2024, table 4",
@@ -319,6 +327,12 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
+def assumption_table(given: Mapping[str, float]) -> str:
+    """What is assumed, as Markdown."""
+    lines = ["| assumption | value | from |", "|---|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {short(value)} | {SOURCES[name]} |" for name, value in given.items()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [field.name for field in fields(Assumptions)]
@@ -341,8 +355,8 @@ def main() -> None:
         result = {**environment("python -m benchmarks.scale_plan"), "units": measured}
     units = {**result["units"], **model_units(given), **other_benchmarks()}
     figures = plan(given, units)
-    print(table(figures))
-    result |= {"assumptions": asdict(given), "sources": SOURCES, "units": units, "figures": [asdict(each) for each in figures]}
+    print(assumption_table(asdict(given)), table(figures), sep="\n\n")
+    result |= {"assumptions": asdict(given), "units": units, "figures": [asdict(each) for each in figures]}
     if not args.set:
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
