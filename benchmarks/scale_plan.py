@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -191,7 +192,10 @@ def start(sheet: Sheet, given: Assumptions, units: Mapping[str, float], files: f
     )
     imports = sheet.times("imports", (units["import_s"], "s"), (1, "on cores enough"), "s")
     met = sheet.times(
-        "processes meet", (units["meeting_s"] / units["meeting_processes"], "s a process"), (given.gpus, "processes"), "s"
+        "processes meet, at most",
+        (units["meeting_s"] / units["meeting_processes"], "s a process"),
+        (given.gpus, "processes"),
+        "s",
     )
     weights = (units["model_bytes"] / GB, "GB by each process")
     loaded = sheet.times("backbone read and built", (units["load_s_per_gb"], "s a GB"), weights, "s")
@@ -215,6 +219,7 @@ def train(sheet: Sheet, given: Assumptions, units: Mapping[str, float]) -> float
         (given.batch_per_gpu, "samples"),
         "s",
     )
+    sheet.put("memory of a GPU, `fsdp`", "`paligemma-vla plan`", f"{short(given.gpus)} GPUs", units["planned_bytes"] / GB, "GB")
     rate = given.batch / step
     sheet.put("samples", f"{short(given.batch)} a step", f"every {short(step)} s", rate, "per s")
     sheet.times("one pass over the data", (step, "s a step"), (given.steps / given.batch, "steps"), "hours", HOUR)
@@ -230,14 +235,15 @@ def train(sheet: Sheet, given: Assumptions, units: Mapping[str, float]) -> float
         100 * requests / given.store_requests_per_s,
         "%",
     )
-    sheet.times(
-        "loader process, share of its time",
-        (1 / units["loader_rate"], "s a sample"),
-        (100 * rate / given.gpus / given.workers_per_gpu, "% of samples per s"),
-        "%",
+    each = rate / given.gpus / given.workers_per_gpu
+    load = 100 * each / units["loader_rate"]
+    sheet.put(
+        "a loader process is busy", f"{short(1 / units['loader_rate'])} s a sample", f"{short(each)} samples per s", load, "%"
     )
-    sheet.times("which samples: streamed order", (units["streamed_batch_s"], "s a batch"), (100 / step, "% of a step"), "%")
-    sheet.times("which samples: random order", (units["random_batch_s"], "s a batch"), (100 / step, "% of a step"), "%")
+    for order in ("streamed", "random"):
+        seconds = units[f"{order}_batch_s"]
+        share = 100 * seconds / step
+        sheet.put(f"finding its samples, {order} order", f"{short(seconds)} s a batch", f"every {short(step)} s", share, "%")
     return step
 
 
@@ -278,7 +284,7 @@ def model_units(given: Assumptions) -> dict[str, float]:
     """Counted on the model of the configuration, whose every weight learns and is averaged."""
     import torch
 
-    from paligemma_vla.config import load_config
+    from paligemma_vla.config import config_from_dict, load_config
     from paligemma_vla.model.known import known_architecture
     from paligemma_vla.model.plan import plan_memory
 
@@ -289,7 +295,10 @@ def model_units(given: Assumptions) -> dict[str, float]:
     }
     config, architecture = load_config(CONFIG, changes), known_architecture(MODEL)
     assert architecture is not None and config.training.ema_decay
-    found = plan_memory(config, architecture.to_dict(), torch.device("cuda"), None, int(given.gpus), follow=False)
+    gpu = torch.device("cuda")
+    found = plan_memory(config, architecture.to_dict(), gpu, None, int(given.gpus), follow=False)
+    in_shards = config_from_dict(config.model_dump(mode="json"), {"training.parallel": "fsdp"})
+    planned = plan_memory(in_shards, architecture.to_dict(), gpu, None, int(given.gpus))
     parts, head = found.parts, config.model.action_head_config
     table = architecture.text_config.vocab_size * architecture.text_config.hidden_size
     pictures = found.tokens - config.data.prompt_max_len
@@ -302,7 +311,13 @@ def model_units(given: Assumptions) -> dict[str, float]:
     learning = sum(part.learning for part in parts.values())
     saved = sum(part.weights + part.optimizer + 4 * part.learning for part in parts.values())
     half = 2 * sum(part.parameters for name, part in parts.items() if name != "action head")
-    return {"learning": learning, "checkpoint_bytes": saved, "flops_per_sample": flops, "model_bytes": half}
+    return {
+        "learning": learning,
+        "checkpoint_bytes": saved,
+        "flops_per_sample": flops,
+        "model_bytes": half,
+        "planned_bytes": planned.total,
+    }
 
 
 def other_benchmarks() -> dict[str, float]:
@@ -352,7 +367,8 @@ def main() -> None:
             int(given.window),
             int(given.steps / given.file_rows),
         )
-        result = {**environment("python -m benchmarks.scale_plan"), "units": measured}
+        load = os.getloadavg()[0]
+        result = {**environment("python -m benchmarks.scale_plan"), "load": load, "units": measured}
     units = {**result["units"], **model_units(given), **other_benchmarks()}
     figures = plan(given, units)
     print(assumption_table(asdict(given)), table(figures), sep="\n\n")

@@ -291,6 +291,10 @@ class TrainingConfig(Section):
     stop_after_step: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the run's folder.")
 
+    def processes_per_copy(self, processes: int, on_machine: int) -> int:
+        """How many of all processes hold one model together. on_machine: those of one machine."""
+        return {"ddp": 1, "fsdp": processes, "hsdp": self.shard_processes or on_machine}[self.parallel]
+
     @property
     def saves_shards(self) -> bool:
         """Whether checkpoints are folders to which every process writes its part."""

@@ -58,10 +58,10 @@ def arguments(config: VLAConfig, folder: Path, *flags: str) -> list[str]:
     return ["train", "--config_path", str(path), "--device", "cpu", "--resume_checkpoint", "auto", *flags]
 
 
-def named(undisturbed: Undisturbed, name: str, **data: Any) -> VLAConfig:
+def named(undisturbed: Undisturbed, name: str, checkpoint_format: str | None = None, **data: Any) -> VLAConfig:
     """The undisturbed run's configuration under another name."""
     config = undisturbed.config
-    training = config.training.model_copy(update={"experiment_name": name})
+    training = config.training.model_copy(update={"experiment_name": name, "checkpoint_format": checkpoint_format})
     return config.model_copy(update={"training": training, "data": config.data.model_copy(update=data)})
 
 
@@ -83,6 +83,14 @@ def wait_for_step(run_dir: Path, step: int) -> None:
                 return
         time.sleep(0.005)
     raise AssertionError(f"{run_dir}: step {step} was not reached")
+
+
+def wait_for_path(path: Path) -> None:
+    """Until it is there."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def wait_for(path: Path, text: str) -> None:
@@ -196,34 +204,40 @@ def full_disk(child: Child) -> Iterator[None]:
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, free)
 
 
-def test_run_on_a_full_disk_says_so_and_goes_on(undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path) -> None:
-    config = named(undisturbed, "full")
+@pytest.mark.parametrize(("kind", "suffix"), [("file", "pth.tar"), ("sharded", "dcp")])
+def test_run_on_a_full_disk_says_so_and_goes_on(
+    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, kind: str, suffix: str
+) -> None:
+    config = named(undisturbed, f"full_{kind}", kind)
     child = zygote.start(arguments(config, tmp_path), tmp_path)
     wait_for_step(config.run_dir, 3)
+    wait_for_path(config.run_dir / "checkpoints" / f"last.{suffix}")
     with full_disk(child):
         wait_for(config.run_dir / "logs" / "train.log", "cannot be written")
-        assert load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["step"] >= 2
+        assert load_checkpoint(config.run_dir / "checkpoints" / f"last.{suffix}")["step"] >= 2
     finished = child.wait(60)
     assert finished.status == 0, finished.stderr
-    assert re.search(r"checkpoint_\w+\.pth\.tar: cannot be written \(File too large\).*training goes on", finished.stderr)
+    assert re.search(rf"checkpoint_\w+\.{suffix}: cannot be written \(.*File too large.*training goes on", finished.stderr)
     assert "Traceback" not in finished.stderr
     assert_same_run(config.run_dir, undisturbed)
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("file", "pth.tar"), ("sharded", "dcp")])
 @pytest.mark.parametrize("flags", [("--set", "training.stop_when_save_fails=true"), ()])
 def test_run_that_cannot_be_saved_stops_with_its_old_checkpoints(
-    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, flags: tuple[str, ...]
+    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, flags: tuple[str, ...], kind: str, suffix: str
 ) -> None:
     """At once when configured so; at its end in any case."""
-    config = named(undisturbed, f"unsaved{len(flags)}")
+    config = named(undisturbed, f"unsaved_{kind}{len(flags)}", kind)
     child = zygote.start(arguments(config, tmp_path, *flags), tmp_path)
     wait_for_step(config.run_dir, 3)
+    wait_for_path(config.run_dir / "checkpoints" / f"last.{suffix}")
     with full_disk(child):
         stopped = child.wait(60)
     assert stopped.status == 2
     assert stopped.stderr.splitlines()[-1].startswith("error: ")
-    assert "cannot be written (File too large)" in stopped.stderr.splitlines()[-1]
-    assert load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["step"] >= 2
+    assert re.search(r"cannot be written \(.*File too large", stopped.stderr.splitlines()[-1])
+    assert load_checkpoint(config.run_dir / "checkpoints" / f"last.{suffix}")["step"] >= 2
     assert not list((config.run_dir / "checkpoints").glob(".*"))
     finished = zygote.run(arguments(config, tmp_path), tmp_path)
     assert finished.status == 0, finished.stderr

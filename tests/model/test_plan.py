@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from conftest import ConfigFactory
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.loader import build_preprocessor
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.model import plan as planning
@@ -231,3 +231,37 @@ def test_small_model_is_not_followed_at_the_start_of_a_run(tiny_config: ConfigFa
     assert run_plan(tiny_config(), CPU).step is None
     monkeypatch.setattr(planning, "available_bytes", lambda: 10**8)
     assert run_plan(tiny_config(), CPU).step is not None
+
+
+def test_shards_divide_what_stands_and_leave_what_passes(tiny_config: ConfigFactory) -> None:
+    """With published sizes; a whole model and its shards hold the same, on as many processes."""
+    architecture = known_architecture("google/paligemma-3b-pt-224")
+    assert architecture is not None
+    config = tiny_config({"data.batch_size": 64, f"{VLM}.dtype": "bfloat16", f"{VLM}.activation_checkpointing": True})
+    sharded = config_from_dict(config.model_dump(mode="json"), {"training.parallel": "fsdp"})
+    grouped = config_from_dict(config.model_dump(mode="json"), {"training.parallel": "hsdp"})
+    whole, shards, groups = (
+        plan_memory(each, architecture.to_dict(), GPU, 80e9, processes=16, on_machine=8) for each in (config, sharded, grouped)
+    )
+    assert (whole.shards, shards.shards, groups.shards) == (1, 16, 8)
+    assert shards.standing == pytest.approx(whole.standing / 16)
+    assert groups.standing == pytest.approx(whole.standing / 8)
+    assert shards.gathered == groups.gathered > 2 * 257216 * 2048  # the table of tokens, in float32
+    assert shards.step is not None
+    assert whole.step is not None
+    assert shards.step < whole.step / 2  # neither gradients nor autocast's copies of weights add up
+    assert "training.parallel: fsdp" in with_remedies(whole).table()
+    offloaded = config_from_dict(sharded.model_dump(mode="json"), {"training.cpu_offload": True})
+    plan = plan_memory(offloaded, architecture.to_dict(), GPU, 80e9, processes=16, on_machine=8)
+    assert plan.host == plan.standing
+    assert plan.total < shards.total
+    assert "of this in the machine's memory" in plan.table()
+
+
+def test_selective_recomputation_holds_between_all_and_nothing(tiny_config: ConfigFactory) -> None:
+    steps = [
+        planned(tiny_config({f"{VLM}.activation_checkpointing": how}, cameras=2)).step for how in (True, "selective", False)
+    ]
+    assert None not in steps
+    assert steps == sorted(steps, key=lambda step: step or 0)
+    assert len(set(steps)) == 3

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_path", required=True, help="YAML configuration")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device to plan for (default: a GPU if --memory_gb is given)")
     parser.add_argument("--memory_gb", type=float, help="memory of that device (default: what is left on this machine's)")
-    parser.add_argument("--nproc", type=positive, default=1, help="training processes, which share the batch")
+    parser.add_argument("--nproc", type=positive, default=1, help="training processes of all machines, which share the batch")
+    parser.add_argument("--nproc_per_machine", type=positive, help="of these on one machine (default: all, at most 8)")
     parser.add_argument("--model_path_override", help="backbone: hub id or folder")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the configuration")
 
@@ -38,6 +39,7 @@ def main(args: argparse.Namespace) -> int:
     if published:
         name = config.model.vlm_config.model_name_or_path
         sys.stdout.write(f"{name} is not here; planned with its published sizes\n")
-    plan = with_remedies(plan_memory(config, architecture, device, available, args.nproc))
+    on_machine = args.nproc_per_machine or min(args.nproc, 8)
+    plan = with_remedies(plan_memory(config, architecture, device, available, args.nproc, on_machine))
     sys.stdout.write(plan.table() + "\n")
     return 0 if plan.fits else 1

@@ -8,7 +8,7 @@ shapes but no storage, and what would be alive is counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.model.memory import available_bytes
+from paligemma_vla.model.units import large_tables, layers, matrices
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.preprocess import ImageSpec
 
@@ -57,20 +58,24 @@ class Part:
 class MemoryPlan:
     """Memory of one training process.
 
-    config, architecture, processes, device, available: what was planned, as in `plan_memory`. parts: by name. samples: in one
-    pass. tokens: of context, per sample. activations: most bytes alive in the forward pass; step: most bytes of activations
-    and gradients together in the whole step; both None where they were not counted. remedies: changes that save memory, and
-    the total that each would leave.
+    config, architecture, processes, shards, device, available: what was planned, as in `plan_memory`. parts: by name. samples:
+    in one pass. tokens: of context, per sample. gathered: most bytes of weights in shards that are whole at a time; leaving: of
+    them and of gradients on their way into shards, when activations have gone. activations: most bytes alive in the forward
+    pass; step: most bytes of activations and gradients together in the whole step; both None where they were not counted.
+    remedies: changes that save memory, and the total that each would leave.
     """
 
     config: VLAConfig
     architecture: dict[str, Any]
     processes: int
+    shards: int
     device: str
     available: float | None
     parts: Mapping[str, Part]
     samples: int
     tokens: int
+    gathered: float = 0.0
+    leaving: float = 0.0
     activations: float | None = None
     step: float | None = None
     remedies: Sequence[tuple[str, float]] = ()
@@ -82,9 +87,19 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """Bytes at the worst moment. Gradients come while activations go: the two are not simply added."""
+        """Bytes at the worst moment. Gradients come while activations go: the two are not simply added, unless they leave for
+        their shards at once."""
         gradients = sum(part.gradients for part in self.parts.values())
+        if self.shards > 1:
+            step = max(self.gathered + (self.step or 0), self.leaving + gradients)
+            return max(0, self.standing - gradients - self.host) + step + self.reserve
         return self.standing - gradients + max(gradients, self.step or 0) + self.reserve
+
+    @property
+    def host(self) -> float:
+        """Bytes of them that lie in the machine's memory instead of the device's."""
+        offloaded = self.config.training.cpu_offload and not self.device.startswith("cpu")
+        return self.standing if offloaded else 0.0
 
     @property
     def reserve(self) -> float:
@@ -110,6 +125,10 @@ class MemoryPlan:
             lines.append(f"{what}: not counted")
         else:
             lines.append(f"{what}: {_gb(self.activations)}; with the gradients that replace them at most {_gb(self.step)}")
+        if self.shards > 1:
+            lines.append(f"1/{self.shards} of the model on each process; gathered at a time: {_gb(self.gathered)}")
+        if self.host:
+            lines.append(f"of this in the machine's memory, for each process: {_gb(self.host)}")
         if self.reserve:
             lines.append(f"driver and allocator: {_gb(self.reserve)}")
         left = "" if self.available is None else f" of {_gb(self.available)} on {self.device}"
@@ -133,52 +152,63 @@ def plan_memory(
     device: torch.device,
     available: float | None,
     processes: int = 1,
+    on_machine: int = 1,
     follow: bool = True,
 ) -> MemoryPlan:
     """The plan of `config` on a backbone of `architecture` (its config.json as a dictionary).
 
-    device: may be one that is not here. available: bytes it has left, None where that is unknown. processes: of the whole run.
-    follow: count activations too, which takes a second or two.
+    device: may be one that is not here. available: bytes it has left, None where that is unknown. processes: of the whole run,
+    on_machine: of one machine. follow: count activations too, which takes a second or two.
     """
+    shards = config.training.processes_per_copy(processes, on_machine)
     model = _without_storage(config, architecture, device)
     samples = -(-config.data.batch_size // (processes * config.training.gradient_accumulation_steps))
     side, patch = (int(architecture["vision_config"][name]) for name in ("image_size", "patch_size"))
     tokens = config.model.vlm_config.cameras * (side // patch) ** 2 + config.data.prompt_max_len
-    parts = _count(model, config)
-    peaks = _follow_a_step(model, config, samples, tokens, side) if follow else (None, None)
-    return MemoryPlan(config, architecture, processes, str(device), available, parts, samples, tokens, *peaks)
+    parts = _count(model, config, shards)
+    whole = _hold_as_gathered(model) if shards > 1 else (0.0, 0.0)
+    peaks = _follow_a_step(model, config, samples, tokens, side, shards > 1) if follow else (None, None)
+    return MemoryPlan(config, architecture, processes, shards, str(device), available, parts, samples, tokens, *whole, *peaks)
 
 
 def with_remedies(plan: MemoryPlan) -> MemoryPlan:
     """The plan with activations, and with what each change that saves memory would make of it, the gentlest first."""
 
     def planned(config: VLAConfig) -> MemoryPlan:
-        return plan_memory(config, plan.architecture, torch.device(plan.device), plan.available, plan.processes)
+        device = torch.device(plan.device)
+        return plan_memory(config, plan.architecture, device, plan.available, plan.processes, plan.shards)
 
     whole = plan if plan.step is not None else planned(plan.config)
-    totals = [(text, planned(changed).total) for text, changed in _changes(plan.config)]
+    totals = [(text, planned(changed).total) for text, changed in _changes(plan)]
     return replace(whole, remedies=[(text, total) for text, total in totals if total < WORTHWHILE * whole.total])
 
 
-def plan_run(config: VLAConfig, architecture: dict[str, Any], device: torch.device, processes: int) -> MemoryPlan:
-    """The plan of a run that is about to begin, against the memory that is left here.
+def plan_run(
+    config: VLAConfig, architecture: dict[str, Any], device: torch.device, processes: int, on_machine: int = 1
+) -> MemoryPlan:
+    """The plan of a run that is about to begin, against the memory that is left here. processes, on_machine: see `plan_memory`.
 
     The step is followed only where the model takes more than a small share of that: it takes a second.
     Raises `ConfigError` when weights, gradients and optimiser alone exceed what there is.
     """
     available = device_memory(device)
-    plan = plan_memory(config, architecture, device, available, processes, follow=False)
-    _check_standing(plan, None if device.type == "cpu" else available_bytes())
+    if available is not None and device.type == "cpu":
+        available /= on_machine
+    plan = plan_memory(config, architecture, device, available, processes, on_machine, follow=False)
+    _check_standing(plan, on_machine, None if device.type == "cpu" else available_bytes())
     if available is not None and plan.standing < SMALL_SHARE * available:
         return plan
-    return plan_memory(config, architecture, device, available, processes)
+    return plan_memory(config, architecture, device, available, processes, on_machine)
 
 
-def _check_standing(plan: MemoryPlan, host_available: float | None) -> None:
-    """host_available: bytes this machine has left, in which the weights are made before they go to a GPU."""
-    weights = sum(part.weights for part in plan.parts.values())
+def _check_standing(plan: MemoryPlan, on_machine: int, host_available: float | None) -> None:
+    """host_available: bytes this machine has left, in which each process makes all weights before they go to a GPU."""
+    weights = plan.shards * sum(part.weights for part in plan.parts.values())
     where = "this machine" if plan.device.startswith("cpu") else plan.device
-    for name, needed, available in [(where, plan.standing, plan.available), ("this machine", weights, host_available)]:
+    for name, needed, available in [
+        (where, plan.standing - plan.host, plan.available),
+        ("this machine", on_machine * (weights + plan.host), host_available),
+    ]:
         if available is not None and needed > available:
             biggest = max(plan.parts, key=lambda part: plan.parts[part].total)
             key, remedy = _REMEDIES.get(biggest, _REMEDIES[""])
@@ -196,7 +226,8 @@ def device_memory(device: torch.device) -> float | None:
     return available_bytes() if device.type == "cpu" else None
 
 
-def _changes(config: VLAConfig) -> list[tuple[str, VLAConfig]]:
+def _changes(plan: MemoryPlan) -> list[tuple[str, VLAConfig]]:
+    config = plan.config
     vlm, training = config.model.vlm_config, config.training
     learns = vlm.lora is None and not (vlm.freeze_vision_tower and vlm.freeze_language_model)
     halved = 2 * training.gradient_accumulation_steps
@@ -216,8 +247,22 @@ def _changes(config: VLAConfig) -> list[tuple[str, VLAConfig]]:
             f"training.gradient_accumulation_steps: {halved}",
             {"training.gradient_accumulation_steps": halved},
         ),
+        (
+            training.parallel == "ddp" and plan.processes > 1 and config.optimizer.type == "adamw",
+            "training.parallel: fsdp",
+            {"training.parallel": "fsdp"},
+        ),
+        (
+            training.parallel != "ddp" and not training.cpu_offload and not plan.device.startswith("cpu"),
+            "training.cpu_offload: true",
+            {"training.cpu_offload": True},
+        ),
         (vlm.dtype == "float32", "model.vlm_config.dtype: bfloat16", {"model.vlm_config.dtype": "bfloat16"}),
-        (config.optimizer.type == "adamw", "optimizer.type: adamw_8bit", {"optimizer.type": "adamw_8bit"}),
+        (
+            config.optimizer.type == "adamw" and training.parallel == "ddp",
+            "optimizer.type: adamw_8bit",
+            {"optimizer.type": "adamw_8bit"},
+        ),
         (
             learns and not vlm.freeze_vision_tower,
             "model.vlm_config.freeze_vision_tower: true",
@@ -251,19 +296,19 @@ def _without_storage(config: VLAConfig, architecture: dict[str, Any], device: to
     return model
 
 
-def _count(model: VLAModel, config: VLAConfig) -> dict[str, Part]:
+def _count(model: VLAModel, config: VLAConfig, shards: int) -> dict[str, Part]:
     parts = {name: Part() for name in PARTS}
     for name, parameter in model.named_parameters():
         part, count = parts[_part_of(name)], parameter.numel()
         part.parameters += count
-        part.weights += parameter.nbytes
+        part.weights += parameter.nbytes / shards
         if parameter.requires_grad:
             in_8_bits = config.optimizer.type == "adamw_8bit" and count >= SMALLEST_8BIT
             part.learning += count
-            part.gradients += FLOAT32 * count
-            part.optimizer += (MOMENTS_8BIT if in_8_bits else MOMENTS) * count
+            part.gradients += FLOAT32 * count / shards
+            part.optimizer += (MOMENTS_8BIT if in_8_bits else MOMENTS) * count / shards
             if config.training.ema_decay:
-                part.average += 2 * FLOAT32 * count  # while it is validated, the weights it stands in for are kept
+                part.average += 2 * FLOAT32 * count / shards  # while it is validated, the weights it stands in for are kept
     return {name: part for name, part in parts.items() if part.parameters}
 
 
@@ -277,10 +322,42 @@ def _part_of(name: str) -> str:
     return "language model" if ".language_model." in name else "rest of backbone"
 
 
+def _hold_as_gathered(model: VLAModel) -> tuple[float, float]:
+    """Turn the matrices of layers to the type they are gathered in; returns `MemoryPlan.gathered` and `.leaving`."""
+    units = layers(model)
+    for layer in units:
+        for module in matrices(layer):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(model.arithmetic.dtype)
+    tables = large_tables(model)
+    apart = {parameter for unit in [*units, *tables] for parameter in unit.parameters()}
+    rest = [parameter for parameter in model.parameters() if parameter not in apart]
+    largest = max((_bytes(unit.parameters()) for unit in units), default=0)
+    summed = max((_sums(unit.parameters()) for unit in units), default=0)
+    table = max((_bytes(unit.parameters()) for unit in tables), default=0)
+    summed_table = max((_sums(unit.parameters()) for unit in tables), default=0)
+    # A layer, the next one, and that one's message; in the end a table, its gradient, and the sum of that, may be more.
+    gathered = _bytes(rest) + table + 4 * largest + summed
+    leaving = _bytes(rest) + _sums(rest) + max(2 * largest + 2 * summed, table + 2 * summed_table)
+    return float(gathered), float(leaving)
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def _sums(parameters: Iterable[Tensor]) -> int:
+    """Bytes of their gradients as they are summed."""
+    return sum(FLOAT32 * parameter.numel() for parameter in parameters if parameter.requires_grad)
+
+
 def _follow_a_step(
-    model: VLAModel, config: VLAConfig, samples: int, tokens: int, side: int
+    model: VLAModel, config: VLAConfig, samples: int, tokens: int, side: int, in_shards: bool
 ) -> tuple[float, float] | tuple[None, None]:
-    """Most bytes alive beyond weights and batch, in a forward pass and in the whole step; None if it cannot be followed."""
+    """Most bytes alive beyond weights and batch, in a forward pass and in the whole step; None if it cannot be followed.
+
+    in_shards: gradients of layers and large tables go as soon as they are there.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, and needed for large models only
 
     head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
@@ -289,6 +366,11 @@ def _follow_a_step(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             _give_shapes(model)
+            if in_shards:
+                for unit in [*layers(model), *large_tables(model)]:
+                    for parameter in unit.parameters():
+                        if parameter.requires_grad:
+                            parameter.register_post_accumulate_grad_hook(_let_go)
             images = [torch.empty(samples, 3, side, side, dtype=torch.uint8) for _ in range(cameras)]
             batch: dict[str, Any] = {
                 "image_1_batch": images[0],
@@ -312,6 +394,10 @@ def _follow_a_step(
             return forward, float(alive.peak)
     except Exception:  # of any kind: a backbone or head of the user's own may ask what shapes alone cannot answer
         return None, None
+
+
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _give_shapes(model: nn.Module) -> None:

@@ -22,10 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from paligemma_vla.config import TrainingConfig
 from paligemma_vla.errors import ConfigError
+from paligemma_vla.model.units import large_tables, layers, others
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.training.distributed import Distributed, stand_alone
-
-LARGE_TABLE = 2**20  # numbers; a smaller table is not worth a message of its own
 
 
 class Parallel(ABC):
@@ -103,9 +102,8 @@ class Sharded(Parallel):
         computed = model.arithmetic.dtype
         as_computed = as_held if computed is torch.float32 else replace(as_held, param_dtype=computed)
         for layer in layers(model):
-            others = [module for module in layer.modules() if not _is_matrix(module) and _own_parameters(module)]
-            if others and as_computed != as_held:
-                fully_shard(others, mp_policy=as_held, **shared)
+            if as_computed != as_held and (norms := others(layer)):
+                fully_shard(norms, mp_policy=as_held, **shared)
             fully_shard(layer, mp_policy=as_computed, **shared)
         for table in large_tables(model):
             fully_shard(table, mp_policy=as_held, **shared)
@@ -130,28 +128,6 @@ def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig) 
     return Replicated(model, distributed) if settings.parallel == "ddp" else Sharded(model, distributed, settings)
 
 
-def layers(model: VLAModel) -> list[nn.Module]:
-    """What is gathered one by one: the layers of the backbone.
-
-    The head stays gathered through the step, with the little that is left: sampling passes through it once per Euler step.
-    """
-    return [layer for module in model.paligemma_vlm.modules() if isinstance(module, nn.ModuleList) for layer in module]
-
-
-def large_tables(model: VLAModel) -> list[nn.Module]:
-    """Tables of tokens: looked up once, they need not stay gathered."""
-    tables = [module for module in model.paligemma_vlm.modules() if isinstance(module, nn.Embedding)]
-    return [table for table in tables if table.weight.numel() >= LARGE_TABLE]
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
-
-
-def _own_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
-
-
 def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh:
     """The processes in one line (fsdp), or as (replicas, shards) (hsdp). Raises `ConfigError` where groups do not come out."""
     kind, world = distributed.device.type, distributed.world_size
@@ -162,11 +138,9 @@ def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh
 
 
 def group_size(settings: TrainingConfig, distributed: Distributed) -> int:
-    """How many processes hold one model together. Raises `ConfigError` where they are no part of all processes."""
+    """How many processes hold one model together. Raises `ConfigError` where they do not come out even."""
     world = distributed.world_size
-    if settings.parallel != "hsdp":
-        return world if settings.parallel == "fsdp" else 1
-    group = settings.shard_processes or distributed.local_world_size
+    group = settings.processes_per_copy(world, distributed.local_world_size)
     if world % group:
         raise ConfigError(
             f"training.shard_processes: got {group}, expected a divisor of the {world} processes; give one of "

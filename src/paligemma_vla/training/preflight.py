@@ -128,7 +128,8 @@ def _survey(
             architecture = read_architecture(config.model.vlm_config)
     if architecture is not None:
         with faults.gathered():
-            found.plan = plan_run(config, architecture, distributed.device, distributed.world_size)
+            processes = distributed.world_size, distributed.local_world_size
+            found.plan = plan_run(config, architecture, distributed.device, *processes)
     with faults.gathered():
         found.indices, found.held_out = _index_once(config, distributed)
     if found.indices:
@@ -160,7 +161,7 @@ def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[Episo
     sources = [config.data.train_parquet_files, config.data.val_parquet_files or []]
     if all(is_url(path) for source in sources for path in source_paths(source)):
         return distributed.agree(partial(_index, config))
-    with distributed.first_here():  # the others find its index on the disk
+    with distributed.first_here():  # the others find the index in the cache
         return _index(config)
 
 

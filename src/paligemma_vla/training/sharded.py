@@ -6,6 +6,7 @@ gets its name when all of it is there. What was saved by any number of processes
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
@@ -89,6 +90,8 @@ class ShardedWriter:
     def __init__(self, timeout_group: dist.ProcessGroup | None) -> None:
         self._group = timeout_group
         self._rank = dist.get_rank(timeout_group) if timeout_group is not None else 0
+        # Also from DCP's own thread, for one process alone.
+        warnings.filterwarnings("ignore", ".*torch.distributed is disabled", UserWarning)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -99,16 +102,12 @@ class ShardedWriter:
         """
         assert self._pending is None
         tensors, record = split(payload)
+        record = copy.deepcopy(record)  # written in a while, when training has gone on
         temporary = path.with_name(f".{path.name}.tmp")
         if self._rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what a failed save left; no other process writes before the plan
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch.distributed is disabled")
-            copied = async_save(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-                process_group=self._group,
-            )
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        copied = async_save(tensors, storage_writer=writer, process_group=self._group)
         assert isinstance(copied, Future)
         self._pending = self._thread.submit(self._complete, copied, temporary, path, record, completed)
 
@@ -147,6 +146,8 @@ class ShardedWriter:
                 faults = [f"{path}: cannot be completed ({first_line(error)})"]
         faults = self._gather(faults)[0]
         if faults:
+            if self._rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(faults[0])
 
     def _gather(self, value: Any) -> list[Any]:
@@ -199,7 +200,7 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], group: dist.ProcessGro
                 process_group=group,
                 no_dist=group is None,
             )
-    except Exception as error:  # of any kind: what DCP and safetensors raise for files that do not fit has no common base
+    except (CheckpointException, Exception) as error:  # of any kind: what DCP and safetensors raise has no common base
         raise CheckpointError(f"{folder}: does not fit ({_reason(error)})") from error
 
 
