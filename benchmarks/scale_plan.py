@@ -2,7 +2,7 @@
 
 Every figure is a unit cost times a count. Unit costs of the program itself are measured here (`scale_units.py`); what this
 machine cannot tell (GPUs, network, store, failures) is assumed, says where it is from, and can be changed. `--again` computes
-with the unit costs of the last measurement.
+with the unit costs of the last measurement. Without `--set` the tables of docs/deploy.md are replaced.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.scale_units import measure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scale_plan.json"
+DOCUMENT = ROOT / "docs" / "deploy.md"
 CONFIG = ROOT / "configs" / "vla_config_ddp.yaml"
 MODEL = "google/paligemma-3b-pt-224"
 KEYS_PER_LISTING = 1000  # of an answer to ListObjectsV2
@@ -348,6 +349,15 @@ def assumption_table(given: Mapping[str, float]) -> str:
     return "\n".join(lines + [f"| `{name}` | {short(value)} | {SOURCES[name]} |" for name, value in given.items()])
 
 
+def put_into_document(*tables: str) -> None:
+    """Replace the tables with the same heads in docs/deploy.md."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for new in tables:
+        begin = text.index(new.partition("\n")[0])
+        text = text[:begin] + new + text[text.index("\n\n", begin) :]
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [field.name for field in fields(Assumptions)]
@@ -371,10 +381,12 @@ def main() -> None:
         result = {**environment("python -m benchmarks.scale_plan"), "load": load, "units": measured}
     units = {**result["units"], **model_units(given), **other_benchmarks()}
     figures = plan(given, units)
-    print(assumption_table(asdict(given)), table(figures), sep="\n\n")
+    tables = assumption_table(asdict(given)), table(figures)
+    print(*tables, sep="\n\n")
     result |= {"assumptions": asdict(given), "units": units, "figures": [asdict(each) for each in figures]}
     if not args.set:
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        put_into_document(*tables)
 
 
 if __name__ == "__main__":

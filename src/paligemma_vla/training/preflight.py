@@ -158,8 +158,8 @@ def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[Episo
 
     Disks are looked at from each machine, whose files may be copies with dates of their own.
     """
-    sources = [config.data.train_parquet_files, config.data.val_parquet_files or []]
-    if all(is_url(path) for source in sources for path in source_paths(source)):
+    places = source_paths(config.data.train_parquet_files) + source_paths(config.data.val_parquet_files or [])
+    if all(map(is_url, places)):
         return distributed.agree(partial(_index, config))
     with distributed.first_here():  # the others find the index in the cache
         return _index(config)
