@@ -1,18 +1,25 @@
-"""Loading: samples a second of one process, two 224 px cameras, decoding, augmentation and tokens included; and indexing."""
+"""Loading: samples a second of one process in both ways of reading, two 224 px cameras, decoding, augmentation and tokens
+included; and indexing."""
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from benchmarks.common import Row, best_seconds, demo_config, write_episodes
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import VLADataset, batches, build_loader
-from paligemma_vla.data.sampling import RunSampler, SampleOrder
+from paligemma_vla.data.sampling import RunSampler
 from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.data.stream_loader import run_batches
 from paligemma_vla.model.tiny import TinySpec
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.preflight import prepare
 
 BATCH, STEPS = 32, 12
+NAMES = {"random": "loader, 2 cameras at 224 px", "streamed": "loader, 2 cameras at 224 px, streamed"}
 
 
 def measure() -> list[Row]:
@@ -20,17 +27,23 @@ def measure() -> list[Row]:
         folder = Path(name)
         write_episodes(folder / "episodes", episodes=60, length=100, side=224, cameras=2, state_dim=14, action_dim=14)
         spec = TinySpec(image_size=224, patch_size=14, width=32, vision_layers=1, text_layers=1, heads=2)
-        config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH)
-        dataset = VLADataset(str(folder / "episodes"), str(folder / "backbone"), config, training=True)
-        order = SampleOrder([len(dataset)], None, BATCH, seed=0)
+        streams = {}
+        for reading in ("random", "streamed"):
+            config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH, data__reading=reading)
+            _, data, _ = prepare(config, Distributed(0, 1, torch.device("cpu")))
+            sampler = RunSampler(data.order, 0, STEPS, 0, 1, 1)
+            streams[reading] = partial(run_batches, data.train, sampler, config, pin_memory=False)
 
-        def load() -> None:
-            for _ in batches(build_loader(dataset, RunSampler(order, 0, STEPS, 0, 1, 1), config, pin_memory=False)):
+        def load(reading: str) -> None:
+            for _ in streams[reading]():
                 pass
 
-        rows = len(dataset)
+        rows = len(data.train)
         return [
-            Row("loader, 2 cameras at 224 px", BATCH * STEPS / best_seconds(load, 3), "samples/s per process", "higher"),
+            *(
+                Row(name, BATCH * STEPS / best_seconds(partial(load, reading), 3), "samples/s per process", "higher")
+                for reading, name in NAMES.items()
+            ),
             Row("index", rows / best_seconds(lambda: EpisodeIndex.build(str(folder / "episodes"))), "rows/s", "higher"),
             Row(
                 "statistics, 14 + 14 dimensions",

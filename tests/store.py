@@ -22,18 +22,20 @@ from typing import Any
 import pytest
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+REFUSALS = {"unavailable": (503, "SlowDown"), "denied": (403, "InvalidAccessKeyId")}
 PIECE = 16384
 HOP_BY_HOP = {"connection", "content-length", "date", "expect", "server", "transfer-encoding"}
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What happens to requests. latency: seconds before each answer. unavailable, cut, short: shares of requests that get a
-    503, a connection that closes in mid-body, and half of the bytes as if they were all. bytes_per_second: of each answer."""
+    """What happens to requests. latency: seconds before each answer. unavailable, denied, cut, short: shares of requests that
+    get a 503, a 403, a connection that closes in mid-body, and half of the bytes as if they were all. bytes_per_second: of
+    each answer."""
 
     latency: float = 0.0
     unavailable: float = 0.0
+    denied: float = 0.0
     cut: float = 0.0
     short: float = 0.0
     bytes_per_second: float | None = None
@@ -109,7 +111,7 @@ class Store:
         with self._lock:
             self.requests[method] += 1
             place, faults = self._random.random(), self.faults
-        for name in ("unavailable", *(("cut", "short") if method == "GET" else ())):
+        for name in ("unavailable", "denied", *(("cut", "short") if method == "GET" else ())):
             share: float = getattr(faults, name)
             if place < share:
                 return name
@@ -139,8 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         fault = store.draw(method)
         time.sleep(store.faults.latency)
-        if fault == "unavailable":
-            self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+        if fault in REFUSALS:
+            status, code = REFUSALS[fault]
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as the test asked</Message></Error>"
+            self._answer(status, {"Content-Type": "application/xml"}, body.encode())
             return
         upstream = http.client.HTTPConnection(*store.upstream)
         passed_on = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from paligemma_vla.reaching import reach
 from paligemma_vla.storage import NATIVE, file_system, is_url, native_system
 
 MARKS = (0xA5, 0x5A)
+Range = tuple[int, int]  # offset, and the first byte after it
 FETCHED = 2**23  # bytes of one request, where a file is copied
 
 
@@ -41,6 +43,9 @@ class ByteSource(ABC):
         if not 0 <= offset <= offset + count <= self.size:
             raise StorageError(f"{self.place}: bytes {offset} to {offset + count - 1} were asked for, it has {self.size}")
         return self._read(offset, count) if count else b""
+
+    def expect(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - most sources have no use for it
+        """Announce the ranges that will be read from now on, so that near ones may be fetched together."""
 
     @abstractmethod
     def _read(self, offset: int, count: int) -> bytes: ...

@@ -109,7 +109,7 @@ class ActionsConfig(Section):
 
 
 class DataConfig(Section):
-    train_parquet_files: ParquetFiles = Field(description="File, folder, glob, list of these, or [{path, weight}].")
+    train_parquet_files: ParquetFiles = Field(description="File, folder, glob, URL of these, list, or [{path, weight}].")
     val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
     val_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of episodes held out when val_parquet_files is null; 0: no validation."

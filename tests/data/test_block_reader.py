@@ -24,6 +24,7 @@ from paligemma_vla.data import block_files, block_reader
 from paligemma_vla.data.block_files import BlockFiles
 from paligemma_vla.data.block_reader import BlockReader
 from paligemma_vla.data.blocks import Blocks, cut_blocks, pool_bytes
+from paligemma_vla.data.byte_file import HOLE
 from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, RowReader
 from paligemma_vla.errors import DataError
@@ -166,7 +167,7 @@ def test_what_is_large_and_not_wanted_is_left_out(tmp_path: Path, reads: Reads, 
     reads.clear()
     reader.group_of(0, 3)
     blocks = sorted(read[1:] for read in reads)[:-1]  # the footer is the last
-    if 10 * picture < block_files.GAP:
+    if 10 * picture < HOLE:
         assert len(blocks) == 1
         return
     assert len(blocks) == 3  # before, between and after the depth of two row groups

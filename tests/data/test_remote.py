@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -111,7 +112,8 @@ def test_every_sample_through_a_failing_store_is_that_of_the_disk(
 
 def test_loader_workers_read_from_a_store(store: Store, two_camera_dataset: VLADataset, session_config: ConfigFactory) -> None:
     config = session_config({"data.num_workers": 2}, cameras=2)
-    remote = VLADataset(store.url("two"), two_camera_dataset.preprocessor, config)
+    # Complete, since workers come from a process that may have been started before the store was.
+    remote = VLADataset(store.complete_url("two"), two_camera_dataset.preprocessor, config)
     order = SampleOrder([len(remote)], None, 16, seed=0)
 
     def positions(dataset: VLADataset, config: VLAConfig) -> list[Any]:
@@ -235,6 +237,23 @@ def test_object_that_is_replaced_in_mid_run_is_refused(
     assert EpisodeIndex.build(store.upload(tmp_path / "a", "replaced")).fingerprint == index.fingerprint
 
 
+def test_object_that_is_replaced_by_one_that_reads_as_well_is_found_after_a_while(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = columns((8,))
+    path = Path(write(tmp_path / "x.parquet", content, row_group_size=2, compression="none", write_statistics=False))
+    whole = path.read_bytes()
+    store.put("quiet/x.parquet", whole)
+    reader = EpisodeReader(EpisodeIndex.build(store.url("quiet")), 1, 2**20)
+    reader.group_of(0, 0)
+    place = whole.index(content["image_1_bytes"][7])
+    store.put("quiet/x.parquet", whole[:place] + b"?" + whole[place + 1 :])
+    reader.group_of(0, 2)  # a store is not asked before every read
+    monkeypatch.setattr(episode_file, "TRUSTED_SECONDS", 0.0)
+    with pytest.raises(DataError, match="changed since it was indexed"):
+        reader.group_of(0, 6)
+
+
 def test_store_that_stays_away_ends_in_one_error_within_the_patience(
     store: Store, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +286,14 @@ def test_what_is_not_there_is_one_message(store: Store, capfd: Any, place: str, 
     assert place.removeprefix("lerobot:") in error
     assert error.startswith("error: ")
     assert re.search(message, error)
+    assert "again in" not in error
+
+
+def test_credentials_that_a_store_refuses_are_one_message(store: Store, capfd: Any) -> None:
+    with store.failing(Faults(denied=1.0)):
+        status, out, error = call(capfd, "data", "info", store.url("two"))
+    assert (status, out) == (2, "")
+    assert re.match(r"error: s3://robot-data/two: its files: cannot be reached \(.*INVALID_ACCESS_KEY_ID.*; check", error)
     assert "again in" not in error
 
 
@@ -303,12 +330,13 @@ def test_weighted_sources_behind_urls_train_as_from_the_disk(
 ) -> None:
     paths = sorted(map(str, episode_dir.glob("*.parquet")))
     runs = {}
-    for name, places in (
-        ("local", paths[:2]),
-        ("remote", [store.complete_url(f"one/{Path(path).name}") for path in paths[:2]]),
-    ):
-        sources = [{"path": place, "weight": weight} for place, weight in zip(places, (1.0, 2.5), strict=True)]
-        config = tiny_config({"data.train_parquet_files": sources, "training.experiment_name": name})
+    for name, places in (("local", paths), ("remote", [store.complete_url(f"one/{Path(path).name}") for path in paths])):
+        *training, validation = places
+        data = {
+            "data.train_parquet_files": [{"path": place, "weight": n + 0.5} for n, place in enumerate(training)],
+            "data.val_parquet_files": validation,
+        }
+        config = tiny_config({**data, "training.experiment_name": name})
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
         with store.failing(Faults(unavailable=0.05, latency=0.001)):
             result = zygote.run(["train", "--config_path", f"{name}.yaml", "--device", "cpu"], tmp_path)
@@ -317,12 +345,40 @@ def test_weighted_sources_behind_urls_train_as_from_the_disk(
     assert runs["remote"] == runs["local"]
 
 
+def test_statistics_and_evaluation_take_urls(
+    store: Store, checkpoint: Path, tiny_config: ConfigFactory, tmp_path: Path, two_camera_dir: Path, capfd: Any
+) -> None:
+    (tmp_path / "c.yaml").write_text(tiny_config(cameras=2).to_yaml())
+    written = []
+    for name, place in (("local", str(two_camera_dir)), ("remote", store.url("two"))):
+        output = tmp_path / f"{name}.json"
+        arguments = ["--config_path", tmp_path / "c.yaml", "--train_data_override", place, "--output_path", output]
+        assert call(capfd, "stats", *arguments)[0] == 0
+        statistics = json.loads(output.read_text())
+        assert len(statistics.pop("datasets")) == len(list(two_camera_dir.glob("*.parquet")))
+        arguments = [
+            "--checkpoint_path",
+            checkpoint,
+            "--eval_data_path",
+            place,
+            "--output_dir",
+            tmp_path / name,
+            "--max_samples",
+            5,
+        ]
+        status, _, error = call(capfd, "evaluate", *arguments, "--device", "cpu")
+        assert status == 0, error
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        written.append((statistics, metrics["mae"], metrics["velocity_loss"]))
+    assert written[0] == written[1]
+
+
 @pytest.mark.long
 def test_long_campaign_of_every_fault_loses_and_repeats_no_sample(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, session_config: ConfigFactory, two_camera_dataset: VLADataset
 ) -> None:
     monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.01)
-    write_episodes(tmp_path / "long", lengths=tuple(20 + n % 50 for n in range(120)), cameras=2, per_file=8)
+    write_episodes(tmp_path / "long", lengths=tuple(20 + n % 50 for n in range(60)), cameras=2, per_file=8)
     url = store.upload(tmp_path / "long", "long")
     config = session_config(cameras=2)
     local = VLADataset(str(tmp_path / "long"), two_camera_dataset.preprocessor, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,6 +123,12 @@ def wait_for_save(config: VLAConfig) -> None:
         time.sleep(0.01)
 
 
+def started(config: VLAConfig) -> list[dict[str, Any]]:
+    """The starts that a run has recorded."""
+    path = config.run_dir / "environment.json"
+    return json.loads(path.read_text())["starts"] if path.exists() else []
+
+
 LONG_RUN = {"training.epochs": 2000, "training.validate_every_n_steps": 100_000, "training.save_every_n_epochs": 2000}
 
 
@@ -162,15 +170,21 @@ def test_others_tell_why_a_rank_ended(zygote: Zygote, tiny_config: ConfigFactory
     assert told in results[1 - met].stderr
 
 
-def test_launcher_names_the_rank_that_was_killed(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+def test_launcher_starts_ranks_again_and_names_the_one_that_was_killed(tiny_config: ConfigFactory, tmp_path: Path) -> None:
     config = tiny_config({**LONG_RUN, "training.save_every_n_steps": 1})
-    running = subprocess.Popen(arguments(config, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    wait_for_save(config)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    spawned = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-    os.kill(max(spawned), signal.SIGKILL)
+    command = arguments(config, tmp_path, "--max_restarts", "1")
+    running = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    for start in (1, 2):
+        deadline = time.monotonic() + 90
+        while len(started(config)) < start or not (config.run_dir / "checkpoints" / "last.pth.tar").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        spawned = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+        os.kill(max(spawned), signal.SIGKILL)
     stderr = running.communicate(timeout=60)[1]
     assert running.returncode == 2
+    assert started(config)[1]["step"] > 0  # it went on by itself
     assert "rank 1 " in next(line for line in stderr.splitlines() if line.startswith("error: ")), stderr
     assert "Traceback" not in stderr
 

@@ -24,7 +24,7 @@ LENGTHS = (9, 2, 14, 8)
 SETTINGS = {
     "data.batch_size": 8,
     "training.epochs": 10,
-    "training.validate_every_n_steps": STEPS // 2,
+    "training.validate_every_n_steps": 7,  # nearly half of them find nothing better: no save brings order then
     "training.val_action_samples": 16,
     "training.gradient_accumulation_steps": 2,
     "training.stages": [{"train": "head", "steps": 3}, {"train": "all"}],
@@ -69,6 +69,24 @@ def test_world_size_and_kind_of_parallelism_change_nothing(
     config = whole.another(f"{changes.get('training.parallel', 'ddp')}_{world_size}", changes)
     train_on(whole.zygote, config, world_size, tmp_path)
     assert_same_curve(config, whole.config)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [({}, 8), (FSDP, 8), ({**HSDP, "training.shard_processes": 4}, 8)],
+    ids=["ddp-8", "fsdp-8", "hsdp-2x4"],
+)
+def test_world_size_changes_nothing_over_two_hundred_steps(
+    whole: Whole, tmp_path: Path, changes: dict[str, Any], world_size: int
+) -> None:
+    """Errors of rounding grow with the steps: the bound is the one of 50."""
+    longer = {"training.epochs": 40, "data.batch_size": 16, "training.gradient_accumulation_steps": 1, "data.num_workers": 1}
+    one, many = whole.another("longer", longer), whole.another(f"longer_{len(changes)}", {**longer, **changes})
+    train_on(whole.zygote, one, 1, tmp_path)
+    train_on(whole.zygote, many, world_size, tmp_path)
+    assert_same_curve(many, one)
 
 
 @pytest.mark.parametrize("changes", [{}, FSDP], ids=["ddp", "fsdp"])

@@ -23,7 +23,9 @@ from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.resume import check_same_run
-from support import identical, read_metrics, train_here
+from ranks import train_on
+from support import distance, identical, read_metrics, train_here
+from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
 STREAMED = {"data.reading": "streamed", "data.stream_block_mb": 0.01, "data.stream_window": 2, "training.epochs": 3}
@@ -56,6 +58,21 @@ def test_a_streamed_run_that_was_stopped_goes_on_bit_for_bit(
     assert read_metrics(rest.run_dir) == read_metrics(whole.run_dir)
 
 
+def test_a_streamed_run_of_several_processes_is_that_of_one(tiny_config: ConfigFactory, zygote: Zygote, tmp_path: Path) -> None:
+    """With accumulation, and a last batch that leaves a rank without samples."""
+    settings = {**STREAMED, "data.batch_size": 12, "training.gradient_accumulation_steps": 2}
+    runs = {size: {**settings, "training.experiment_name": f"of_{size}"} for size in (1, 2)}
+    for size, run in runs.items():
+        train_on(zygote, tiny_config(run), size, tmp_path)
+    one, two = (tiny_config(run).run_dir for run in runs.values())
+    lines = [[line for line in read_metrics(folder) if "train/batch_loss" in line] for folder in (one, two)]
+    assert [line["step"] for line in lines[1]] == [line["step"] for line in lines[0]]
+    for got, expected in zip(lines[1], lines[0], strict=True):
+        assert got["train/batch_loss"] == pytest.approx(expected["train/batch_loss"], rel=1e-5)
+    weights = [load_checkpoint(folder / "checkpoints" / "last.pth.tar")["state_dict"].values() for folder in (one, two)]
+    assert distance(weights[1], weights[0]) < 1e-4
+
+
 def test_both_ways_train_on_the_same_samples_of_an_epoch_in_another_order(tiny_config: ConfigFactory) -> None:
     drawn = []
     for reading in ("random", "streamed"):
@@ -66,6 +83,18 @@ def test_both_ways_train_on_the_same_samples_of_an_epoch_in_another_order(tiny_c
         assert isinstance(data.train.reader, BlockReader if reading == "streamed" else EpisodeReader)
     assert drawn[0] != drawn[1]
     assert sorted(drawn[0]) == sorted(drawn[1])
+
+
+def test_what_streaming_takes_is_told_and_that_there_are_few_blocks(
+    tiny_config: ConfigFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = "the data makes 3 blocks, fewer than the 4 samples of a batch"
+    with caplog.at_level("INFO"):
+        for size, told in ((0.01, False), (0.05, True)):
+            caplog.clear()
+            preflight.prepare(tiny_config({**STREAMED, "data.batch_size": 4, "data.stream_block_mb": size}), ALONE)
+            assert "data is streamed in " in caplog.text
+            assert (few in caplog.text) is told
 
 
 def test_the_pool_is_of_the_share_that_a_loader_process_has(tiny_config: ConfigFactory) -> None:

@@ -34,10 +34,10 @@ BAR: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": T
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     info = actions.add_parser("info", help="episodes, steps, cameras, dimensions, instructions")
-    info.add_argument("path", nargs="+", help="files, folders, globs, lerobot:FOLDER")
+    info.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
     info.add_argument("--json", action="store_true", help="print JSON")
     check = actions.add_parser("check", help="find every fault, and list the episodes to leave out")
-    check.add_argument("path", nargs="+", help="files, folders, globs, lerobot:FOLDER")
+    check.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
     check.add_argument("--json", action="store_true", help="print JSON, with every fault")
     check.add_argument("--exclusion_list", default="excluded_episodes.json", metavar="FILE", help="where to write the list")
     check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")

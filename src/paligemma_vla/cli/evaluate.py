@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_policy_arguments(parser, required=True)
     parser.add_argument(
-        "--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders, globs, lerobot:FOLDER"
+        "--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders, globs, URLs, lerobot:FOLDER"
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="O", help="for metrics.json and report.html")
     parser.add_argument("--save_predictions", action="store_true", help="also write predictions.parquet")

@@ -24,7 +24,6 @@ from paligemma_vla.storage import is_url
 OPEN_FILES = 64
 FOOTER_BYTES = 2**26  # footers that are kept, as they are stored: unfolded they would take ten times as much
 FOOTER_GUESS = 2**14, 2**10  # bytes of a footer, and for each row group: asked for at once, which is mostly enough
-GAP = 2**20  # bytes of a block that are read and thrown away rather than asked for apart
 
 
 class _OpenFile:
@@ -75,7 +74,7 @@ class BlockFiles:
             metadata = pq.read_metadata(pa.BufferReader(opened.footer))
             columns = columns_of(metadata.schema.to_arrow_schema().names, self.cameras)
             held = HeldBytes(opened.source)
-            held.expect(column_ranges(metadata, columns, groups), GAP)
+            held.expect(column_ranges(metadata, columns, groups))
             parquet = open_parquet(path, source=held, metadata=metadata)
             for group in groups:
                 with explaining(self.index, file, group):

@@ -178,8 +178,11 @@ class ParquetEpisodes(EpisodeFile):
     def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
         self._expect(columns, range(len(self.bounds) - 1) if group is None else [group])
         if group is None:
-            return self._file.read(columns=list(columns), use_threads=False)
-        return self._file.read_row_group(group, columns=list(columns), use_threads=False)
+            table = self._file.read(columns=list(columns), use_threads=False)
+        else:
+            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+        self._expect((), ())  # what was held is in the table
+        return table
 
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
         self._expect(columns, groups)

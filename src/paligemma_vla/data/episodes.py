@@ -243,10 +243,9 @@ def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str])
     known = load_facts(cache)
     absolute = {path: absolute_name(path) for path in files}
     facts = {path: known[absolute[path]] for path in kept if absolute[path] in known}
-    # A store is waited for, so many are asked at once; a disk's files are work.
-    workers = REQUESTS if any(map(is_url, kept)) else min(REQUESTS, 2 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool:
-        identities = dict(zip(facts, pool.map(identify_file, facts), strict=True))
+    remote = any(map(is_url, kept))  # a store is waited for, so it is asked many things at once; a disk's files are work
+    with ThreadPoolExecutor(REQUESTS if remote else min(REQUESTS, 2 * (os.cpu_count() or 1))) as pool:
+        identities = dict(zip(facts, (pool.map if remote else map)(identify_file, facts), strict=True))
         facts = {path: entry for path, entry in facts.items() if entry.identity == identities[path]}
         missing = [path for path in kept if path not in facts]
         facts.update(zip(missing, pool.map(read_facts, missing), strict=True))

@@ -110,7 +110,9 @@ def file_digest(source: ByteSource, metadata: pq.FileMetaData) -> int:
     footer = source.read_at(source.size - FOOTER_TAIL - length, length)
     digest = hashlib.blake2b(footer, digest_size=8)
     if schema.CONTENT_KEY not in (metadata.metadata or {}):
-        for offset, count in _sampled_blocks(source.size):
+        blocks = _sampled_blocks(source.size)
+        source.expect((offset, offset + count) for offset, count in blocks)
+        for offset, count in blocks:
             digest.update(source.read_at(offset, count))
     return int.from_bytes(digest.digest(), "little")
 

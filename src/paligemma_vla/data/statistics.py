@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.data.checks import no_rotation
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.episodes import REQUESTS, EpisodeIndex
 from paligemma_vla.data.exclusions import ExclusionList, hex_digest
 from paligemma_vla.data.faults import FaultError
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.normalization import Accumulator, DatasetStatistics
 from paligemma_vla.schema import ACTION
+from paligemma_vla.storage import is_url
 
 Floats = NDArray[np.float32]
 BLOCK_ROWS = 65536
@@ -56,7 +57,7 @@ def compute_part(
 ) -> Part:
     """Read some files of an index once, in parallel; the rest as `compute_statistics`."""
     part = Part({}, _accumulators(index, actions))
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(REQUESTS if any(map(is_url, index.paths)) else os.cpu_count()) as pool:
         for file, seen in zip(files, pool.map(partial(_file_statistics, index, actions), files), strict=True):
             state, action = seen
             part.moments[file] = state.without_tails(), action.without_tails()

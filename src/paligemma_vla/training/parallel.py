@@ -11,12 +11,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +46,10 @@ class Parallel(ABC):
     @abstractmethod
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         """For micro-batches of a step before its last one."""
+
+    @abstractmethod
+    def forget_gathered(self) -> None:
+        """After passes without a backward one, and before weights are written to: the next pass gathers them anew."""
 
     def leave(self) -> None:
         """Let go of whatever uses the process group, which must not end before it."""
@@ -80,6 +84,9 @@ class Replicated(Parallel):
         if isinstance(self.module, DistributedDataParallel):
             return self.module.no_sync()
         return contextlib.nullcontext()
+
+    def forget_gathered(self) -> None:
+        pass  # nothing is
 
 
 class Sharded(Parallel):
@@ -121,6 +128,9 @@ class Sharded(Parallel):
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()  # each pass adds to the shards: whole gradients would be what does not fit
+
+    def forget_gathered(self) -> None:
+        cast(FSDPModule, self.model).reshard()
 
 
 def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> Parallel:

@@ -239,6 +239,19 @@ def _block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> Blo
     slots = parts * math.ceil(math.ceil(data.batch_size / (processes * parts)) / max(1, data.num_workers))
     streams = slots + len(_sources(config)) - 1  # a slot may serve more than one source, but all slots few of them
     room = pool_bytes(blocks, streams, data.stream_window, AHEAD)
+    logger.info(
+        "data is streamed in %d blocks of %.3g MB; a loader process keeps up to %.3g MB of them",
+        len(blocks),
+        blocks.nbytes.mean() / 1e6,
+        room / 1e6,
+    )
+    if len(blocks) < data.batch_size:
+        logger.warning(
+            "data.stream_block_mb: the data makes %d blocks, fewer than the %d samples of a batch, so batches repeat places of "
+            "it; lower it, or set data.reading: random",
+            len(blocks),
+            data.batch_size,
+        )
     return BlockReader(index, blocks, config.model.vlm_config.cameras, room)
 
 

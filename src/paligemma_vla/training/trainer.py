@@ -270,7 +270,9 @@ class Trainer:
         if self.data.validation is None:
             return {}
         with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
-            return validate(self.model, self.data.validation, self.config, self.distributed)
+            metrics = validate(self.model, self.data.validation, self.config, self.distributed)
+            self.parallel.forget_gathered()
+        return metrics
 
     def _improved(self, validation: dict[str, Any]) -> bool:
         metric = validation.get(self.config.training.best_metric)
