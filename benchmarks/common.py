@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
+import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -62,6 +65,32 @@ def best_seconds(run: Callable[[], object], repeats: int = 5) -> float:
         run()
         times.append(time.perf_counter() - began)
     return min(times)
+
+
+def alone(stage: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a stage measures in a fresh process, with its wall time and peak memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(stage, arguments, sender))
+    process.start()
+    sender.close()
+    try:
+        measured: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"{stage.__name__}: the process ended with {process.exitcode}") from None
+    process.join()
+    print(stage.__name__, measured, flush=True)
+    return measured
+
+
+def _run(stage: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], sender: Any) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    began = time.perf_counter()
+    measured = stage(*arguments)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sender.send({**measured, "wall_s": round(seconds, 1), "peak_gb": round(peak / 1e9, 2)})
 
 
 def write_episodes(folder: Path, episodes: int, length: int, side: int, cameras: int, state_dim: int, action_dim: int) -> None:

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import environment, write_episodes
+from benchmarks.common import alone, environment, write_episodes
 
 MODELS = ("paligemma-3b-pt-224", "paligemma2-3b-pt-224")
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
@@ -52,38 +48,12 @@ def main() -> None:
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Every stage of one model."""
     write_episodes(folder / "episodes", episodes=2, length=16, side=224, cameras=CAMERAS, state_dim=STATE, action_dim=ACTION)
-    stages: dict[str, Any] = {"write": _alone(write_model, name, folder)}
+    stages: dict[str, Any] = {"write": alone(write_model, name, folder)}
     for run, overrides in (("head_only", HEAD_ONLY), ("lora", {})):
-        stages[f"{run}_training_step"] = _alone(train_one_step, folder, run, overrides)
-        stages[f"{run}_observation"] = _alone(answer, folder, run)
+        stages[f"{run}_training_step"] = alone(train_one_step, folder, run, overrides)
+        stages[f"{run}_observation"] = alone(answer, folder, run)
         shutil.rmtree(folder / "experiments")
     return stages
-
-
-def _alone(stage: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a stage measures in a fresh process, with its wall time and peak memory."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(stage, arguments, sender))
-    process.start()
-    sender.close()
-    try:
-        measured: dict[str, Any] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise SystemExit(f"{stage.__name__}: the process ended with {process.exitcode}") from None
-    process.join()
-    print(stage.__name__, measured, flush=True)
-    return measured
-
-
-def _run(stage: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], sender: Any) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    began = time.perf_counter()
-    measured = stage(*arguments)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sender.send({**measured, "wall_s": round(seconds, 1), "peak_gb": round(peak / 1e9, 2)})
 
 
 def write_model(name: str, folder: Path) -> dict[str, Any]:

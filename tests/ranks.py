@@ -1,11 +1,18 @@
-"""Several training processes that find each other as under a launcher, at the price of a fork each."""
+"""Several training processes that find each other as under a launcher, at the price of a fork each; and what must be the same
+however many they are."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.training.checkpoint import LAST, load_checkpoint
+from support import distance, identical, read_metrics
 from zygote import Child, Result, Zygote
 
 
@@ -42,3 +49,31 @@ def train_on(zygote: Zygote, config: VLAConfig, world_size: int, folder: Path, *
     for rank, result in enumerate(results):
         assert result.status == 0, f"rank {rank}: {result.stderr}"
     return results
+
+
+def last(config: VLAConfig) -> dict[str, Any]:
+    return load_checkpoint(config.run_dir / "checkpoints" / LAST)
+
+
+def assert_same_curve(config: VLAConfig, expected: VLAConfig) -> None:
+    """Losses to 1e-5, all weights together to 1e-4, as everything that follows from the position in the run."""
+    lines = [read_metrics(each.run_dir) for each in (config, expected)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for got, want in zip(*lines, strict=True):
+        assert got.keys() == want.keys()
+        for key in want.keys() & {"train/batch_loss", "train/lr", "val/epoch_loss", "val/action_mae"}:
+            assert got[key] == pytest.approx(want[key], rel=1e-5), (want["step"], key)
+        if "train/grad_norm" in want:
+            assert got["train/grad_norm"] == pytest.approx(want["train/grad_norm"], rel=1e-4)
+    got, want = last(config), last(expected)
+    assert got["state_dict"].keys() == want["state_dict"].keys()
+    assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
+    assert distance(got["ema"]["average"].values(), want["ema"]["average"].values()) < 1e-4
+    for key in ("step", "epoch", "lr_scheduler", "data"):
+        assert identical(got[key], want[key]), key
+    assert got["optimizer"]["param_groups"] == want["optimizer"]["param_groups"]
+    assert distance(*([moments(saved) for saved in (got, want)])) < 1e-3
+
+
+def moments(saved: dict[str, Any]) -> list[torch.Tensor]:
+    return [entry[name] for _, entry in sorted(saved["optimizer"]["state"].items()) for name in ("exp_avg", "exp_avg_sq")]

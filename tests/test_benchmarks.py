@@ -6,7 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+import pytest
+from benchmarks import scale_plan
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -33,6 +37,32 @@ def test_gpu_benchmark_runs_on_the_tiny_model(tmp_path: Path) -> None:
     for kind in ("head only", "LoRA", "full"):
         assert rows[f"training, {kind}, batch 2, 2 cameras"] > 0
         assert rows[f"training, {kind}, batch 2, 2 cameras: planned"] > 0
+
+
+def test_plan_of_a_large_run_follows_from_its_unit_costs_and_stands_in_the_document() -> None:
+    result = json.loads(scale_plan.RESULTS.read_text())
+    given = scale_plan.Assumptions(**result["assumptions"])
+    assert given == scale_plan.Assumptions(), "the shipped plan is of the defaults"
+    figures = scale_plan.plan(given, result["units"])
+    assert [asdict(figure) for figure in figures] == result["figures"]
+    document = (REPOSITORY / "docs" / "deploy.md").read_text()
+    assert scale_plan.table(figures) in document
+    assert scale_plan.assumption_table(asdict(given)) in document
+
+
+def test_figures_of_the_plan_are_those_worked_out_by_hand() -> None:
+    result = json.loads(scale_plan.RESULTS.read_text())
+    units = {**result["units"], "file_bytes": 2e8, "index_bytes_per_file": 4000.0, "flops_per_sample": 4e12}
+    units |= {"checkpoint_bytes": 64e9, "learning": 4e9, "shards_blocked_s_per_gb": 2.0}
+    given = scale_plan.Assumptions(machines=8, gpu_flops=1e14, utilisation=0.4, failures_per_gpu_hour=1e-4)
+    values = {figure.name: figure.value for figure in scale_plan.plan(given, units)}
+    assert values["data"] == pytest.approx(20.0)
+    assert values["index, each process"] == pytest.approx(400.0)
+    assert values["step"] == pytest.approx(1.6)
+    assert values["samples"] == pytest.approx(64 * 16 / 1.6)
+    assert values["in shards: training stands still"] == pytest.approx(2.0)
+    assert values["hours between failures"] == pytest.approx(1 / 0.0064)
+    assert values["best time between saves"] == pytest.approx((2 * 2.0 * 3600 / 0.0064) ** 0.5)
 
 
 def test_gpu_script_is_valid_shell() -> None:

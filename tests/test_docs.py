@@ -6,6 +6,7 @@ import argparse
 import ast
 import re
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from paligemma_vla.cli.main import COMMANDS, main, script
 from paligemma_vla.config import VLAConfig, config_from_dict
@@ -106,7 +108,8 @@ def test_configuration_keys_that_a_document_names_exist(path: Path) -> None:
 def test_configuration_in_a_document_is_accepted(path: Path) -> None:
     needed = {"data.train_parquet_files": "x", "model.vlm_config.model_name_or_path": "x"}
     for text in blocks(path, "yaml"):
-        config_from_dict(yaml.safe_load(text), needed)
+        if not text.startswith("apiVersion:"):  # of Kubernetes
+            config_from_dict(yaml.safe_load(text), needed)
 
 
 def is_key(dotted: str) -> bool:
@@ -121,10 +124,12 @@ def is_key(dotted: str) -> bool:
 def command_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(command of `paligemma-vla`, its arguments) of each of the project's commands in a document's shell blocks."""
     for line in without_comments("".join(blocks(path, "bash"))).splitlines():
+        if not line.startswith(("python ", "paligemma-vla ")):
+            continue  # what the shell takes from line to line is not split here
         words = shlex.split(line)
-        if words[:1] == ["python"] and words[1] in SCRIPTS:
+        if words[0] == "python" and words[1] in SCRIPTS:
             yield SCRIPTS[words[1]], words[2:]
-        elif words[:1] == ["paligemma-vla"]:
+        elif words[0] == "paligemma-vla":
             yield words[1], words[2:]
 
 
@@ -148,13 +153,53 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 @document
 def test_flags_that_a_document_names_in_its_prose_exist(path: Path) -> None:
-    known = {"--debug", "--help"}
+    known = {"--debug", "--help", "--kill-on-bad-exit", "--requeue", *flags_of(torchrun_parser())}
     for command in COMMANDS:
         parser = argparse.ArgumentParser()
         import_module(f"paligemma_vla.cli.{command}").add_arguments(parser)
         known.update(flags_of(parser))
-    named = re.findall(r"`[^`\n]*?(--\w+)", prose(path))
+    named = re.findall(r"`[^`\n]*?(--\w[\w-]*)", prose(path))
     assert not set(named) - known
+
+
+def test_shell_blocks_are_valid_shell() -> None:
+    for path in DOCUMENTS:
+        for code in blocks(path, "bash"):
+            checked = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True, check=False)
+            assert checked.returncode == 0, f"{path.name}: {checked.stderr}"
+
+
+def torchrun_words(code: str) -> list[str]:
+    """The arguments of the `torchrun` in a shell script, with a number for whatever the shell would put in."""
+    command = code[code.index("torchrun") :].replace("\\\n", " ").splitlines()[0].rstrip("'")
+    plain = re.sub(r"\$\(\(.*?\)\)|\$\([^)]*\)|\$\{?\w+\}?", "1", command)
+    return shlex.split(plain)[1:]
+
+
+def test_examples_of_several_machines_are_what_torchrun_and_training_take() -> None:
+    """The plain one, the one for Slurm, and the one for Kubernetes."""
+    path = ROOT / "docs" / "deploy.md"
+    service, job = yaml.safe_load_all(next(text for text in blocks(path, "yaml") if text.startswith("apiVersion:")))
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    scripts = [code for code in blocks(path, "bash") if "torchrun" in code] + container["args"]
+    assert len(scripts) == 3
+    for text in scripts:
+        given = torchrun_parser().parse_args(torchrun_words(text))
+        assert given.training_script == "main_train_ddp.py"
+        assert (given.rdzv_backend, given.nproc_per_node) == ("c10d", "8")
+        assert "is_host=1" in given.rdzv_conf
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        import_module("paligemma_vla.cli.train").add_arguments(parser)
+        assert parser.parse_args(given.training_script_args).resume_checkpoint == "auto"
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert pod["terminationGracePeriodSeconds"] > int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert f"{job['metadata']['name']}-0.{pod['subdomain']}:" in container["args"][0]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    signal_s = int(re.findall(r"--signal=TERM@(\d+)", scripts[1])[0])
+    assert signal_s > int(re.findall(r"SHUTDOWN_TIMEOUT=(\d+)", scripts[1])[0])
 
 
 def test_both_readmes_have_the_same_parts() -> None:

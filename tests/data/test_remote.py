@@ -26,6 +26,7 @@ from paligemma_vla.data.reader import EpisodeReader, episode_prompts
 from paligemma_vla.data.sampling import RunSampler, SampleOrder
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError, UnreachableError
+from ranks import train_on
 from store import Faults, Store
 from support import call, identical, read_metrics, write_episodes
 from zygote import Zygote
@@ -182,6 +183,28 @@ def test_first_index_of_our_files_takes_two_requests_each(store: Store, tmp_path
     assert (len(index.paths), len(index.groups)) == (2, 2 * (6 * 3 + 1))
     listing = 1
     assert store.requests == {"GET": listing + 2, "HEAD": 2}
+
+
+def test_one_process_asks_the_store_about_every_file(
+    store: Store, zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path
+) -> None:
+    write_episodes(tmp_path / "files", lengths=(5,) * 12, per_file=1)
+    place = store.upload(tmp_path / "files", "files").removeprefix("s3://robot-data/")
+    changes = {
+        "data.train_parquet_files": store.complete_url(place),
+        "data.val_fraction": 0.0,
+        "data.allow_other_statistics": True,
+        "data.batch_size": 2,
+        "training.max_steps": 1,
+    }
+    asked = []
+    for world_size in (1, 2):
+        store.reset()
+        config = tiny_config({**changes, "training.experiment_name": f"asks_{world_size}"})
+        train_on(zygote, config, world_size, tmp_path)
+        asked.append(store.requests["HEAD"])
+    assert asked[0] >= 12
+    assert asked[1] - asked[0] <= 2, "files that the second process has opened for its samples"
 
 
 def test_a_row_group_is_one_request(store: Store) -> None:

@@ -6,100 +6,30 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from paligemma_vla.config import VLAConfig, config_from_dict
-from paligemma_vla.training.checkpoint import LAST, load_checkpoint
-from ranks import free_port, train_on
-from support import distance, identical, read_metrics, write_episodes
+from machines import LENGTHS, SETTINGS, Node, Undisturbed, assert_same, saved_step, wait_for
+from paligemma_vla.config import VLAConfig
+from ranks import free_port, last, train_on
+from support import distance, write_episodes
 from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
-STEPS_PER_EPOCH = 4
-ROOT = Path(__file__).parent.parent.parent
-SETTINGS = {
-    "training.epochs": 25,
-    "training.save_every_n_steps": 5,
-    "training.keep_last": 3,
-    "training.validate_every_n_steps": 100,
-    "data.batch_size": 8,
-}
-EXACT = ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "watch", "step")
 
 
-@dataclass
-class Node:
-    """One machine of a job: a torchrun agent and what it starts, which end with the block."""
-
-    config: Path
-    output: Path
-    nodes: str = "1"
-    restarts: int = 100
-    port: int = 0
-    host: bool = True
-    ranks: int = 2
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def __enter__(self) -> Node:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", self.nodes, "--nproc-per-node", str(self.ranks)),
-            *("--max-restarts", str(self.restarts), "--rdzv-backend", "c10d", "--rdzv-id", "test"),
-            *("--rdzv-endpoint", f"127.0.0.1:{self.port}"),
-            f"--rdzv-conf=is_host={int(self.host)},join_timeout=120,last_call_timeout=1",
-            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(self.config), "--device", "cpu"),
-            *("--resume_checkpoint", "auto"),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **self.environment}
-        with open(self.output, "ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in [*self.processes(), self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        self.process.wait()
-
-    @property
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def processes(self) -> list[int]:
-        """The ranks that run just now."""
-        launcher = self.process.pid
-        with contextlib.suppress(OSError):
-            return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-        return []
-
-    def wait_for_ranks(self) -> None:
-        wait_for(lambda: self.ended or len(self.processes()) == self.ranks)
-
-    def wait_for_step(self, config: VLAConfig, step: int) -> None:
-        """Until a checkpoint of that step or a later one is there, or the run is over."""
-        wait_for(lambda: self.ended or saved_step(config) >= step)
-
-
-def saved_step(config: VLAConfig) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    names = {path.name.partition(".")[0] for path in (config.run_dir / "checkpoints").glob("checkpoint_*")}
-    steps = [int(name.rpartition("_")[2]) * (STEPS_PER_EPOCH if "epoch" in name else 1) for name in names]
-    return max(steps, default=0)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def undisturbed(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("elastic")
+    write_episodes(folder / "data", lengths=LENGTHS)
+    data = {"data.train_parquet_files": str(folder / "data"), "training.experiment_name": "undisturbed"}
+    config = session_config({**SETTINGS, **data})
+    train_on(zygote, config, 2, folder)
+    return Undisturbed(config, folder)
 
 
 def alive(process: int) -> bool:
@@ -107,38 +37,6 @@ def alive(process: int) -> bool:
         os.kill(process, 0)
         return True
     return False
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run of two ranks that nothing happened to, and how to start the like of it."""
-
-    config: VLAConfig
-    folder: Path
-
-    def another(self, name: str, changes: dict[str, Any] | None = None) -> tuple[VLAConfig, Path]:
-        """Its configuration under another name, and the file with it."""
-        config = config_from_dict(self.config.model_dump(mode="json"), {**(changes or {}), "training.experiment_name": name})
-        path = self.folder / f"{name}.yaml"
-        path.write_text(config.to_yaml(), encoding="utf-8")
-        return config, path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    folder = tmp_path_factory.mktemp("elastic")
-    write_episodes(folder / "data", lengths=(9, 2, 14, 8, 7))
-    data = {"data.train_parquet_files": str(folder / "data"), "training.experiment_name": "undisturbed"}
-    config = session_config({**SETTINGS, **data})
-    train_on(zygote, config, 2, folder)
-    return Undisturbed(config, folder)
-
-
-def assert_same(config: VLAConfig, expected: VLAConfig) -> None:
-    got, want = (load_checkpoint(each.run_dir / "checkpoints" / LAST) for each in (config, expected))
-    for key in EXACT:
-        assert identical(got[key], want[key]), key
-    assert read_metrics(config.run_dir) == read_metrics(expected.run_dir)
 
 
 def kill_one(node: Node, rng: np.random.Generator) -> bool:
@@ -232,7 +130,7 @@ def test_run_goes_on_with_the_machines_that_are_left(undisturbed: Undisturbed) -
     text = log.read_text()
     assert "on 2 process(es)" in text
     assert "on 1 process(es)" in text
-    got, want = (load_checkpoint(each.run_dir / "checkpoints" / LAST) for each in (config, undisturbed.config))
+    got, want = last(config), last(undisturbed.config)
     assert got["step"] == want["step"]
     assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
 
@@ -258,5 +156,5 @@ def test_pre_empted_machine_saves_on_every_rank_together(
     assert 0 < stopped < 100
     finished, _ = undisturbed.another(name, changes)
     train_on(zygote, finished, 2, undisturbed.folder, "--resume_checkpoint", "auto")
-    got, want = (load_checkpoint(each.run_dir / "checkpoints" / LAST) for each in (config, undisturbed.config))
+    got, want = last(config), last(undisturbed.config)
     assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4

@@ -12,9 +12,9 @@ import torch
 
 from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig, config_from_dict
-from paligemma_vla.training.checkpoint import LAST, load_checkpoint
-from ranks import start_ranks, train_on
-from support import distance, identical, read_metrics, write_episodes
+from paligemma_vla.training.checkpoint import load_checkpoint
+from ranks import assert_same_curve, last, start_ranks, train_on
+from support import identical, read_metrics, write_episodes
 from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
@@ -55,34 +55,6 @@ def whole(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytes
     config = session_config({**SETTINGS, **data, "training.experiment_name": "whole"}, cameras=2)
     train_on(zygote, config, 1, folder)
     return Whole(config, zygote)
-
-
-def last(config: VLAConfig) -> dict[str, Any]:
-    return load_checkpoint(config.run_dir / "checkpoints" / LAST)
-
-
-def assert_same_curve(config: VLAConfig, expected: VLAConfig) -> None:
-    """Losses to 1e-5, all weights together to 1e-4, as everything that follows from the position in the run."""
-    lines = [read_metrics(each.run_dir) for each in (config, expected)]
-    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
-    for got, want in zip(*lines, strict=True):
-        assert got.keys() == want.keys()
-        for key in want.keys() & {"train/batch_loss", "train/lr", "val/epoch_loss", "val/action_mae"}:
-            assert got[key] == pytest.approx(want[key], rel=1e-5), (want["step"], key)
-        if "train/grad_norm" in want:
-            assert got["train/grad_norm"] == pytest.approx(want["train/grad_norm"], rel=1e-4)
-    got, want = last(config), last(expected)
-    assert got["state_dict"].keys() == want["state_dict"].keys()
-    assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
-    assert distance(got["ema"]["average"].values(), want["ema"]["average"].values()) < 1e-4
-    for key in ("step", "epoch", "lr_scheduler", "data"):
-        assert identical(got[key], want[key]), key
-    assert got["optimizer"]["param_groups"] == want["optimizer"]["param_groups"]
-    assert distance(*([moments(saved) for saved in (got, want)])) < 1e-3
-
-
-def moments(saved: dict[str, Any]) -> list[torch.Tensor]:
-    return [entry[name] for _, entry in sorted(saved["optimizer"]["state"].items()) for name in ("exp_avg", "exp_avg_sq")]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,16 @@ ConfigFactory = Callable[..., VLAConfig]
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
+class Apart(Distributed):
+    """One of many processes, the others of which are not there to be waited for."""
+
+    def barrier(self) -> None:
+        pass
+
+
 def message(config: VLAConfig, processes: int = 1) -> str:
     with pytest.raises(VLAError) as caught:
-        preflight.prepare(config, Distributed(0, processes, torch.device("cpu")))
+        preflight.prepare(config, Apart(0, processes, torch.device("cpu")))
     return str(caught.value)
 
 

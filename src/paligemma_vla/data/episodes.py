@@ -131,6 +131,8 @@ class EpisodeIndex:
     def concatenate(cls, parts: Sequence[EpisodeIndex]) -> EpisodeIndex:
         """Several indices end to end; raises `DataError` when they are not of one robot."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         for part in parts:
             raise_first(robot_faults(part.paths[0], part.layout, first.paths[0], first.layout))
         files = np.cumsum([0, *(len(part.paths) for part in parts[:-1])])

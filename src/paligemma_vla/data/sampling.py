@@ -140,13 +140,16 @@ def apportion(shares: NDArray[np.float64], total: int) -> Indices:
     return whole
 
 
-def share_out(positions: Indices, indices: Indices, parts: int, slots: int | None = None) -> list[list[SampleRef]]:
+def share_out(
+    positions: Indices, indices: Indices, parts: int, slots: int | None = None, wanted: slice = slice(None)
+) -> list[list[SampleRef]]:
     """Cut one batch into `parts` consecutive slices (processes x accumulation), each with at least one entry.
 
     slots: cut where a batch of so many would be, so that a slot goes to the same part also when the batch is smaller.
+    wanted: which slices to return; of hundreds of processes each needs its own alone.
     """
     slices = []
-    for chosen in np.array_split(np.arange(slots or len(positions)), parts):
+    for chosen in np.array_split(np.arange(slots or len(positions)), parts)[wanted]:
         refs = [SampleRef(int(positions[i]), int(indices[i])) for i in chosen if i < len(positions)]
         slices.append(refs or [SampleRef(int(positions[0]), int(indices[0]), valid=False)])
     return slices
@@ -169,9 +172,9 @@ class RunSampler:
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         slots = self.order.batch_size if self.order.keeps_slots else None
+        wanted = slice(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
         for step in range(self.start, self.stop):
-            slices = share_out(*self.order.batch(step), self.world_size * self.accumulation, slots)
-            yield from slices[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
+            yield from share_out(*self.order.batch(step), self.world_size * self.accumulation, slots, wanted)
 
 
 class ValidationSampler:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,6 +32,7 @@ from paligemma_vla.model.known import read_architecture
 from paligemma_vla.model.plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
+from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed, choose_device
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
@@ -128,8 +130,8 @@ def _survey(
         with faults.gathered():
             processes = distributed.world_size, distributed.local_world_size
             found.plan = plan_run(config, architecture, distributed.device, *processes)
-    with faults.gathered(), distributed.first_here():  # the others find the index in the cache
-        found.indices, found.held_out = _index(config)
+    with faults.gathered():
+        found.indices, found.held_out = _index_once(config, distributed)
     if found.indices:
         _check_sizes(found.indices, config, faults)
         with faults.gathered():
@@ -149,6 +151,18 @@ def _survey(
                     _check_range(index, statistics, config.data.normalization_stats_path)
         found.preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
     return found
+
+
+def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
+    """Ask a store about each of its files from one process for all: from every one it would be more than a store bears.
+
+    Disks are looked at from each machine, whose files may be copies with dates of their own.
+    """
+    places = source_paths(config.data.train_parquet_files) + source_paths(config.data.val_parquet_files or [])
+    if all(map(is_url, places)):
+        return distributed.agree(partial(_index, config))
+    with distributed.first_here():  # the others find the index in the cache
+        return _index(config)
 
 
 def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
