@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/paligemma-vla demo --install_seconds $$(cat $(STAMP))
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadscope -m "not long"
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not long"
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m long

@@ -12,8 +12,16 @@ import torch
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.training.checkpoint import LAST, load_checkpoint
+from paligemma_vla.training.distributed import Distributed
 from support import distance, identical, read_metrics
 from zygote import Child, Result, Zygote
+
+
+class Apart(Distributed):
+    """One of many processes, the others of which are not there to be waited for."""
+
+    def barrier(self) -> None:
+        pass
 
 
 def free_port() -> int:

@@ -325,8 +325,9 @@ def test_check_of_a_store_finds_what_it_finds_on_the_disk(store: Store, quick: N
     assert (len(index), index.excluded) == (1, 1)
 
 
+@pytest.mark.parametrize("reading", ["random", "streamed"])
 def test_weighted_sources_behind_urls_train_as_from_the_disk(
-    store: Store, zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, episode_dir: Path
+    store: Store, zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, episode_dir: Path, reading: str
 ) -> None:
     paths = sorted(map(str, episode_dir.glob("*.parquet")))
     runs = {}
@@ -335,6 +336,7 @@ def test_weighted_sources_behind_urls_train_as_from_the_disk(
         data = {
             "data.train_parquet_files": [{"path": place, "weight": n + 0.5} for n, place in enumerate(training)],
             "data.val_parquet_files": validation,
+            "data.reading": reading,
         }
         config = tiny_config({**data, "training.experiment_name": name})
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())

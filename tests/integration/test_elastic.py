@@ -92,7 +92,7 @@ def test_ranks_killed_thirty_times_end_bit_for_bit_like_undisturbed_ones(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("victim", [0, 1], ids=["host", "other"])
+@pytest.mark.parametrize("victim", [pytest.param(0, id="host", marks=pytest.mark.long), pytest.param(1, id="other")])
 def test_launcher_of_a_whole_machine_is_killed_and_comes_back(undisturbed: Undisturbed, victim: int) -> None:
     """Two machines of one rank each. The first keeps the rendezvous: without it the other gives up, and a scheduler starts
     both again."""
@@ -115,6 +115,7 @@ def test_launcher_of_a_whole_machine_is_killed_and_comes_back(undisturbed: Undis
     assert_same(config, undisturbed.config)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_run_goes_on_with_the_machines_that_are_left(undisturbed: Undisturbed) -> None:
     """`--nnodes 1:2`: what remains takes the whole batch; the curve is the same."""
@@ -136,7 +137,9 @@ def test_run_goes_on_with_the_machines_that_are_left(undisturbed: Undisturbed) -
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("changes", [{}, {"training.parallel": "fsdp"}], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="ddp", marks=pytest.mark.long), pytest.param({"training.parallel": "fsdp"}, id="fsdp")]
+)
 def test_pre_empted_machine_saves_on_every_rank_together(
     undisturbed: Undisturbed, zygote: Zygote, changes: dict[str, Any]
 ) -> None:

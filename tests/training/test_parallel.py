@@ -104,9 +104,9 @@ def test_batch_that_the_processes_do_not_divide_is_exact(whole: Whole, tmp_path:
     [
         (({}, 1), (FSDP, 2)),
         ((FSDP, 2), ({}, 1)),
-        ((FSDP, 2), (FSDP, 4)),
+        pytest.param((FSDP, 2), (FSDP, 4), marks=pytest.mark.long),
         ((HSDP, 4), ({}, 2)),
-        (({"training.checkpoint_format": "sharded"}, 2), (HSDP, 4)),
+        pytest.param(({"training.checkpoint_format": "sharded"}, 2), (HSDP, 4), marks=pytest.mark.long),
         (({**FSDP, "training.checkpoint_format": "file"}, 2), ({"training.checkpoint_format": "sharded"}, 1)),
     ],
     ids=["one-fsdp", "fsdp-one", "fsdp2-fsdp4", "hsdp-ddp", "sharded-hsdp", "file-sharded"],
@@ -125,7 +125,7 @@ def test_run_goes_on_with_other_processes_held_in_another_way(
     assert_same_curve(second, whole.config)
 
 
-@pytest.mark.parametrize("changes", [{}, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("changes", [{}, pytest.param(FSDP, marks=pytest.mark.long)], ids=["ddp", "fsdp"])
 def test_run_goes_on_with_as_many_processes_to_the_last_bit(whole: Whole, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Four: with two, sums would come out the same in any order."""
     kind = changes.get("training.parallel", "ddp")

@@ -19,17 +19,11 @@ from paligemma_vla.errors import VLAError
 from paligemma_vla.training import preflight
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
+from ranks import Apart
 from support import write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
 ALONE = Distributed(0, 1, torch.device("cpu"))
-
-
-class Apart(Distributed):
-    """One of many processes, the others of which are not there to be waited for."""
-
-    def barrier(self) -> None:
-        pass
 
 
 def message(config: VLAConfig, processes: int = 1) -> str:

@@ -23,7 +23,7 @@ from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.resume import check_same_run
-from ranks import train_on
+from ranks import Apart, train_on
 from support import distance, identical, read_metrics, train_here
 from zygote import Zygote
 
@@ -100,7 +100,7 @@ def test_what_streaming_takes_is_told_and_that_there_are_few_blocks(
 def test_the_pool_is_of_the_share_that_a_loader_process_has(tiny_config: ConfigFactory) -> None:
     def room(processes: int, workers: int) -> int:
         config = tiny_config({**STREAMED, "data.batch_size": 16, "data.num_workers": workers})
-        _, data, _ = preflight.prepare(config, Distributed(0, processes, torch.device("cpu")))
+        _, data, _ = preflight.prepare(config, Apart(0, processes, torch.device("cpu")))
         assert isinstance(data.train.reader, BlockReader)
         blocks = data.train.reader.blocks
         assert blocks.sizes.tolist() == cut_blocks(data.train.index, 1e4).sizes.tolist() == data.order.blocks[0].tolist()

@@ -23,6 +23,7 @@ from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
+from ranks import Apart
 from support import ACTION_DIM, HORIZON, METADATA, distance, identical, make_episode, read_metrics, train_here, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
@@ -492,10 +493,10 @@ def test_resume_with_more_epochs_and_other_intervals_follows_the_longer_run(
     assert line["train/lr"] == pytest.approx(rate, rel=1e-12)
 
 
-def test_total_batch_must_divide_over_processes_and_accumulation(tiny_config: ConfigFactory) -> None:
+def test_total_batch_has_a_sample_for_each_process_and_pass(tiny_config: ConfigFactory) -> None:
     config = tiny_config({"data.batch_size": 6, "training.gradient_accumulation_steps": 2})
-    with pytest.raises(ConfigError, match=r"data\.batch_size: got 6, .*= 4"):
-        Trainer(config, Distributed(0, 2, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"data\.batch_size: got 6, expected at least .*= 8"):
+        Trainer(config, Apart(0, 4, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
