@@ -34,8 +34,10 @@ EXACT = ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "watch", "step
 class Node:
     """One machine of a job: a torchrun agent and what it starts, which end with the block.
 
-    host, meeting_address, port: whether this one keeps the rendezvous, and where it is kept. address: where the others reach
-    this one. inside: the command that starts the agent in a place of its own and then becomes it.
+    plain: as most are started on one machine, `torchrun --max-restarts N main_train_ddp.py ...`, with nothing said about where
+    the ranks meet or what they go on from. host, meeting_address, port: whether this one keeps the rendezvous, and where it
+    is kept. address: where the others reach this one. inside: the command that starts the agent in a place of its own and
+    then becomes it.
     """
 
     config: Path
@@ -43,6 +45,7 @@ class Node:
     nodes: str = "1"
     restarts: int = 100
     port: int = 0
+    plain: bool = False
     host: bool = True
     ranks: int = 2
     environment: dict[str, str] = field(default_factory=dict)
@@ -51,17 +54,23 @@ class Node:
     inside: tuple[str, ...] = ()
 
     def __enter__(self) -> Node:
-        command = [
-            *self.inside,
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", self.nodes, "--nproc-per-node", str(self.ranks)),
-            *("--max-restarts", str(self.restarts), "--rdzv-backend", "c10d", "--rdzv-id", "test"),
+        meeting = [
+            *("--nnodes", self.nodes, "--rdzv-backend", "c10d", "--rdzv-id", "test"),
             *("--rdzv-endpoint", f"{self.meeting_address}:{self.port}"),
             *("--local-addr", self.address),
             f"--rdzv-conf=is_host={int(self.host)},join_timeout=120,last_call_timeout=1",
-            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(self.config), "--device", "cpu"),
-            *("--resume_checkpoint", "auto"),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **self.environment}
+        command = [
+            *self.inside,
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks)),
+            *("--max-restarts", str(self.restarts)),
+            *(["--master-port", str(self.port)] if self.plain else meeting),
+            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(self.config), "--device", "cpu"),
+            *([] if self.plain else ["--resume_checkpoint", "auto"]),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
+        if not self.plain:
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with open(self.output, "ab") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
         return self

@@ -105,6 +105,15 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_folder(folder: Path) -> None:
+    """Let the renames in a folder outlive a loss of power."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def replace_file(path: str | Path, content: bytes | memoryview) -> None:
     """Write a file under another name, then give it its own: neither a kill nor another process leaves half of it."""
     path = Path(path)

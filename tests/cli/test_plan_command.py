@@ -97,3 +97,22 @@ def test_model_that_cannot_be_had_says_what_to_do(
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--nproc", "4", "--set", "training.parallel=hsdp", "--set", "training.shard_processes=3"],
+            "--nproc: got 4, expected a",
+        ),
+        (["--nproc", "4", "--nproc_per_machine", "3"], "--nproc: got 4, expected a multiple of --nproc_per_machine (3)"),
+        (["--nproc", "1024"], "--nproc: got 1024, expected at most data.batch_size (256)"),
+        (["--memory_gb", "-1"], "--memory_gb: got -1.0, expected gigabytes"),
+        (["--memory_gb", "nan"], "--memory_gb: got nan, expected gigabytes"),
+    ],
+)
+def test_plan_refuses_what_training_would(capfd: pytest.CaptureFixture[str], flags: list[str], words: str) -> None:
+    code, _, told = call(capfd, "plan", "--config_path", "configs/vla_config_ddp.yaml", *flags)
+    assert code == 2
+    assert words in told

@@ -56,7 +56,7 @@ def kill_campaign(undisturbed: Undisturbed, name: str, kills: int, changes: dict
     rng, done = np.random.default_rng(kills), 0
     log = undisturbed.folder / f"{name}.log"
     while True:
-        with Node(path, log) as node:
+        with Node(path, log, plain=True, port=free_port()) as node:
             while done < kills and not node.ended:
                 node.wait_for_ranks()
                 if rng.random() < 0.7:

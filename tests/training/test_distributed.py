@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from paligemma_vla.cli.train import find_resume_again
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import ConfigError
+from paligemma_vla.errors import CommunicationError, ConfigError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
-from ranks import start_ranks
+from ranks import free_port, start_ranks
 from support import distance, identical, read_metrics, train_here, write_episodes
 from zygote import Zygote
 
@@ -187,6 +188,84 @@ def test_launcher_starts_ranks_again_and_names_the_one_that_was_killed(tiny_conf
     assert started(config)[1]["step"] > 0  # it went on by itself
     assert "rank 1 " in next(line for line in stderr.splitlines() if line.startswith("error: ")), stderr
     assert "Traceback" not in stderr
+
+
+GROUP = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "5", "RANK: got '5' in the environment, expected a whole number from 0 to 1"),
+        ("LOCAL_RANK", "", "LOCAL_RANK: not set, but WORLD_SIZE is 2"),
+        ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE: got '0'"),
+        ("MASTER_PORT", "999999", "MASTER_PORT: got '999999'"),
+        ("NCCL_TIMEOUT", "0", "NCCL_TIMEOUT: got '0'"),
+        ("NCCL_TIMEOUT", "99999999999999", "NCCL_TIMEOUT: got '99999999999999'"),
+        ("WORLD_SIZE", "-2", "WORLD_SIZE: got '-2'"),
+    ],
+)
+def test_join_refuses_an_environment_that_no_launcher_makes(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    for key, given in {**GROUP, name: value}.items():
+        monkeypatch.setenv(key, given)
+    with pytest.raises(ConfigError) as caught:
+        distributed.join("cpu")
+    assert words in str(caught.value)
+
+
+def test_rank_that_finds_nobody_says_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, given in {**GROUP, "MASTER_PORT": str(free_port()), "NCCL_TIMEOUT": "1"}.items():
+        monkeypatch.setenv(key, given)
+    with pytest.raises(CommunicationError, match=r"rank 1: the 2 processes did not find each other at MASTER_ADDR 127\.0"):
+        distributed.join("cpu")
+
+
+def test_machines_of_unlike_size_are_told_before_anything_is_loaded(
+    zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path
+) -> None:
+    """Each would choose other groups, and wait for the others."""
+    config = tiny_config({"training.parallel": "hsdp"})
+    (path := tmp_path / "c.yaml").write_text(config.to_yaml())
+    shared = {**GROUP, "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    command = ["train", "--config_path", str(path), "--device", "cpu"]
+    ranks = [
+        zygote.start(command, tmp_path, {**shared, "RANK": str(rank), "LOCAL_WORLD_SIZE": str(2 - rank)}) for rank in range(2)
+    ]
+    for result in [rank.wait(60) for rank in ranks]:
+        assert result.status == 2, result.stderr
+        assert "training.shard_processes: got null, expected a number: the machines have 1 to 2 processes each" in result.stderr
+
+
+def test_checkpoint_that_one_rank_finds_damaged_is_told_by_all(
+    zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, checkpoint: Path
+) -> None:
+    damaged = tmp_path / "damaged.pth.tar"
+    damaged.write_bytes(checkpoint.read_bytes()[:-1000])
+    ranks = start_ranks(zygote, tiny_config(), 2, tmp_path, "--resume_checkpoint", str(damaged))
+    for result in [rank.wait(60) for rank in ranks]:
+        assert result.status == 2
+        assert "damaged.pth.tar: cannot be read" in result.stderr
+        assert "internal error" not in result.stderr
+
+
+def test_restart_goes_on_with_its_own_run_alone(
+    tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, trained_run: Path
+) -> None:
+    """A run of the same name that another launcher made is none to go on with unasked."""
+    config = tiny_config({"training.checkpoint_dir": str(trained_run.parent), "training.experiment_name": trained_run.name})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    assert find_resume_again(config, None, None) is None
+    own = {"starts": [{"launcher": distributed.launcher(), "data": {"fingerprint": {"training": "x"}}}]}
+    before = (trained_run / "environment.json").read_bytes()
+    (trained_run / "environment.json").write_text(json.dumps(own))
+    try:
+        assert find_resume_again(config, None, None) == trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar"
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        assert find_resume_again(config, None, None) is None
+    finally:
+        (trained_run / "environment.json").write_bytes(before)
 
 
 def test_join_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,8 @@ def test_consolidate_writes_the_single_file(tmp_path: Path, capfd: Any) -> None:
     assert identical(saved, payload(3))
     for wrong, words in [
         (["--checkpoint_path", tmp_path, "--output_path", file], "no checkpoint in shards"),
-        (["--checkpoint_path", path, "--output_path", tmp_path / "x.bin"], "expected a name that ends with .pth.tar"),
+        (["--checkpoint_path", path, "--output_path", tmp_path / "x.bin"], "on this machine that ends with .pth.tar"),
+        (["--checkpoint_path", path, "--output_path", "memory://x/y.pth.tar"], "on this machine that ends with .pth.tar"),
     ]:
         code, _, told = call(capfd, "consolidate", *wrong)
         assert code == 2

@@ -10,6 +10,7 @@ import sys
 
 from paligemma_vla.cli.arguments import positive
 from paligemma_vla.config import load_config, parse_assignments
+from paligemma_vla.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,15 @@ def main(args: argparse.Namespace) -> int:
         name = config.model.vlm_config.model_name_or_path
         sys.stdout.write(f"{name} is not here; planned with its published sizes\n")
     on_machine = args.nproc_per_machine or min(args.nproc, 8)
+    if args.nproc % on_machine or args.nproc % config.training.processes_per_copy(args.nproc, on_machine):
+        raise ConfigError(
+            f"--nproc: got {args.nproc}, expected a multiple of --nproc_per_machine ({on_machine}) and of "
+            f"training.shard_processes"
+        )
+    if args.nproc > config.data.batch_size:
+        raise ConfigError(f"--nproc: got {args.nproc}, expected at most data.batch_size ({config.data.batch_size})")
+    if args.memory_gb is not None and not 0 < args.memory_gb < 1e6:
+        raise ConfigError(f"--memory_gb: got {args.memory_gb}, expected gigabytes, more than 0")
     plan = with_remedies(plan_memory(config, architecture, device, available, args.nproc, on_machine))
     sys.stdout.write(plan.table() + "\n")
     return 0 if plan.fits else 1

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. data.num_workers=4")
     parser.add_argument("--nproc", type=int, help="processes on this machine (default: 1; main_train_ddp.py: one per GPU)")
     parser.add_argument(
-        "--max_restarts", type=natural, default=0, help="with --nproc: start all of them again when one has failed, so often"
+        "--max_restarts", type=natural, default=0, help="start all processes again when one has failed, so often"
     )
 
 
@@ -86,11 +86,11 @@ def main(args: argparse.Namespace) -> int:
         raise with_faults_of_data(error) from error
     if args.nproc is not None and args.nproc < 1:
         raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
-    if "LOCAL_RANK" in os.environ or (args.nproc or 1) == 1:
+    if "LOCAL_RANK" in os.environ or ((args.nproc or 1) == 1 and not args.max_restarts):
         return _train(config, args)
     from paligemma_vla.training.distributed import launch
 
-    return launch(_worker, args, int(args.nproc), args.max_restarts)
+    return launch(_worker, args, args.nproc or 1, args.max_restarts)
 
 
 def main_ddp(args: argparse.Namespace) -> int:
@@ -139,7 +139,6 @@ def train(
 def _train_in(
     distributed: Distributed, config: VLAConfig, resume_checkpoint: str | None, force: bool, config_path: Path | None
 ) -> None:
-    from paligemma_vla.training.distributed import restarted
     from paligemma_vla.training.mirror import Mirror
     from paligemma_vla.training.run_folder import begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
@@ -147,11 +146,7 @@ def _train_in(
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     mirror = Mirror.of(config)
-    resume = None
-    if distributed.any(restarted()):  # after a rank has failed; not every machine's launcher counts the same
-        resume = distributed.agree(partial(find_resume, config, "auto", mirror))
-    if resume is None:
-        resume = distributed.agree(partial(find_resume, config, resume_checkpoint, mirror))
+    resume = distributed.agree(partial(find_resume_again, config, resume_checkpoint, mirror))
     with distributed.first_here():
         _bring_here(resume, mirror)
     if resume_checkpoint == "auto" and resume is None and distributed.main:
@@ -181,9 +176,13 @@ def write_single_files(config: VLAConfig) -> None:
     """At the end of a run that saves in shards: the specification's files beside them."""
     from paligemma_vla.training.checkpoint import BEST, LAST, consolidate_link
 
+    if not config.training.saves_shards:
+        return
     for name in (LAST, BEST):
-        if config.training.saves_shards:
+        try:
             consolidate_link(config.run_dir / "checkpoints", name)
+        except CheckpointError as error:  # what was learned is safe in the shards
+            logger.error("%s; `paligemma-vla consolidate` writes it later", error)
 
 
 def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
@@ -192,6 +191,20 @@ def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
 
     title = f"Training: {config.training.experiment_name}"
     return write_report(config.run_dir / "report.html", Report(title=title, run_dir=config.run_dir, dataset=data.index))
+
+
+def find_resume_again(config: VLAConfig, wanted: str | None, mirror: Mirror | None) -> str | Path | None:
+    """As `find_resume`; but where the launcher of this process has begun the run already, and starts it again after a failure,
+    the newest checkpoint of it."""
+    from paligemma_vla.training.distributed import launcher
+    from paligemma_vla.training.run_folder import read_starts
+
+    starts = read_starts(config.run_dir) if launcher() is not None else []
+    if starts and starts[-1].get("launcher") == launcher():
+        resume = find_resume(config, "auto", mirror)
+        if resume is not None:
+            return resume
+    return find_resume(config, wanted, mirror)
 
 
 def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None = None) -> str | Path | None:

@@ -17,6 +17,8 @@ MAGIC = re.compile(r"[*\[]")  # a question mark begins the options of a URL
 def files_behind(url: str, where: str) -> list[str]:
     """URLs of the files behind a URL, sorted. Raises `DataError` naming `where`, or `StorageError`."""
     head, rest = split_url(url)
+    if not head.partition("://")[2].strip("/"):
+        raise DataError(f"{where}: got '{url}', which names no place; give a bucket, or a folder or file in it")
     folder, pattern = _base(head.rstrip("/"))
     base = folder + rest
     names = list_files(base)

@@ -23,7 +23,7 @@ import torch
 
 from paligemma_vla.byte_source import fetch
 from paligemma_vla.errors import CheckpointError, first_line
-from paligemma_vla.storage import is_url, replace_file, sha256
+from paligemma_vla.storage import is_url, replace_file, sha256, sync_folder
 from paligemma_vla.training import sharded
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
@@ -54,7 +54,7 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             replace_file(_digest_path(path), (old + line).encode())
             temporary.replace(path)
             replace_file(_digest_path(path), line.encode())
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -210,8 +210,10 @@ def load_checkpoint(
 
 
 def open_to_resume(path: str | Path, verify: bool) -> dict[str, Any]:
-    """A checkpoint to go on from, verified by one process for all; of one in shards the tensors are still notes (`sharded`),
-    and `in_shards` is True."""
+    """A checkpoint to go on from; of one in shards the tensors are still notes (`sharded`), and `in_shards` is True.
+
+    verify: one process does, for all.
+    """
     if Path(path).is_dir():
         folder = Path(path).resolve()
         return {**with_keys(sharded.read_record(folder, verify), folder, RESUME_KEYS), "in_shards": True}
@@ -303,15 +305,6 @@ def set_aside_later(folder: Path, resumed: Path, step: int) -> None:
         if not linked_checkpoints(folder, [name]) and resumed.parent.resolve() == folder.resolve():
             link_checkpoint(folder / resumed.name, name)
     logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the renames in a folder outlive a loss of power."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _digest_path(path: Path) -> Path:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -79,14 +80,14 @@ class Distributed:
             yield received[0]
 
     def on_main(self, act: Callable[[], Result]) -> Result | None:
-        """What rank 0 gets from `act`, None on the others; where it raises a `VLAError`, every process raises that."""
+        """What rank 0 gets from `act`, None on the others; a `VLAError` or `OSError` of it is raised by every process."""
         if self.world_size == 1:
             return act()
         result, error = None, None
         if self.main:
             try:
                 result = act()
-            except VLAError as met:
+            except (VLAError, OSError) as met:
                 error = met
         told = [error]
         dist.broadcast_object_list(told, src=0)
@@ -126,10 +127,18 @@ class Distributed:
         try:
             yield
         except Exception as error:  # of any kind: it goes on
+            if is_communication(error):
+                raise self.communication_error(error, "at the start or the end") from error
             if self.store is not None and not isinstance(error, CommunicationError):
                 with contextlib.suppress(RuntimeError):  # the store may be what is gone
                     self.store.set(f"last words/{self.rank}", first_line(error))
             raise
+
+    def communication_error(self, error: BaseException, when: str) -> CommunicationError:
+        """What to tell of a failure between processes: who is missing, and why as far as it is known."""
+        return CommunicationError(
+            f"communication between processes failed {when}: {self.roll_call()} ({first_line(error)}); {COMMUNICATION_REMEDY}"
+        )
 
     def roll_call(self) -> str:
         """Which processes are gone or do not answer, to be asked by all that are left when communication has failed."""
@@ -168,6 +177,11 @@ class Distributed:
             dist.destroy_process_group()
 
 
+def is_communication(error: BaseException) -> bool:
+    """Whether another process, or the way to it, is what failed."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, or the best there is. Raises `ConfigError` when it is not there."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -178,11 +192,11 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _whole(name: str, default: int) -> int:
+def _whole(name: str, default: int, least: int = 0, most: int = 2**31) -> int:
     """A whole number out of the environment."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise ConfigError(f"{name}: got '{text}' in the environment, expected a whole number")
+    if not text.isdecimal() or len(text) > 12 or not least <= int(text) <= most:
+        raise ConfigError(f"{name}: got '{text}' in the environment, expected a whole number from {least} to {most}")
     return int(text)
 
 
@@ -194,26 +208,36 @@ def join(device: str | None) -> Distributed:
     chosen = choose_device(device)
     if launched():
         end_with(os.getppid())  # an agent that is killed cannot stop its ranks, and others will take their place
-    world_size = _whole("WORLD_SIZE", 1)
+    world_size = _whole("WORLD_SIZE", 1, least=1)
     if world_size == 1:
         return Distributed(0, 1, chosen)
-    local_rank = _whole("LOCAL_RANK", 0)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
             f"{', '.join(missing)}: not set, but WORLD_SIZE is {world_size}; start with torchrun or main_train_ddp.py, or "
             f"unset WORLD_SIZE"
         )
-    rank = _whole("RANK", 0)
-    _whole("MASTER_PORT", 0)  # or torch would say so in a traceback
-    store, *_ = next(rendezvous("env://", rank, world_size, timeout=_timeout()))
-    notes = PrefixStore("paligemma_vla", store)
-    notes.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-    dist.init_process_group(_backend(chosen), store=store, rank=rank, world_size=world_size, timeout=_timeout())
-    return Distributed(rank, world_size, chosen, local_rank, _whole("LOCAL_WORLD_SIZE", 1), notes)
+    rank, local_rank = _whole("RANK", 0, most=world_size - 1), _whole("LOCAL_RANK", 0, most=world_size - 1)
+    local_world_size = _whole("LOCAL_WORLD_SIZE", 1, least=1, most=world_size)
+    _whole("MASTER_PORT", 0, most=2**16 - 1)  # or torch would say so in a traceback
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    try:
+        store, *_ = next(rendezvous("env://", rank, world_size, timeout=_timeout()))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and local_world_size == world_size:
+            # The launcher's store outlives its ranks: without this those of a restart would find addresses of the dead.
+            store = PrefixStore(f"attempt {_whole('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        notes = PrefixStore("paligemma_vla", store)
+        notes.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        dist.init_process_group(_backend(chosen), store=store, rank=rank, world_size=world_size, timeout=_timeout())
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"rank {rank}: the {world_size} processes did not find each other at MASTER_ADDR {os.environ['MASTER_ADDR']}, port "
+            f"{os.environ['MASTER_PORT']} ({first_line(error)}); start all of them, let them reach that address, and give them "
+            f"more time with NCCL_TIMEOUT if they are slow"
+        ) from error
+    return Distributed(rank, world_size, chosen, local_rank, local_world_size, notes)
 
 
 def stand_alone(distributed: Distributed) -> None:
@@ -236,7 +260,7 @@ def group_for_checkpoints(distributed: Distributed) -> dist.ProcessGroup | None:
 
 
 def _timeout() -> timedelta:
-    return timedelta(seconds=_whole("NCCL_TIMEOUT", 1800))
+    return timedelta(seconds=_whole("NCCL_TIMEOUT", 1800, least=1, most=10**7))
 
 
 def launched() -> bool:
@@ -244,9 +268,16 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def restarted() -> bool:
-    """Whether it has done so in place of one that ended."""
-    return _whole("TORCHELASTIC_RESTART_COUNT", 0) > 0
+def launcher() -> str | None:
+    """What tells the launcher of this process from any other, None without one: machine, process, and when that began."""
+    if not launched():
+        return None
+    process = os.getppid()
+    try:
+        began = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):  # not on Linux: two launchers with one number are unlikely enough
+        began = ""
+    return f"{socket.gethostname()} {process} {began}".strip()
 
 
 def launch(entry: Callable[..., int], args: Any, nproc: int, max_restarts: int = 0) -> int:
@@ -263,6 +294,8 @@ def launch(entry: Callable[..., int], args: Any, nproc: int, max_restarts: int =
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # A rank that is told to stop finishes its step and saves: the launcher's own limit of 30 s would cut that short.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
+    # Or the store of the rendezvous would be that of the ranks, where those of a restart find addresses of the dead.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Its log would show a traceback of what is told below in one message.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(

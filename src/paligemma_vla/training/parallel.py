@@ -150,7 +150,15 @@ def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh
 def group_size(settings: TrainingConfig, distributed: Distributed) -> int:
     """How many processes hold one model together. Raises `ConfigError` where they do not come out even."""
     world = distributed.world_size
-    group = settings.processes_per_copy(world, distributed.local_world_size)
+    on_machine = distributed.local_world_size
+    if settings.parallel == "hsdp" and settings.shard_processes is None:
+        counts = distributed.gather(on_machine)
+        if len(set(counts)) > 1:
+            raise ConfigError(
+                f"training.shard_processes: got null, expected a number: the machines have {min(counts)} to {max(counts)} "
+                f"processes each, so those of one machine are no group"
+            )
+    group = settings.processes_per_copy(world, on_machine)
     if world % group:
         raise ConfigError(
             f"training.shard_processes: got {group}, expected a divisor of the {world} processes; give one of "

@@ -34,6 +34,7 @@ from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed, choose_device
+from paligemma_vla.training.parallel import group_size
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
@@ -119,6 +120,8 @@ def _survey(
     found = Found(preprocessor)
     with faults.gathered():
         _check_division(config, distributed.world_size)
+    with faults.gathered():
+        group_size(config.training, distributed)
     statistics = preprocessor.statistics if preprocessor else None
     if preprocessor is None:
         with faults.gathered():

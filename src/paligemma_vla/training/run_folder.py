@@ -26,8 +26,8 @@ import paligemma_vla
 from paligemma_vla.config import RUN_CONFIG, RUN_ENVIRONMENT, RUN_STATISTICS, VLAConfig
 from paligemma_vla.errors import ConfigError, first_line
 from paligemma_vla.storage import hold_lock, replace_file
-from paligemma_vla.training.checkpoint import remove_leftovers, set_aside_later
-from paligemma_vla.training.distributed import Distributed, launched
+from paligemma_vla.training.checkpoint import newest_first, remove_leftovers, set_aside_later
+from paligemma_vla.training.distributed import Distributed, launched, launcher
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.preflight import Data
 
@@ -99,7 +99,7 @@ def _move_aside(run_dir: Path) -> None:
     stamp = f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     later = (f"{stamp}-{number}" for number in itertools.count(2))
     aside = next(run_dir.with_name(name) for name in itertools.chain([stamp], later) if not run_dir.with_name(name).exists())
-    saved = any((run_dir / "checkpoints").glob("checkpoint_*.pth.tar"))
+    saved = bool(newest_first(run_dir / "checkpoints"))
     run_dir.rename(aside)
     hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"
     logger.info("%s held an earlier run; it was moved to %s%s", run_dir, aside, hint)
@@ -118,6 +118,7 @@ def describe_start(data: Data, distributed: Distributed, step: int) -> dict[str,
         "platform": platform.platform(),
         "device": gpu or str(device),
         "processes": distributed.world_size,
+        "launcher": launcher(),
         "threads": torch.get_num_threads(),
         "packages": dict(sorted((found.name, found.version) for found in distributions())),
         "git": git_state(Path(paligemma_vla.__file__).parent),

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from paligemma_vla.errors import CheckpointError, first_line
-from paligemma_vla.storage import sha256
+from paligemma_vla.storage import sha256, sync_folder
+from paligemma_vla.training.distributed import is_communication
 
 SUFFIX = ".dcp"
 RECORD = "record.pt"
@@ -125,7 +126,7 @@ class ShardedWriter:
         try:
             written.result()
             digests = {shard.name: sha256(shard) for shard in temporary.glob(f"shard-{self._rank + 1:05d}-*")}
-        except (CheckpointException, OSError) as error:
+        except (CheckpointException, Exception) as error:  # of any kind: the others wait to be told
             fault = f"{path}: cannot be written ({_reason(error)}); the checkpoints before it are whole"
         parts = self._gather((fault, digests))
         faults = [told for told, _ in parts if told is not None]
@@ -141,8 +142,9 @@ class ShardedWriter:
                     os.fsync(file.fileno())
                 shutil.rmtree(path, ignore_errors=True)
                 temporary.rename(path)
+                sync_folder(path.parent)
                 completed()
-            except (OSError, RuntimeError, CheckpointError) as error:
+            except Exception as error:  # of any kind: the others wait to be told
                 faults = [f"{path}: cannot be completed ({first_line(error)})"]
         faults = self._gather(faults)[0]
         if faults:
@@ -201,6 +203,8 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], group: dist.ProcessGro
                 no_dist=group is None,
             )
     except (CheckpointException, Exception) as error:  # of any kind: what DCP and safetensors raise has no common base
+        if is_communication(error):  # of which the checkpoint knows nothing
+            raise
         raise CheckpointError(f"{folder}: does not fit ({_reason(error)})") from error
 
 

@@ -27,14 +27,14 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch
 from paligemma_vla.data.sampling import RunSampler
 from paligemma_vla.data.stream_loader import run_batches
-from paligemma_vla.errors import CheckpointError, CommunicationError, StorageError, TrainingError, first_line
+from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training import sharded
-from paligemma_vla.training.distributed import COMMUNICATION_REMEDY, Distributed, group_for_checkpoints
+from paligemma_vla.training.distributed import Distributed, group_for_checkpoints, is_communication
 from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
@@ -63,7 +63,10 @@ class Trainer:
     ) -> None:
         self.config, self.distributed, self.step = config, distributed, 0
         torch.manual_seed(config.training.seed)
-        saved = ckpt.open_to_resume(resume, verify=distributed.main) if resume is not None else None
+        saved = None
+        if resume is not None:
+            saved = distributed.on_main(partial(ckpt.open_to_resume, resume, verify=True))
+            saved = saved or ckpt.open_to_resume(resume, verify=False)
         with _belonging(str(resume)):
             kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
         backbone = saved["backbone"] if saved else None
@@ -463,11 +466,8 @@ class Trainer:
                 ) from error
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
                 raise TrainingError(self._out_of_memory()) from error
-            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-                raise CommunicationError(
-                    f"communication between processes failed at step {self.step}: {self.distributed.roll_call()} ({reason}); "
-                    f"{COMMUNICATION_REMEDY}"
-                ) from error
+            if is_communication(error):
+                raise self.distributed.communication_error(error, f"at step {self.step}") from error
             raise
 
     def _out_of_memory(self) -> str:
