@@ -61,7 +61,7 @@ def test_error_of_one_process_is_one_message_and_ends_all(job: list[str], tmp_pa
     assert failed.returncode != 0
     assert len(re.findall("^error: ", failed.stderr, re.MULTILINE)) == 1
     assert f"error: {path}: row 1, column state" in failed.stderr
-    assert failed.stderr.count("exitcode  : 2") == 2  # torchrun's own table
+    assert "exitcode  : 2" in failed.stderr  # torchrun's own table, of those that it did not end first
     assert not (tmp_path / "together.json").exists()
 
 

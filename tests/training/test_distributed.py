@@ -23,7 +23,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CommunicationError, ConfigError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
-from ranks import free_port, start_ranks
+from ranks import free_port, start_ranks, train_on
 from support import distance, identical, read_metrics, train_here, write_episodes
 from zygote import Zygote
 
@@ -82,13 +82,14 @@ def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> 
     assert log.count("finished;") == 1  # rank 0 alone speaks
 
 
-def test_processes_that_are_terminated_save_together_and_go_on_exactly(tiny_config: ConfigFactory, tmp_path: Path) -> None:
+def test_processes_that_are_terminated_save_together_and_go_on_exactly(
+    zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path
+) -> None:
     """SIGTERM to the whole group, so that a rank gets it twice: from whoever sent it, and from its launcher."""
-    settings = {"training.epochs": 30, "training.validate_every_n_steps": 1000}
+    settings = {"training.epochs": 30, "training.validate_every_n_steps": 1000, "training.save_every_n_epochs": 3}
     configs = [tiny_config({**settings, "training.experiment_name": name}) for name in ("whole", "cut")]
     whole, cut = configs
-    finished = start(whole, tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    train_on(zygote, whole, 2, tmp_path)
     running = subprocess.Popen(
         arguments(cut, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -102,8 +103,7 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(tiny_conf
     assert stderr.count("stopped by ") == 1
     saved = load_checkpoint(cut.run_dir / "checkpoints" / "last.pth.tar")
     assert 0 < saved["step"] < 30 * 5
-    finished = start(cut, tmp_path, "--resume_checkpoint", "auto")
-    assert finished.returncode == 0, finished.stderr
+    train_on(zygote, cut, 2, tmp_path, "--resume_checkpoint", "auto")
     expected, got = (load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar") for config in configs)
     for key in ("state_dict", "optimizer", "ema", "step"):
         assert identical(got[key], expected[key]), key

@@ -174,7 +174,7 @@ def policy_answer(path: Path) -> torch.Tensor:
     "changes",
     [
         {"training.cpu_offload": True},
-        {"model.vlm_config.activation_checkpointing": True},
+        pytest.param({"model.vlm_config.activation_checkpointing": True}, marks=pytest.mark.long),
         {"model.vlm_config.activation_checkpointing": "selective"},
     ],
     ids=["offload", "recompute", "selective"],

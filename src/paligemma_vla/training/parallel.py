@@ -69,8 +69,12 @@ class Replicated(Parallel):
         if self.distributed.world_size > 1:
             device = self.distributed.device
             ids = [device.index] if device.type == "cuda" else None
-            # Gradients lie in DDP's buckets only, instead of there and in the parameters.
-            self.module = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(
+                self.model,
+                device_ids=ids,
+                gradient_as_bucket_view=True,  # gradients lie in the buckets only, instead of there and in the parameters
+                broadcast_buffers=False,  # they are constants: each pass would wait for nothing
+            )
             self._settled = False
 
     def settle(self, loss: Callable[[], Tensor]) -> None:
