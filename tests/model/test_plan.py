@@ -250,6 +250,8 @@ def test_shards_divide_what_stands_and_leave_what_passes(tiny_config: ConfigFact
     assert shards.step is not None
     assert whole.step is not None
     assert shards.step < whole.step / 2  # neither gradients nor autocast's copies of weights add up
+    assert "training.parallel: fsdp" in [text for text, _ in planning._changes(whole)]
+    assert "training.parallel: fsdp" not in [text for text, _ in planning._changes(shards)]
     offloaded = config_from_dict(sharded.model_dump(mode="json"), {"training.cpu_offload": True})
     plan = plan_memory(offloaded, architecture.to_dict(), GPU, 80e9, processes=16, on_machine=8)
     assert plan.host == plan.standing
@@ -264,10 +266,3 @@ def test_selective_recomputation_holds_between_all_and_nothing(tiny_config: Conf
     assert None not in steps
     assert steps == sorted(steps, key=lambda step: step or 0)
     assert len(set(steps)) == 3
-
-
-def test_shards_are_a_remedy_for_many_processes(tiny_config: ConfigFactory) -> None:
-    config = tiny_config()
-    plan = plan_memory(config, read_architecture(config.model.vlm_config), GPU, 1e6, processes=4)
-    assert "training.parallel: fsdp" in with_remedies(plan).table()
-    assert "training.parallel: fsdp" not in with_remedies(planned(config, GPU, 1e6)).table()
