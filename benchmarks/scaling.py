@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.common import environment, write_episodes
 from paligemma_vla.config import VLAConfig, load_config
@@ -99,17 +100,16 @@ def process() -> Iterator[Connection]:
     started.join()
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def take(turn: Turn, config: VLAConfig, pipes: Sequence[Connection]) -> float:
     """Samples a second of all that train in a turn."""
     busy = pipes[: turn.alone] or pipes
     world = 1 if turn.alone else len(busy)
-    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(get_free_port()),
+    }
     for number, pipe in enumerate(busy):
         rank = "0" if turn.alone else str(number)
         training = config.training.model_copy(update={"experiment_name": f"process_{number}" if turn.alone else "together"})

@@ -18,6 +18,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, build_preprocessor
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
+from paligemma_vla.preprocess import Preprocessor
 from support import config_dict, parse_config, train_here, write_episodes
 from zygote import Zygote
 
@@ -100,6 +101,12 @@ def dataset(session_config: ConfigFactory) -> VLADataset:
 def two_camera_dataset(session_config: ConfigFactory) -> VLADataset:
     config = session_config(cameras=2)
     return VLADataset(config.data.train_parquet_files, build_preprocessor(config), config)
+
+
+@pytest.fixture(scope="session")
+def preprocessor(two_camera_dataset: VLADataset) -> Preprocessor:
+    """Of the configuration with two cameras."""
+    return two_camera_dataset.preprocessor
 
 
 @pytest.fixture(scope="session")

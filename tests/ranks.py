@@ -3,12 +3,12 @@ however many they are."""
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.training.checkpoint import LAST, load_checkpoint
@@ -24,13 +24,6 @@ class Apart(Distributed):
         pass
 
 
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start_ranks(
     zygote: Zygote, config: VLAConfig, world_size: int, folder: Path, *flags: str, **environment: str
 ) -> list[Child]:
@@ -42,7 +35,7 @@ def start_ranks(
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(get_free_port()),
         **environment,
     }
     return [

@@ -108,12 +108,17 @@ def test_no_attempt_begins_after_the_patience_is_over(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "place",
-    ["s3://bytes/none", "s3://no-such-bucket/x", "memory://none", "file:///none", "nosuch://x", "hf://datasets/a/b/c", "/none"],
+    ["s3://bytes/none", "s3://no-such-bucket/x", "memory://none", "nosuch://x", "hf://datasets/a/b/c", "none"],
 )
 def test_what_is_not_there_is_told_at_once(store: Store, caplog: pytest.LogCaptureFixture, place: str) -> None:
     with pytest.raises(StorageError, match=place):
         open_bytes(place)
     assert not caplog.messages
+
+
+def test_file_url_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be reached"):
+        open_bytes((tmp_path / "none").as_uri())
 
 
 @pytest.mark.parametrize(

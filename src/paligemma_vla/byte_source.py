@@ -95,14 +95,32 @@ class LocalBytes(ByteSource):
         os.close(self._descriptor)
 
 
-class NativeBytes(ByteSource):
-    """A file behind a URL that pyarrow reaches by itself: one request to open it, one for each range."""
+class RemoteBytes(ByteSource):
+    """A file behind a URL: every request goes through `reach`, one at a time."""
 
     def __init__(self, place: str) -> None:
         self.place = place
         self._file, self.identity = reach(place, self._open)
         self.size = self.identity[0]
         self._lock = threading.Lock()
+
+    @abstractmethod
+    def _open(self) -> tuple[Any, tuple[int, int, int]]:
+        """The open file, and its identity."""
+
+    @abstractmethod
+    def _request(self, offset: int, count: int) -> bytes:
+        """All that was asked for, or an error: of one request."""
+
+    def _read(self, offset: int, count: int) -> bytes:
+        return reach(self.place, lambda: self._request(offset, count), f"bytes {offset} to {offset + count - 1}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NativeBytes(RemoteBytes):
+    """A file behind a URL that pyarrow reaches by itself: one request to open it, one for each range."""
 
     def _open(self) -> tuple[Any, tuple[int, int, int]]:
         system, path = native_system(self.place)
@@ -112,10 +130,6 @@ class NativeBytes(ByteSource):
             modified = datetime.fromisoformat(facts["Last-Modified"].decode())
             return file, (file.size(), int(modified.timestamp()) * 10**9, _number(facts.get("ETag", b"")))
         return file, (file.size(), system.get_file_info(path).mtime_ns or 0, 0)
-
-    def _read(self, offset: int, count: int) -> bytes:
-        part = f"bytes {offset} to {offset + count - 1}"
-        return reach(self.place, lambda: self._request(offset, count), part)
 
     def _request(self, offset: int, count: int) -> bytes:
         """pyarrow's S3 client takes an answer that is too short for a whole one, and leaves the rest of the memory as it was.
@@ -132,18 +146,9 @@ class NativeBytes(ByteSource):
                 return bytes(content)
         raise ConnectionError(f"the answer was shorter than the {count} bytes that were asked for")
 
-    def close(self) -> None:
-        self._file.close()
 
-
-class FsspecBytes(ByteSource):
+class FsspecBytes(RemoteBytes):
     """A file behind any other URL, through fsspec."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-        self._file, self.identity = reach(place, self._open)
-        self.size = self.identity[0]
-        self._lock = threading.Lock()
 
     def _open(self) -> tuple[Any, tuple[int, int, int]]:
         system, path = file_system(self.place)
@@ -158,9 +163,6 @@ class FsspecBytes(ByteSource):
         version = _number(system.ukey(path).encode())
         return system.open(path, "rb", cache_type="none"), (int(facts["size"]), modified, version)
 
-    def _read(self, offset: int, count: int) -> bytes:
-        return reach(self.place, lambda: self._request(offset, count), f"bytes {offset} to {offset + count - 1}")
-
     def _request(self, offset: int, count: int) -> bytes:
         with self._lock:
             self._file.seek(offset)
@@ -168,9 +170,6 @@ class FsspecBytes(ByteSource):
         if len(content) != count:
             raise ConnectionError(f"the answer was of {len(content)} bytes, {count} were asked for")
         return content
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _number(version: bytes) -> int:

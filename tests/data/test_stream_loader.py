@@ -17,7 +17,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.block_reader import BlockReader
 from paligemma_vla.data.blocks import Blocks, cut_blocks, pool_bytes
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import VLADataset, batches, build_loader, build_preprocessor
+from paligemma_vla.data.loader import VLADataset, batches, build_loader
 from paligemma_vla.data.sampling import RunSampler, SampleRef
 from paligemma_vla.data.stream_loader import AHEAD, Part, PartSampler, run_batches
 from paligemma_vla.data.streamed_order import StreamedOrder
@@ -35,11 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stream")
     write_episodes(path, LENGTHS, cameras=2, per_file=5)
     return path
-
-
-@pytest.fixture(scope="module")
-def preprocessor(session_config: ConfigFactory) -> Preprocessor:
-    return build_preprocessor(session_config(cameras=2))
 
 
 def order_of(blocks: Blocks, batch: int = 16) -> StreamedOrder:

@@ -13,7 +13,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.block_reader import BlockReader
 from paligemma_vla.data.blocks import cut_blocks
 from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import VLADataset, batches, build_loader, build_preprocessor
+from paligemma_vla.data.loader import VLADataset, batches, build_loader
 from paligemma_vla.data.sampling import RunSampler
 from paligemma_vla.data.stream_loader import run_batches
 from paligemma_vla.data.streamed_order import StreamedOrder
@@ -37,11 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stored")
     write_episodes(path, LENGTHS, cameras=2, per_file=4)
     return path
-
-
-@pytest.fixture(scope="module")
-def preprocessor(session_config: ConfigFactory) -> Preprocessor:
-    return build_preprocessor(session_config(cameras=2))
 
 
 def streamed(place: str, preprocessor: Preprocessor, config: VLAConfig) -> tuple[VLADataset, StreamedOrder]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from machines import LENGTHS, SETTINGS, Node, Undisturbed, assert_same, saved_step, wait_for
 from paligemma_vla.config import VLAConfig
-from ranks import free_port, last, train_on
+from ranks import last, train_on
 from support import distance, write_episodes
 from zygote import Zygote
 
@@ -56,7 +57,7 @@ def kill_campaign(undisturbed: Undisturbed, name: str, kills: int, changes: dict
     rng, done = np.random.default_rng(kills), 0
     log = undisturbed.folder / f"{name}.log"
     while True:
-        with Node(path, log, plain=True, port=free_port()) as node:
+        with Node(path, log, plain=True, port=get_free_port()) as node:
             while done < kills and not node.ended:
                 node.wait_for_ranks()
                 if rng.random() < 0.7:
@@ -98,7 +99,7 @@ def test_launcher_of_a_whole_machine_is_killed_and_comes_back(undisturbed: Undis
     both again."""
     config, path = undisturbed.another(f"agents_{victim}")
     log = undisturbed.folder / f"agents_{victim}.log"
-    port = free_port()
+    port = get_free_port()
     machines = [Node(path, log, nodes="2", port=port, host=number == 0, ranks=1) for number in range(2)]
     with machines[0] as first, machines[1] as second:
         first.wait_for_step(config, 10)
@@ -121,7 +122,7 @@ def test_run_goes_on_with_the_machines_that_are_left(undisturbed: Undisturbed) -
     """`--nnodes 1:2`: what remains takes the whole batch; the curve is the same."""
     config, path = undisturbed.another("shrinks")
     log = undisturbed.folder / "shrinks.log"
-    port = free_port()
+    port = get_free_port()
     machines = [Node(path, log, nodes="1:2", port=port, host=number == 0, ranks=1) for number in range(2)]
     with machines[0] as first, machines[1] as second:
         first.wait_for_step(config, 10)

@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from paligemma_vla.cli.train import find_resume_again
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CommunicationError, ConfigError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
-from ranks import free_port, start_ranks, train_on
+from ranks import start_ranks, train_on
 from support import distance, identical, read_metrics, train_here, write_episodes
 from zygote import Zygote
 
@@ -216,7 +217,7 @@ def test_join_refuses_an_environment_that_no_launcher_makes(
 
 
 def test_rank_that_finds_nobody_says_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, given in {**GROUP, "MASTER_PORT": str(free_port()), "NCCL_TIMEOUT": "1"}.items():
+    for key, given in {**GROUP, "MASTER_PORT": str(get_free_port()), "NCCL_TIMEOUT": "1"}.items():
         monkeypatch.setenv(key, given)
     with pytest.raises(CommunicationError, match=r"rank 1: the 2 processes did not find each other at MASTER_ADDR 127\.0"):
         distributed.join("cpu")
@@ -228,7 +229,7 @@ def test_machines_of_unlike_size_are_told_before_anything_is_loaded(
     """Each would choose other groups, and wait for the others."""
     config = tiny_config({"training.parallel": "hsdp"})
     (path := tmp_path / "c.yaml").write_text(config.to_yaml())
-    shared = {**GROUP, "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    shared = {**GROUP, "MASTER_PORT": str(get_free_port()), "LOCAL_RANK": "0"}
     command = ["train", "--config_path", str(path), "--device", "cpu"]
     ranks = [
         zygote.start(command, tmp_path, {**shared, "RANK": str(rank), "LOCAL_WORLD_SIZE": str(2 - rank)}) for rank in range(2)

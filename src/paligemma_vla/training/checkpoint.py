@@ -231,7 +231,7 @@ def with_keys(payload: Any, path: Path, keys: Sequence[str] = POLICY_KEYS) -> di
 def _verify(path: Path) -> None:
     """Raise `CheckpointError` for a file that is not what was written."""
     digests = _digests(path)
-    if not digests and (entry := _damaged_entry(path)) is not None:
+    if not digests and (entry := sharded.damaged_entry(path)) is not None:
         raise CheckpointError(f"{path}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one")
     if digests and sha256(path) not in digests.split():
         raise CheckpointError(f"{path}: damaged: its sha256 differs from {_digest_path(path).name}; use an older checkpoint")
@@ -245,12 +245,6 @@ def _digests(path: Path) -> str:
         return ""
     except OSError as error:
         raise CheckpointError(f"{_digest_path(path)}: cannot be read ({error.strerror}); take it away") from error
-
-
-def _damaged_entry(path: Path) -> str | None:
-    """The first entry of the archive whose CRC is wrong: torch does not look at them."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

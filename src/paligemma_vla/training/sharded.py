@@ -10,6 +10,7 @@ import copy
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -88,9 +89,9 @@ def _mapped(value: Tree, path: tuple[str, ...], change: Callable[[tuple[str, ...
 class ShardedWriter:
     """Writes one checkpoint at a time, in a thread of each process. Every process has to make the same calls."""
 
-    def __init__(self, timeout_group: dist.ProcessGroup | None) -> None:
-        self._group = timeout_group
-        self._rank = dist.get_rank(timeout_group) if timeout_group is not None else 0
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._rank = dist.get_rank(group) if group is not None else 0
         # Also from DCP's own thread, for one process alone.
         warnings.filterwarnings("ignore", ".*torch.distributed is disabled", UserWarning)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -167,17 +168,26 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
+def damaged_entry(path: Path) -> str | None:
+    """The first entry of an archive of torch's whose CRC is wrong: torch does not look at them."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def is_in_shards(path: Path) -> bool:
     """Whether a path is a checkpoint in shards."""
     return (path / RECORD).is_file()
 
 
 def read_record(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """Everything but the tensors of a checkpoint in shards. verify: read every shard and hold it against its digest.
+    """Everything but the tensors of a checkpoint in shards. verify: read every shard and hold it against its digest, and the
+    record against the checksums in it.
 
     Raises `CheckpointError` naming what is wrong.
     """
     try:
+        if verify and (entry := damaged_entry(folder / RECORD)) is not None:
+            raise CheckpointError(f"the checksum of '{entry}' in {RECORD} is wrong")
         record: dict[str, Any] = torch.load(folder / RECORD, map_location="cpu", weights_only=True)
         shards: dict[str, str] = record.pop(SHARDS)
         damaged = [name for name, digest in shards.items() if verify and sha256(folder / name) != digest]
