@@ -2,9 +2,10 @@
 
 Two processes of one thread each, gloo, the model and settings of configs/demo.yaml, the real loader and training loop. They
 train in turns: one alone, both alone at the same time (what the machine itself gives), both together at the same total batch,
-both together at the same batch per process. Turns are short and repeated, so that what else the machine does meets all alike.
+both together at the same batch per process; and all but the third again with a larger batch, which tells what is paid for each
+step from what is paid for each sample. Turns are short and repeated, so that what else the machine does meets all alike.
 
-Efficiency is samples a second of both over twice those of one.
+Efficiency is samples a second of both over twice those of one with as large a batch.
 """
 
 from __future__ import annotations
@@ -31,24 +32,31 @@ from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
-BATCH, STEPS, WARM_UP = 32, 50, 10
+BATCH, LARGE, STEPS, WARM_UP = 32, 128, 50, 10
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What both processes do at a time. alone: how many of them train by themselves, 0: they train together."""
+    """What both processes do at a time.
+
+    alone: how many of them train by themselves, 0: they train together. batch: of a step, over all that train together.
+    against: the batch of the one process that it is held against.
+    """
 
     name: str
     alone: int
     batch: int
+    against: int
 
 
-ONE = Turn("one process", 1, BATCH)
 TURNS = (
-    ONE,
-    Turn("two that do not talk", 2, BATCH),
-    Turn("two, same total batch", 0, BATCH),
-    Turn("two, same batch per process", 0, 2 * BATCH),
+    Turn("one process", 1, BATCH, BATCH),
+    Turn("two that do not talk", 2, BATCH, BATCH),
+    Turn("two, same total batch", 0, BATCH, BATCH),
+    Turn("two, same batch per process", 0, 2 * BATCH, BATCH),
+    Turn("one process", 1, LARGE, LARGE),
+    Turn("two that do not talk", 2, LARGE, LARGE),
+    Turn("two, same batch per process", 0, 2 * LARGE, LARGE),
 )
 
 
@@ -147,7 +155,8 @@ def measure(repeats: int, workers: Sequence[int]) -> list[Line]:
             for (number, turn), taken in rates.items():
                 data = config.data.model_copy(update={"num_workers": number})
                 taken.append(take(turn, config.model_copy(update={"data": data}), pipes))
-    return [summary(turn, number, taken, rates[number, ONE]) for (number, turn), taken in rates.items()]
+    single = {(number, turn.batch): taken for (number, turn), taken in rates.items() if turn.alone == 1}
+    return [summary(turn, number, taken, single[number, turn.against]) for (number, turn), taken in rates.items()]
 
 
 def summary(turn: Turn, workers: int, rates: Sequence[float], one: Sequence[float]) -> Line:

@@ -56,6 +56,17 @@ class Distributed:
             dist.all_reduce(value)
         return value
 
+    def begin_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum over all processes, in place; what is returned waits until it is done."""
+        work = dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
+
+        def summed() -> Tensor:
+            if work is not None:
+                work.wait()
+            return value
+
+        return summed
+
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
