@@ -18,6 +18,7 @@ from paligemma_vla.storage import NATIVE, file_system, is_url, native_system
 
 MARKS = (0xA5, 0x5A)
 Range = tuple[int, int]  # offset, and the first byte after it
+Listed = tuple[int, int] | None  # what a listing says of a file: size, and mtime in whole seconds
 FETCHED = 2**23  # bytes of one request, where a file is copied
 
 
@@ -177,8 +178,8 @@ def _number(version: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(version, digest_size=8).digest(), "little") >> 1 if version else 0
 
 
-def list_files(url: str) -> list[str]:
-    """Paths below a folder behind a URL, relative to it, sorted; none when it is not there. Raises `StorageError`.
+def list_files(url: str) -> dict[str, Listed]:
+    """Files below a folder behind a URL, by path relative to it, sorted; none when it is not there. Raises `StorageError`.
 
     A store that fails in mid-listing is asked again: no file is left out in silence.
     """
@@ -186,29 +187,30 @@ def list_files(url: str) -> list[str]:
         found, root = reach(url, lambda: _native_files(url) if url.startswith(NATIVE) else _fsspec_files(url), "its files")
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return []
+            return {}
         raise
-    root = root.strip("/")
-    inside = (path.strip("/").removeprefix(root).strip("/") for path in found if path.strip("/").startswith(f"{root}/"))
-    return sorted(inside) if root else sorted(path.strip("/") for path in found)
+    folder = f"{root.strip('/')}/".lstrip("/")
+    named = {path.strip("/"): listed for path, listed in found.items()}
+    return {path.removeprefix(folder): named[path] for path in sorted(named) if path.startswith(folder)}
 
 
-def _native_files(url: str) -> tuple[list[str], str]:
+def _native_files(url: str) -> tuple[dict[str, Listed], str]:
     from pyarrow.fs import FileSelector, FileType
 
     system, path = native_system(url)
     selector = FileSelector(path, recursive=True)
-    return [info.path for info in system.get_file_info(selector) if info.type == FileType.File], path
+    files = (info for info in system.get_file_info(selector) if info.type == FileType.File)
+    return {info.path: (info.size, info.mtime_ns // 10**9) if info.mtime_ns else None for info in files}, path
 
 
-def _fsspec_files(url: str) -> tuple[list[str], str]:
+def _fsspec_files(url: str) -> tuple[dict[str, Listed], str]:
     from fsspec import AbstractFileSystem
 
     system, path = file_system(url)
     system.invalidate_cache()
     # fsspec's own `find` leaves out folders that it fails to list, unless told otherwise.
     strict = {"on_error": "raise"} if type(system).find is AbstractFileSystem.find else {}
-    return [name for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")], path
+    return {name: None for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")}, path
 
 
 def fetch(url: str, target: Path) -> Path:

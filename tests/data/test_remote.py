@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from episode_files import columns, write
 
 from paligemma_vla import reaching
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data import episode_file
+from paligemma_vla.data import episode_file, index_cache
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
 from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
@@ -167,11 +168,42 @@ def test_options_of_a_url_hold_for_the_files_behind_it(
     assert remote.fingerprint == EpisodeIndex.build(str(two_camera_dir)).fingerprint
 
 
-def test_second_index_asks_once_for_each_file(store: Store) -> None:
+def test_second_index_asks_once_for_each_file_that_is_new(store: Store) -> None:
+    """It may yet be replaced without another size or date."""
     first = EpisodeIndex.build(store.url("two"))
+    for _ in range(2):
+        store.reset()
+        same_index(EpisodeIndex.build(store.url("two")), first)
+        assert store.requests == {"GET": 1, "HEAD": len(first.paths)}
+
+
+def test_index_of_files_that_have_settled_is_one_listing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_episodes(tmp_path / "a", lengths=(9, 9, 9), per_file=1)
+    write_episodes(tmp_path / "b", lengths=(9, 9, 9), per_file=1, seed=2)
+    url = store.upload(tmp_path / "a", "settled")
+    first = EpisodeIndex.build(url)
+    monkeypatch.setattr(index_cache, "SETTLED_SECONDS", -60.0)
+    same_index(EpisodeIndex.build(url), first)  # asks for each, and keeps that it has
     store.reset()
-    same_index(EpisodeIndex.build(store.url("two")), first)
-    assert store.requests == {"GET": 1, "HEAD": len(first.paths)}
+    same_index(EpisodeIndex.build(url), first)
+    assert store.requests == {"GET": 1}
+    time.sleep(1.1)  # stores know seconds
+    store.put("settled/episodes-00001.parquet", (tmp_path / "b" / "episodes-00001.parquet").read_bytes())
+    store.reset()
+    assert EpisodeIndex.build(url).fingerprint != first.fingerprint
+    listing = 1
+    assert store.requests == {"GET": listing + 1, "HEAD": 2}, "the new one: asked whether it is, then read"
+
+
+def test_file_that_is_replaced_within_a_second_is_found(store: Store, tmp_path: Path) -> None:
+    """A store's date has whole seconds, and the size may well be the same: what it calls the version tells."""
+    write_episodes(tmp_path / "a", lengths=(9,), seed=1)
+    url = store.upload(tmp_path / "a", "twice")
+    first = EpisodeIndex.build(url)
+    content = bytearray((tmp_path / "a" / "episodes-00000.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    store.put("twice/episodes-00000.parquet", bytes(content))
+    assert EpisodeIndex.build(url).stamps.tolist() != first.stamps.tolist()
 
 
 def test_first_index_of_our_files_takes_two_requests_each(store: Store, tmp_path: Path) -> None:

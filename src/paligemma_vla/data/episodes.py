@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from paligemma_vla.byte_source import Listed
 from paligemma_vla.data.exclusions import NOTHING, ExclusionList
 from paligemma_vla.data.faults import FaultError, raise_first
 from paligemma_vla.data.files import Layout, Rows, joint_layout, robot_faults
 from paligemma_vla.data.flags import chain_faults, segment
-from paligemma_vla.data.index_cache import FileFacts, cache_path, load_facts, read_facts, save_facts
+from paligemma_vla.data.index_cache import FileFacts, cache_path, is_settled, load_facts, read_facts, save_facts
 from paligemma_vla.data.remote_files import COPY_IT, files_behind
 from paligemma_vla.data.sources import absolute_name, find_source, foreign_format, identify_file
 from paligemma_vla.errors import DataError
@@ -36,19 +37,24 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
 
     Raises `DataError`, naming `where` (the config key or flag), when one of them holds none, or data of a foreign format.
     """
-    found: dict[str, None] = {}
+    return list(find_files(paths, where))
+
+
+def find_files(paths: str | Sequence[str], where: str) -> dict[str, Listed]:
+    """What `expand_paths` lists, with what a store's listing says of each file."""
+    found: dict[str, Listed] = {}
     for path in [paths] if isinstance(paths, str) else paths:
         prefix, source, place = find_source(path)
         if source is not None:
             if is_url(place):
                 raise DataError(f"{where}: {path}: data of another format is read from a disk only; {COPY_IT}")
-            files = [prefix + file for file in source.files(place, where)]
+            files: dict[str, Listed] = dict.fromkeys(prefix + file for file in source.files(place, where))
         else:
-            files = files_behind(path, where) if is_url(path) else _local_files(path, where)
+            files = files_behind(path, where) if is_url(path) else dict.fromkeys(_local_files(path, where))
         if not files:
             raise DataError(f"{where}: {path}: no Parquet file there; expected a file, a folder that holds some, or a glob")
-        found.update(dict.fromkeys(files))
-    return list(found)
+        found.update(files)
+    return found
 
 
 def _local_files(path: str, where: str) -> list[str]:
@@ -101,7 +107,7 @@ class EpisodeIndex:
 
         exclude: what it lists is left out before anything is judged.
         """
-        files = expand_paths(paths, where)
+        files = find_files(paths, where)
         kept = [path for path in files if exclude is None or not exclude.leaves_out(path)]
         facts = _gather([paths] if isinstance(paths, str) else paths, files, kept)
         for path in kept[1:]:
@@ -237,23 +243,37 @@ def _stamp(stamp: tuple[int, ...]) -> str:
     return f"{size} bytes{date}" + (f", version {version:016x}" if version else "")
 
 
-def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str]) -> Mapping[str, FileFacts]:
-    """Facts of the kept files: from the cache where they have not changed, else from the files, in parallel."""
+def _gather(arguments: Sequence[str], files: Mapping[str, Listed], kept: Sequence[str]) -> Mapping[str, FileFacts]:
+    """Facts of the kept files: from the cache where they have not changed, else from the files, in parallel.
+
+    A store is not asked about files that its listing tells enough of: one request for a thousand.
+    """
     cache = cache_path(arguments)
     known = load_facts(cache)
     absolute = {path: absolute_name(path) for path in files}
     facts = {path: known[absolute[path]] for path in kept if absolute[path] in known}
     remote = any(map(is_url, kept))  # a store is waited for, so it is asked many things at once; a disk's files are work
     with ThreadPoolExecutor(REQUESTS if remote else min(REQUESTS, 2 * (os.cpu_count() or 1))) as pool:
-        identities = dict(zip(facts, (pool.map if remote else map)(identify_file, facts), strict=True))
-        facts = {path: entry for path, entry in facts.items() if entry.identity == identities[path]}
+        doubtful = [path for path, entry in facts.items() if not _is_listed(entry, files[path])]
+        identities = dict(zip(doubtful, (pool.map if remote else map)(identify_file, doubtful), strict=True))
+        facts = {path: entry for path, entry in facts.items() if identities.get(path, entry.identity) == entry.identity}
         missing = [path for path in kept if path not in facts]
         facts.update(zip(missing, pool.map(read_facts, missing), strict=True))
+    settled = [
+        path for path in doubtful if path in facts and files[path] and facts[path].settled < is_settled(identities[path])
+    ]
+    facts.update((path, replace(facts[path], settled=True)) for path in settled)
     gone = known.keys() - set(absolute.values())
-    if missing or gone:
+    if missing or gone or settled:
         current = {path: entry for path, entry in known.items() if path not in gone}
         save_facts(cache, {**current, **{absolute[path]: entry for path, entry in facts.items()}})
     return facts
+
+
+def _is_listed(entry: FileFacts, listed: Listed) -> bool:
+    """Whether what a store lists is the file that the facts are of."""
+    size, modified, _ = entry.identity
+    return entry.settled and listed == (size, modified // 10**9)
 
 
 def _episodes(path: str, facts: FileFacts, exclude: ExclusionList | None) -> tuple[Rows, Rows, int]:

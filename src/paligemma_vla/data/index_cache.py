@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,8 +26,10 @@ from paligemma_vla.data.sources import absolute_name, open_file
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import cache_folder, replace_file
 
-VERSION = 5
+VERSION = 6
 ROWS = ("groups", "outside", *(field.name for field in fields(FlagRows)))
+# S3 refuses requests of clocks that differ by more (RequestTimeTooSkewed); and a second, which is as exact as mtimes are.
+SETTLED_SECONDS = 15 * 60 + 1.0
 logger = logging.getLogger(__name__)
 
 
@@ -34,11 +37,13 @@ logger = logging.getLogger(__name__)
 class FileFacts:
     """What indexing learns from one file, exclusions aside.
 
-    identity: see `ByteSource.identity`. digest: see `EpisodeFile.digest`. groups: see `group_bounds`. outside: row ranges
-    [first, stop) that were not asked for, one after the other (2 X,).
+    identity: see `ByteSource.identity`. settled: whether it was asked for so long after the file's mtime that another file
+    has another mtime. digest: see `EpisodeFile.digest`. groups: see `group_bounds`. outside: row ranges [first, stop) that
+    were not asked for, one after the other (2 X,).
     """
 
     identity: tuple[int, int, int]
+    settled: bool
     layout: Layout
     digest: int
     groups: Rows
@@ -51,7 +56,13 @@ def read_facts(path: str) -> FileFacts:
     with open_file(path) as file:
         identity = file.identity()  # before it is read: a change in between is found later
         layout, digest = read_layout(file), file.digest()
-        return FileFacts(identity, layout, digest, file.bounds, file.outside.ravel(), find_flags(file))
+        facts = layout, digest, file.bounds, file.outside.ravel(), find_flags(file)
+        return FileFacts(identity, is_settled(identity), *facts)
+
+
+def is_settled(identity: tuple[int, int, int]) -> bool:
+    """Whether a file that is written from now on will have another mtime, whatever the clock of the store says."""
+    return time.time() - identity[1] / 1e9 > SETTLED_SECONDS
 
 
 def cache_path(arguments: Sequence[str]) -> Path:
@@ -91,6 +102,7 @@ def _pack(facts: Mapping[str, FileFacts]) -> dict[str, NDArray[Any]]:
     return {
         "header": np.frombuffer(header.encode(), np.uint8),
         "identity": np.array([entry.identity for entry in facts.values()], np.int64),
+        "settled": np.array([entry.settled for entry in facts.values()], bool),
         "digest": np.array([entry.digest for entry in facts.values()], np.uint64),
         "layout": np.array([number[text] for text in layouts], np.int64),
         **{name: np.concatenate([np.empty(0, np.int64), *parts]) for name, parts in rows.items()},
@@ -107,6 +119,7 @@ def _unpack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FileFacts]:
     return {
         path: FileFacts(
             identity=tuple(arrays["identity"][place].tolist()),
+            settled=bool(arrays["settled"][place]),
             layout=layouts[arrays["layout"][place]],
             digest=int(arrays["digest"][place]),
             groups=rows["groups"][place],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
-from paligemma_vla.byte_source import list_files
+from paligemma_vla.byte_source import Listed, list_files
 from paligemma_vla.data.sources import MARKS
 from paligemma_vla.errors import DataError
 from paligemma_vla.storage import join_url, split_url
@@ -14,17 +14,17 @@ COPY_IT = "copy it to this machine; `paligemma-vla data convert` makes episode f
 MAGIC = re.compile(r"[*\[]")  # a question mark begins the options of a URL
 
 
-def files_behind(url: str, where: str) -> list[str]:
-    """URLs of the files behind a URL, sorted. Raises `DataError` naming `where`, or `StorageError`."""
+def files_behind(url: str, where: str) -> dict[str, Listed]:
+    """Files behind a URL, by theirs, sorted. Raises `DataError` naming `where`, or `StorageError`."""
     head, rest = split_url(url)
     if not head.partition("://")[2].strip("/"):
         raise DataError(f"{where}: got '{url}', which names no place; give a bucket, or a folder or file in it")
     folder, pattern = _base(head.rstrip("/"))
     base = folder + rest
-    names = list_files(base)
-    if not pattern and not names:
-        return [url]  # a file, or nothing: opening it tells
-    matches = _matching(names, pattern) if pattern else {"": names}
+    files = list_files(base)
+    if not pattern and not files:
+        return {url: None}  # a file, or nothing: opening it tells
+    matches = _matching(list(files), pattern) if pattern else {"": list(files)}
     for match, inside in matches.items():
         for form, mark in MARKS.items():
             if mark in inside:
@@ -36,7 +36,7 @@ def files_behind(url: str, where: str) -> list[str]:
         for name in inside
         if not name or (name.endswith(".parquet") and not PurePosixPath(name).name.startswith("."))
     }
-    return [join_url(base, name) for name in sorted(found)]
+    return {join_url(base, name): files[name] for name in sorted(found)}
 
 
 def _base(head: str) -> tuple[str, str]:

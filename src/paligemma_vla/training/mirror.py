@@ -111,7 +111,7 @@ class Mirror:
     def _names(self) -> list[str]:
         """Names of all files there, relative to the run's folder."""
         self.system.invalidate_cache()
-        return list_files(self.url)
+        return list(list_files(self.url))
 
     def _has(self, name: str) -> bool:
         return bool(reach(self.url, lambda: self.system.exists(f"{self.root}/{name}")))
