@@ -172,14 +172,8 @@ def start(sheet: Sheet, given: Assumptions, units: Mapping[str, float], files: f
     sheet.times("first index: work", (units["index_s_per_file"], "s a file"), count, "s")
     sheet.times("first index: footers read", (units["index_sent_per_file"], "B a file"), count, "GB", GB)
     asked = units["cached_index_requests_per_file"] * latency / units["requests_at_once"]
-    waiting = sheet.times("index from the cache: waiting for the store", (asked, "s a file"), count, "s")
+    waiting = sheet.times("index from the cache: waiting, beside the listing", (asked, "s a file"), count, "s")
     work = sheet.times("index from the cache: work", (units["cached_index_s_per_file"], "s a file"), count, "s")
-    sheet.times(
-        "the same if each process asked by itself",
-        (units["cached_index_requests_per_file"] * files / given.store_requests_per_s, "s a process"),
-        (given.gpus, "processes"),
-        "s",
-    )
     index = units["index_bytes_per_file"] * files
     rounds = math.ceil(math.log2(given.gpus))
     told = sheet.times(
@@ -201,14 +195,14 @@ def start(sheet: Sheet, given: Assumptions, units: Mapping[str, float], files: f
     weights = (units["model_bytes"] / GB, "GB by each process")
     loaded = sheet.times("backbone read and built", (units["load_s_per_gb"], "s a GB"), weights, "s")
     checkpoint = units["checkpoint_bytes"]
-    checked = sheet.times(
-        "checkpoint verified, by rank 0, twice", (units["verify_s_per_gb"], "s a GB"), (2 * checkpoint / GB, "GB"), "s"
-    )
-    part = checkpoint / given.gpus / GB
-    read = sheet.times("checkpoint read", (units["read_s_per_gb"], "s a GB"), (part, "GB by each process"), "s")
+    part = (checkpoint / given.gpus / GB, "GB by each process")
+    checked = sheet.times("checkpoint verified", (units["verify_s_per_gb"], "s a GB"), part, "s")
+    read = sheet.times("checkpoint read", (units["read_s_per_gb"], "s a GB"), part, "s")
+    machine = (checkpoint / given.machines / GB, "GB by each machine, twice")
+    fetched = sheet.times("checkpoint from the disk", (2 * GB / given.disk_bytes_per_s, "s a GB"), machine, "s")
     first = imports + met + loaded + listing + waiting + work + told + handed + ordered
     sheet.put("a start, index in the cache", "sum of the above", "without a checkpoint", first, "s")
-    return sheet.put("a restart", "the same", "with the checkpoint", first + checked + read, "s")
+    return sheet.put("a restart", "the same", "with the checkpoint", first + checked + read + fetched, "s")
 
 
 def train(sheet: Sheet, given: Assumptions, units: Mapping[str, float]) -> float:

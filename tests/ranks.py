@@ -16,6 +16,8 @@ from paligemma_vla.training.distributed import Distributed
 from support import distance, identical, read_metrics
 from zygote import Child, Result, Zygote
 
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
 
 class Apart(Distributed):
     """One of many processes, the others of which are not there to be waited for."""

@@ -33,12 +33,11 @@ from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
+from ranks import ALONE
 from support import HORIZON, call, encode_image, read_rows, train_here
 
 ConfigFactory = Callable[..., VLAConfig]
-ALONE = Distributed(0, 1, torch.device("cpu"))
 REPRESENTATIONS = ("absolute", "chunk_relative", "delta")
 LENGTHS = (9, 1, 12, 3, 10, 4)
 NAMES = ("x", "y", "z", "qx", "qy", "qz", "qw")

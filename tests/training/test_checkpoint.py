@@ -16,6 +16,7 @@ from paligemma_vla.config import config_from_dict
 from paligemma_vla.errors import CheckpointError
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.checkpoint import link_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from ranks import ALONE
 
 PAYLOAD: dict[str, Any] = dict.fromkeys((*ckpt.SPEC_KEYS, *ckpt.RESUME_KEYS), 0)
 
@@ -172,16 +173,16 @@ def test_link_points_at_its_target_and_moves(tmp_path: Path) -> None:
 
 
 def test_newest_checkpoint_passes_over_damaged_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path, ALONE) is None
     for epoch in (1, 2, 3):
         path = tmp_path / f"checkpoint_epoch_{epoch}.pth.tar"
         save_checkpoint(path, payload(epoch))
         os.utime(path, (epoch, epoch))
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_epoch_3.pth.tar"
+    assert newest_checkpoint(tmp_path, ALONE) == tmp_path / "checkpoint_epoch_3.pth.tar"
     path.write_bytes(path.read_bytes()[:-50])
     os.utime(path, (3, 3))
     with caplog.at_level(logging.WARNING):
-        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_epoch_2.pth.tar"
+        assert newest_checkpoint(tmp_path, ALONE) == tmp_path / "checkpoint_epoch_2.pth.tar"
     assert "passed over" in caplog.text
 
 

@@ -24,7 +24,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CommunicationError, ConfigError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
-from ranks import start_ranks, train_on
+from ranks import ALONE, start_ranks, train_on
 from support import distance, identical, read_metrics, train_here, write_episodes
 from zygote import Zygote
 
@@ -257,14 +257,14 @@ def test_restart_goes_on_with_its_own_run_alone(
     """A run of the same name that another launcher made is none to go on with unasked."""
     config = tiny_config({"training.checkpoint_dir": str(trained_run.parent), "training.experiment_name": trained_run.name})
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    assert find_resume_again(config, None, None) is None
+    assert find_resume_again(config, None, None, ALONE).resume is None
     own = {"starts": [{"launcher": distributed.launcher(), "data": {"fingerprint": {"training": "x"}}}]}
     before = (trained_run / "environment.json").read_bytes()
     (trained_run / "environment.json").write_text(json.dumps(own))
     try:
-        assert find_resume_again(config, None, None) == trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar"
+        assert find_resume_again(config, None, None, ALONE).resume == trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar"
         monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-        assert find_resume_again(config, None, None) is None
+        assert find_resume_again(config, None, None, ALONE).resume is None
     finally:
         (trained_run / "environment.json").write_bytes(before)
 

@@ -16,6 +16,7 @@ from paligemma_vla.errors import StorageError
 from paligemma_vla.storage import file_system
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.mirror import Mirror
+from ranks import ALONE
 from store import Store
 from support import identical, read_metrics
 
@@ -81,7 +82,7 @@ def test_auto_passes_over_what_is_damaged_behind_the_url(
     newest = tmp_path / "store" / "run" / "checkpoints" / "checkpoint_epoch_2.pth.tar"
     newest.write_bytes(newest.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        found = find_resume(config, "auto", Mirror.of(config))
+        found = find_resume(config, "auto", Mirror.of(config), ALONE).resume
     assert found == config.run_dir / "checkpoints" / "checkpoint_epoch_1.pth.tar"
     assert "passed over" in caplog.text
     assert "checkpoint_epoch_2" in caplog.text

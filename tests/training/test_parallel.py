@@ -168,6 +168,25 @@ def test_single_file_of_a_run_in_shards_holds_what_the_shards_hold(whole: Whole,
     assert torch.equal(*answers)
 
 
+def test_shard_that_another_process_finds_damaged_is_passed_over_by_all(whole: Whole, tmp_path: Path) -> None:
+    """Each process verifies some: the second of two the second shard."""
+    config = whole.another("damaged", {**BRIEF, **FSDP})
+    train_on(whole.zygote, config, 2, tmp_path)
+    newest = config.run_dir / "checkpoints" / "checkpoint_epoch_2.dcp"
+    newest.with_suffix(".pth.tar").unlink()  # made of it at the end of the run, and whole
+    shard = sorted(newest.glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    named = [rank.wait(60) for rank in start_ranks(whole.zygote, config, 2, tmp_path, "--resume_checkpoint", str(newest))]
+    assert [result.status for result in named] == [2, 2]
+    assert all(f"{shard.name}: damaged: its sha256 differs" in result.stderr for result in named)
+    first, second = train_on(whole.zygote, config, 2, tmp_path, "--resume_checkpoint", "auto")
+    assert first.stderr.count("passed over: ") == 1
+    assert "resumed" in first.stderr and "checkpoint_epoch_1.dcp: step 5," in first.stderr
+    assert "passed over" not in second.stderr
+
+
 def policy_answer(path: Path) -> torch.Tensor:
     policy = Policy.from_checkpoint(path)
     image = torch.arange(32 * 32 * 3, dtype=torch.uint8).view(32, 32, 3).numpy()

@@ -17,13 +17,11 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import VLAError
 from paligemma_vla.training import preflight
-from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
-from ranks import Apart
+from ranks import ALONE, Apart
 from support import write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
-ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def message(config: VLAConfig, processes: int = 1) -> str:

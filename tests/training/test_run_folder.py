@@ -21,6 +21,7 @@ from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint, newest_checkpoint
 from paligemma_vla.training.run_folder import git_state
+from ranks import ALONE
 from support import identical, read_metrics, write_episodes
 from zygote import Zygote
 
@@ -207,7 +208,7 @@ def test_auto_takes_the_furthest_whatever_the_dates_are(tiny_config: ConfigFacto
     assert started(config, tmp_path) == 0
     for age, name in enumerate(("checkpoint_epoch_3", "checkpoint_epoch_2", "checkpoint_epoch_1")):
         os.utime(config.run_dir / "checkpoints" / f"{name}.pth.tar", (age, age))
-    found = newest_checkpoint(config.run_dir / "checkpoints")
+    found = newest_checkpoint(config.run_dir / "checkpoints", ALONE)
     assert found is not None
     assert found.name == "checkpoint_epoch_3.pth.tar"
 

@@ -17,6 +17,7 @@ from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training import sharded
 from paligemma_vla.training.checkpoint import link_checkpoint, load_checkpoint, newest_checkpoint
 from paligemma_vla.training.sharded import IN_SHARDS, RECORD, ShardedWriter, fill, read_whole, split
+from ranks import ALONE
 from support import call, identical
 
 
@@ -93,10 +94,10 @@ def test_save_that_fails_is_told_and_leaves_the_ones_before(tmp_path: Path, requ
         writer.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert not failed.exists()
-    assert newest_checkpoint(tmp_path) == whole
+    assert newest_checkpoint(tmp_path, ALONE) == whole
     writer.save(failed, payload(2), lambda: None)
     writer.wait()
-    assert newest_checkpoint(tmp_path) == failed
+    assert newest_checkpoint(tmp_path, ALONE) == failed
 
 
 def cut(path: Path) -> None:
@@ -125,7 +126,7 @@ def test_damage_is_found_and_passed_over(
     damage(victim)
     with pytest.raises(CheckpointError, match=r"checkpoint_step_2\.dcp"):
         load_checkpoint(newer)
-    assert newest_checkpoint(tmp_path) == older
+    assert newest_checkpoint(tmp_path, ALONE) == older
     assert "passed over: " in caplog.text
 
 

@@ -21,15 +21,13 @@ from paligemma_vla.data.streamed_order import StreamedOrder
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.resume import check_same_run
-from ranks import Apart, train_on
+from ranks import ALONE, Apart, train_on
 from support import distance, identical, read_metrics, train_here
 from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
 STREAMED = {"data.reading": "streamed", "data.stream_block_mb": 0.01, "data.stream_window": 2, "training.epochs": 3}
-ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -21,13 +21,11 @@ from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.trainer import Trainer
-from ranks import Apart
+from ranks import ALONE, Apart
 from support import ACTION_DIM, HORIZON, METADATA, distance, identical, make_episode, read_metrics, train_here, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
-ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def collate(trainer: Trainer, refs: list[SampleRef], validation: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import socket
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from paligemma_vla.cli.arguments import natural
 from paligemma_vla.config import InvalidConfig, VLAConfig, load_config, own_statistics, parse_assignments
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from paligemma_vla.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """A checkpoint to go on from, and whether it has been verified."""
+
+    resume: str | Path | None
+    verified: bool
+
 
 # flag -> config key
 OVERRIDES = {
@@ -146,12 +154,12 @@ def _train_in(
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     mirror = Mirror.of(config)
-    resume = distributed.agree(partial(find_resume_again, config, resume_checkpoint, mirror))
+    resume, verified = find_resume_again(config, resume_checkpoint, mirror, distributed)
     with distributed.first_here():
         _bring_here(resume, mirror)
     if resume_checkpoint == "auto" and resume is None and distributed.main:
         logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_place("checkpoints"))
-    trainer = Trainer(config, distributed, resume, force)
+    trainer = Trainer(config, distributed, resume, force, verified)
 
     def begin() -> IO[bytes]:  # only now: a run that cannot begin leaves no trace
         trainer.mirror = mirror
@@ -193,32 +201,42 @@ def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
     return write_report(config.run_dir / "report.html", Report(title=title, run_dir=config.run_dir, dataset=data.index))
 
 
-def find_resume_again(config: VLAConfig, wanted: str | None, mirror: Mirror | None) -> str | Path | None:
+def find_resume_again(config: VLAConfig, wanted: str | None, mirror: Mirror | None, distributed: Distributed) -> Found:
     """As `find_resume`; but where the launcher of this process has begun the run already, and starts it again after a failure,
     the newest checkpoint of it."""
+    if distributed.agree(partial(_is_begun, config)):
+        found = find_resume(config, "auto", mirror, distributed)
+        if found.resume is not None:
+            return found
+    return find_resume(config, wanted, mirror, distributed)
+
+
+def _is_begun(config: VLAConfig) -> bool:
+    """Whether the launcher of this process has begun the run."""
     from paligemma_vla.training.distributed import launcher
     from paligemma_vla.training.run_folder import read_starts
 
     starts = read_starts(config.run_dir) if launcher() is not None else []
-    if starts and starts[-1].get("launcher") == launcher():
-        resume = find_resume(config, "auto", mirror)
-        if resume is not None:
-            return resume
-    return find_resume(config, wanted, mirror)
+    return bool(starts) and starts[-1].get("launcher") == launcher()
 
 
-def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None = None) -> str | Path | None:
-    """The checkpoint to go on from. `auto` finds none in a fresh run, and then starts it."""
+def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None, distributed: Distributed) -> Found:
+    """What to go on from, for all processes. `auto` finds nothing in a fresh run, and then starts it."""
     if wanted is None or is_url(wanted):
-        return wanted
+        return Found(wanted, verified=False)
     if wanted != "auto":
-        path = Path(wanted)
-        if not path.exists():
-            raise CheckpointError(f"--resume_checkpoint {path}: no such file")
-        return path
+        distributed.on_main(partial(_refuse_missing, Path(wanted)))
+        return Found(Path(wanted), verified=False)
     from paligemma_vla.training.checkpoint import newest_checkpoint
 
-    return newest_checkpoint(config.run_dir / "checkpoints") if mirror is None else mirror.newest_checkpoint()
+    if mirror is not None:
+        return Found(distributed.agree(mirror.newest_checkpoint), verified=True)
+    return Found(newest_checkpoint(config.run_dir / "checkpoints", distributed), verified=True)
+
+
+def _refuse_missing(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"--resume_checkpoint {path}: no such file")
 
 
 def _bring_here(resume: str | Path | None, mirror: Mirror | None) -> None:

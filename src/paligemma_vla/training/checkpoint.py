@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,6 +26,7 @@ from paligemma_vla.byte_source import fetch
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.storage import is_url, replace_file, sha256, sync_folder
 from paligemma_vla.training import sharded
+from paligemma_vla.training.distributed import Distributed
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
@@ -209,15 +211,20 @@ def load_checkpoint(
     return with_keys(payload, real, keys)
 
 
-def open_to_resume(path: str | Path, verify: bool) -> dict[str, Any]:
-    """A checkpoint to go on from; of one in shards the tensors are still notes (`sharded`), and `in_shards` is True.
+def open_to_resume(path: str | Path, distributed: Distributed, verified: bool) -> dict[str, Any]:
+    """A checkpoint to go on from, for all processes; of one in shards the tensors are still notes (`sharded`), and `in_shards`
+    is True.
 
-    verify: one process does, for all.
+    verified: it has just been. Raises `CheckpointError`, about a damaged one on every process.
     """
     if Path(path).is_dir():
         folder = Path(path).resolve()
-        return {**with_keys(sharded.read_record(folder, verify), folder, RESUME_KEYS), "in_shards": True}
-    return {**load_checkpoint(path, keys=RESUME_KEYS, verify=verify), "in_shards": False}
+        if not verified:
+            sharded.verify_together(folder, distributed)
+        return {**with_keys(sharded.read_record(folder, verify=False), folder, RESUME_KEYS), "in_shards": True}
+    read = partial(load_checkpoint, path, keys=RESUME_KEYS)
+    payload = distributed.on_main(partial(read, verify=not verified))
+    return {**(payload or read(verify=False)), "in_shards": False}
 
 
 def with_keys(payload: Any, path: Path, keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
@@ -247,19 +254,27 @@ def _digests(path: Path) -> str:
         raise CheckpointError(f"{_digest_path(path)}: cannot be read ({error.strerror}); take it away") from error
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of a run that is furthest and verifies; what is passed over is logged."""
-    for path in newest_first(folder):
+def newest_checkpoint(folder: Path, distributed: Distributed) -> Path | None:
+    """The checkpoint of a run that is furthest and verifies; what is passed over is logged. Every process has to ask."""
+    for path, in_shards in distributed.agree(lambda: [(each, each.is_dir()) for each in newest_first(folder)]):
         try:
-            if path.is_dir():
-                with_keys(sharded.read_record(path), path, RESUME_KEYS)
-            else:
-                load_checkpoint(path, keys=RESUME_KEYS)
+            distributed.on_main(partial(_check_keys, path))
+            if in_shards:
+                sharded.verify_together(path, distributed)
         except CheckpointError as error:
-            logger.warning("passed over: %s", error)
+            if distributed.main:
+                logger.warning("passed over: %s", error)
         else:
-            return path
+            return Path(path)
     return None
+
+
+def _check_keys(path: Path) -> None:
+    """Raise `CheckpointError` for a checkpoint that a run cannot go on from, or a file that is damaged."""
+    if path.is_dir():
+        with_keys(sharded.read_record(path, verify=False), path, RESUME_KEYS)
+    else:
+        load_checkpoint(path, keys=RESUME_KEYS)
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.storage import sha256, sync_folder
-from paligemma_vla.training.distributed import is_communication
+from paligemma_vla.training.distributed import Distributed, is_communication
 
 SUFFIX = ".dcp"
 RECORD = "record.pt"
@@ -185,17 +185,51 @@ def read_record(folder: Path, verify: bool = True) -> dict[str, Any]:
 
     Raises `CheckpointError` naming what is wrong.
     """
+    record, shards = _open_record(folder, verify)
+    if verify and (fault := _fault(folder, shards)) is not None:
+        raise CheckpointError(fault)
+    return record
+
+
+def verify_together(folder: Path, distributed: Distributed) -> None:
+    """Raise `CheckpointError` on every process for a checkpoint in shards that is not what was written.
+
+    Every process has to ask. Rank 0 reads the record, each its part of the shards: of a folder that another machine does not
+    have it reads none.
+    """
+    shards = distributed.agree(lambda: _open_record(folder, verify=True)[1])
+    part = sorted(shards.items())[distributed.rank :: distributed.world_size]
+    faults = distributed.gather(_fault(folder, dict(part)) if folder.is_dir() else None)
+    for fault in faults:
+        if fault is not None:
+            raise CheckpointError(fault)
+
+
+def _open_record(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record, and the digests of the shards by their names."""
     try:
         if verify and (entry := damaged_entry(folder / RECORD)) is not None:
             raise CheckpointError(f"the checksum of '{entry}' in {RECORD} is wrong")
         record: dict[str, Any] = torch.load(folder / RECORD, map_location="cpu", weights_only=True)
-        shards: dict[str, str] = record.pop(SHARDS)
-        damaged = [name for name, digest in shards.items() if verify and sha256(folder / name) != digest]
+        shards = dict(record.pop(SHARDS))
     except Exception as error:  # of any kind: a damaged file can hold anything
-        raise CheckpointError(f"{folder}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
-    if damaged:
-        raise CheckpointError(f"{folder / damaged[0]}: damaged: its sha256 differs from {RECORD}; use an older checkpoint")
-    return record
+        raise _unreadable(folder, error) from error
+    return record, shards
+
+
+def _fault(folder: Path, shards: Mapping[str, str]) -> str | None:
+    """What is wrong with the first of these shards that is not what was written."""
+    try:
+        for name, digest in shards.items():
+            if sha256(folder / name) != digest:
+                return f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint"
+    except Exception as error:  # of any kind: a record can hold anything
+        return str(_unreadable(folder, error))
+    return None
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder}: cannot be read ({first_line(error)}); is it a whole checkpoint?")
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

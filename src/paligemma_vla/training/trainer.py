@@ -55,18 +55,21 @@ class Trainer:
 
     mirror: set after construction where the run's folder is published elsewhere.
     resume: a checkpoint to go on from, exactly (D3). force: also one of a run with other data, batch size, rates, ...
+    verified: whether the checkpoint has just been.
     Raises `VLAError`s for what the user must mend, before any weight of the backbone is loaded.
     """
 
     def __init__(
-        self, config: VLAConfig, distributed: Distributed, resume: str | Path | None = None, force: bool = False
+        self,
+        config: VLAConfig,
+        distributed: Distributed,
+        resume: str | Path | None = None,
+        force: bool = False,
+        verified: bool = False,
     ) -> None:
         self.config, self.distributed, self.step = config, distributed, 0
         torch.manual_seed(config.training.seed)
-        saved = None
-        if resume is not None:
-            saved = distributed.on_main(partial(ckpt.open_to_resume, resume, verify=True))
-            saved = saved or ckpt.open_to_resume(resume, verify=False)
+        saved = ckpt.open_to_resume(resume, distributed, verified) if resume is not None else None
         with _belonging(str(resume)):
             kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
         backbone = saved["backbone"] if saved else None
