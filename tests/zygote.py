@@ -113,6 +113,9 @@ def serve(folder: str) -> None:
     import paligemma_vla.model.paligemma_vlm
     import paligemma_vla.training.trainer  # noqa: F401 - a child finds all of these imported
 
+    # Whoever started the tests may have had some signals ignored (nohup, a background job), which the commands would honour.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     gc.freeze()  # what is never collected is never copied into a child
     replies = os.fdopen(os.dup(1), "w")
