@@ -220,6 +220,27 @@ def test_model_is_held_against_the_gpus_memory_and_built_in_the_machines(tiny_co
         run_plan(tiny_config({f"{HEAD}.embed_dim": 1024}), GPU)
 
 
+def test_processes_build_in_turn_where_their_machine_has_no_memory_for_all(
+    tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole models pass through it on their way into shards: eight at once, or one."""
+    architecture = read_architecture(tiny_config().model.vlm_config)
+
+    def planned_here(left: float, parallel: str) -> bool:
+        monkeypatch.setattr(planning, "available_bytes", lambda: left)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+        return plan_run(tiny_config({"training.parallel": parallel}), architecture, GPU, 8, 8).in_turn
+
+    one = planned(tiny_config()).whole
+    assert not planned_here(8 * one, "fsdp")
+    assert planned_here(8 * one - 1, "fsdp")
+    assert planned_here(one, "fsdp")
+    assert not planned_here(8 * one, "ddp")
+    for left, parallel in ((one - 1, "fsdp"), (8 * one - 1, "ddp")):
+        with pytest.raises(ConfigError, match="this machine has"):
+            planned_here(left, parallel)
+
+
 def test_head_of_any_size_is_counted_without_memory(tiny_config: ConfigFactory) -> None:
     config = tiny_config({f"{HEAD}.embed_dim": 65_536, f"{HEAD}.num_layers": 100, f"{HEAD}.horizon": 1000})
     count = planned(config, follow=False).parts["action head"].parameters

@@ -62,7 +62,8 @@ class MemoryPlan:
     in one pass. tokens: of context, per sample. gathered: most bytes of weights in shards that are whole at a time; leaving: of
     them and of gradients on their way into shards, when activations have gone. activations: most bytes alive in the forward
     pass; step: most bytes of activations and gradients together in the whole step; both None where they were not counted.
-    remedies: changes that save memory, and the total that each would leave.
+    remedies: changes that save memory, and the total that each would leave. in_turn: whether this machine's memory takes no
+    more than one whole model at a time, which each process makes there before it goes into shards.
     """
 
     config: VLAConfig
@@ -79,6 +80,7 @@ class MemoryPlan:
     activations: float | None = None
     step: float | None = None
     remedies: Sequence[tuple[str, float]] = ()
+    in_turn: bool = False
 
     @property
     def standing(self) -> float:
@@ -100,6 +102,11 @@ class MemoryPlan:
         """Bytes of them that lie in the machine's memory instead of the device's."""
         offloaded = self.config.training.cpu_offload and not self.device.startswith("cpu")
         return self.standing if offloaded else 0.0
+
+    @property
+    def whole(self) -> float:
+        """Bytes of all weights, which each process makes in the machine's memory before they go elsewhere or into shards."""
+        return self.shards * sum(part.weights for part in self.parts.values())
 
     @property
     def reserve(self) -> float:
@@ -195,19 +202,22 @@ def plan_run(
     if available is not None and device.type == "cpu":
         available /= on_machine
     plan = plan_memory(config, architecture, device, available, processes, on_machine, follow=False)
-    _check_standing(plan, on_machine, None if device.type == "cpu" else available_bytes())
-    if available is not None and plan.standing < SMALL_SHARE * available:
-        return plan
-    return plan_memory(config, architecture, device, available, processes, on_machine)
+    host_available = available_bytes()
+    _check_standing(plan, on_machine, host_available)
+    at_once = on_machine * (plan.whole + plan.host)
+    in_turn = plan.shards > 1 and host_available is not None and at_once > host_available
+    if available is None or plan.standing >= SMALL_SHARE * available:
+        plan = plan_memory(config, architecture, device, available, processes, on_machine)
+    return replace(plan, in_turn=in_turn)
 
 
 def _check_standing(plan: MemoryPlan, on_machine: int, host_available: float | None) -> None:
-    """host_available: bytes this machine has left, in which each process makes all weights before they go to a GPU."""
-    weights = plan.shards * sum(part.weights for part in plan.parts.values())
+    """host_available: bytes this machine has left."""
     where = "this machine" if plan.device.startswith("cpu") else plan.device
+    made_at_once = 1 if plan.shards > 1 else on_machine
     for name, needed, available in [
         (where, plan.standing - plan.host, plan.available),
-        ("this machine", on_machine * (weights + plan.host), host_available),
+        ("this machine", made_at_once * plan.whole + on_machine * plan.host, host_available),
     ]:
         if available is not None and needed > available:
             biggest = max(plan.parts, key=lambda part: plan.parts[part].total)

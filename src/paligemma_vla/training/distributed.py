@@ -128,6 +128,18 @@ class Distributed:
             if not self.local_rank:
                 self.barrier()
 
+    @contextlib.contextmanager
+    def in_turn_here(self) -> Iterator[None]:
+        """The block runs on the processes of each machine one after the other. It must not ask other processes for anything."""
+        turns = max(self.gather(self.local_world_size))
+        for _ in range(self.local_rank):
+            self.barrier()
+        try:
+            yield
+        finally:
+            for _ in range(turns - self.local_rank):
+                self.barrier()
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -100,13 +100,12 @@ class Sharded(Parallel):
     the device computes in, so they are gathered in it; what it leaves as it is (norms, tables) is gathered as it is.
     """
 
-    def __init__(self, model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> None:
+    def __init__(self, model: VLAModel, distributed: Distributed, settings: TrainingConfig, mesh: DeviceMesh) -> None:
         super().__init__(model, distributed)
-        stand_alone(distributed)
         device = distributed.device
         model.hold_for(device)
         shared: dict[str, Any] = {
-            "mesh": build_mesh(settings, distributed),
+            "mesh": mesh,
             "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.cpu_offload else OffloadPolicy(),
         }
         as_held = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -137,13 +136,17 @@ class Sharded(Parallel):
         cast(FSDPModule, self.model).reshard()
 
 
-def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig) -> Parallel:
-    """Bring a model to its device, held as `training.parallel` says."""
-    return Replicated(model, distributed) if settings.parallel == "ddp" else Sharded(model, distributed, settings)
+def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig, mesh: DeviceMesh | None) -> Parallel:
+    """Bring a model to its device, held over `mesh`, or with None as a whole. Asks no other process."""
+    return Replicated(model, distributed) if mesh is None else Sharded(model, distributed, settings, mesh)
 
 
-def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh:
-    """The processes in one line (fsdp), or as (replicas, shards) (hsdp). Raises `ConfigError` where groups do not come out."""
+def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh | None:
+    """The processes in one line (fsdp), or as (replicas, shards) (hsdp); None where each holds the whole model (ddp). Every
+    process has to ask. Raises `ConfigError` where groups do not come out."""
+    if settings.parallel == "ddp":
+        return None
+    stand_alone(distributed)
     kind, world = distributed.device.type, distributed.world_size
     if settings.parallel == "fsdp":
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))

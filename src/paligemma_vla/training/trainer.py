@@ -38,7 +38,7 @@ from paligemma_vla.training.distributed import Distributed, group_for_checkpoint
 from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
-from paligemma_vla.training.parallel import spread, whole
+from paligemma_vla.training.parallel import build_mesh, spread, whole
 from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.resume import check_same_run
 from paligemma_vla.training.state import gathered, read_parts, restore_model, restore_optimizer
@@ -78,10 +78,12 @@ class Trainer:
         if saved is not None and not force:
             with _belonging(str(resume)):
                 check_same_run(saved, config, self.data.fingerprint, str(resume))
-        with _belonging(str(resume)) if saved else contextlib.nullcontext():
-            self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
-        with self._explained():
-            self.parallel = spread(self.model, distributed, config.training)
+        mesh = build_mesh(config.training, distributed)
+        with self._turn():
+            with _belonging(str(resume)) if saved else contextlib.nullcontext():
+                self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
+            with self._explained():
+                self.parallel = spread(self.model, distributed, config.training, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.total_steps = self._total_steps()
         self.stages = self._stages()
@@ -102,6 +104,14 @@ class Trainer:
                 self._restore(saved, str(resume))
         self.learning: str | None = None
         self.tracker: Tracker | None = None
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """To make the model in: together with the other processes of this machine where its memory takes as many."""
+        if not self.distributed.any(self.plan.in_turn):
+            return contextlib.nullcontext()
+        if self.distributed.main:
+            logger.info("processes build the model one after the other: their machine has no memory for all at once")
+        return self.distributed.in_turn_here()
 
     def _tell_of_memory(self) -> None:
         if self.distributed.main and self.plan.fits:
