@@ -27,6 +27,10 @@ class CheckpointError(VLAError):
     """A checkpoint that is missing, damaged, or does not fit."""
 
 
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint that this machine cannot read just now; it may be whole."""
+
+
 class ModelError(VLAError):
     """A backbone or head that cannot be built or loaded."""
 

@@ -188,6 +188,17 @@ def test_fingerprint_of_other_writers_files_tells_pictures_in_another_order(tmp_
     assert EpisodeIndex.build(write(tmp_path / "c.parquet", content, **options)).fingerprint != first
 
 
+def test_statistics_are_not_of_a_file_that_was_exchanged_after_it_was_indexed(tmp_path: Path) -> None:
+    """They would go under the digest of the other one."""
+    write_episodes(tmp_path / "a", lengths=(9, 9), per_file=1)
+    write_episodes(tmp_path / "b", lengths=(9, 9), per_file=1, seed=3)
+    index = EpisodeIndex.build(str(tmp_path / "a"))
+    shutil.copy(tmp_path / "b" / "episodes-00001.parquet", tmp_path / "a" / "episodes-00001.parquet")
+    list(iterate_numbers(index, 0))
+    with pytest.raises(DataError, match=r"episodes-00001\.parquet: changed since it was indexed"):
+        list(iterate_numbers(index, 1))
+
+
 def test_index_of_many_files_takes_64_bytes_an_episode_and_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured, so that an object per file or episode would show; paths are counted as the strings they are."""
     path = write(tmp_path / "x.parquet", columns(), row_group_size=3)

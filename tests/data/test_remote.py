@@ -158,6 +158,18 @@ def write_tiny(path: Path) -> None:
     write(path, columns((2 + len(str(path)) % 3,)))
 
 
+@pytest.mark.parametrize("pattern", ["", "/*", "/**"])
+def test_key_with_an_empty_part_is_refused_by_name(store: Store, episode_dir: Path, pattern: str) -> None:
+    """A disk has no such path; left out in silence it would be missed."""
+    content = next(episode_dir.glob("*.parquet")).read_bytes()
+    store.put("odd/x.parquet", content)
+    store.put("odd//a/c.parquet", content)
+    with pytest.raises(DataError, match=r"odd//a/c\.parquet: has a part without a name in its path; rename it"):
+        expand_paths(store.url(f"odd{pattern}"), "x")
+    store.client.delete_object(Bucket="robot-data", Key="odd//a/c.parquet")
+    assert len(expand_paths(store.url(f"odd{pattern}"), "x")) == 1
+
+
 def test_options_of_a_url_hold_for_the_files_behind_it(
     store: Store, monkeypatch: pytest.MonkeyPatch, two_camera_dir: Path
 ) -> None:

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +23,10 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from paligemma_vla.cli.train import find_resume_again
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import CommunicationError, ConfigError
+from paligemma_vla.errors import CommunicationError, ConfigError, VLAError
 from paligemma_vla.training import distributed
 from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.distributed import Distributed
 from ranks import ALONE, start_ranks, train_on
 from support import distance, identical, read_metrics, train_here, write_episodes
 from zygote import Zygote
@@ -221,6 +224,66 @@ def test_rank_that_finds_nobody_says_where_it_looked(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(key, given)
     with pytest.raises(CommunicationError, match=r"rank 1: the 2 processes did not find each other at MASTER_ADDR 127\.0"):
         distributed.join("cpu")
+
+
+class Together(Distributed):
+    """One of several threads that stand for processes of a machine. said: what each gives to `gather`."""
+
+    said: ClassVar[list[Any]]
+    meeting: ClassVar[threading.Barrier]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value
+        self.meeting.wait(10)
+        values = list(self.said)
+        self.meeting.wait(10)
+        return values
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("failing", [None, 0, 1, 2])
+def test_what_one_process_fails_with_ends_all(in_turn: bool, failing: int | None) -> None:
+    """At once: none waits for it somewhere else. In turn, those whose turn has not come do not begin."""
+    Together.said, Together.meeting = [None] * 3, threading.Barrier(3)
+    begun: list[int] = []
+    inside: list[int] = []
+
+    def act(rank: int) -> str:
+        process = Together(rank, 3, torch.device("cpu"), rank, 3)
+        try:
+            with process.in_turn_here() if in_turn else process.all_or_none():
+                begun.append(rank)
+                inside.append(rank)
+                assert not in_turn or len(inside) == 1
+                time.sleep(0.01)
+                inside.remove(rank)
+                if rank == failing:
+                    raise ConfigError("its own")
+        except VLAError as error:
+            return str(error)
+        return "done"
+
+    with ThreadPoolExecutor(3) as pool:
+        told = list(pool.map(act, range(3)))
+    if failing is None:
+        assert told == ["done"] * 3
+        assert not in_turn or begun == [0, 1, 2]
+    else:
+        assert told == [f"rank {failing}: its own" if rank != failing else "its own" for rank in range(3)]
+        assert not in_turn or begun == list(range(failing + 1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+        "Application timeout caused pair closure",
+    ],
+)
+def test_what_gloo_says_of_a_peer_that_is_gone_is_known(text: str) -> None:
+    assert distributed.is_communication(RuntimeError(text))
+    assert not distributed.is_communication(ValueError(text))
+    assert not distributed.is_communication(RuntimeError("size mismatch"))
 
 
 def test_machines_of_unlike_size_are_told_before_anything_is_loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import shutil
 import zipfile
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from paligemma_vla.errors import CheckpointError
+from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training import sharded
 from paligemma_vla.training.checkpoint import link_checkpoint, load_checkpoint, newest_checkpoint
@@ -128,6 +129,38 @@ def test_damage_is_found_and_passed_over(
         load_checkpoint(newer)
     assert newest_checkpoint(tmp_path, ALONE) == older
     assert "passed over: " in caplog.text
+
+
+@pytest.mark.parametrize("name", ["shard-00009-model-00001-of-00001.safetensors", "junk.safetensors"])
+def test_shard_that_was_not_written_with_the_others_is_refused(tmp_path: Path, name: str) -> None:
+    """All that are there would be read, and which of two counts is chance."""
+    older, newer = save(tmp_path / "checkpoint_step_1.dcp", 1), save(tmp_path / "checkpoint_step_2.dcp", 2)
+    shutil.copy(next(older.glob("*.safetensors")), newer / name)
+    with pytest.raises(CheckpointError, match=rf"checkpoint_step_2\.dcp: {name} is not one of the shards"):
+        load_checkpoint(newer)
+    assert newest_checkpoint(tmp_path, ALONE) == older
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), MemoryError("no memory"), PermissionError(errno.EACCES, "denied")]
+)
+@pytest.mark.parametrize("kind", ["shards", "file"])
+def test_checkpoint_that_may_be_whole_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+) -> None:
+    """A run that began afresh beside it would be the worse for it."""
+    if kind == "shards":
+        save(tmp_path / "checkpoint_step_1.dcp", 1)
+    else:
+        ckpt.save_checkpoint(tmp_path / "checkpoint_step_1.pth.tar", payload(1))
+
+    def fails(path: Path) -> str:
+        raise error
+
+    monkeypatch.setattr(sharded, "sha256", fails)
+    monkeypatch.setattr(ckpt, "sha256", fails)
+    with pytest.raises(UnreadableCheckpointError, match="it may be whole: see to that"):
+        newest_checkpoint(tmp_path, ALONE)
 
 
 def test_record_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -252,6 +253,7 @@ def _gather(arguments: Sequence[str], files: Mapping[str, Listed], kept: Sequenc
     known = load_facts(cache)
     absolute = {path: absolute_name(path) for path in files}
     facts = {path: known[absolute[path]] for path in kept if absolute[path] in known}
+    asked = time.time()
     remote = any(map(is_url, kept))  # a store is waited for, so it is asked many things at once; a disk's files are work
     with ThreadPoolExecutor(REQUESTS if remote else min(REQUESTS, 2 * (os.cpu_count() or 1))) as pool:
         doubtful = [path for path, entry in facts.items() if not _is_listed(entry, files[path])]
@@ -259,9 +261,8 @@ def _gather(arguments: Sequence[str], files: Mapping[str, Listed], kept: Sequenc
         facts = {path: entry for path, entry in facts.items() if identities.get(path, entry.identity) == entry.identity}
         missing = [path for path in kept if path not in facts]
         facts.update(zip(missing, pool.map(read_facts, missing), strict=True))
-    settled = [
-        path for path in doubtful if path in facts and files[path] and facts[path].settled < is_settled(identities[path])
-    ]
+    same = facts.keys() - set(missing)
+    settled = [path for path in doubtful if path in same and files[path] and is_settled(facts[path].identity, asked)]
     facts.update((path, replace(facts[path], settled=True)) for path in settled)
     gone = known.keys() - set(absolute.values())
     if missing or gone or settled:

@@ -53,16 +53,18 @@ class FileFacts:
 
 def read_facts(path: str) -> FileFacts:
     """Read footer and flags of one file. Raises `FaultError` naming file and column."""
+    asked = time.time()
     with open_file(path) as file:
         identity = file.identity()  # before it is read: a change in between is found later
         layout, digest = read_layout(file), file.digest()
         facts = layout, digest, file.bounds, file.outside.ravel(), find_flags(file)
-        return FileFacts(identity, is_settled(identity), *facts)
+        return FileFacts(identity, is_settled(identity, asked), *facts)
 
 
-def is_settled(identity: tuple[int, int, int]) -> bool:
-    """Whether a file that is written from now on will have another mtime, whatever the clock of the store says."""
-    return time.time() - identity[1] / 1e9 > SETTLED_SECONDS
+def is_settled(identity: tuple[int, int, int], asked: float) -> bool:
+    """Whether a file that is written after `asked` (seconds; the identity was not known yet) has another mtime, whatever the
+    clock of the store says."""
+    return asked - identity[1] / 1e9 > SETTLED_SECONDS
 
 
 def cache_path(arguments: Sequence[str]) -> Path:

@@ -182,7 +182,8 @@ def iterate_numbers(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Stream (state (R, P), action (R, A)) of a file's episodes, touching no other column.
 
-    Row groups without a row of them are not read: they may be unreadable.
+    Row groups without a row of them are not read: they may be unreadable. Raises `DataError` for a file that is not the one
+    that was indexed.
     """
     bounds, layout = index.row_groups(file), index.layout
     held = index.holds(file, np.arange(bounds[-1]))
@@ -195,6 +196,7 @@ def iterate_numbers(
             state = _numbers(index, file, schema.STATE, batch[schema.STATE], layout.state_dim, here)
             action = _numbers(index, file, schema.ACTION, batch[schema.ACTION], layout.action_dim, here)
             yield state[held[here]], action[held[here]]
+        index.check_unchanged(file, episodes.identity)
 
 
 def _next_batch(batches: Iterator[pa.RecordBatch], episodes: EpisodeFile, groups: list[int]) -> pa.RecordBatch | None:

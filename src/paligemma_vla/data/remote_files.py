@@ -21,7 +21,8 @@ def files_behind(url: str, where: str) -> dict[str, Listed]:
         raise DataError(f"{where}: got '{url}', which names no place; give a bucket, or a folder or file in it")
     folder, pattern = _base(head.rstrip("/"))
     base = folder + rest
-    files = list_files(base)
+    listed = list_files(base)
+    files = {_tidy(name): name for name in sorted(listed, key=lambda name: name != _tidy(name))}
     if not pattern and not files:
         return {url: None}  # a file, or nothing: opening it tells
     matches = _matching(list(files), pattern) if pattern else {"": list(files)}
@@ -36,7 +37,15 @@ def files_behind(url: str, where: str) -> dict[str, Listed]:
         for name in inside
         if not name or (name.endswith(".parquet") and not PurePosixPath(name).name.startswith("."))
     }
-    return {join_url(base, name): files[name] for name in sorted(found)}
+    for name in sorted(found):
+        if files[name] != name:
+            raise DataError(f"{where}: {join_url(base, files[name])}: has a part without a name in its path; rename it")
+    return {join_url(base, name): listed[name] for name in sorted(found)}
+
+
+def _tidy(name: str) -> str:
+    """A path without parts that have no name, which stores allow."""
+    return "/".join(part for part in name.split("/") if part)
 
 
 def _base(head: str) -> tuple[str, str]:

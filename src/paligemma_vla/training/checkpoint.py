@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 import torch
 
 from paligemma_vla.byte_source import fetch
-from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, first_line
 from paligemma_vla.storage import is_url, replace_file, sha256, sync_folder
 from paligemma_vla.training import sharded
 from paligemma_vla.training.distributed import Distributed
@@ -206,8 +206,17 @@ def load_checkpoint(
             _verify(real)
         # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
         payload = torch.load(real, map_location=device, weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{real}: cannot be read ({first_line(error)}); is it a whole checkpoint?") from error
+    except (
+        OSError,
+        MemoryError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise sharded.unreadable(real, error) from error
     return with_keys(payload, real, keys)
 
 
@@ -232,6 +241,8 @@ def with_keys(payload: Any, path: Path, keys: Sequence[str] = POLICY_KEYS) -> di
     missing = [key for key in (*SPEC_KEYS, *keys) if not isinstance(payload, dict) or key not in payload]
     if missing:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}; it was not written by this program")
+    if not isinstance(payload["step"], int):
+        raise CheckpointError(f"{path}: step: got {payload['step']!r}, expected a whole number; use an older checkpoint")
     return dict(payload)
 
 
@@ -255,18 +266,34 @@ def _digests(path: Path) -> str:
 
 
 def newest_checkpoint(folder: Path, distributed: Distributed) -> Path | None:
-    """The checkpoint of a run that is furthest and verifies; what is passed over is logged. Every process has to ask."""
-    for path, in_shards in distributed.agree(lambda: [(each, each.is_dir()) for each in newest_first(folder)]):
+    """The checkpoint of a run that is furthest and verifies; what is passed over is logged. Every process has to ask.
+
+    Raises `UnreadableCheckpointError` for one that may be whole: to pass over it would be to throw it away.
+    """
+    for path, in_shards in distributed.agree(partial(_candidates, folder)):
         try:
             distributed.on_main(partial(_check_keys, path))
             if in_shards:
                 sharded.verify_together(path, distributed)
+        except UnreadableCheckpointError:
+            raise
         except CheckpointError as error:
             if distributed.main:
                 logger.warning("passed over: %s", error)
         else:
             return Path(path)
     return None
+
+
+def _candidates(folder: Path) -> list[tuple[Path, bool]]:
+    """Numbered checkpoints, the furthest first, and whether each is in shards."""
+    try:
+        next(os.scandir(folder), None)  # glob finds nothing where it may not look
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableCheckpointError(f"{folder}: cannot be read ({error.strerror}); see to that") from error
+    return [(path, path.is_dir()) for path in newest_first(folder)]
 
 
 def _check_keys(path: Path) -> None:

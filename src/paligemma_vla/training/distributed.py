@@ -130,15 +130,37 @@ class Distributed:
 
     @contextlib.contextmanager
     def in_turn_here(self) -> Iterator[None]:
-        """The block runs on the processes of each machine one after the other. It must not ask other processes for anything."""
+        """The block runs on the processes of each machine one after the other. It must not ask other processes for anything.
+
+        Where one fails all end, as after `all_or_none`.
+        """
         turns = max(self.gather(self.local_world_size))
         for _ in range(self.local_rank):
-            self.barrier()
+            self._refuse_failures(None)
+        with self.all_or_none():
+            yield
+        for _ in range(self.local_rank + 1, turns):
+            self._refuse_failures(None)
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What one process fails with in the block ends the others too, which would only wait for it. The block must not ask
+        other processes for anything."""
+        failure = None
         try:
             yield
-        finally:
-            for _ in range(turns - self.local_rank):
-                self.barrier()
+        except Exception as error:  # of any kind: it goes on
+            failure = error
+        self._refuse_failures(failure)
+
+    def _refuse_failures(self, failure: Exception | None) -> None:
+        """Raise this process's failure, or tell the first of the others'."""
+        reasons = self.gather(None if failure is None else first_line(failure))
+        if failure is not None:
+            raise failure
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise TrainingError(f"rank {rank}: {reason}")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -202,7 +224,10 @@ class Distributed:
 
 def is_communication(error: BaseException) -> bool:
     """Whether another process, or the way to it, is what failed."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    words = str(error).lower()
+    # The second is what gloo says where several exchanges were under way, and another of them met the fault.
+    told = isinstance(error, RuntimeError) and ("gloo" in words or "pair closure" in words)
+    return isinstance(error, dist.DistError) or told
 
 
 def choose_device(name: str | None) -> torch.device:

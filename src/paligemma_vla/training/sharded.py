@@ -7,6 +7,7 @@ gets its name when all of it is there. What was saved by any number of processes
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, first_line
 from paligemma_vla.storage import sha256, sync_folder
 from paligemma_vla.training.distributed import Distributed, is_communication
 
@@ -32,6 +33,9 @@ SUFFIX = ".dcp"
 RECORD = "record.pt"
 SHARDS = "shards"
 TENSOR = "tensor"
+SHARD_FILES = "*.safetensors"
+# What says nothing about a file, but that it cannot be read here and now.
+PASSING = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 IN_SHARDS = ("state_dict", "optimizer", "ema")
 Tree = Any
 
@@ -187,7 +191,7 @@ def read_record(folder: Path, verify: bool = True) -> dict[str, Any]:
     """
     record, shards = _open_record(folder, verify)
     if verify and (fault := _fault(folder, shards)) is not None:
-        raise CheckpointError(fault)
+        raise fault
     return record
 
 
@@ -199,10 +203,9 @@ def verify_together(folder: Path, distributed: Distributed) -> None:
     """
     shards = distributed.agree(lambda: _open_record(folder, verify=True)[1])
     part = sorted(shards.items())[distributed.rank :: distributed.world_size]
-    faults = distributed.gather(_fault(folder, dict(part)) if folder.is_dir() else None)
-    for fault in faults:
+    for fault in distributed.gather(_fault(folder, dict(part)) if folder.is_dir() else None):
         if fault is not None:
-            raise CheckpointError(fault)
+            raise fault
 
 
 def _open_record(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -211,25 +214,33 @@ def _open_record(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, 
         if verify and (entry := damaged_entry(folder / RECORD)) is not None:
             raise CheckpointError(f"the checksum of '{entry}' in {RECORD} is wrong")
         record: dict[str, Any] = torch.load(folder / RECORD, map_location="cpu", weights_only=True)
-        shards = dict(record.pop(SHARDS))
+        shards = {str(name): digest for name, digest in record.pop(SHARDS).items()}
+        there = {path.name for path in folder.glob(SHARD_FILES)}
     except Exception as error:  # of any kind: a damaged file can hold anything
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
+    if different := sorted(shards.keys() ^ there):  # all that are there would be read
+        what = "is not one of the shards that were written" if different[0] in there else "is missing"
+        raise CheckpointError(f"{folder}: {different[0]} {what}; copy it again, or use an older checkpoint")
     return record, shards
 
 
-def _fault(folder: Path, shards: Mapping[str, str]) -> str | None:
+def _fault(folder: Path, shards: Mapping[str, str]) -> CheckpointError | None:
     """What is wrong with the first of these shards that is not what was written."""
     try:
         for name, digest in shards.items():
             if sha256(folder / name) != digest:
-                return f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint"
+                return CheckpointError(f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint")
     except Exception as error:  # of any kind: a record can hold anything
-        return str(_unreadable(folder, error))
+        return unreadable(folder, error)
     return None
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder}: cannot be read ({first_line(error)}); is it a whole checkpoint?")
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What to tell of a checkpoint that reading has failed for."""
+    text = f"{path}: cannot be read ({first_line(error)})"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING):
+        return UnreadableCheckpointError(f"{text}; it may be whole: see to that, or move it away and use an older one")
+    return CheckpointError(f"{text}; is it a whole checkpoint?")
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

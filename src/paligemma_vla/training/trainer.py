@@ -108,7 +108,7 @@ class Trainer:
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         """To make the model in: together with the other processes of this machine where its memory takes as many."""
         if not self.distributed.any(self.plan.in_turn):
-            return contextlib.nullcontext()
+            return self.distributed.all_or_none()
         if self.distributed.main:
             logger.info("processes build the model one after the other: their machine has no memory for all at once")
         return self.distributed.in_turn_here()
