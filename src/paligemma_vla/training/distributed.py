@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,17 +56,6 @@ class Distributed:
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
-
-    def begin_sum(self, value: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum over all processes, in place; what is returned waits until it is done."""
-        work = dist.all_reduce(value, async_op=True) if self.world_size > 1 else None
-
-        def summed() -> Tensor:
-            if work is not None:
-                work.wait()
-            return value
-
-        return summed
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
@@ -189,6 +179,8 @@ class Distributed:
         """Which processes are gone or do not answer, to be asked by all that are left when communication has failed."""
         if self.store is None:
             return "this process is alone"
+        if self.device.type == "cpu" and "MASTER_PORT" in os.environ:
+            _hang_up()
         try:
             self.store.set(f"here/{self.rank}", "")
             deadline = time.monotonic() + ROLL_CALL_SECONDS
@@ -220,6 +212,25 @@ class Distributed:
         self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _hang_up() -> None:
+    """Shut this process's connections, but for those to the store.
+
+    Another process may wait for this one alone, and would notice only when it has ended, and the store with it. Gloo's groups
+    cannot be closed while an exchange is under way.
+    """
+    with contextlib.suppress(OSError):  # no /proc: the others notice later
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):  # closed, or not connected any more
+                if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                    continue
+                with socket.socket(fileno=os.dup(number)) as connection:
+                    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                        continue
+                    ports = str(connection.getsockname()[1]), str(connection.getpeername()[1])
+                    if os.environ["MASTER_PORT"] not in ports:
+                        connection.shutdown(socket.SHUT_RDWR)
 
 
 def is_communication(error: BaseException) -> bool:

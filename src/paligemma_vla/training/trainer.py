@@ -251,24 +251,21 @@ class Trainer:
         wait = time.perf_counter() - began
         draws = self.config.model.action_head_config.num_flow_samples
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
-        # Sums over processes go on behind the passes: to wait for each would be to wait for the slowest process each time.
-        global_count = self.distributed.begin_sum(count)
+        self.distributed.sum(count)
         self.parallel.module.train()
         self.parallel.settle(lambda: self._forward(micro[0]).loss_sum)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        parts: list[tuple[Batch, FlowOutput]] = []
+        parts = []
         for number, batch in enumerate(micro):
             with self.parallel.accumulating() if number < len(micro) - 1 else contextlib.nullcontext():
                 output = self._forward(batch)
-                total += output.loss_sum.detach()
-                parts.append((batch, output))
-                if len(parts) == len(micro):
-                    global_total = self.distributed.begin_sum(total)
                 # Gradients are averaged over processes; times world, their sum over the global count remains.
-                (output.loss_sum * (world / global_count())).backward()
+                (output.loss_sum * (world / count)).backward()
+            total += output.loss_sum.detach()
+            parts.append((batch, output))
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm))
-        loss = global_total() / global_count()
+        loss = self.distributed.sum(total) / count
         taken = Step(loss.item(), norm.item(), rate, wait, parts)
         if taken.finite:
             self.optimizer.step()
