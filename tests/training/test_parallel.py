@@ -83,7 +83,7 @@ def test_world_size_and_kind_of_parallelism_change_nothing(
     [({}, 8), (FSDP, 8), ({**HSDP, "training.shard_processes": 4}, 8)],
     ids=["ddp-8", "fsdp-8", "hsdp-2x4"],
 )
-def test_world_size_changes_nothing_over_two_hundred_steps(
+def test_world_size_changes_nothing_over_many_steps(
     whole: Whole, tmp_path: Path, changes: dict[str, Any], world_size: int
 ) -> None:
     """Errors of rounding grow with the steps: the bound is the one of 50."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from paligemma_vla.byte_source import fetch, list_files
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import CheckpointError
+from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError
 from paligemma_vla.reaching import reach
 from paligemma_vla.storage import file_system
 from paligemma_vla.training.checkpoint import BEST, DIGEST, LAST, RESUME_KEYS, load_checkpoint, superfluous
@@ -42,6 +42,8 @@ class Mirror:
             path = self.fetch_checkpoint(name)
             try:
                 load_checkpoint(path, keys=RESUME_KEYS)
+            except UnreadableCheckpointError:
+                raise
             except CheckpointError as error:
                 logger.warning("passed over: %s", error)
                 path.unlink()
