@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ import pytest
 from paligemma_vla import Policy
 from paligemma_vla.cli.train import find_resume, resolve_config, train
 from paligemma_vla.config import VLAConfig, load_config
-from paligemma_vla.errors import StorageError
+from paligemma_vla.errors import StorageError, UnreadableCheckpointError
 from paligemma_vla.storage import file_system
+from paligemma_vla.training import checkpoint
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.mirror import Mirror
 from ranks import ALONE
@@ -86,6 +88,20 @@ def test_auto_passes_over_what_is_damaged_behind_the_url(
     assert found == config.run_dir / "checkpoints" / "checkpoint_epoch_1.pth.tar"
     assert "passed over" in caplog.text
     assert "checkpoint_epoch_2" in caplog.text
+
+
+def test_auto_does_not_pass_over_what_may_be_whole_behind_the_url(
+    tiny_config: ConfigFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config({**SMALL, "training.checkpoint_dir": f"file://{tmp_path}/store"})
+    train(config, "cpu")
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "sha256", fails)
+    with pytest.raises(UnreadableCheckpointError, match="it may be whole"):
+        find_resume(config, "auto", Mirror.of(config), ALONE)
 
 
 def test_keep_last_holds_behind_the_url_over_several_starts(tiny_config: ConfigFactory, place: str) -> None:
