@@ -19,7 +19,7 @@ from benchmarks.common import environment
 from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.cli.train import train
 from paligemma_vla.config import VLAConfig, load_config
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.evaluation.collect import CollectConfig, collect
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval

@@ -18,7 +18,7 @@ from benchmarks.run import report
 from paligemma_vla.cli.main import main as command
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, batches, build_loader
-from paligemma_vla.data.sampling import RunSampler, SampleOrder
+from paligemma_vla.data.order import RunSampler, SampleOrder
 from paligemma_vla.data.targets import encode_image
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.model.tiny import TinySpec

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Row, best_seconds, demo_config, write_episodes
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.sampling import RunSampler
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.loader import run_batches
+from paligemma_vla.data.order import RunSampler
 from paligemma_vla.data.statistics import compute_statistics
-from paligemma_vla.data.stream_loader import run_batches
 from paligemma_vla.model.tiny import TinySpec
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.preflight import prepare

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.common import demo_config, environment, write_episodes
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.model.tiny import TinySpec
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"

@@ -21,7 +21,7 @@ import torch
 from benchmarks.common import environment
 from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import VLADataset
 from paligemma_vla.evaluation.open_loop import predict
 from paligemma_vla.evaluation.samples import Samples

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.common import alone, best_seconds, write_episodes
 
 if TYPE_CHECKING:
-    from paligemma_vla.data.sampling import Order
+    from paligemma_vla.data.order import Order
 
 CAMERAS, STATE, ACTION, SIDE = 2, 14, 14, 270
 LINKS = 100  # files of the local folder, hard links to one
@@ -70,8 +70,7 @@ def file_units(folder: Path, path: Path) -> dict[str, float]:
     """What a file is, and what indexing it costs on a disk."""
     import pyarrow.parquet as pq
 
-    from paligemma_vla.data.episodes import REQUESTS, EpisodeIndex
-    from paligemma_vla.data.index_cache import cache_path
+    from paligemma_vla.data.index import REQUESTS, EpisodeIndex, cache_path
 
     many = folder / "many"
     many.mkdir()
@@ -97,12 +96,11 @@ def store_units(folder: Path, block_mb: float) -> dict[str, float]:
     """Requests and bytes of one file and of one block, counted by a proxy before an object store."""
     from tests.store import Store
 
-    from paligemma_vla.data import index_cache
-    from paligemma_vla.data.block_reader import BlockReader
-    from paligemma_vla.data.blocks import cut_blocks
-    from paligemma_vla.data.episodes import EpisodeIndex
+    from paligemma_vla.data import index as index_module
+    from paligemma_vla.data.index import EpisodeIndex
+    from paligemma_vla.data.reader import BlockReader, cut_blocks
 
-    index_cache.SETTLED_SECONDS = -60.0  # as if the files had been there for long; this process does nothing else
+    index_module.SETTLED_SECONDS = -60.0  # as if the files had been there for long; this process does nothing else
     with Store("plan") as store:
         (content,) = (path.read_bytes() for path in folder.glob("*.parquet"))
         for number in range(STORED):
@@ -144,7 +142,7 @@ def store_units(folder: Path, block_mb: float) -> dict[str, float]:
 
 
 def list_only(place: str) -> list[str]:
-    from paligemma_vla.data.episodes import expand_paths
+    from paligemma_vla.data.index import expand_paths
 
     return expand_paths(place, "benchmark")
 
@@ -153,7 +151,7 @@ def whole_index(path: Path, files: int) -> Any:
     """The index of the whole data set, as if it were `files` copies of a file: its arrays, and names of the usual length."""
     import numpy as np
 
-    from paligemma_vla.data.episodes import EpisodeIndex
+    from paligemma_vla.data.index import EpisodeIndex
 
     one = EpisodeIndex.build(str(path))
     names = tuple(f"s3://bucket/data/part-{number // 1000:04d}/episodes-{number:06d}.parquet" for number in range(files))
@@ -172,7 +170,7 @@ def whole_index(path: Path, files: int) -> Any:
 
 def random_order_units(path: Path, files: int, batch: int, processes: int, block_mb: float, window: int) -> dict[str, float]:
     """The index as a whole, what it takes to hand it to a loader process, and a batch of the random order."""
-    from paligemma_vla.data.sampling import SampleOrder
+    from paligemma_vla.data.order import SampleOrder
 
     index = whole_index(path, files)
     pickled_s, pickled = timed(lambda: ForkingPickler.dumps(index))
@@ -187,9 +185,9 @@ def random_order_units(path: Path, files: int, batch: int, processes: int, block
 
 def streamed_order_units(path: Path, files: int, batch: int, processes: int, block_mb: float, window: int) -> dict[str, float]:
     """The blocks of the whole data set and the streamed order over them: seconds, bytes kept, and a batch."""
-    from paligemma_vla.data.blocks import cut_blocks, pool_bytes
-    from paligemma_vla.data.stream_loader import AHEAD
-    from paligemma_vla.data.streamed_order import StreamedOrder
+    from paligemma_vla.data.loader import AHEAD
+    from paligemma_vla.data.order import StreamedOrder
+    from paligemma_vla.data.reader import cut_blocks, pool_bytes
 
     index = whole_index(path, files)
     seconds, blocks = timed(lambda: cut_blocks(index, block_mb * 1e6))
@@ -209,7 +207,7 @@ def streamed_order_units(path: Path, files: int, batch: int, processes: int, blo
 
 def drawn(order: Order, processes: int) -> float:
     """Seconds of one process to find its part of a batch."""
-    from paligemma_vla.data.sampling import RunSampler
+    from paligemma_vla.data.order import RunSampler
 
     middle = order.steps_per_epoch // 2
     return best_seconds(lambda: next(iter(RunSampler(order, middle, middle + 1, 0, processes, 1))), 5)

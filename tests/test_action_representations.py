@@ -20,9 +20,9 @@ from paligemma_vla import Policy, flow
 from paligemma_vla.actions import ActionTransform
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset
-from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.order import derive_seed
 from paligemma_vla.data.statistics import compute_statistics, model_numbers
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError

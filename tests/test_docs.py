@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from paligemma_vla.cli.main import COMMANDS, main, script
 from paligemma_vla.config import VLAConfig, config_from_dict
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from support import encode_image
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ import paligemma_vla
 from paligemma_vla import Policy, flow
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Collator, VLADataset
-from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.order import derive_seed
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.model import VLAModel

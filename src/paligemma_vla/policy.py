@@ -13,7 +13,7 @@ from PIL import Image
 
 from paligemma_vla import flow, schema
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.sampling import derive_seed
+from paligemma_vla.data.order import derive_seed
 from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.export.folder import Restored, load_trained, restore
 from paligemma_vla.model.quantize import Weights

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from paligemma_vla.errors import DataError
 
+Rows = NDArray[np.int64]  # numbers of rows in a file
+
 STATE, ACTION, PROMPT = "state", "action", "prompt"
 IS_FIRST, IS_LAST, IS_TERMINAL = "is_first", "is_last", "is_terminal"
 FLAGS = (IS_FIRST, IS_LAST, IS_TERMINAL)
@@ -129,6 +131,16 @@ class DatasetMetadata:
                 raise DataError(f"{where}: {name}: got {json.dumps(raw[name])[:80]}, expected {expected}")
             values[name] = tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns hold: number of cameras, numbers in state (P) and action (A), and the writer's metadata."""
+
+    cameras: int
+    state_dim: int
+    action_dim: int
+    metadata: DatasetMetadata
 
 
 def _is_text(value: Any) -> bool:

@@ -24,10 +24,10 @@ from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.compare import compare_episode
 from paligemma_vla.data.convert import Conversion, convert
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor
-from paligemma_vla.data.recordings import Recordings
-from paligemma_vla.data.sampling import SampleRef
+from paligemma_vla.data.order import SampleRef
+from paligemma_vla.data.reader import Recordings
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.targets import NativeTarget
 from paligemma_vla.data.writer import EpisodeWriter

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from paligemma_vla.data.exclusions import load_exclusions
+from paligemma_vla.data.index import load_exclusions
 from paligemma_vla.normalization import DatasetStatistics
 from support import LENGTHS, call
 

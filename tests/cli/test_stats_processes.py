@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.statistics import compute_part, compute_statistics, merge_parts
 from support import call, write_episodes
 

@@ -20,13 +20,10 @@ import pytest
 from episode_files import columns, write
 
 from paligemma_vla.byte_source import LocalBytes
-from paligemma_vla.data import block_files, block_reader
-from paligemma_vla.data.block_files import BlockFiles
-from paligemma_vla.data.block_reader import BlockReader
-from paligemma_vla.data.blocks import Blocks, cut_blocks, pool_bytes
+from paligemma_vla.data import reader as reader_module
 from paligemma_vla.data.byte_file import HOLE
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.reader import EpisodeReader, RowReader
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.reader import BlockFiles, BlockReader, Blocks, EpisodeReader, RowReader, cut_blocks, pool_bytes
 from paligemma_vla.errors import DataError
 from support import write_episodes
 
@@ -248,7 +245,7 @@ def test_threads_end_with_the_reader_and_leave_waiting_work(index: EpisodeIndex,
     def alive() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("reads ahead")]
 
-    monkeypatch.setattr(block_reader, "PARTING", 0.05)
+    monkeypatch.setattr(reader_module, "PARTING", 0.05)
     before = len(alive())
     descriptors = len(os.listdir("/proc/self/fd"))
     gate, reader = Gate(monkeypatch), reader_of(index)
@@ -352,7 +349,7 @@ def test_a_bad_number_and_a_missing_column_read_as_ever(tmp_path: Path) -> None:
 
 
 def test_footers_larger_than_expected_are_read_too(index: EpisodeIndex, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_files, "FOOTER_GUESS", (16, 0))
+    monkeypatch.setattr(reader_module, "FOOTER_GUESS", (16, 0))
     reader = reader_of(index)
     reads.clear()
     assert row_content(reader, 1, 3) == row_content(EpisodeReader(index, 2, 2**20), 1, 3)
@@ -363,8 +360,8 @@ def test_footers_larger_than_expected_are_read_too(index: EpisodeIndex, reads: R
 def test_few_files_stay_open_and_few_footers(
     index: EpisodeIndex, monkeypatch: pytest.MonkeyPatch, files: int, footers: int
 ) -> None:
-    monkeypatch.setattr(block_files, "OPEN_FILES", files)
-    monkeypatch.setattr(block_files, "FOOTER_BYTES", footers)
+    monkeypatch.setattr(reader_module, "OPEN_FILES", files)
+    monkeypatch.setattr(reader_module, "FOOTER_BYTES", footers)
     opened = BlockFiles(index, 2)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
@@ -376,7 +373,7 @@ def test_few_files_stay_open_and_few_footers(
 
 
 def test_many_threads_may_read_at_once(index: EpisodeIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_files, "OPEN_FILES", 1)
+    monkeypatch.setattr(reader_module, "OPEN_FILES", 1)
     opened = BlockFiles(index, 2)
     expected = {file: opened.read(file, [0, 1]) for file in range(3)}
     with ThreadPoolExecutor(6) as pool:

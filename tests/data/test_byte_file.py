@@ -17,8 +17,8 @@ from paligemma_vla.data import byte_file
 from paligemma_vla.data.byte_file import ByteFile, HeldBytes
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.episode_file import ParquetEpisodes
-from paligemma_vla.data.flags import find_flags, read_flags
 from paligemma_vla.data.footer import column_ranges, flag_rows
+from paligemma_vla.data.index import find_flags, read_flags
 from support import write_episodes
 
 

@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from episode_files import columns, write
 
-from paligemma_vla.data import episodes as episodes_module
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data import index as index_module
 from paligemma_vla.data.files import BLOCK_BYTES, SAMPLED_BLOCKS
-from paligemma_vla.data.index_cache import FileFacts, read_facts
+from paligemma_vla.data.index import EpisodeIndex, FileFacts, read_facts
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.writer import EpisodeWriter
@@ -204,8 +203,8 @@ def test_index_of_many_files_takes_64_bytes_an_episode_and_a_row_group(tmp_path:
     path = write(tmp_path / "x.parquet", columns(), row_group_size=3)
     facts: FileFacts = read_facts(path)
     files = [f"{tmp_path}/folder/episodes-{number:06d}.parquet" for number in range(1000)]
-    monkeypatch.setattr(episodes_module, "find_files", lambda paths, where: dict.fromkeys(files))
-    monkeypatch.setattr(episodes_module, "_gather", lambda arguments, files, kept: dict.fromkeys(kept, facts))
+    monkeypatch.setattr(index_module, "find_files", lambda paths, where: dict.fromkeys(files))
+    monkeypatch.setattr(index_module, "_gather", lambda arguments, files, kept: dict.fromkeys(kept, facts))
     tracemalloc.start()
     index = EpisodeIndex.build(str(tmp_path))
     gc.collect()

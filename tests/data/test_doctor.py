@@ -18,9 +18,8 @@ from PIL import Image
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
-from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
-from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
 from paligemma_vla.data.faults import Kind
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
 from paligemma_vla.data.loader import VLADataset
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError

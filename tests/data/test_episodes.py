@@ -13,7 +13,7 @@ import pytest
 from episode_files import Columns, columns, flags, put, write
 
 from paligemma_vla.data.episode_file import read_layout
-from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
+from paligemma_vla.data.index import EpisodeIndex, expand_paths
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.sources import open_file
 from paligemma_vla.errors import DataError

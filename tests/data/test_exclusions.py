@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from episode_files import columns, flags, put, write
 
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, load_exclusions
 from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from episode_files import columns, flags, put, write
 
-from paligemma_vla.data import index_cache
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.exclusions import Excluded, ExclusionList
+from paligemma_vla.data import index as index_module
+from paligemma_vla.data.index import EpisodeIndex, Excluded, ExclusionList
 from paligemma_vla.errors import DataError
 
 Opened = Callable[[], list[str]]
@@ -40,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Names of the files opened since it was last called."""
     names: list[str] = []
-    original = index_cache.open_file
+    original = index_module.open_file
 
     def recording(path: str, stream: bool = False) -> object:
         names.append(Path(path).name)
@@ -51,7 +50,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
         names.clear()
         return found
 
-    monkeypatch.setattr(index_cache, "open_file", recording)
+    monkeypatch.setattr(index_module, "open_file", recording)
     return since
 
 
@@ -137,7 +136,7 @@ def cut(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     arrays = dict(np.load(path))
-    header = arrays["header"].tobytes().replace(f'"version": {index_cache.VERSION}'.encode(), b'"version": 9')
+    header = arrays["header"].tobytes().replace(f'"version": {index_module.CACHE_VERSION}'.encode(), b'"version": 9')
     assert header != arrays["header"].tobytes()
     np.savez(path, **{**arrays, "header": np.frombuffer(header, np.uint8)})  # type: ignore[arg-type]
 
@@ -175,11 +174,11 @@ def test_damaged_cache_is_as_good_as_none(data: Path, cache: Path, opened: Opene
 def test_flipped_bytes_in_the_cache_never_give_another_index(data: Path, cache: Path) -> None:
     EpisodeIndex.build(str(data))
     (path,) = cache.iterdir()
-    whole, facts = path.read_bytes(), repr(index_cache.load_facts(path))
+    whole, facts = path.read_bytes(), repr(index_module.load_facts(path))
     refused = 0
     for place in range(0, len(whole), 13):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
-        loaded = index_cache.load_facts(path)
+        loaded = index_module.load_facts(path)
         refused += not loaded
         assert not loaded or repr(loaded) == facts
     assert refused > 100
@@ -226,5 +225,5 @@ def test_list_that_leaves_out_every_file_after_others_went_is_refused_as_ever(da
 def test_cache_lies_below_home_when_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert index_cache.cache_path(["x"]).parent == tmp_path / ".cache" / "paligemma_vla" / "index"
-    assert index_cache.cache_path(["x"]) != index_cache.cache_path(["x", "y"])
+    assert index_module.cache_path(["x"]).parent == tmp_path / ".cache" / "paligemma_vla" / "index"
+    assert index_module.cache_path(["x"]) != index_module.cache_path(["x", "y"])

@@ -21,10 +21,8 @@ import lerobot_sets as sets
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, write_set
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.doctor import CheckOptions, diagnose
-from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
-from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
-from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
-from paligemma_vla.data.recordings import Recording, Recordings
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
+from paligemma_vla.data.reader import EpisodeReader, Recording, Recordings, iterate_numbers
 from paligemma_vla.data.sources.lerobot_place import Place, Selection
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.video import VideoDecoders

@@ -10,8 +10,8 @@ import pytest
 
 from lerobot_sets import CAMERAS, LENGTHS, write_set
 from paligemma_vla.cli.main import main
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.recordings import Recordings
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.reader import Recordings
 
 pytest.importorskip(
     "lerobot", reason="the lerobot package is not installed (pip install lerobot, in an environment of its own)"

@@ -18,7 +18,7 @@ from paligemma_vla import flow
 from paligemma_vla.config import VLAConfig, source_paths
 from paligemma_vla.data import episode_file
 from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor
-from paligemma_vla.data.sampling import RunSampler, SampleOrder, SampleRef, derive_seed
+from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, derive_seed
 from paligemma_vla.errors import DataError
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.preprocess import Preprocessor

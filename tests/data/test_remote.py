@@ -18,13 +18,13 @@ from episode_files import columns, write
 
 from paligemma_vla import reaching
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data import episode_file, index_cache
+from paligemma_vla.data import episode_file
+from paligemma_vla.data import index as index_module
 from paligemma_vla.data.doctor import CheckOptions, diagnose
-from paligemma_vla.data.episodes import EpisodeIndex, expand_paths
-from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
 from paligemma_vla.data.loader import VLADataset, batches, build_loader
+from paligemma_vla.data.order import RunSampler, SampleOrder
 from paligemma_vla.data.reader import EpisodeReader, episode_prompts
-from paligemma_vla.data.sampling import RunSampler, SampleOrder
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError, UnreachableError
 from ranks import train_on
@@ -194,7 +194,7 @@ def test_index_of_files_that_have_settled_is_one_listing(store: Store, tmp_path:
     write_episodes(tmp_path / "b", lengths=(9, 9, 9), per_file=1, seed=2)
     url = store.upload(tmp_path / "a", "settled")
     first = EpisodeIndex.build(url)
-    monkeypatch.setattr(index_cache, "SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(index_module, "SETTLED_SECONDS", -60.0)
     same_index(EpisodeIndex.build(url), first)  # asks for each, and keeps that it has
     store.reset()
     same_index(EpisodeIndex.build(url), first)

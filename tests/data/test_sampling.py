@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paligemma_vla.data.sampling import (
+from paligemma_vla.data.order import (
     RunSampler,
     SampleOrder,
     SampleRef,

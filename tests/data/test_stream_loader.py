@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.block_reader import BlockReader
-from paligemma_vla.data.blocks import Blocks, cut_blocks, pool_bytes
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import VLADataset, batches, build_loader
-from paligemma_vla.data.sampling import RunSampler, SampleRef
-from paligemma_vla.data.stream_loader import AHEAD, Part, PartSampler, run_batches
-from paligemma_vla.data.streamed_order import StreamedOrder
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.loader import AHEAD, Part, PartSampler, VLADataset, batches, build_loader, run_batches
+from paligemma_vla.data.order import RunSampler, SampleRef, StreamedOrder
+from paligemma_vla.data.reader import BlockReader, Blocks, cut_blocks, pool_bytes
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import Preprocessor
 from support import identical, write_episodes

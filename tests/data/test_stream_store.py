@@ -10,13 +10,10 @@ import pytest
 
 from paligemma_vla import reaching
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.block_reader import BlockReader
-from paligemma_vla.data.blocks import cut_blocks
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.loader import VLADataset, batches, build_loader
-from paligemma_vla.data.sampling import RunSampler
-from paligemma_vla.data.stream_loader import run_batches
-from paligemma_vla.data.streamed_order import StreamedOrder
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.loader import VLADataset, batches, build_loader, run_batches
+from paligemma_vla.data.order import RunSampler, StreamedOrder
+from paligemma_vla.data.reader import BlockReader, cut_blocks
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import Preprocessor
 from store import Faults, Store

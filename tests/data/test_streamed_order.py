@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from paligemma_vla.data.sampling import RunSampler, SampleOrder, SampleRef, permute_each
-from paligemma_vla.data.streamed_order import StreamedOrder
+from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, StreamedOrder, permute_each
 from paligemma_vla.errors import ConfigError
 
 Rows = NDArray[np.int64]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paligemma_vla import schema
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.writer import ROWS_PER_GROUP, EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode

@@ -20,9 +20,8 @@ from PIL import Image
 from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.sampling import derive_seed
-from paligemma_vla.data.sources import share_episodes
+from paligemma_vla.data.index import EpisodeIndex, share_episodes
+from paligemma_vla.data.order import derive_seed
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError
 from paligemma_vla.evaluation import open_loop

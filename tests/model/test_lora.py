@@ -12,7 +12,7 @@ from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, batches, build_loader, build_preprocessor
-from paligemma_vla.data.sampling import SampleRef
+from paligemma_vla.data.order import SampleRef
 from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
 from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch

@@ -17,7 +17,7 @@ import torch
 import paligemma_vla
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig, load_config
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint, newest_checkpoint
 from paligemma_vla.training.run_folder import git_state

@@ -13,11 +13,8 @@ import torch
 
 from lerobot_sets import write_set
 from paligemma_vla.config import VLAConfig, config_from_dict
-from paligemma_vla.data.block_reader import BlockReader
-from paligemma_vla.data.blocks import cut_blocks
-from paligemma_vla.data.reader import EpisodeReader
-from paligemma_vla.data.sampling import RunSampler, SampleOrder
-from paligemma_vla.data.streamed_order import StreamedOrder
+from paligemma_vla.data.order import RunSampler, SampleOrder, StreamedOrder
+from paligemma_vla.data.reader import BlockReader, EpisodeReader, cut_blocks
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint

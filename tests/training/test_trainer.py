@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.sampling import SampleRef, ValidationSampler
+from paligemma_vla.data.order import SampleRef, ValidationSampler
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, TrainingError
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma

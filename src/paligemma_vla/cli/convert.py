@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from paligemma_vla.cli.arguments import natural
 from paligemma_vla.data.convert import Conversion, Target, convert
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.recordings import Recordings
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.reader import Recordings
 from paligemma_vla.data.sources import find_source, open_file
 from paligemma_vla.data.sources.lerobot_info import find_root
 from paligemma_vla.data.sources.lerobot_layout import Format

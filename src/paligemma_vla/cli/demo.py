@@ -112,7 +112,7 @@ def _demonstrations(args: argparse.Namespace, config: Any) -> None:
 
 def _statistics(config: Any) -> None:
     from paligemma_vla.action_settings import resolve_actions
-    from paligemma_vla.data.episodes import EpisodeIndex
+    from paligemma_vla.data.index import EpisodeIndex
     from paligemma_vla.data.statistics import compute_statistics
 
     index = EpisodeIndex.build(config.data.train_parquet_files)
@@ -160,7 +160,7 @@ def _table(conditions: dict[str, Any]) -> str:
 
 def _report(config: Any, conditions: dict[str, Any], wall: dict[str, float]) -> Path:
     from paligemma_vla import versions
-    from paligemma_vla.data.episodes import EpisodeIndex
+    from paligemma_vla.data.index import EpisodeIndex
     from paligemma_vla.evaluation.open_loop import OpenLoopConfig, evaluate
     from paligemma_vla.evaluation.report import Report, write_report
     from paligemma_vla.policy import Policy

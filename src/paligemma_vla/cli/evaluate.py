@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate, write the files, and print a summary; returns the exit status."""
-    from paligemma_vla.data.episodes import EpisodeIndex
+    from paligemma_vla.data.index import EpisodeIndex
     from paligemma_vla.evaluation.open_loop import OpenLoopConfig, OpenLoopResult, evaluate
     from paligemma_vla.policy import Policy
     from paligemma_vla.training.distributed import choose_device

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.actions import ActionTransform
 from paligemma_vla.config import load_config, parse_assignments, source_paths
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.exclusions import ExclusionList, load_exclusions
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, load_exclusions
 from paligemma_vla.data.statistics import compute_part, merge_parts
 from paligemma_vla.errors import VLAError
 from paligemma_vla.normalization import DatasetStatistics

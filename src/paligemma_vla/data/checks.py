@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, Kind, Unusable
-from paligemma_vla.data.files import Layout, Rows
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import PromptEncoder
+from paligemma_vla.schema import Layout, Rows
 
 
 def to_matrix(column: pa.Array, dimension: int) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.data.recordings import Picture, Recording, Recordings
+from paligemma_vla.data.reader import Picture, Recording, Recordings
 from paligemma_vla.errors import DataError
 
 SAMPLED = 4  # images of an episode and camera that are decoded and compared, when their bytes are not the same

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from paligemma_vla.data.compare import Comparison, compare_episode
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.recordings import Recording, Recordings
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.reader import Recording, Recordings
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.storage import hold_lock, replace_file
 from paligemma_vla.workers import WorkerPool

@@ -21,8 +21,6 @@ from paligemma_vla.data.byte_file import HeldBytes
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
 from paligemma_vla.data.files import (
     READ_ERRORS,
-    Layout,
-    Rows,
     count_cameras,
     file_digest,
     file_faults,
@@ -35,6 +33,7 @@ from paligemma_vla.data.footer import column_ranges, flag_rows
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.schema import Layout, Rows
 from paligemma_vla.storage import is_url
 
 TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was

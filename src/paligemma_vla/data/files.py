@@ -7,19 +7,18 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from paligemma_vla import schema
 from paligemma_vla.byte_source import ByteSource, open_bytes
 from paligemma_vla.data.byte_file import ByteFile
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind
 from paligemma_vla.errors import DataError, StorageError, first_line
-from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import is_url
 
 # What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
@@ -36,8 +35,6 @@ COMPARED = (
     *("state_names", "action_names", "state_units", "action_units"),
 )
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
-
-Rows = NDArray[np.int64]
 
 
 def open_parquet(
@@ -130,16 +127,6 @@ def _sampled_blocks(size: int) -> list[tuple[int, int]]:
     if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
         return [(0, size)]
     return [(n * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the columns hold: number of cameras, numbers in state (P) and action (A), and the writer's metadata."""
-
-    cameras: int
-    state_dim: int
-    action_dim: int
-    metadata: DatasetMetadata
 
 
 def joint_layout(layouts: Sequence[Layout]) -> Layout:

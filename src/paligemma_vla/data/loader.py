@@ -2,30 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from functools import partial
+from itertools import chain, islice, pairwise
+from multiprocessing import forkserver
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from paligemma_vla import flow, schema
 from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.config import AugmentationConfig, VLAConfig
 from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, no_rotation, prompt_of
 from paligemma_vla.data.episode_file import Pictures
-from paligemma_vla.data.episodes import EpisodeIndex
 from paligemma_vla.data.faults import FaultError, Unusable
-from paligemma_vla.data.files import Layout
 from paligemma_vla.data.images import jitter_colour, random_crop
-from paligemma_vla.data.loader_processes import start_loader
-from paligemma_vla.data.reader import EpisodeReader, RowReader
-from paligemma_vla.data.sampling import SampleRef, derive_seed
+from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.order import RunSampler, SampleRef, derive_seed
+from paligemma_vla.data.reader import BlockReader, Blocks, EpisodeReader, RowReader
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
+from paligemma_vla.schema import Layout
+from paligemma_vla.workers import end_with
+
+
+def start_loader(
+    dataset: Dataset[Any], sampler: Iterable[Any], config: VLAConfig, collate: Callable[[Any], Any], pin_memory: bool
+) -> DataLoader[Any]:
+    """A torch DataLoader over whatever `sampler` has for `dataset.__getitems__`.
+
+    Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
+    """
+    workers = config.data.num_workers
+    if workers:
+        _start_forkserver()
+    return DataLoader(
+        dataset,
+        batch_sampler=_AsSampler(sampler),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory and config.data.pin_memory,
+        prefetch_factor=config.data.prefetch_factor if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=partial(_prepare_worker, os.getpid()),
+        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
+        generator=torch.Generator(),
+    )
+
+
+class _AsSampler(Sampler[Any]):
+    def __init__(self, source: Iterable[Any]) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+
+def _start_forkserver() -> None:
+    """Start the process that workers are forked from, deaf to SIGTERM (to SIGINT it is anyway): were it gone, its workers
+    would be taken for dead. It ends with this process."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may change what a signal does; started from here, it is as torch leaves it
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a program that is started inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepare_worker(trainer: int, worker: int) -> None:
+    torch.set_num_threads(1)
+    # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with(trainer)  # torch watches the parent of a worker, but that is only what workers are forked from
+
 
 Batch = dict[str, Any]
 MISFIT = "data and configuration do not fit"
@@ -294,3 +357,100 @@ def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:
         if isinstance(batch, VLAError):
             raise batch
         yield batch
+
+
+AHEAD = 16  # optimiser steps
+
+
+class Part(NamedTuple):
+    """Work for one worker: its slots of a micro-batch (none, perhaps, of a small last one), and the blocks it is to read ahead
+    for those that follow, the soonest first."""
+
+    refs: list[SampleRef]
+    ahead: list[int]
+
+
+class PartSampler:
+    """The micro-batches of a `RunSampler`, each as `parts` parts in the order of its slots."""
+
+    def __init__(self, run: RunSampler, parts: int, blocks: Blocks) -> None:
+        self.run, self.parts, self.blocks = run, parts, blocks
+
+    def __len__(self) -> int:
+        return len(self.run) * self.parts
+
+    def __iter__(self) -> Iterator[Part]:
+        bounds = [0, *np.cumsum([len(slots) for slots in np.array_split(np.arange(self.run.width), self.parts)]).tolist()]
+        cut = ([refs[first:stop] for first, stop in pairwise(bounds)] for refs in self.run)
+        coming = deque(islice(cut, AHEAD * self.run.accumulation))
+        ahead = [[block for micro in coming for block in self._blocks(micro[number])] for number in range(self.parts)]
+        while coming:
+            now = coming.popleft()
+            if following := next(cut, None):
+                coming.append(following)
+                ahead = [known + self._blocks(refs) for known, refs in zip(ahead, following, strict=True)]
+            yield from map(Part, now, ahead)
+            ahead = [[] for _ in range(self.parts)]
+
+    def _blocks(self, refs: list[SampleRef]) -> list[int]:
+        blocks: list[int] = np.unique(self.blocks.of_samples(np.array([ref.sample for ref in refs], np.int64))).tolist()
+        return blocks
+
+
+class _Parts(Dataset[Any]):
+    """A data set as `Part`s."""
+
+    def __init__(self, dataset: VLADataset, reader: BlockReader) -> None:
+        self.dataset, self.reader = dataset, reader
+
+    def __getitems__(self, part: Part) -> list[Item] | VLAError:
+        self.reader.prefetch(part.ahead)
+        return self.dataset.__getitems__(part.refs)
+
+
+class StreamLoader:
+    """Whole micro-batches out of the parts that workers make; iterate it through `batches`, as any loader."""
+
+    def __init__(
+        self, dataset: VLADataset, reader: BlockReader, sampler: RunSampler, config: VLAConfig, pin_memory: bool
+    ) -> None:
+        self.reader, self.parts = reader, max(1, config.data.num_workers)
+        self.pin_memory = pin_memory and config.data.pin_memory
+        self.collator = Collator(dataset.preprocessor.prompts)
+        parts = PartSampler(sampler, self.parts, reader.blocks)
+        self.loader: DataLoader[Any] = start_loader(_Parts(dataset, reader), parts, config, _stack_part, pin_memory=False)
+
+    def __iter__(self) -> Iterator[Batch | VLAError]:
+        stream = iter(self.loader)
+        try:
+            while pieces := list(islice(stream, self.parts)):
+                yield self._together(pieces)
+        finally:
+            self.reader.close()
+
+    def _together(self, pieces: list[Batch | VLAError | None]) -> Batch | VLAError:
+        parts: list[Batch] = []
+        for piece in pieces:
+            if isinstance(piece, VLAError):
+                return piece
+            if piece is not None:
+                parts.append(piece)
+        batch: Batch = {}
+        for key, value in parts[0].items():
+            values = [part[key] for part in parts]
+            batch[key] = torch.cat(values) if isinstance(value, torch.Tensor) else list(chain.from_iterable(values))
+        batch = self.collator.lay_out(batch)
+        if self.pin_memory:
+            return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        return batch
+
+
+def run_batches(dataset: VLADataset, sampler: RunSampler, config: VLAConfig, pin_memory: bool) -> Iterator[Batch]:
+    """Micro-batches of a run, in the way that its data is read."""
+    if isinstance(dataset.reader, BlockReader):
+        return batches(StreamLoader(dataset, dataset.reader, sampler, config, pin_memory))
+    return batches(build_loader(dataset, sampler, config, pin_memory))
+
+
+def _stack_part(items: list[Item] | VLAError) -> Batch | VLAError | None:
+    return items if isinstance(items, VLAError) else stack(items) if items else None

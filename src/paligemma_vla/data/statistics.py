@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.data.checks import no_rotation
-from paligemma_vla.data.episodes import REQUESTS, EpisodeIndex
-from paligemma_vla.data.exclusions import ExclusionList, hex_digest
 from paligemma_vla.data.faults import FaultError
+from paligemma_vla.data.index import REQUESTS, EpisodeIndex, ExclusionList, hex_digest
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.normalization import Accumulator, DatasetStatistics
 from paligemma_vla.schema import ACTION

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from paligemma_vla.data.recordings import Picture, Recording
+from paligemma_vla.data.reader import Picture, Recording
 from paligemma_vla.data.sources.lerobot_layout import Format
 from paligemma_vla.data.sources.lerobot_writer import NOTES, LeRobotShard, note_path, write_metadata
 from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter

@@ -20,11 +20,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.exclusions import hex_digest
+from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, batches
-from paligemma_vla.data.sampling import SampleRef, ValidationSampler, derive_seed
-from paligemma_vla.data.sources import real_name, share_episodes
+from paligemma_vla.data.order import SampleRef, ValidationSampler, derive_seed
 from paligemma_vla.errors import ConfigError, VLAError
 from paligemma_vla.evaluation.predictions import PredictionWriter
 from paligemma_vla.evaluation.samples import Floats, Sample, Samples, check_same_robot

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.evaluation import report_panels as panels
 from paligemma_vla.evaluation import report_rollouts as closed_loop
 from paligemma_vla.evaluation.page import Html, document, duration, fill, join, number, section

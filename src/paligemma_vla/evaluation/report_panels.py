@@ -14,7 +14,7 @@ from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.episode_file import decode_picture
-from paligemma_vla.data.episodes import EpisodeIndex
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, episode_prompts
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation.charts import Line, bullet, chunk_chart, columns, line_chart, smooth

@@ -16,17 +16,13 @@ from numpy.typing import NDArray
 from paligemma_vla import schema
 from paligemma_vla.action_settings import taken_by_number
 from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
-from paligemma_vla.data.block_reader import BlockReader
-from paligemma_vla.data.blocks import cut_blocks, pool_bytes
-from paligemma_vla.data.episodes import EpisodeIndex
-from paligemma_vla.data.exclusions import hex_digest, load_exclusions
 from paligemma_vla.data.files import joint_layout
-from paligemma_vla.data.loader import MISFIT, VLADataset, check_actions, check_fit
-from paligemma_vla.data.sampling import Order, SampleOrder
-from paligemma_vla.data.sources import find_source, real_name
+from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
+from paligemma_vla.data.loader import AHEAD, MISFIT, VLADataset, check_actions, check_fit
+from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
+from paligemma_vla.data.reader import BlockReader, cut_blocks, pool_bytes
+from paligemma_vla.data.sources import find_source
 from paligemma_vla.data.statistics import model_numbers
-from paligemma_vla.data.stream_loader import AHEAD
-from paligemma_vla.data.streamed_order import StreamedOrder
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.known import read_architecture
 from paligemma_vla.model.plan import MemoryPlan, plan_run

@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.loader import Batch
-from paligemma_vla.data.sampling import RunSampler
-from paligemma_vla.data.stream_loader import run_batches
+from paligemma_vla.data.loader import Batch, run_batches
+from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.plan import with_remedies

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader
-from paligemma_vla.data.sampling import ValidationSampler
+from paligemma_vla.data.order import ValidationSampler
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from paligemma_vla.data.episode_file import EpisodeFile, ParquetEpisodes
 from paligemma_vla.data.files import identify
-from paligemma_vla.storage import is_url
 
 MODULES = {"lerobot": "paligemma_vla.data.sources.lerobot"}
 MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is known by
@@ -67,38 +66,3 @@ def identify_file(name: str) -> tuple[int, int, int]:
     """Size, mtime_ns and ctime_ns of a file, and of all that belongs to it; raises `FaultError` when it is not there."""
     _, source, place = find_source(name)
     return identify(name) if source is None else source.identify(place)
-
-
-def absolute_name(name: str) -> str:
-    """A name that means the same from any folder."""
-    prefix, _, place = find_source(name)
-    return prefix + (place if is_url(place) else os.path.abspath(place))
-
-
-def real_name(name: str) -> str:
-    """The one name of a file, whatever links lead to it and whatever is selected of it."""
-    prefix, source, place = find_source(name)
-    file = place if source is None else source.file_of(place)
-    return prefix + (file if is_url(file) else os.path.realpath(file))
-
-
-def share_episodes(first: str, second: str) -> bool:
-    """Whether two names of the same data may select an episode in common."""
-    ranges = []
-    for name in (first, second):
-        _, source, place = find_source(name)
-        start, stop = (None, None) if source is None else source.episodes_of(place)
-        ranges.append((start or 0, float("inf") if stop is None else stop))
-    return max(start for start, _ in ranges) < min(stop for _, stop in ranges)
-
-
-def relative_name(name: str, folder: str) -> str:
-    """A name as seen from a folder (a URL is the same from anywhere); `joined_name` is the way back."""
-    prefix, _, place = find_source(name)
-    return prefix + (place if is_url(place) else os.path.relpath(place, folder))
-
-
-def joined_name(folder: str, name: str) -> str:
-    """The real name behind a name as seen from a folder."""
-    prefix, _, place = find_source(name)
-    return prefix + (place if is_url(place) else os.path.realpath(os.path.join(folder, place)))

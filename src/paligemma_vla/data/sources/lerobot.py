@@ -18,7 +18,7 @@ from paligemma_vla import schema
 from paligemma_vla.byte_source import open_bytes
 from paligemma_vla.data.episode_file import FOOTER_UNFOLDS, EpisodeFile, Pictures
 from paligemma_vla.data.faults import Fault, FaultError, Kind
-from paligemma_vla.data.files import Layout, Rows, file_digest, file_faults, group_bounds, identify, open_parquet, sample_digest
+from paligemma_vla.data.files import file_digest, file_faults, group_bounds, identify, open_parquet, sample_digest
 from paligemma_vla.data.sources.lerobot_info import INDEX_COLUMNS, find_root
 from paligemma_vla.data.sources.lerobot_meta import Metadata, load_metadata
 from paligemma_vla.data.sources.lerobot_place import Place
@@ -33,7 +33,7 @@ from paligemma_vla.data.sources.lerobot_rows import (
 )
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError
-from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 
 SUCCESS = ("next.success", "next.done")  # the first of them that is there says whether an episode ended in success
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from paligemma_vla.data.files import Layout
 from paligemma_vla.errors import DataError
+from paligemma_vla.schema import Layout
 
 CHUNK = 1000  # files per folder
 SUCCESS = "next.success"

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from paligemma_vla.data.recordings import Picture, Recording
+from paligemma_vla.data.reader import Picture, Recording
 from paligemma_vla.data.sources.lerobot_layout import SUCCESS, Format
 from paligemma_vla.data.sources.lerobot_stats import ImageStats, Stats, merge_stats, number_stats, sampled_steps
 from paligemma_vla.data.video_writer import VideoWriter
