@@ -61,7 +61,7 @@ def write_model(name: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
 
-    from paligemma_vla.model.known import known_architecture
+    from paligemma_vla.model.architectures import known_architecture
     from paligemma_vla.model.tiny import make_processor, train_tokenizer, write_paligemma, write_tiny_paligemma
 
     architecture = known_architecture(name)

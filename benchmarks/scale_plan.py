@@ -280,8 +280,8 @@ def model_units(given: Assumptions) -> dict[str, float]:
     import torch
 
     from paligemma_vla.config import config_from_dict, load_config
-    from paligemma_vla.model.known import known_architecture
-    from paligemma_vla.model.plan import plan_memory
+    from paligemma_vla.model.architectures import known_architecture
+    from paligemma_vla.model.memory_plan import plan_memory
 
     changes: dict[str, Any] = {
         "data.batch_size": int(given.batch),

@@ -29,8 +29,8 @@ from paligemma_vla import Policy, flow
 from paligemma_vla.config import VLAConfig, VLMConfig, load_config, parse_assignments
 from paligemma_vla.data.loader import build_preprocessor
 from paligemma_vla.export.folder import Restored
-from paligemma_vla.model.known import known_architecture, read_architecture
-from paligemma_vla.model.plan import plan_memory
+from paligemma_vla.model.architectures import known_architecture, read_architecture
+from paligemma_vla.model.memory_plan import plan_memory
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.normalization import DatasetStatistics, Statistics
@@ -103,7 +103,7 @@ def check_against_cpu(device: torch.device) -> list[Row]:
             model = VLAModel(config, preprocessor.prompts, preprocessor.image)
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
-            models.append(model.place(place))
+            models.append(model.to_device(place))
         shapes = model.paligemma_vlm.backbone_dict()
     batch = full_batch(config, shapes, 4, torch.device("cpu"))
     gradients, actions = [], []
@@ -182,7 +182,7 @@ def build(config: VLAConfig, shapes: dict[str, Any], device: torch.device) -> VL
             torch.nn.init.normal_(parameter, std=0.02)
         else:
             torch.nn.init.zeros_(parameter)
-    return model.place(device)
+    return model.to_device(device)
 
 
 class _Prompts:
@@ -222,7 +222,7 @@ def measure_latency(shapes: dict[str, Any], device: torch.device, common: dict[s
 
 def _policy(shapes: dict[str, Any], device: torch.device, common: dict[str, Any]) -> tuple[Policy, dict[str, Any]]:
     config = load_config(CONFIG, {**common, **TRAINING["head only"]})
-    model = build(config, shapes, device).requires_grad_(False).place(device)
+    model = build(config, shapes, device).requires_grad_(False).to_device(device)
     side = shapes["vision_config"]["image_size"]
     rng = np.random.default_rng(0)
     observation: dict[str, Any] = {

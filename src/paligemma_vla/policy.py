@@ -67,7 +67,7 @@ class Policy:
         """
         trained = load_trained(path)
         restored = restore(trained, path, torch.device(device))
-        restored.model.place(torch.device(device), weights)
+        restored.model.to_device(torch.device(device), weights)
         return cls(restored, trained.training, trained.versions, weights)
 
     def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:

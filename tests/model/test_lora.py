@@ -180,7 +180,7 @@ def test_backbone_that_never_learns_is_loaded_and_held_in_bfloat16(
 ) -> None:
     model = build(session_config({**overrides, f"{VLM}.dtype": "bfloat16"}))
     model.set_stage("all")
-    model.place(CPU)
+    model.to_device(CPU)
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
@@ -208,7 +208,7 @@ def test_held_weights_give_the_very_answer_of_cast_ones(
         held.requires_grad_(False)
         embedding = cast.paligemma_vlm.backbone.language_model.embed_tokens
         embedding.weight.data = embedding.weight.data.bfloat16()
-    held.place(CPU)
+    held.to_device(CPU)
     assert sum(p.nbytes for p in held.parameters()) < 0.9 * sum(p.nbytes for p in cast.parameters())
     arguments = arguments_from_batch(batch, sample=True)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from paligemma_vla.model import memory
+from paligemma_vla.model import memory_plan as memory
 
 
 def test_available_bytes_heed_the_limit_of_the_process() -> None:

@@ -172,11 +172,11 @@ def test_torchao_says_nothing_to_the_user() -> None:
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("int4", 0.2)])
 def test_model_that_computes_in_bfloat16_is_quantised(tiny_config: ConfigFactory, kind: Any, bound: float) -> None:
-    """`place` holds its matrices in bfloat16 first: torchao starts from those."""
+    """`to_device` holds its matrices in bfloat16 first: torchao starts from those."""
     torch.manual_seed(0)
     model = randomize(VLAModel(tiny_config({"model.vlm_config.dtype": "bfloat16"})), scale=0.1).eval().requires_grad_(False)
-    small = copy.deepcopy(model).place(CPU, kind)
-    full = model.place(CPU)
+    small = copy.deepcopy(model).to_device(CPU, kind)
+    full = model.to_device(CPU)
     pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     prompts = ["open the drawer", "push it"]
     with torch.no_grad():

@@ -229,7 +229,7 @@ import dataclasses, sys, time
 from paligemma_vla.cli.main import main
 from paligemma_vla.training import preflight, trainer
 plan_run = preflight.plan_run
-preflight.plan_run = lambda *given: dataclasses.replace(plan_run(*given), in_turn=True)
+preflight.plan_run = lambda *given: dataclasses.replace(plan_run(*given), one_at_a_time=True)
 spread = trainer.spread
 VLAModel = trainer.VLAModel
 trainer.VLAModel = lambda *given: (print(time.monotonic()), VLAModel(*given))[1]

@@ -28,8 +28,8 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config_path, {**override, **parse_assignments(args.set)})
     import torch
 
-    from paligemma_vla.model.known import architecture_to_plan
-    from paligemma_vla.model.plan import device_memory, plan_memory, with_remedies
+    from paligemma_vla.model.architectures import architecture_to_plan
+    from paligemma_vla.model.memory_plan import device_memory, plan_memory, with_remedies
     from paligemma_vla.training.distributed import choose_device
 
     device = choose_device(None)

@@ -109,7 +109,7 @@ def restore(trained: Trained, where: str | Path, device: torch.device | None = N
         if device is None:
             model.float()  # weights that do not learn are built in bfloat16; an export holds all as they were trained
         elif not adapted:  # adapters are added up in float32
-            model.hold_for(device)
+            model.cast_for(device)
         _load_weights(model, trained.state_dict, str(where))
         if adapted:
             held = torch.float32 if device is None else Arithmetic.on(device.type, model.configured_dtype).dtype

@@ -18,6 +18,9 @@ from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, configured_prompt_and_image_spec
 
+LARGE_TABLE = 2**20  # numbers; a smaller table is not worth a message of its own
+AUTOCAST = (nn.Linear, nn.Conv2d)  # modules whose weights autocast turns into the type that is computed in
+
 
 def resolve_class(path: str, key: str, promised: str) -> Any:
     """The class behind `package.module:Class`; raises `ModelError` naming the config key.
@@ -97,22 +100,22 @@ class VLAModel(nn.Module):
         self.arithmetic = Arithmetic.on("cpu", self.configured_dtype)
         self.set_stage("all")
 
-    def place(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
+    def to_device(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
         """Move to `device`, and hold what does not learn as `device` computes: half the memory, and the same products.
 
         Call it when it is known what learns (`set_stage`, `requires_grad_`). weights: quantise the backbone, which must have no
         adapters, and no longer learns then; raises `ModelError` where that cannot be.
         """
-        self.hold_for(device)
+        self.cast_for(device)
         if weights is not None:
             quantize(self.paligemma_vlm, weights, device)
         return self.to(device)
 
-    def hold_for(self, device: torch.device) -> None:
+    def cast_for(self, device: torch.device) -> None:
         """Turn matrices that do not learn to the type that `device` computes in, everything else to float32."""
         self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
         for module in self.modules():
-            matrices = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
+            matrices = isinstance(module, (*AUTOCAST, nn.Embedding))
             for parameter in module.parameters(recurse=False):
                 frozen_matrix = matrices and not parameter.requires_grad
                 parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
@@ -201,6 +204,20 @@ class VLAModel(nn.Module):
                 context, actions_gt_seq, state_batch, mask, action_mask, flow_time, flow_noise
             )
             return output
+
+
+def backbone_layers(model: VLAModel) -> list[nn.Module]:
+    """Layers of the backbone, which a sharded model gathers one by one.
+
+    The action head stays gathered through the step: sampling passes through it once per Euler step.
+    """
+    return [layer for module in model.paligemma_vlm.modules() if isinstance(module, nn.ModuleList) for layer in module]
+
+
+def large_tables(model: VLAModel) -> list[nn.Module]:
+    """Token tables, which a sharded model gathers by themselves: they are used once per step."""
+    tables = [module for module in model.paligemma_vlm.modules() if isinstance(module, nn.Embedding)]
+    return [table for table in tables if table.weight.numel() >= LARGE_TABLE]
 
 
 def arguments_from_batch(batch: dict[str, Any], sample: bool = False, num_steps: int | None = None) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from paligemma_vla.config import TrainingConfig
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.model.units import large_tables, layers, others
-from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.model.vla_model import AUTOCAST, VLAModel, backbone_layers, large_tables
 from paligemma_vla.training.distributed import Distributed, stand_alone
 
 
@@ -61,7 +60,7 @@ class Replicated(Parallel):
 
     def __init__(self, model: VLAModel, distributed: Distributed) -> None:
         super().__init__(model, distributed)
-        self.module = model.place(distributed.device)
+        self.module = model.to_device(distributed.device)
         self._settled = True
 
     def enter_stage(self, train: str) -> None:
@@ -103,7 +102,7 @@ class Sharded(Parallel):
     def __init__(self, model: VLAModel, distributed: Distributed, settings: TrainingConfig, mesh: DeviceMesh) -> None:
         super().__init__(model, distributed)
         device = distributed.device
-        model.hold_for(device)
+        model.cast_for(device)
         shared: dict[str, Any] = {
             "mesh": mesh,
             "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.cpu_offload else OffloadPolicy(),
@@ -111,8 +110,8 @@ class Sharded(Parallel):
         as_held = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         computed = model.arithmetic.dtype
         as_computed = as_held if computed is torch.float32 else replace(as_held, param_dtype=computed)
-        for layer in layers(model):
-            if as_computed != as_held and (norms := others(layer)):
+        for layer in backbone_layers(model):
+            if as_computed != as_held and (norms := _not_autocast(layer)):
                 fully_shard(norms, mp_policy=as_held, **shared)
             fully_shard(layer, mp_policy=as_computed, **shared)
         for table in large_tables(model):
@@ -134,6 +133,12 @@ class Sharded(Parallel):
 
     def forget_gathered(self) -> None:
         cast(FSDPModule, self.model).reshard()
+
+
+def _not_autocast(layer: nn.Module) -> list[nn.Module]:
+    """Modules with weights that autocast leaves as they are: norms."""
+    modules = [module for module in layer.modules() if not isinstance(module, AUTOCAST)]
+    return [module for module in modules if next(module.parameters(recurse=False), None) is not None]
 
 
 def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig, mesh: DeviceMesh | None) -> Parallel:

@@ -24,8 +24,8 @@ from paligemma_vla.data.reader import BlockReader, cut_blocks, pool_bytes
 from paligemma_vla.data.sources import find_source
 from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
-from paligemma_vla.model.known import read_architecture
-from paligemma_vla.model.plan import MemoryPlan, plan_run
+from paligemma_vla.model.architectures import read_architecture
+from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.storage import is_url

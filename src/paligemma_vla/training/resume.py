@@ -112,7 +112,7 @@ def _other_backbone(saved: Mapping[str, Any], before: VLMConfig, now: VLMConfig)
     """Whether another backbone is named. Its weights come out of the checkpoint, so one that has only moved is the same."""
     if now.model_name_or_path == before.model_name_or_path:
         return False
-    from paligemma_vla.model.known import read_architecture  # heavy, and needed for this alone
+    from paligemma_vla.model.architectures import read_architecture  # heavy, and needed for this alone
 
     try:
         named = read_architecture(now)

@@ -28,7 +28,7 @@ from paligemma_vla.data.loader import Batch, run_batches
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
-from paligemma_vla.model.plan import with_remedies
+from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
@@ -106,7 +106,7 @@ class Trainer:
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         """To make the model in: together with the other processes of this machine where its memory takes as many."""
-        if not self.distributed.any(self.plan.in_turn):
+        if not self.distributed.any(self.plan.one_at_a_time):
             return self.distributed.all_or_none()
         if self.distributed.main:
             logger.info("processes build the model one after the other: their machine has no memory for all at once")

@@ -14,9 +14,9 @@ from conftest import ConfigFactory
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.loader import build_preprocessor
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.model import plan as planning
-from paligemma_vla.model.known import known_architecture, read_architecture
-from paligemma_vla.model.plan import MemoryPlan, plan_memory, plan_run, with_remedies
+from paligemma_vla.model import memory_plan as planning
+from paligemma_vla.model.architectures import known_architecture, read_architecture
+from paligemma_vla.model.memory_plan import MemoryPlan, plan_memory, plan_run, with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer
 
@@ -40,7 +40,7 @@ def planned(config: VLAConfig, device: torch.device = CPU, available: float | No
 def allocated_in_a_step(config: VLAConfig) -> float:
     """Most bytes that torch's allocator had given out during a forward and backward pass, by its own record."""
     preprocessor = build_preprocessor(config)
-    model = VLAModel(config, preprocessor.prompts, preprocessor.image).place(CPU).train()
+    model = VLAModel(config, preprocessor.prompts, preprocessor.image).to_device(CPU).train()
     head, side = config.model.action_head_config, preprocessor.image.size
     prompt = "open the drawer and " * 8  # cut to prompt_max_len
     chunk = (head.horizon, head.per_action_dim)
@@ -84,7 +84,7 @@ def test_standing_memory_is_that_of_the_model_and_its_optimiser(tiny_config: Con
     """Two kilobytes are the optimiser's step counters."""
     config = tiny_config({**KINDS[kind], f"{VLM}.dtype": dtype, "training.ema_decay": 0.5})
     preprocessor = build_preprocessor(config)
-    model = VLAModel(config, preprocessor.prompts, preprocessor.image).place(CPU)
+    model = VLAModel(config, preprocessor.prompts, preprocessor.image).to_device(CPU)
     optimizer, average = build_optimizer(model, config.optimizer), ExponentialMovingAverage(model, 0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -229,7 +229,7 @@ def test_processes_build_in_turn_where_their_machine_has_no_memory_for_all(
     def planned_here(left: float, parallel: str) -> bool:
         monkeypatch.setattr(planning, "available_bytes", lambda: left)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
-        return plan_run(tiny_config({"training.parallel": parallel}), architecture, GPU, 8, 8).in_turn
+        return plan_run(tiny_config({"training.parallel": parallel}), architecture, GPU, 8, 8).one_at_a_time
 
     one = planned(tiny_config()).whole
     assert not planned_here(8 * one, "fsdp")

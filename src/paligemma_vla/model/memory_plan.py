@@ -7,10 +7,14 @@ shapes but no storage, and what would be alive is counted.
 
 from __future__ import annotations
 
+import resource
+import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.model.memory import available_bytes
-from paligemma_vla.model.units import large_tables, layers, matrices
-from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.model.vla_model import AUTOCAST, VLAModel, backbone_layers, large_tables
 from paligemma_vla.preprocess import ImageSpec
 
+T = TypeVar("T")
 GB = 1e9
 FLOAT32 = 4
 RESERVE = {"cuda": 1.0e9}  # the driver's context, workspaces of matrix products, and what the allocator cannot use
@@ -62,8 +65,8 @@ class MemoryPlan:
     in one pass. tokens: of context, per sample. gathered: most bytes of weights in shards that are whole at a time; leaving: of
     them and of gradients on their way into shards, when activations have gone. activations: most bytes alive in the forward
     pass; step: most bytes of activations and gradients together in the whole step; both None where they were not counted.
-    remedies: changes that save memory, and the total that each would leave. in_turn: whether this machine's memory takes no
-    more than one whole model at a time, which each process makes there before it goes into shards.
+    remedies: changes that save memory, and the total that each would leave. one_at_a_time: whether this machine has memory for
+    one full model only, which each process builds there before it is sharded.
     """
 
     config: VLAConfig
@@ -80,7 +83,7 @@ class MemoryPlan:
     activations: float | None = None
     step: float | None = None
     remedies: Sequence[tuple[str, float]] = ()
-    in_turn: bool = False
+    one_at_a_time: bool = False
 
     @property
     def standing(self) -> float:
@@ -205,10 +208,10 @@ def plan_run(
     host_available = available_bytes()
     _check_standing(plan, on_machine, host_available)
     at_once = on_machine * (plan.whole + plan.host)
-    in_turn = plan.shards > 1 and host_available is not None and at_once > host_available
+    one_at_a_time = plan.shards > 1 and host_available is not None and at_once > host_available
     if available is None or plan.standing >= SMALL_SHARE * available:
         plan = plan_memory(config, architecture, device, available, processes, on_machine)
-    return replace(plan, in_turn=in_turn)
+    return replace(plan, one_at_a_time=one_at_a_time)
 
 
 def _check_standing(plan: MemoryPlan, on_machine: int, host_available: float | None) -> None:
@@ -302,7 +305,7 @@ def _without_storage(config: VLAConfig, architecture: dict[str, Any], device: to
     image = ImageSpec(int(architecture["vision_config"]["image_size"]), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = VLAModel(config, NotImplemented, image, architecture)
-    model.hold_for(device)
+    model.cast_for(device)
     return model
 
 
@@ -334,11 +337,10 @@ def _part_of(name: str) -> str:
 
 def _hold_as_gathered(model: VLAModel) -> tuple[float, float]:
     """Turn the matrices of layers to the type they are gathered in; returns `MemoryPlan.gathered` and `.leaving`."""
-    units = layers(model)
-    for layer in units:
-        for module in matrices(layer):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(model.arithmetic.dtype)
+    units = backbone_layers(model)
+    for module in (module for layer in units for module in layer.modules() if isinstance(module, AUTOCAST)):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(model.arithmetic.dtype)
     tables = large_tables(model)
     apart = {parameter for unit in [*units, *tables] for parameter in unit.parameters()}
     rest = [parameter for parameter in model.parameters() if parameter not in apart]
@@ -377,7 +379,7 @@ def _follow_a_step(
         with FakeTensorMode(allow_non_fake_inputs=True):
             _give_shapes(model)
             if in_shards:
-                for unit in [*layers(model), *large_tables(model)]:
+                for unit in [*backbone_layers(model), *large_tables(model)]:
                     for parameter in unit.parameters():
                         if parameter.requires_grad:
                             parameter.register_post_accumulate_grad_hook(_let_go)
@@ -448,3 +450,56 @@ class _LiveBytes(TorchDispatchMode):
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def available_bytes() -> int | None:
+    """Memory this process may still take: the least of what the machine, its control group and its own limit leave.
+
+    None where the system does not tell (it is no Linux).
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    return min((left for left in (_machine(), *_control_groups(), _own_limit()) if left is not None), default=None)
+
+
+def _machine() -> int | None:
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _own_limit() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    taken = _kilobytes(Path("/proc/self/status"), "VmSize:")
+    return None if limit == resource.RLIM_INFINITY or taken is None else max(0, limit - taken)
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    return _read(path, lambda text: next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(name)))
+
+
+def _control_groups() -> Iterator[int | None]:
+    """What is left of the limits of cgroup v2 and v1, of the process's own group and of the root a container sees.
+
+    File pages count as taken, though the kernel gives the inactive ones up: they are added again.
+    """
+    own = _read(Path("/proc/self/cgroup"), lambda text: [line.split(":", 2) for line in text.splitlines()]) or []
+    groups = {"": "/", **{kind: group for _, kind, group in own if kind in ("", "memory")}}
+    for root, kind, limit, taken, given_up in [
+        ("/sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ]:
+        for folder in (Path(root), Path(root + groups.get(kind, "/"))):
+            most, used = _read(folder / limit, int), _read(folder / taken, int)
+            inactive = _read(folder / "memory.stat", partial(_field, name=given_up)) or 0
+            yield None if most is None or used is None else max(0, most - used + inactive)
+
+
+def _field(text: str, name: str) -> int:
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> T | None:
+    """What a file of the kernel says; None where it is missing or says something else (`max`)."""
+    try:
+        return parse(path.read_text())
+    except (OSError, ValueError, LookupError, StopIteration):
+        return None
