@@ -232,7 +232,7 @@ class Together(Distributed):
     said: ClassVar[list[Any]]
     meeting: ClassVar[threading.Barrier]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.said[self.rank] = value
         self.meeting.wait(10)
         values = list(self.said)

@@ -230,10 +230,10 @@ from paligemma_vla.cli.main import main
 from paligemma_vla.training import preflight, trainer
 plan_run = preflight.plan_run
 preflight.plan_run = lambda *given: dataclasses.replace(plan_run(*given), one_at_a_time=True)
-spread = trainer.spread
+parallelize = trainer.parallelize
 VLAModel = trainer.VLAModel
 trainer.VLAModel = lambda *given: (print(time.monotonic()), VLAModel(*given))[1]
-trainer.spread = lambda *given: (spread(*given), time.sleep(0.5), print(time.monotonic()))[0]
+trainer.parallelize = lambda *given: (parallelize(*given), time.sleep(0.5), print(time.monotonic()))[0]
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import VLAError
@@ -108,30 +106,6 @@ def test_faults_are_told_before_the_backbone_is_loaded(
     config = tiny_config({"data.batch_size": 999}, cameras=2)
     with pytest.raises(VLAError, match=r"data\.batch_size: got 999, expected at most"):
         Trainer(config, ALONE, checkpoint if resuming else None)
-
-
-def test_faults_of_the_file_and_of_the_data_are_told_together(
-    tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """What the data say against a key that is wrong by itself is left out."""
-    raw = tiny_config().model_dump(mode="json")
-    raw["training"]["epocs"] = 3
-    raw["model"]["action_head_config"] |= {"horizon": 41, "action_dim": 7, "embed_dim": "wide"}
-    raw["data"] |= {"state_dim": -1, "batch_size": 100_000}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
-    assert main(["train", "--config_path", str(tmp_path / "c.yaml")]) == 2
-    told = capfd.readouterr().err
-    assert told.startswith(f"error: {tmp_path / 'c.yaml'}: 6 faults in the configuration\n")
-    for words in (
-        "training.epocs: unknown key; did you mean 'epochs'?",
-        "model.action_head_config.embed_dim: got 'wide'",
-        "model.action_head_config.action_dim: got 7, expected horizon * per_action_dim",
-        "data.state_dim: got -1",
-        "data.batch_size: got 100000, expected at most ",
-        "model.action_head_config.horizon: got 41, expected at most 40",
-    ):
-        assert f"\n  {words}" in told
-    assert len(told.splitlines()) == 1 + 6
 
 
 def test_source_inside_another_trains_on_nothing_that_is_held_out(tiny_config: ConfigFactory, episode_dir: Path) -> None:

@@ -66,7 +66,7 @@ def _main_of_rank(args: argparse.Namespace) -> int:
         logging.getLogger().setLevel(logging.WARNING)
 
     def prepare() -> Job:
-        with group.first_here():  # the others find its index on the disk
+        with group.local_main_first():  # the others find its index on the disk
             return _prepare(args)
 
     job = _together(group, prepare)
@@ -74,7 +74,7 @@ def _main_of_rank(args: argparse.Namespace) -> int:
     rows = int(job.index.length[np.isin(job.index.file, files)].sum())
     with _bar(rows, shown=group.main) as bar:
         part = _together(group, lambda: compute_part(job.index, job.actions, files, bar.update))
-    parts = group.to_main(part) if group.world_size > 1 else iter([part])
+    parts = group.gather(part) if group.world_size > 1 else iter([part])
     _together(group, lambda: _save(args, job, merge_parts(job.index, job.actions, parts)) if group.main else deque(parts))
     group.close()
     return 0
@@ -86,7 +86,7 @@ def _together(group: Distributed, action: Callable[[], Result]) -> Result:
         result, error = action(), None
     except VLAError as met:
         error = met
-    told = [text for text in group.gather(None if error is None else str(error)) if text is not None]
+    told = [text for text in group.all_gather(None if error is None else str(error)) if text is not None]
     if told:
         group.close()
         if group.main:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from paligemma_vla.cli.arguments import natural
-from paligemma_vla.config import InvalidConfig, VLAConfig, load_config, own_statistics, parse_assignments
+from paligemma_vla.config import VLAConfig, load_config, own_statistics, parse_assignments
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.storage import is_url
 
@@ -86,12 +86,7 @@ def resolve_config(args: argparse.Namespace) -> VLAConfig:
 
 def main(args: argparse.Namespace) -> int:
     """Start here, or in `--nproc` processes, or join the group torchrun started."""
-    try:
-        config = resolve_config(args)
-    except InvalidConfig as error:
-        from paligemma_vla.training.preflight import with_faults_of_data
-
-        raise with_faults_of_data(error) from error
+    config = resolve_config(args)
     if args.nproc is not None and args.nproc < 1:
         raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
     if "LOCAL_RANK" in os.environ or ((args.nproc or 1) == 1 and not args.max_restarts):
@@ -155,7 +150,7 @@ def _train_in(
         logging.getLogger().setLevel(logging.WARNING)
     mirror = Mirror.of(config)
     resume, verified = find_resume_again(config, resume_checkpoint, mirror, distributed)
-    with distributed.first_here():
+    with distributed.local_main_first():
         _bring_here(resume, mirror)
     if resume_checkpoint == "auto" and resume is None and distributed.main:
         logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_place("checkpoints"))
@@ -204,7 +199,7 @@ def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
 def find_resume_again(config: VLAConfig, wanted: str | None, mirror: Mirror | None, distributed: Distributed) -> Found:
     """As `find_resume`; but where the launcher of this process has begun the run already, and starts it again after a failure,
     the newest checkpoint of it."""
-    if distributed.agree(partial(_is_begun, config)):
+    if distributed.broadcast(partial(_is_begun, config)):
         found = find_resume(config, "auto", mirror, distributed)
         if found.resume is not None:
             return found
@@ -230,7 +225,7 @@ def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None, di
     from paligemma_vla.training.checkpoint import newest_checkpoint
 
     if mirror is not None:
-        return Found(distributed.agree(mirror.newest_checkpoint), verified=True)
+        return Found(distributed.broadcast(mirror.newest_checkpoint), verified=True)
     return Found(newest_checkpoint(config.run_dir / "checkpoints", distributed), verified=True)
 
 

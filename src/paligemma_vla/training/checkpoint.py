@@ -270,7 +270,7 @@ def newest_checkpoint(folder: Path, distributed: Distributed) -> Path | None:
 
     Raises `UnreadableCheckpointError` for one that may be whole: to pass over it would be to throw it away.
     """
-    for path, in_shards in distributed.agree(partial(_candidates, folder)):
+    for path, in_shards in distributed.broadcast(partial(_candidates, folder)):
         try:
             distributed.on_main(partial(_check_keys, path))
             if in_shards:

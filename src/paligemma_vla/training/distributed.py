@@ -51,7 +51,7 @@ class Distributed:
     def main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """Sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(value)
@@ -59,9 +59,9 @@ class Distributed:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every process gives, in the order of ranks: plain data of no great size."""
         if self.world_size == 1:
             return [value]
@@ -69,7 +69,7 @@ class Distributed:
         dist.all_gather_object(values, value)
         return values
 
-    def to_main(self, value: Any) -> Iterator[Any]:
+    def gather(self, value: Any) -> Iterator[Any]:
         """On rank 0 what every process gives, in the order of ranks, one at a time in memory; on the others nothing."""
         if not self.main:
             dist.send_object_list([value], dst=0)
@@ -96,7 +96,7 @@ class Distributed:
             raise told[0]
         return result
 
-    def agree(self, decide: Callable[[], Result]) -> Result:
+    def broadcast(self, decide: Callable[[], Result]) -> Result:
         """What rank 0 decides (plain data), on every process."""
         decided: list[Any] = [self.on_main(decide)]
         if self.world_size > 1:
@@ -105,7 +105,7 @@ class Distributed:
         return result
 
     @contextlib.contextmanager
-    def first_here(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """The block runs on one process of each machine, then on the others of it, which find what it left on the disk.
 
         An error of the first does not keep the others: they meet it themselves.
@@ -124,7 +124,7 @@ class Distributed:
 
         Where one fails all end, as after `all_or_none`.
         """
-        turns = max(self.gather(self.local_world_size))
+        turns = max(self.all_gather(self.local_world_size))
         for _ in range(self.local_rank):
             self._refuse_failures(None)
         with self.all_or_none():
@@ -145,7 +145,7 @@ class Distributed:
 
     def _refuse_failures(self, failure: Exception | None) -> None:
         """Raise this process's failure, or tell the first of the others'."""
-        reasons = self.gather(None if failure is None else first_line(failure))
+        reasons = self.all_gather(None if failure is None else first_line(failure))
         if failure is not None:
             raise failure
         for rank, reason in enumerate(reasons):
@@ -299,7 +299,7 @@ def join(device: str | None) -> Distributed:
     return Distributed(rank, world_size, chosen, local_rank, local_world_size, notes)
 
 
-def stand_alone(distributed: Distributed) -> None:
+def init_single_process_group(distributed: Distributed) -> None:
     """Give one process alone a process group of its own, for what cannot do without."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(distributed.device), store=HashStore(), rank=0, world_size=1)
@@ -310,7 +310,7 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def group_for_checkpoints(distributed: Distributed) -> dist.ProcessGroup | None:
+def new_checkpoint_group(distributed: Distributed) -> dist.ProcessGroup | None:
     """A group of its own for threads that write checkpoints: in the trainers' they would get in the way of each other."""
     if distributed.world_size == 1:
         return None

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
 from paligemma_vla.errors import ConfigError, first_line
 from paligemma_vla.model.vla_model import VLAModel
-from paligemma_vla.training.parallel import copy_part, local
+from paligemma_vla.training.parallel import copy_local, to_local
 
 
 def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
@@ -90,7 +90,7 @@ class ExponentialMovingAverage:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = dict(model.named_parameters())
-        pairs = [(local(average), local(current[name].detach())) for name, average in self.average.items()]
+        pairs = [(to_local(average), to_local(current[name].detach())) for name, average in self.average.items()]
         torch._foreach_lerp_([average for average, _ in pairs], [weight for _, weight in pairs], 1 - decay)
 
     @contextmanager
@@ -107,7 +107,7 @@ class ExponentialMovingAverage:
     @staticmethod
     def _copy(parameters: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
         for name, value in source.items():
-            copy_part(parameters[name], value)
+            copy_local(parameters[name], value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}

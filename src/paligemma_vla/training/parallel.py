@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from paligemma_vla.config import TrainingConfig
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.model.vla_model import AUTOCAST, VLAModel, backbone_layers, large_tables
-from paligemma_vla.training.distributed import Distributed, stand_alone
+from paligemma_vla.training.distributed import Distributed, init_single_process_group
 
 
 class Parallel(ABC):
@@ -141,7 +141,7 @@ def _not_autocast(layer: nn.Module) -> list[nn.Module]:
     return [module for module in modules if next(module.parameters(recurse=False), None) is not None]
 
 
-def spread(model: VLAModel, distributed: Distributed, settings: TrainingConfig, mesh: DeviceMesh | None) -> Parallel:
+def parallelize(model: VLAModel, distributed: Distributed, settings: TrainingConfig, mesh: DeviceMesh | None) -> Parallel:
     """Bring a model to its device, held over `mesh`, or with None as a whole. Asks no other process."""
     return Replicated(model, distributed) if mesh is None else Sharded(model, distributed, settings, mesh)
 
@@ -151,7 +151,7 @@ def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh
     process has to ask. Raises `ConfigError` where groups do not come out."""
     if settings.parallel == "ddp":
         return None
-    stand_alone(distributed)
+    init_single_process_group(distributed)
     kind, world = distributed.device.type, distributed.world_size
     if settings.parallel == "fsdp":
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
@@ -164,7 +164,7 @@ def group_size(settings: TrainingConfig, distributed: Distributed) -> int:
     world = distributed.world_size
     on_machine = distributed.local_world_size
     if settings.parallel == "hsdp" and settings.shard_processes is None:
-        counts = distributed.gather(on_machine)
+        counts = distributed.all_gather(on_machine)
         if len(set(counts)) > 1:
             raise ConfigError(
                 f"training.shard_processes: got null, expected a number: the machines have {min(counts)} to {max(counts)} "
@@ -179,24 +179,24 @@ def group_size(settings: TrainingConfig, distributed: Distributed) -> int:
     return group
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory; all of a plain one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor. Every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def copy_part(target: Tensor, value: Tensor) -> None:
+def copy_local(target: Tensor, value: Tensor) -> None:
     """Copy `value` into `target`: what belongs to this process. Asks no other process."""
-    local(target).copy_(local(part_of(value, target)))
+    to_local(target).copy_(to_local(distribute_like(value, target)))
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     """`value` held as `like` is. value: held so already, or whole, and then the same on every process."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value.to(local(like).device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(value.to(to_local(like).device), like.device_mesh, like.placements, src_data_rank=None)

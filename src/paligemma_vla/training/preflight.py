@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from paligemma_vla import schema
 from paligemma_vla.action_settings import taken_by_number
-from paligemma_vla.config import DataSource, InvalidConfig, VLAConfig, source_paths
+from paligemma_vla.config import DataSource, VLAConfig, source_paths
 from paligemma_vla.data.files import joint_layout
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
-from paligemma_vla.data.loader import AHEAD, MISFIT, VLADataset, check_actions, check_fit
+from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
 from paligemma_vla.data.reader import BlockReader, cut_blocks, pool_bytes
 from paligemma_vla.data.sources import find_source
@@ -29,7 +29,7 @@ from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.storage import is_url
-from paligemma_vla.training.distributed import Distributed, choose_device
+from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.parallel import group_size
 
 # The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
@@ -82,17 +82,6 @@ def prepare(
             )
     validation = VLADataset(EpisodeIndex.concatenate(found.held_out), made, config) if found.held_out else None
     return made, Data(train, validation, _order(found.indices, config)), plan
-
-
-def with_faults_of_data(error: InvalidConfig) -> ConfigError:
-    """A configuration's faults, and those that the data and the machine have to find with the rest of it."""
-    if error.usable is None:
-        return error
-    faults = Faults()
-    _survey(error.usable, Distributed(0, 1, choose_device(None)), None, None, faults)
-    lines = [line.strip() for fault in faults.errors for line in str(fault).splitlines()]
-    known = [line for line in lines if not line.endswith(MISFIT) and not any(key in line for key in error.wrong)]
-    return InvalidConfig(error.where, [*error.faults, *known], error.usable, error.wrong)
 
 
 @dataclass
@@ -159,8 +148,8 @@ def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[Episo
     """
     places = source_paths(config.data.train_parquet_files) + source_paths(config.data.val_parquet_files or [])
     if all(map(is_url, places)):
-        return distributed.agree(partial(_index, config))
-    with distributed.first_here():  # the others find the index in the cache
+        return distributed.broadcast(partial(_index, config))
+    with distributed.local_main_first():  # the others find the index in the cache
         return _index(config)
 
 

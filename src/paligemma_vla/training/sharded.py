@@ -201,9 +201,9 @@ def verify_together(folder: Path, distributed: Distributed) -> None:
     Every process has to ask. Rank 0 reads the record, each its part of the shards: of a folder that another machine does not
     have it reads none.
     """
-    shards = distributed.agree(lambda: _open_record(folder, verify=True)[1])
+    shards = distributed.broadcast(lambda: _open_record(folder, verify=True)[1])
     part = sorted(shards.items())[distributed.rank :: distributed.world_size]
-    for fault in distributed.gather(_fault(folder, dict(part)) if folder.is_dir() else None):
+    for fault in distributed.all_gather(_fault(folder, dict(part)) if folder.is_dir() else None):
         if fault is not None:
             raise fault
 

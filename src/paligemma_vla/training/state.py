@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from paligemma_vla.training import sharded
-from paligemma_vla.training.parallel import copy_part, part_of, whole
+from paligemma_vla.training.parallel import copy_local, distribute_like, full_tensor
 
 
 def gathered(payload: dict[str, Any], keep: bool) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def gathered(payload: dict[str, Any], keep: bool) -> dict[str, Any]:
     def gather(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        full = whole(value)
+        full = full_tensor(value)
         return full.cpu() if keep else None
 
     whole_payload: dict[str, Any] = tree_map(gather, payload)
@@ -41,7 +41,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     for name, target in state.items():
         if target.shape != saved[name].shape:
             raise ValueError(f"{name} is {tuple(saved[name].shape)}, expected {tuple(target.shape)}")
-        copy_part(target, saved[name])
+        copy_local(target, saved[name])
 
 
 def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 def _held_as(value: Any, parameter: Tensor) -> Any:
     """A moment is held as its parameter is."""
-    return part_of(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+    return distribute_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
 
 
 def read_parts(

@@ -33,11 +33,11 @@ from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training import sharded
-from paligemma_vla.training.distributed import Distributed, group_for_checkpoints, is_communication
+from paligemma_vla.training.distributed import Distributed, is_communication, new_checkpoint_group
 from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
-from paligemma_vla.training.parallel import build_mesh, spread, whole
+from paligemma_vla.training.parallel import build_mesh, full_tensor, parallelize
 from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.resume import check_same_run
 from paligemma_vla.training.state import gathered, read_parts, restore_model, restore_optimizer
@@ -82,7 +82,7 @@ class Trainer:
             with _belonging(str(resume)) if saved else contextlib.nullcontext():
                 self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
             with self._explained():
-                self.parallel = spread(self.model, distributed, config.training, mesh)
+                self.parallel = parallelize(self.model, distributed, config.training, mesh)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.total_steps = self._total_steps()
         self.stages = self._stages()
@@ -95,7 +95,7 @@ class Trainer:
         self.best_metric, self.stale = float("inf"), 0
         self.watch = LossWatch(config, self.data, distributed)
         self.saved_step: int | None = None
-        self.group = group_for_checkpoints(distributed)
+        self.group = new_checkpoint_group(distributed)
         self.sharded = sharded.ShardedWriter(self.group) if config.training.saves_shards else None
         self.mirror: Mirror | None = None
         if saved is not None:
@@ -250,7 +250,7 @@ class Trainer:
         wait = time.perf_counter() - began
         draws = self.config.model.action_head_config.num_flow_samples
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
-        self.distributed.sum(count)
+        self.distributed.all_reduce(count)
         self.parallel.module.train()
         self.parallel.settle(lambda: self._forward(micro[0]).loss_sum)
         self.optimizer.zero_grad(set_to_none=True)
@@ -263,8 +263,8 @@ class Trainer:
                 (output.loss_sum * (world / count)).backward()
             total += output.loss_sum.detach()
             parts.append((batch, output))
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm))
-        loss = self.distributed.sum(total) / count
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm))
+        loss = self.distributed.all_reduce(total) / count
         taken = Step(loss.item(), norm.item(), rate, wait, parts)
         if taken.finite:
             self.optimizer.step()

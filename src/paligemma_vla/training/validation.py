@@ -41,7 +41,7 @@ def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed:
     if settings.val_action_samples:
         for batch in _share(data, settings.val_action_samples, config, distributed):
             errors += _action_errors(model, batch, data.preprocessor)
-    sums, errors = distributed.sum(sums), distributed.sum(errors)
+    sums, errors = distributed.all_reduce(sums), distributed.all_reduce(errors)
     metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
     if settings.val_action_samples:
         total, count = errors.double().cpu().numpy()

@@ -18,7 +18,7 @@ from paligemma_vla.data.loader import Batch, VLADataset
 from paligemma_vla.errors import TrainingError
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.training.distributed import Distributed
-from paligemma_vla.training.parallel import local
+from paligemma_vla.training.parallel import to_local
 from paligemma_vla.training.preflight import Data
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class LossWatch:
 
     def refuse_lost_weights(self, number: int, model: nn.Module) -> None:
         """Raise `TrainingError` rather than save weights that are not finite: a finite gradient can still overflow them."""
-        finite = torch.stack([torch.isfinite(local(parameter)).all() for parameter in model.parameters()]).all()
+        finite = torch.stack([torch.isfinite(to_local(parameter)).all() for parameter in model.parameters()]).all()
         if self.distributed.any(not finite):
             raise TrainingError(
                 f"step {number}: got NaN or infinity in the weights; the run diverged and was not saved: {self._remedy()}"
@@ -111,7 +111,7 @@ class LossWatch:
             for position, counts, loss in zip(batch["position"].tolist(), valid, values, strict=True):
                 if counts:  # a filler stands at the position of another
                     losses[sample_at[position]] = loss
-        merged = {sample: loss for part in self.distributed.gather(losses) for sample, loss in part.items()}
+        merged = {sample: loss for part in self.distributed.all_gather(losses) for sample, loss in part.items()}
         return name_samples(self.data.train, merged)
 
     def state_dict(self) -> dict[str, Any]:
