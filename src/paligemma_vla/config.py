@@ -18,10 +18,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
-from paligemma_vla.byte_source import read_file
 from paligemma_vla.errors import ConfigError, closest, first_line
 from paligemma_vla.schema import ROTATIONS
-from paligemma_vla.storage import is_url, working_copy
+from paligemma_vla.storage import is_url, read_file, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"

@@ -70,15 +70,15 @@ class Faults:
         self.errors: list[VLAError] = []
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def collect(self) -> Iterator[None]:
         """Keep a `VLAError` raised inside, and go on after the block."""
         try:
             yield
         except VLAError as error:
             self.errors.append(error)
 
-    def tell(self, where: str) -> None:
-        """Raise what was gathered: one error as it is, several as one `ConfigError`."""
+    def raise_all(self, where: str) -> None:
+        """Raise what was collected: one error as it is, several as one `ConfigError`."""
         different = {str(error): error for error in self.errors}  # one file may hold training and validation
         if len(different) == 1:
             raise self.errors[0]

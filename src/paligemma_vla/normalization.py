@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
-from paligemma_vla.byte_source import read_file
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.storage import replace_file
+from paligemma_vla.storage import atomic_write, read_json
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
@@ -204,7 +203,7 @@ class DatasetStatistics:
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+            atomic_write(path, json.dumps(self.to_dict(), indent=2) + "\n")
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be written ({first_line(error)}); give a file in a folder you may write"
@@ -213,12 +212,7 @@ class DatasetStatistics:
     @classmethod
     def load(cls, path: str | Path) -> DatasetStatistics:
         """Read the JSON; raises `DataError` naming the file and what is wrong with it."""
-        try:
-            raw = json.loads(read_file(path))
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: no such statistics file; write it with\n  {_command(path)}") from error
-        except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
-            raise DataError(f"{path}: cannot be read as JSON ({first_line(error)}); {AGAIN}") from error
+        raw = read_json(path, DataError, AGAIN, missing=f"write it with\n  {_command(path)}")
         return cls.from_dict(raw, str(path))
 
     @classmethod

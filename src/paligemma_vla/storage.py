@@ -1,59 +1,146 @@
-"""Places that are not on this machine: URLs that pyarrow (s3://, gs://, hdfs://) or fsspec (hf://, sftp://, ...) reaches."""
+"""Files, on this machine and behind URLs: bytes of any range, retries, atomic writes, locks.
+
+A location is a path or a URL. pyarrow opens s3://, gs:// and hdfs:// by itself; fsspec opens the others (hf://, sftp://, ...).
+"""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import io
+import json
+import logging
 import os
+import random
 import re
+import threading
+import time
 import uuid
-from datetime import timedelta
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from paligemma_vla.errors import StorageError, UnreachableError, VLAError, first_line
+
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from pyarrow.fs import FileSystem
 
-# Those that pyarrow reaches without another package.
-NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")
-# Until a connection stands; and without a byte coming through it.
-CONNECT_SECONDS, SILENT_SECONDS = 5.0, 20.0
+Result = TypeVar("Result")
+Range = tuple[int, int]  # offset, and the first byte after it
+Listed = tuple[int, int] | None  # what a listing says of a file: size, and mtime in whole seconds
+
+NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")  # URLs that pyarrow opens
+CONNECT_SECONDS, SILENT_SECONDS = 5.0, 20.0  # until a connection stands; and without a byte coming through it
+FETCH_BYTES = 2**23  # of one request, where a file is copied
+
+# A store that restarts is back within minutes. What takes longer needs a human, and a run can be resumed.
+ATTEMPTS = 10
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; each pause is twice the one before
+PATIENCE = 300.0  # seconds; no attempt begins later
+REMEDY = "check the address, the network and the credentials (for s3:// the usual AWS_ variables)"
+
+# A request to a store takes as long as about a megabyte of its answer, so a gap of that size between two ranges is read too.
+GAP_BYTES = 2**20
+REQUEST_BYTES = 2**23  # of one request at most
+CACHE_BYTES = 2**25
+TAIL_BYTES = 2**19  # at the end of a file; most Parquet footers are smaller
+
+logger = logging.getLogger(__name__)
+_jitter = random.Random()  # its own generator: training's random numbers must not depend on the network
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is a URL rather than a path."""
-    return re.match(r"[A-Za-z][\w+.-]*://", place) is not None
-
-
-def cache_folder(*parts: str) -> Path:
-    """A folder for what can be had again: under $XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base, "paligemma_vla", *parts)
-
-
-def working_copy(url: str) -> Path:
-    """The folder of this machine that stands for a URL."""
-    return cache_folder("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
+def is_url(location: str) -> bool:
+    """Whether a location is a URL rather than a path."""
+    return re.match(r"[A-Za-z][\w+.-]*://", location) is not None
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """A URL without what stands after its path, and that: the options of a native one, or the places within which it lies
-    (`zip://a::s3://b/c.zip`)."""
+    """A URL up to the end of its path, and the rest: options of a native URL, or the archive of `zip://a::s3://b/c.zip`."""
     mark = "?" if url.startswith(NATIVE) else "::"
     head, found, rest = url.partition(mark)
     return head, found + rest
 
 
 def join_url(url: str, path: str) -> str:
-    """The URL of a file by its path, as a store has it, below the folder behind a URL."""
+    """The URL of a file, given the URL of a folder and the file's path below it as the store lists it."""
     head, rest = split_url(url)
     return f"{head.rstrip('/')}/{quote(path) if url.startswith(NATIVE) else path}{rest}"
 
 
+def cache_dir(*parts: str) -> Path:
+    """A folder for files that can be made again: below $XDG_CACHE_HOME, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "paligemma_vla", *parts)
+
+
+def working_copy(url: str) -> Path:
+    """The local folder in which a run whose folder is a URL works."""
+    return cache_dir("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
+
+
+# Errors of Python for what is not there, or was asked wrongly: another attempt cannot help.
+FINAL_ERRORS = (
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, RecursionError),
+)
+# The same in the words of the AWS and Google clients in pyarrow, and of huggingface_hub.
+FINAL_WORDS = re.compile(
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|MISSING_AUTHENTICATION_TOKEN|"
+    r"UNRECOGNIZED_CLIENT|EXPIRED|TOO_SKEWED|NO_SUCH_|RESOURCE_NOT_FOUND|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|"
+    r"Bucket '[^']*' not found|offline mode is enabled"
+)
+# As pyarrow ("HTTP status 503"), httpx ("Server error '503 ..."), requests and aiohttp ("503 ...") write it.
+STATUS = re.compile(r"(?:HTTP status |status=|(?:Client|Server) error '|^)([345]\d\d)\b", re.IGNORECASE)
+TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 529}
+
+
+def retry(location: str, action: Callable[[], Result], part: str = "") -> Result:
+    """Call `action` until it succeeds: errors that may be gone at the next attempt are logged and retried after a pause.
+
+    Pauses double from FIRST_PAUSE to LONGEST_PAUSE seconds, each cut by up to half at random so that the processes of a run
+    do not return together. part: which bytes of the location, for messages. Raises `UnreachableError` after ATTEMPTS attempts
+    or PATIENCE seconds, `StorageError` at once for any other error; a `VLAError` passes through.
+    """
+    start, where = time.monotonic(), f"{location}: {part}" if part else location
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except VLAError:
+            raise
+        except Exception as error:  # of any kind: each file system has errors of its own
+            reason = first_line(error)
+            if not is_transient(error):
+                raise StorageError(f"{where}: cannot be reached ({reason}); {REMEDY}") from error
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1.0)
+            elapsed = time.monotonic() - start
+            if attempt == ATTEMPTS or elapsed + pause > PATIENCE:
+                tried = f"{attempt} attempts in {elapsed:.0f} s, the last: {reason}"
+                raise UnreachableError(f"{where}: cannot be reached ({tried}); {REMEDY}") from error
+            logger.warning("%s: %s; again in %.1f s (attempt %d of %d)", where, reason, pause, attempt + 1, ATTEMPTS)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether an error of a store may be gone at the next attempt. An unknown error may."""
+    if isinstance(error, FINAL_ERRORS):
+        return False
+    text = str(error)
+    if status := STATUS.search(text):
+        return int(status[1]) in TRANSIENT_STATUS
+    return not FINAL_WORDS.search(text)
+
+
 def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system behind a URL, and the path in it. Raises what that system raises; `reach` tells of it."""
+    """The fsspec file system of a URL, and the path in it. Raises what that system raises; call it inside `retry`."""
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
 
@@ -65,22 +152,19 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def native_system(url: str) -> tuple[FileSystem, str]:
-    """pyarrow's file system behind a URL that begins as in `NATIVE`, and the path in it. Raises as `file_system`.
-
-    One client serves a bucket as long as nothing changes in the environment: it keeps its connections.
-    """
+    """pyarrow's file system of a URL that begins as in `NATIVE`, and the path in it. Raises as `file_system`."""
     parts = urlsplit(url)
-    surroundings = frozenset(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "CLOUDSDK_")))
+    environment = frozenset(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "CLOUDSDK_")))
     query = f"?{parts.query}" if parts.query else ""
-    system = _client(f"{parts.scheme}://{parts.netloc}/-{query}", surroundings, os.getpid())
+    system = _client(f"{parts.scheme}://{parts.netloc}/-{query}", environment, os.getpid())
     bucket = parts.netloc.rpartition("@")[2]
     key = unquote(parts.path).rstrip("/")
     return system, key if parts.scheme in ("hdfs", "viewfs") else f"{bucket}{key}"
 
 
-@lru_cache(maxsize=32)
-def _client(url: str, surroundings: frozenset[tuple[str, str]], process: int) -> FileSystem:
-    """Made so that a fault is told by the first request that meets it: pausing and asking again is `reach`'s, which logs it."""
+@lru_cache(maxsize=32)  # a client keeps its connections; another environment or a fork needs another client
+def _client(url: str, environment: frozenset[tuple[str, str]], process: int) -> FileSystem:
+    """A client that does not retry by itself: `retry` does, and logs it."""
     from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, GcsFileSystem, S3FileSystem
 
     system, _ = FileSystem.from_uri(url)
@@ -99,28 +183,356 @@ def _client(url: str, surroundings: frozenset[tuple[str, str]], process: int) ->
     return type(system)(**{**options, **changes})
 
 
+def list_files(url: str) -> dict[str, Listed]:
+    """Files below a folder behind a URL, by path relative to it, sorted; none when it is not there. Raises `StorageError`.
+
+    A store that fails in the middle of a listing is asked again: no file is left out silently.
+    """
+    try:
+        found, root = retry(url, lambda: _native_files(url) if url.startswith(NATIVE) else _fsspec_files(url), "its files")
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise
+    folder = f"{root.strip('/')}/".lstrip("/")
+    named = {path.strip("/"): listed for path, listed in found.items()}
+    return {path.removeprefix(folder): named[path] for path in sorted(named) if path.startswith(folder)}
+
+
+def _native_files(url: str) -> tuple[dict[str, Listed], str]:
+    from pyarrow.fs import FileSelector, FileType
+
+    system, path = native_system(url)
+    files = (info for info in system.get_file_info(FileSelector(path, recursive=True)) if info.type == FileType.File)
+    return {info.path: (info.size, info.mtime_ns // 10**9) if info.mtime_ns else None for info in files}, path
+
+
+def _fsspec_files(url: str) -> tuple[dict[str, Listed], str]:
+    from fsspec import AbstractFileSystem
+
+    system, path = file_system(url)
+    system.invalidate_cache()
+    # fsspec's own `find` leaves out folders that it fails to list, unless asked to raise.
+    strict = {"on_error": "raise"} if type(system).find is AbstractFileSystem.find else {}
+    return {name: None for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")}, path
+
+
+class ByteSource(ABC):
+    """The bytes of one file. It must not be used after a fork; several threads may call `read_at`.
+
+    location: path or URL. size: in bytes. identity: size, mtime_ns, and ctime_ns of a local file or 63 bits of what a store
+    calls the file's version. All are as they were when the file was opened.
+    """
+
+    location: str
+    size: int
+    identity: tuple[int, int, int]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """Exactly `count` bytes from `offset` on. Raises `StorageError`."""
+        if not 0 <= offset <= offset + count <= self.size:
+            raise StorageError(f"{self.location}: bytes {offset} to {offset + count - 1} were asked for, it has {self.size}")
+        return self._read(offset, count) if count else b""
+
+    def expect(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - only a cache has a use for it
+        """Announce the ranges that will be read from now on, so that near ones can be fetched together."""
+
+    @abstractmethod
+    def _read(self, offset: int, count: int) -> bytes: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+def open_source(location: str | Path) -> ByteSource:
+    """Open a file at a path or URL. Raises `StorageError` when it is not there, or cannot be reached."""
+    location = str(location)
+    if not is_url(location):
+        return LocalSource(location)
+    return NativeSource(location) if location.startswith(NATIVE) else FsspecSource(location)
+
+
+class LocalSource(ByteSource):
+    """A file on this machine."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        try:
+            self._descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        self.identity = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def _read(self, offset: int, count: int) -> bytes:
+        parts, got = [], 0
+        while got < count:  # Linux returns 2 GiB at once at most
+            try:
+                part = os.pread(self._descriptor, count - got, offset + got)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if not part:
+                raise StorageError(f"{self.location}: ends at byte {offset + got}, expected {self.size}; restore it")
+            parts.append(part)
+            got += len(part)
+        return b"".join(parts) if len(parts) > 1 else parts[0]
+
+    def _unreadable(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.location}: cannot be read ({first_line(error)}); restore it")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class RemoteSource(ByteSource):
+    """A file behind a URL: every request is retried, and one is made at a time."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._file, self.identity = retry(location, self._open)
+        self.size = self.identity[0]
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def _open(self) -> tuple[Any, tuple[int, int, int]]:
+        """The open file, and its identity."""
+
+    @abstractmethod
+    def _request(self, offset: int, count: int) -> bytes:
+        """One request: all the bytes, or an error."""
+
+    def _read(self, offset: int, count: int) -> bytes:
+        return retry(self.location, lambda: self._request(offset, count), f"bytes {offset} to {offset + count - 1}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NativeSource(RemoteSource):
+    """A file that pyarrow opens: one request to open it, one for each range."""
+
+    def _open(self) -> tuple[Any, tuple[int, int, int]]:
+        system, path = native_system(self.location)
+        file = system.open_input_file(path)
+        facts = file.metadata() or {}
+        if "Last-Modified" in facts:  # S3 answers all at once
+            modified = datetime.fromisoformat(facts["Last-Modified"].decode())
+            return file, (file.size(), int(modified.timestamp()) * 10**9, _version_number(facts.get("ETag", b"")))
+        return file, (file.size(), system.get_file_info(path).mtime_ns or 0, 0)
+
+    def _request(self, offset: int, count: int) -> bytes:
+        """pyarrow's S3 client takes an answer that is too short for a whole one, and leaves the rest of the buffer as it was.
+
+        So the last byte is set before. If it is unchanged after, the request is made again with another value in its place:
+        one that is unchanged twice was never written.
+        """
+        content = bytearray(count)
+        for mark in MARKS:
+            content[-1] = mark
+            with self._lock:
+                self._file.seek(offset)
+                got = self._file.readinto(content)
+            if got == count and content[-1] != mark:
+                return bytes(content)
+        raise ConnectionError(f"the answer was shorter than the {count} bytes that were asked for")
+
+
+MARKS = (0xA5, 0x5A)
+
+
+class FsspecSource(RemoteSource):
+    """A file that fsspec opens."""
+
+    def _open(self) -> tuple[Any, tuple[int, int, int]]:
+        system, path = file_system(self.location)
+        system.invalidate_cache(system._parent(path))  # an old listing does not matter
+        facts = system.info(path)
+        if facts["type"] != "file":
+            raise IsADirectoryError(f"{facts['type']}, expected a file")
+        try:
+            modified = int(system.modified(path).timestamp() * 10**9)
+        except NotImplementedError:
+            modified = 0
+        version = _version_number(system.ukey(path).encode())
+        return system.open(path, "rb", cache_type="none"), (int(facts["size"]), modified, version)
+
+    def _request(self, offset: int, count: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            content = bytes(self._file.read(count))
+        if len(content) != count:
+            raise ConnectionError(f"the answer was of {len(content)} bytes, {count} were asked for")
+        return content
+
+
+def _version_number(version: bytes) -> int:
+    """63 bits of what a store calls the version of a file; 0 where it has none."""
+    return int.from_bytes(hashlib.blake2b(version, digest_size=8).digest(), "little") >> 1 if version else 0
+
+
+class CachedSource(ByteSource):
+    """A source that fetches announced ranges in few large requests and keeps them until they are read. For one thread."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.source = source
+        self.location, self.size, self.identity = source.location, source.size, source.identity
+        self.expect([(self.size - TAIL_BYTES, self.size)])
+
+    def expect(self, ranges: Iterable[Range]) -> None:
+        """As `ByteSource.expect`; what is cached is dropped."""
+        self._ranges = sorted(part for start, stop in ranges for part in _pieces(max(0, start), min(stop, self.size)))
+        self._starts = [start for start, _ in self._ranges]
+        self._requests = list(_near_together(self._ranges))
+        self._first = [request.start for request in self._requests]
+        self._cache: OrderedDict[int, bytes] = OrderedDict()  # by number of the range
+        self._cached_bytes = 0
+
+    def _read(self, offset: int, count: int) -> bytes:
+        parts, stop = [], offset + count
+        while offset < stop:
+            number = bisect_right(self._starts, offset) - 1
+            start, end = self._ranges[number] if number >= 0 else (0, 0)
+            if start <= offset < end:
+                parts.append(self._content(number)[offset - start : min(stop, end) - start])
+            else:  # not announced
+                following = self._starts[number + 1] if number + 1 < len(self._starts) else stop
+                parts.append(self.source.read_at(offset, min(stop, following) - offset))
+            offset += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _content(self, number: int) -> bytes:
+        """Bytes of a range; those that are fetched with it are kept, but not what lies between them."""
+        content = self._cache.get(number)
+        if content is None:
+            together = self._requests[bisect_right(self._first, number) - 1]
+            start = self._ranges[together.start][0]
+            answer = self.source.read_at(start, max(self._ranges[n][1] for n in together) - start)
+            for n in together:
+                self._keep(n, answer[self._ranges[n][0] - start : self._ranges[n][1] - start])
+            content = answer[self._ranges[number][0] - start : self._ranges[number][1] - start]
+        return content
+
+    def _keep(self, number: int, content: bytes) -> None:
+        if number not in self._cache:
+            self._cache[number] = content
+            self._cached_bytes += len(content)
+        while self._cached_bytes > CACHE_BYTES:
+            self._cached_bytes -= len(self._cache.popitem(last=False)[1])
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _pieces(start: int, stop: int) -> Iterator[Range]:
+    for first in range(start, stop, REQUEST_BYTES):
+        yield first, min(stop, first + REQUEST_BYTES)
+
+
+def _near_together(ranges: list[Range]) -> Iterator[range]:
+    """Numbers of the ranges (sorted) that one request fetches: with small gaps between them, and not too much in all."""
+    first = 0
+    for number in range(1, len(ranges) + 1):
+        if number < len(ranges):
+            start, stop = ranges[number]
+            if start - ranges[number - 1][1] <= GAP_BYTES and stop - ranges[first][0] <= REQUEST_BYTES:
+                continue
+        yield range(first, number)
+        first = number
+
+
+class ByteFile(io.RawIOBase):
+    """A source as an open binary file. Closing it does not close the source."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.source, self._position = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.source.size}[whence]
+        return self._position
+
+    def read(self, count: int | None = -1) -> bytes:
+        left = max(0, self.source.size - self._position)
+        count = left if count is None or count < 0 else min(count, left)
+        content = self.source.read_at(self._position, count) if count else b""
+        self._position += len(content)
+        return content
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def fetch(url: str, target: Path) -> Path:
+    """Copy a file behind a URL to `target`. Raises `StorageError`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_source(url) as source, atomic_file(target) as file:
+        for offset in range(0, source.size, FETCH_BYTES):
+            file.write(source.read_at(offset, min(FETCH_BYTES, source.size - offset)))
+    return target
+
+
+def read_file(location: str | Path, limit: int = -1) -> bytes:
+    """The first `limit` bytes (all by default) of a file. Raises `OSError`, or `StorageError` for a URL."""
+    if is_url(str(location)):
+        with open_source(location) as source:
+            return source.read_at(0, source.size if limit < 0 else min(limit, source.size))
+    with open(location, "rb") as file:
+        return file.read(limit)
+
+
+def read_json(
+    location: str | Path, error: type[VLAError], remedy: str, missing: str | None = None, where: str | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file that somebody may have edited or damaged.
+
+    Raises `error` with `where` (by default the location), the reason and `remedy`, or `missing` when there is no such file.
+    """
+    where = where or str(location)
+    try:
+        raw = json.loads(read_file(location))
+    except FileNotFoundError as cause:
+        raise error(f"{where}: no such file; {missing or remedy}") from cause
+    except (OSError, ValueError, RecursionError) as cause:  # RecursionError: nested too deep
+        raise error(f"{where}: cannot be read as JSON ({first_line(cause)}); {remedy}") from cause
+    if not isinstance(raw, dict):
+        raise error(f"{where}: got {type(raw).__name__}, expected a JSON object; {remedy}")
+    return raw
+
+
 def sha256(path: str | Path) -> str:
     """Digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Let the renames in a folder outlive a loss of power."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to write, which becomes `path` when the block ends: `path` is the old file or the complete new one.
 
-
-def replace_file(path: str | Path, content: bytes | memoryview) -> None:
-    """Write a file under another name, then give it its own: neither a kill nor another process leaves half of it."""
+    It has a temporary name (`.name`) beside `path` until then, is synced to the disk and renamed; an error removes it.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -129,20 +541,31 @@ def replace_file(path: str | Path, content: bytes | memoryview) -> None:
         raise
 
 
-def hold_lock(path: Path) -> IO[bytes] | None:
-    """Hold a lock file until it is closed, or the process ends; None when another process holds it.
+def atomic_write(path: str | Path, content: bytes | memoryview | str) -> None:
+    """Write a file as `atomic_file` does; text as UTF-8."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder to the disk, so that the renames in it survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
+    """Lock a file until `release` is called or the process ends; None when another process holds it for `seconds` more.
 
     Raises `OSError` where the file system has no locks.
     """
-    file = open(path, "ab")  # noqa: SIM115 - held as long as the caller is at work
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, fallback_to_soft=False, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
-            return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        file.close()
-        raise
-    file.close()
-    return None
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
+    return lock

@@ -19,12 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from episode_files import columns, write
 
-from paligemma_vla.byte_source import LocalBytes
 from paligemma_vla.data import reader as reader_module
-from paligemma_vla.data.byte_file import HOLE
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import BlockFiles, BlockReader, Blocks, EpisodeReader, RowReader, cut_blocks, pool_bytes
 from paligemma_vla.errors import DataError
+from paligemma_vla.storage import GAP_BYTES, LocalSource
 from support import write_episodes
 
 LENGTHS = (20, 33, 5, 40, 12, 28, 61, 7, 19, 30, 2, 44)
@@ -52,13 +51,13 @@ def reader_of(index: EpisodeIndex, pool: int = 2**30, size: float = SMALL, camer
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Every request there was: file, offset, bytes."""
     seen: Reads = []
-    read = LocalBytes._read
+    read = LocalSource._read
 
-    def noted(self: LocalBytes, offset: int, count: int) -> bytes:
-        seen.append((self.place, offset, count))
+    def noted(self: LocalSource, offset: int, count: int) -> bytes:
+        seen.append((self.location, offset, count))
         return read(self, offset, count)
 
-    monkeypatch.setattr(LocalBytes, "_read", noted)
+    monkeypatch.setattr(LocalSource, "_read", noted)
     return seen
 
 
@@ -164,7 +163,7 @@ def test_what_is_large_and_not_wanted_is_left_out(tmp_path: Path, reads: Reads, 
     reads.clear()
     reader.group_of(0, 3)
     blocks = sorted(read[1:] for read in reads)[:-1]  # the footer is the last
-    if 10 * picture < HOLE:
+    if 10 * picture < GAP_BYTES:
         assert len(blocks) == 1
         return
     assert len(blocks) == 3  # before, between and after the depth of two row groups

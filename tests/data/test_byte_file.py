@@ -11,14 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from episode_files import columns, write
 
-from paligemma_vla import schema
-from paligemma_vla.byte_source import ByteSource
-from paligemma_vla.data import byte_file
-from paligemma_vla.data.byte_file import ByteFile, HeldBytes
+from paligemma_vla import schema, storage
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.episode_file import ParquetEpisodes
 from paligemma_vla.data.footer import column_ranges, flag_rows
 from paligemma_vla.data.index import find_flags, read_flags
+from paligemma_vla.storage import ByteFile, ByteSource, CachedSource
 from support import write_episodes
 
 
@@ -26,7 +24,7 @@ class Counted(ByteSource):
     """Bytes in memory, and the ranges that were asked for."""
 
     def __init__(self, content: bytes) -> None:
-        self.place, self.size, self.identity = "memory", len(content), (len(content), 0, 0)
+        self.location, self.size, self.identity = "memory", len(content), (len(content), 0, 0)
         self.content = content
         self.asked: list[tuple[int, int]] = []
 
@@ -41,15 +39,15 @@ class Counted(ByteSource):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits in the proportions of the real ones."""
-    for name, value in {"HOLE": 8, "REQUEST": 64, "HELD": 256, "TAIL": 16}.items():
-        monkeypatch.setattr(byte_file, name, value)
+    for name, value in {"GAP_BYTES": 8, "REQUEST_BYTES": 64, "CACHE_BYTES": 256, "TAIL_BYTES": 16}.items():
+        monkeypatch.setattr(storage, name, value)
 
 
 def test_whatever_is_announced_every_read_gives_the_files_bytes(small: None) -> None:
     rng = np.random.default_rng(0)
     content = rng.integers(0, 256, 1000, dtype=np.uint8).tobytes()
     for _ in range(200):
-        held = HeldBytes(Counted(content))
+        held = CachedSource(Counted(content))
         starts = rng.integers(-20, 1020, rng.integers(0, 30))
         held.expect((int(start), int(start + rng.integers(0, 150))) for start in starts)
         for _ in range(10):
@@ -60,7 +58,7 @@ def test_whatever_is_announced_every_read_gives_the_files_bytes(small: None) -> 
 
 def requests(content: bytes, ranges: Iterable[tuple[int, int]], reads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     source = Counted(content)
-    held = HeldBytes(source)
+    held = CachedSource(source)
     held.expect(ranges)
     for start, stop in reads:
         held.read_at(start, stop - start)
@@ -91,7 +89,7 @@ def test_parquet_reads_through_it_what_it_reads_from_the_disk(tmp_path: Path, sm
     write_episodes(tmp_path, lengths=(40, 3, 70))
     (path,) = tmp_path.glob("*.parquet")
     whole = pq.ParquetFile(path)
-    held = HeldBytes(Counted(path.read_bytes()))
+    held = CachedSource(Counted(path.read_bytes()))
     file = pq.ParquetFile(ByteFile(held), pre_buffer=False, buffer_size=64)
     for names in (["state"], ["action", "prompt"], ["image_1_bytes", "is_last"]):
         held.expect(column_ranges(file.metadata, names, [1, 3]))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from episode_files import columns, write
 
-from paligemma_vla import reaching
+from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data import episode_file
 from paligemma_vla.data import index as index_module
@@ -48,8 +48,8 @@ def store(two_camera_dir: Path, episode_dir: Path) -> Iterator[Store]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of hundredths of seconds."""
-    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(reaching, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -423,7 +423,7 @@ def test_statistics_and_evaluation_take_urls(
 def test_long_campaign_of_every_fault_loses_and_repeats_no_sample(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, session_config: ConfigFactory, two_camera_dataset: VLADataset
 ) -> None:
-    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
     write_episodes(tmp_path / "long", lengths=tuple(20 + n % 50 for n in range(60)), cameras=2, per_file=8)
     url = store.upload(tmp_path / "long", "long")
     config = session_config(cameras=2)

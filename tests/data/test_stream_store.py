@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paligemma_vla import reaching
+from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import VLADataset, batches, build_loader, run_batches
@@ -51,8 +51,8 @@ def test_a_bad_store_changes_no_sample(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(reaching, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
     config = tiny_config({"data.num_workers": 0}, cameras=2)
     plain = VLADataset(str(folder), preprocessor, config, training=True)
     data, order = streamed(store.upload(folder, "bad"), preprocessor, config)

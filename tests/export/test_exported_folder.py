@@ -346,7 +346,7 @@ def test_export_that_fails_leaves_what_was_there(
     def full_disk(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "replace_file", full_disk)
+    monkeypatch.setattr(writer, "atomic_write", full_disk)
     with pytest.raises(CheckpointError, match=r"policy: cannot be written \(No space left on device\); free some space"):
         write(folder, trained, dtype="bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == (["policy"] if before else [])
@@ -359,7 +359,7 @@ def test_export_killed_between_its_renames_is_mended_by_the_next(
 ) -> None:
     """The earlier export was set aside, the new one not yet in place; the next call fails, and the earlier one is back."""
     folder.rename(folder.with_name(".policy.export.old"))
-    monkeypatch.setattr(writer, "replace_file", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(writer, "atomic_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="cannot be written"):
         write(folder, trained)
     assert load_trained(folder).training["step"] == trained.training["step"]

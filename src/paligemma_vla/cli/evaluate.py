@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from paligemma_vla.cli.arguments import add_policy_arguments
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.storage import replace_file
+from paligemma_vla.storage import atomic_write
 
 if TYPE_CHECKING:
     from paligemma_vla.evaluation.open_loop import OpenLoopResult
@@ -89,7 +89,7 @@ def _write_json(path: Path, metrics: dict[str, Any]) -> None:
     from paligemma_vla import versions
 
     text = json.dumps({**metrics, "versions": versions()}, indent=2, allow_nan=False)
-    replace_file(path, f"{text}\n".encode())
+    atomic_write(path, f"{text}\n")
 
 
 def _write_report(path: Path, index: Any, result: OpenLoopResult) -> None:

@@ -8,7 +8,9 @@ import os
 import socket
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import BaseFileLock
 
 from paligemma_vla.cli.arguments import natural
 from paligemma_vla.config import VLAConfig, load_config, own_statistics, parse_assignments
@@ -156,7 +158,7 @@ def _train_in(
         logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_place("checkpoints"))
     trainer = Trainer(config, distributed, resume, force, verified)
 
-    def begin() -> IO[bytes]:  # only now: a run that cannot begin leaves no trace
+    def begin() -> BaseFileLock:  # only now: a run that cannot begin leaves no trace
         trainer.mirror = mirror
         if config_path is not None:
             warn_of_other_data(config_path, trainer.data)

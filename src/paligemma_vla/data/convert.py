@@ -22,7 +22,7 @@ from paligemma_vla.data.compare import Comparison, compare_episode
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import Recording, Recordings
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.storage import hold_lock, replace_file
+from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
 
 RECORD, LOCK = ".conversion.json", ".lock"
@@ -147,7 +147,7 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
     """
     folder = conversion.partial
     folder.mkdir(parents=True, exist_ok=True)
-    lock = hold_lock(folder / LOCK)
+    lock = lock_file(folder / LOCK)
     if lock is None:
         raise DataError(f"{folder}: another process converts into it; wait for it, or give another --output_dir")
     try:
@@ -156,7 +156,7 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
             raise DataError(f"{folder}: {text}; delete it, or give another --output_dir")
         if not (folder / RECORD).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise DataError(f"{folder}: is there already, and no conversion made it; move it, or give another --output_dir")
-        replace_file(folder / RECORD, json.dumps(conversion.record(), indent=1).encode())
+        atomic_write(folder / RECORD, json.dumps(conversion.record(), indent=1))
         try:
             yield folder
         except BaseException:
@@ -171,7 +171,7 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
             text = f"cannot be made ({first_line(error)}); the result is in {folder}, name it yourself"
             raise DataError(f"{conversion.output}: {text}") from error
     finally:
-        lock.close()
+        lock.release()
 
 
 def _build(conversion: Conversion, folder: Path) -> EpisodeIndex:

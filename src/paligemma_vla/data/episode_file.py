@@ -16,8 +16,6 @@ import pyarrow as pa
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.byte_source import open_bytes
-from paligemma_vla.data.byte_file import HeldBytes
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
 from paligemma_vla.data.files import (
     READ_ERRORS,
@@ -34,7 +32,7 @@ from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import Layout, Rows
-from paligemma_vla.storage import is_url
+from paligemma_vla.storage import CachedSource, is_url, open_source
 
 TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was
 FOOTER_UNFOLDS = 10  # 148 kB of 256 row groups with 7 columns took 1.5 MB
@@ -149,10 +147,10 @@ class ParquetEpisodes(EpisodeFile):
 
     def __init__(self, path: str, stream: bool = False) -> None:
         self.path = path
-        self._remote: HeldBytes | None = None
+        self._remote: CachedSource | None = None
         if is_url(path):
             with file_faults(path):
-                self._remote = HeldBytes(open_bytes(path))
+                self._remote = CachedSource(open_source(path))
             self._identity, self._seen = self._remote.identity, time.monotonic()
         self._file = open_parquet(path, stream, self._remote)
         self.bounds = group_bounds(self._file)
@@ -200,7 +198,7 @@ class ParquetEpisodes(EpisodeFile):
     def digest(self) -> int:
         if self._remote is not None:
             return file_digest(self._remote, self._file.metadata)
-        with file_faults(self.path), open_bytes(self.path) as source:
+        with file_faults(self.path), open_source(self.path) as source:
             return file_digest(source, self._file.metadata)
 
     def told_flags(self) -> list[Rows] | None:

@@ -14,12 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paligemma_vla import schema
-from paligemma_vla.byte_source import ByteSource, open_bytes
-from paligemma_vla.data.byte_file import ByteFile
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind
 from paligemma_vla.errors import DataError, StorageError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import is_url
+from paligemma_vla.storage import ByteFile, ByteSource, is_url, open_source
 
 # What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -266,7 +264,7 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
 def identify(path: str) -> tuple[int, int, int]:
     """Size, mtime_ns and ctime_ns of a file, see `ByteSource.identity`; raises `FaultError` when it is not there."""
     if is_url(path):
-        with file_faults(path), open_bytes(path) as source:
+        with file_faults(path), open_source(path) as source:
             return source.identity
     try:
         status = os.stat(path)

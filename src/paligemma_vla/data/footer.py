@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.byte_source import Range
+from paligemma_vla.storage import Range
 
 ROWS_PER_GROUP = 32  # of EpisodeWriter, which begins a row group with each episode
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import logging
 import os
@@ -22,14 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.byte_source import Listed, list_files
 from paligemma_vla.data.episode_file import EpisodeFile, read_columns, read_layout
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_first
 from paligemma_vla.data.files import joint_layout, robot_faults
 from paligemma_vla.data.sources import MARKS, find_source, foreign_format, identify_file, open_file
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import cache_folder, is_url, join_url, replace_file, split_url
+from paligemma_vla.storage import (
+    Listed,
+    atomic_file,
+    atomic_write,
+    cache_dir,
+    is_url,
+    join_url,
+    list_files,
+    read_json,
+    split_url,
+)
 
 EXCLUSIONS_VERSION = 1
 AGAIN = "run `paligemma-vla data check` again"
@@ -90,7 +98,7 @@ class ExclusionList:
         episodes = [{**vars(entry), "file": relative_name(entry.file, folder)} for entry in self.entries]
         content = json.dumps({"version": EXCLUSIONS_VERSION, "episodes": episodes}, indent=1) + "\n"
         try:
-            replace_file(target, content.encode())
+            atomic_write(target, content)
         except OSError as error:
             remedy = "give a file in a folder you may write: --exclusion_list FILE"
             raise DataError(f"{self.path}: cannot be written ({first_line(error)}); {remedy}") from error
@@ -105,14 +113,9 @@ def load_exclusions(path: str | None) -> ExclusionList | None:
     """The list behind `data.exclude_episodes`, None where none is given. Raises `DataError` when it is malformed."""
     if path is None:
         return None
-    try:
-        raw = json.loads(Path(path).read_bytes())
-    except FileNotFoundError as error:
-        remedy = "write it with `paligemma-vla data check`, or set the key to null"
-        raise DataError(f"data.exclude_episodes: {path}: no such file; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"data.exclude_episodes: {path}: cannot be read as JSON ({first_line(error)}); {AGAIN}") from error
-    if not isinstance(raw, dict) or raw.get("version") != EXCLUSIONS_VERSION or not isinstance(raw.get("episodes"), list):
+    missing = "write it with `paligemma-vla data check`, or set the key to null"
+    raw = read_json(path, DataError, AGAIN, missing, where=f"data.exclude_episodes: {path}")
+    if raw.get("version") != EXCLUSIONS_VERSION or not isinstance(raw.get("episodes"), list):
         expected = f'an object with "version": {EXCLUSIONS_VERSION} and a list "episodes"'
         raise DataError(f"data.exclude_episodes: {path}: got something else, expected {expected}; {AGAIN}")
     folder = os.path.dirname(os.path.realpath(path))
@@ -271,7 +274,7 @@ def cache_path(arguments: Sequence[str]) -> Path:
     """Where the facts about the files behind some arguments (files, folders, globs) are kept."""
     absolute = "\n".join(absolute_name(argument) for argument in arguments)
     key = hashlib.blake2b(os.fsencode(absolute), digest_size=16).hexdigest()
-    return cache_folder("index") / f"{key}.npz"
+    return cache_dir("index") / f"{key}.npz"
 
 
 def load_facts(path: Path) -> dict[str, FileFacts]:
@@ -286,11 +289,10 @@ def load_facts(path: Path) -> dict[str, FileFacts]:
 
 def save_facts(path: Path, facts: Mapping[str, FileFacts]) -> None:
     """Replace the cache by these facts; does nothing where it cannot be written."""
-    stream = io.BytesIO()
-    np.savez(stream, **_pack(facts))  # type: ignore[arg-type]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, stream.getbuffer())
+        with atomic_file(path) as file:
+            np.savez(file, **_pack(facts))  # type: ignore[arg-type]
     except OSError as error:
         logger.debug("%s: the index is not kept (%s)", path, error)
 

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.byte_source import ByteSource, open_bytes
-from paligemma_vla.data.byte_file import HeldBytes
 from paligemma_vla.data.checks import number_faults, prompt_of, to_matrix
 from paligemma_vla.data.episode_file import TRUSTED_SECONDS, EncodedPictures, EpisodeFile, Pictures, read_columns
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
@@ -34,7 +32,7 @@ from paligemma_vla.data.sources import open_file
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 from paligemma_vla.schema import Rows
-from paligemma_vla.storage import is_url
+from paligemma_vla.storage import ByteSource, CachedSource, is_url, open_source
 
 OPEN_FILES = 64
 
@@ -328,7 +326,7 @@ class _OpenFile:
 
     def open(self, path: str, guess: int) -> None:
         with file_faults(path):
-            source = open_bytes(path)
+            source = open_source(path)
             try:
                 self.footer = _footer(source, guess)
             except BaseException:
@@ -339,8 +337,8 @@ class _OpenFile:
     def identity(self) -> tuple[int, int, int]:
         """As `EpisodeFile.identity`: that of a file behind a URL is good for a while."""
         assert self.source is not None
-        if not is_url(self.source.place) or time.monotonic() - self._seen > TRUSTED_SECONDS:
-            self._identity, self._seen = identify(self.source.place), time.monotonic()
+        if not is_url(self.source.location) or time.monotonic() - self._seen > TRUSTED_SECONDS:
+            self._identity, self._seen = identify(self.source.location), time.monotonic()
         return self._identity
 
 
@@ -364,7 +362,7 @@ class BlockFiles:
             assert opened.source is not None
             metadata = pq.read_metadata(pa.BufferReader(opened.footer))
             columns = columns_of(metadata.schema.to_arrow_schema().names, self.cameras)
-            held = HeldBytes(opened.source)
+            held = CachedSource(opened.source)
             held.expect(column_ranges(metadata, columns, groups))
             parquet = open_parquet(path, source=held, metadata=metadata)
             for group in groups:
@@ -416,7 +414,7 @@ def _footer(source: ByteSource, guess: int) -> bytes:
     length = int.from_bytes(tail[-FOOTER_TAIL:-4], "little") + FOOTER_TAIL
     if length > source.size:
         text = f"its footer is said to be of {length} bytes, of {source.size} in all; restore it"
-        raise FaultError(Fault(source.place, Kind.FILE, text))
+        raise FaultError(Fault(source.location, Kind.FILE, text))
     return tail[-length:] if length <= guess else source.read_at(source.size - length, length)
 
 

@@ -7,22 +7,21 @@ record batch per episode), so a kill loses at most the episode being written; op
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import BaseFileLock
 
 from paligemma_vla import schema
 from paligemma_vla.data.files import open_parquet
 from paligemma_vla.data.footer import ROWS_PER_GROUP
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
-from paligemma_vla.storage import hold_lock
+from paligemma_vla.storage import atomic_file, lock_file
 
 IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -136,27 +135,23 @@ class EpisodeWriter:
 
     def _publish(self, batches: list[pa.RecordBatch]) -> None:
         """Write a shard to a temporary name, then rename it, then drop the journal: a kill in between loses nothing."""
-        final = self._shard_path
-        temporary = final.with_suffix(".tmp")
         facts = {schema.EPISODES_KEY: str(len(batches)).encode(), schema.CONTENT_KEY: content_digest(batches).encode()}
         shard_schema = batches[0].schema.with_metadata({**batches[0].schema.metadata, **facts})
         images = [name for name in shard_schema.names if name.startswith("image_")]
         plain = [name for name in shard_schema.names if name not in images]
-        writer = pq.ParquetWriter(
-            temporary,
-            shard_schema,
-            # Image bytes are compressed already; statistics over them would only swell the footer.
-            compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(_leaves(shard_schema, plain), "ZSTD")},
-            use_dictionary=[schema.PROMPT],
-            write_statistics=_leaves(shard_schema, plain),
-            write_page_checksum=True,
-        )
-        with writer:
-            for batch in batches:
-                writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROWS_PER_GROUP)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(final)
+        with atomic_file(self._shard_path) as file:
+            writer = pq.ParquetWriter(
+                file,
+                shard_schema,
+                # Image bytes are compressed already; statistics over them would only swell the footer.
+                compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(_leaves(shard_schema, plain), "ZSTD")},
+                use_dictionary=[schema.PROMPT],
+                write_statistics=_leaves(shard_schema, plain),
+                write_page_checksum=True,
+            )
+            with writer:
+                for batch in batches:
+                    writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROWS_PER_GROUP)
         self._journal_path.unlink(missing_ok=True)
         self._shard += 1
 
@@ -171,13 +166,15 @@ class EpisodeWriter:
         self._recover()
 
     def _unlock(self) -> None:
-        if not self._lock.closed:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def _recover(self) -> None:
         """Turn the journals of killed runs into shards; drop one whose shard is there, so was already published."""
         following = self._shard
+        for leftover in self.output_dir.glob(f".{self.prefix}-?????.parquet.*.tmp"):
+            leftover.unlink()
         for journal in sorted(self.output_dir.glob(f".{self.prefix}-?????.arrows")):
             self._shard = int(journal.stem[-5:])
             batches = [] if self._shard_path.exists() else _read_journal(journal)
@@ -249,10 +246,10 @@ def stored_schema(path: Path) -> pa.Schema:
         return file.schema_arrow
 
 
-def _lock(path: Path, where: str) -> IO[bytes]:
+def _lock(path: Path, where: str) -> BaseFileLock:
     """Raises `DataError` when another writer holds the lock."""
     try:
-        lock = hold_lock(path)
+        lock = lock_file(path)
     except OSError as error:
         raise DataError(f"{where}: this file system has no locks ({error.strerror}); write into a folder on another") from error
     if lock is None:

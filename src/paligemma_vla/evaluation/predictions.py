@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from paligemma_vla.storage import atomic_file
 
 if TYPE_CHECKING:
     from paligemma_vla.evaluation.samples import Sample
@@ -29,18 +31,14 @@ class PredictionWriter:
 
     def __init__(self, path: Path, horizon: int, action_names: Sequence[str]) -> None:
         self.path, self.horizon, self.action_names = path, horizon, list(action_names)
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._stack = ExitStack()
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> PredictionWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            if error is None:
-                self.temporary.replace(self.path)
-            self.temporary.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
 
     def write(self, samples: Sequence[Sample], predicted: NDArray[np.float32]) -> None:
         """Append samples with their predicted chunks (B, K, A)."""
@@ -54,7 +52,8 @@ class PredictionWriter:
         }
         table = pa.table(columns, metadata={"action_names": json.dumps(self.action_names)})
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self.temporary, table.schema, compression="ZSTD")
+            file = self._stack.enter_context(atomic_file(self.path))
+            self._writer = self._stack.enter_context(pq.ParquetWriter(file, table.schema, compression="ZSTD"))
         self._writer.write_table(table)
 
 

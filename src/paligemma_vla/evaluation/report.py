@@ -5,7 +5,6 @@ Every part is optional and shown only when given. Nothing is fetched: images and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.evaluation import report_panels as panels
 from paligemma_vla.evaluation import report_rollouts as closed_loop
 from paligemma_vla.evaluation.page import Html, document, duration, fill, join, number, section
+from paligemma_vla.storage import atomic_write
 
 if TYPE_CHECKING:
     from paligemma_vla.evaluation.open_loop import OpenLoopResult
@@ -42,9 +42,7 @@ def write_report(output: Path, report: Report) -> Path:
     """Write the page to `output`, whole or not at all. Raises `DataError` when something it was told to show is not there."""
     page = render(report)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(output)
+    atomic_write(output, page)
     return output
 
 

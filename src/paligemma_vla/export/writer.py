@@ -23,7 +23,7 @@ from paligemma_vla.export.folder import CARD, CONFIG, FORMAT, MODEL_TYPE, PICTUR
 from paligemma_vla.export.measurements import Measurement
 from paligemma_vla.export.programs import PROGRAMS
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
-from paligemma_vla.storage import replace_file, sha256
+from paligemma_vla.storage import atomic_write, sha256
 
 INDEX = "model.safetensors.index.json"  # where transformers and the hub look for shards; config.json names them too
 SHARD = "5GB"  # what the hub recommends for one file
@@ -68,7 +68,7 @@ def write_export(output: Path, trained: Trained, restored: Restored, options: Ex
         (folder / CARD).write_text(card, encoding="utf-8")
         # Last: a folder without it is no export.
         config = _config(folder, trained, restored.config, options.dtype)
-        replace_file(folder / CONFIG, f"{json.dumps(config, indent=2)}\n".encode())
+        atomic_write(folder / CONFIG, f"{json.dumps(config, indent=2)}\n")
     return output
 
 

@@ -22,9 +22,8 @@ from typing import IO, Any, cast
 
 import torch
 
-from paligemma_vla.byte_source import fetch
 from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, first_line
-from paligemma_vla.storage import is_url, replace_file, sha256, sync_folder
+from paligemma_vla.storage import atomic_file, atomic_write, fetch, is_url, sha256, sync_folder
 from paligemma_vla.training import sharded
 from paligemma_vla.training.distributed import Distributed
 
@@ -42,23 +41,15 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
     Raises `CheckpointError` when it cannot be written; nothing that was there is lost then.
     """
-    temporary = _temporary(path)
     with _writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                digest = _save(payload, file)
-                file.flush()
-                os.fsync(file.fileno())
-            line = f"{digest}  {path.name}\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            line = f"{_save(payload, file)}  {path.name}\n"
             # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
             old = _digests(path) if path.exists() else ""
-            replace_file(_digest_path(path), (old + line).encode())
-            temporary.replace(path)
-            replace_file(_digest_path(path), line.encode())
-            sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+            atomic_write(_digest_path(path), old + line)
+        atomic_write(_digest_path(path), line)
+        sync_folder(path.parent)
 
 
 def consolidate(folder: Path, path: Path) -> None:

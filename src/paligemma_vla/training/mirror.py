@@ -13,11 +13,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from paligemma_vla.byte_source import fetch, list_files
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError
-from paligemma_vla.reaching import reach
-from paligemma_vla.storage import file_system
+from paligemma_vla.storage import fetch, file_system, list_files, retry
 from paligemma_vla.training.checkpoint import BEST, DIGEST, LAST, RESUME_KEYS, load_checkpoint, superfluous
 
 logger = logging.getLogger(__name__)
@@ -28,7 +26,7 @@ class Mirror:
 
     def __init__(self, local: Path, url: str) -> None:
         self.local, self.url = local, url.rstrip("/")
-        self.system, self.root = reach(self.url, lambda: file_system(self.url))
+        self.system, self.root = retry(self.url, lambda: file_system(self.url))
         self._published: dict[str, tuple[int, int]] = {}
 
     @classmethod
@@ -71,7 +69,7 @@ class Mirror:
             aside = f"{self.root}.{time.strftime('%Y%m%d-%H%M%S')}"
             for name in names:
                 self._make_folder(f"{aside}/{name}")
-                reach(self.url, partial(self.system.mv, f"{self.root}/{name}", f"{aside}/{name}"))
+                retry(self.url, partial(self.system.mv, f"{self.root}/{name}", f"{aside}/{name}"))
             logger.info("%s held an earlier run; it was moved to %s", self.url, aside)
 
     def publish(self, keep_last: int | None) -> None:
@@ -88,7 +86,7 @@ class Mirror:
         for name in superfluous(self._checkpoints(), linked, keep_last):
             for suffix in ("", DIGEST):
                 if self._has(f"checkpoints/{name}{suffix}"):
-                    reach(self.url, partial(self.system.rm_file, f"{self.root}/checkpoints/{name}{suffix}"))
+                    retry(self.url, partial(self.system.rm_file, f"{self.root}/checkpoints/{name}{suffix}"))
 
     def _copy(self, path: Path, name: str) -> None:
         if path.is_symlink():  # a store has no links: a copy there, not a second transfer
@@ -96,17 +94,17 @@ class Mirror:
         else:
             self._make_folder(f"{self.root}/{name}")
             copy = partial(self.system.put_file, str(path))
-        reach(f"{self.url}/{name}", lambda: copy(f"{self.root}/{name}"))
+        retry(f"{self.url}/{name}", lambda: copy(f"{self.root}/{name}"))
 
     def _make_folder(self, file: str) -> None:
         """The folder that `file` is to lie in; stores have none, disks do."""
-        reach(self.url, lambda: self.system.makedirs(file.rpartition("/")[0], exist_ok=True))
+        retry(self.url, lambda: self.system.makedirs(file.rpartition("/")[0], exist_ok=True))
 
     def _checkpoints(self) -> list[str]:
         """Names of the numbered checkpoints there, newest first."""
         names = [name.removeprefix("checkpoints/") for name in self._names()]
         numbered = [name for name in names if name.startswith("checkpoint_") and name.endswith(".pth.tar")]
-        ages = {name: reach(self.url, partial(self.system.modified, f"{self.root}/checkpoints/{name}")) for name in numbered}
+        ages = {name: retry(self.url, partial(self.system.modified, f"{self.root}/checkpoints/{name}")) for name in numbered}
         # Stores know seconds, in which a small run saves twice: then the number in the name decides.
         return sorted(numbered, key=lambda name: (ages[name], int(re.sub(r"\D", "", name))), reverse=True)
 
@@ -116,7 +114,7 @@ class Mirror:
         return list(list_files(self.url))
 
     def _has(self, name: str) -> bool:
-        return bool(reach(self.url, lambda: self.system.exists(f"{self.root}/{name}")))
+        return bool(retry(self.url, lambda: self.system.exists(f"{self.root}/{name}")))
 
     def _fetch(self, name: str) -> Path:
         return fetch(f"{self.url}/{name}", self.local / name)

@@ -66,7 +66,7 @@ def prepare(
     """
     faults = Faults()
     found = _survey(config, distributed, preprocessor, architecture, faults)
-    faults.tell("this run cannot begin")
+    faults.raise_all("this run cannot begin")
     made, plan = found.preprocessor, found.plan
     assert made is not None and plan is not None
     index = EpisodeIndex.concatenate(found.indices)
@@ -103,38 +103,38 @@ def _survey(
 ) -> Found:
     """Look at everything that a run needs; what is not as it should be goes to `faults`."""
     found = Found(preprocessor)
-    with faults.gathered():
+    with faults.collect():
         _check_division(config, distributed.world_size)
-    with faults.gathered():
+    with faults.collect():
         group_size(config.training, distributed)
     statistics = preprocessor.statistics if preprocessor else None
     if preprocessor is None:
-        with faults.gathered():
+        with faults.collect():
             statistics = DatasetStatistics.load(config.data.normalization_stats_path)
-        with faults.gathered():
+        with faults.collect():
             prompts, image = configured_prompt_and_image_spec(config)
             architecture = read_architecture(config.model.vlm_config)
     if architecture is not None:
-        with faults.gathered():
+        with faults.collect():
             processes = distributed.world_size, distributed.local_world_size
             found.plan = plan_run(config, architecture, distributed.device, *processes)
-    with faults.gathered():
+    with faults.collect():
         found.indices, found.held_out = _index_once(config, distributed)
     if found.indices:
         _check_sizes(found.indices, config, faults)
-        with faults.gathered():
+        with faults.collect():
             _check_reading(found.indices, config)
     for part in (found.indices, found.held_out):
         if part:
-            with faults.gathered():
+            with faults.collect():
                 check_fit(EpisodeIndex.concatenate(part), statistics, config)
     if found.indices:
-        with faults.gathered():
+        with faults.collect():
             layout = joint_layout([index.layout for index in found.indices])
             check_actions(layout, statistics, config, trained=preprocessor is not None)
     if preprocessor is None and statistics is not None and not faults.errors:
         if not config.data.allow_other_statistics:
-            with faults.gathered():
+            with faults.collect():
                 for index in found.indices:
                     _check_range(index, statistics, config.data.normalization_stats_path)
         found.preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
@@ -273,12 +273,12 @@ def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig, faults: Faults)
     samples = sum(index.steps for index in indices)
     longest = max(int(index.length.max()) for index in indices)
     horizon, batch_size = config.model.action_head_config.horizon, config.data.batch_size
-    with faults.gathered():
+    with faults.collect():
         if batch_size > samples:
             raise ConfigError(
                 f"data.batch_size: got {batch_size}, expected at most {samples}, the number of training samples; reduce it"
             )
-    with faults.gathered():
+    with faults.collect():
         if horizon > longest:
             raise ConfigError(
                 f"model.action_head_config.horizon: got {horizon}, expected at most {longest}, the steps of the longest "

@@ -18,14 +18,15 @@ import sys
 import time
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import BaseFileLock
 
 import paligemma_vla
 from paligemma_vla.config import RUN_CONFIG, RUN_ENVIRONMENT, RUN_STATISTICS, VLAConfig
 from paligemma_vla.errors import ConfigError, first_line
-from paligemma_vla.storage import hold_lock, replace_file
+from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.training.checkpoint import newest_first, remove_leftovers, set_aside_later
 from paligemma_vla.training.distributed import Distributed, launched, launcher
 from paligemma_vla.training.mirror import Mirror
@@ -43,7 +44,7 @@ def begin_run(
     step: int,
     resumed: str | Path | None = None,
     mirror: Mirror | None = None,
-) -> IO[bytes]:
+) -> BaseFileLock:
     """Prepare `config.run_dir` for a run that starts at `step`, from the checkpoint `resumed` if there is one.
 
     A run goes on in its own folder; another run of the same name is moved aside, never overwritten. Returns the lock that keeps
@@ -66,7 +67,7 @@ def begin_run(
     data.train.preprocessor.statistics.save(statistics)
     # Its own copy: the file it came from may be computed anew.
     own = config.data.model_copy(update={"normalization_stats_path": config.run_place(RUN_STATISTICS)})
-    replace_file(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml().encode())
+    atomic_write(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml())
     _record_start(run_dir, describe_start(data, distributed, step))
     handler = logging.FileHandler(run_dir / "logs" / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -74,14 +75,12 @@ def begin_run(
     return lock
 
 
-def _lock(run_dir: Path) -> IO[bytes]:
+def _lock(run_dir: Path) -> BaseFileLock:
     """Beside the run's folder, which may be moved."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.with_name(f".{run_dir.name}.lock")
     # A launcher may have started this process before the one in whose place it comes is quite gone, on another machine even.
-    deadline = time.monotonic() + (SUCCESSION_SECONDS if launched() else 0)
-    while (lock := hold_lock(path)) is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    lock = lock_file(path, SUCCESSION_SECONDS if launched() else 0.0)
     if lock is None:
         raise ConfigError(
             f"training.experiment_name: {run_dir} is being trained by another process; wait for it, or give another name"
@@ -89,10 +88,10 @@ def _lock(run_dir: Path) -> IO[bytes]:
     return lock
 
 
-def end_run(lock: IO[bytes]) -> None:
+def end_run(lock: BaseFileLock) -> None:
     """Let others train under this name."""
-    Path(lock.name).unlink(missing_ok=True)
-    lock.close()
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _move_aside(run_dir: Path) -> None:
@@ -153,9 +152,9 @@ def _record_start(run_dir: Path, start: dict[str, Any]) -> None:
     if git is not None:
         patch = git.pop("patch")
         if git["changed"]:
-            replace_file(run_dir / PATCH, patch.encode(errors="replace"))
+            atomic_write(run_dir / PATCH, patch.encode(errors="replace"))
     starts = read_starts(run_dir) if start["step"] else []
-    replace_file(run_dir / RUN_ENVIRONMENT, (json.dumps({"starts": [*starts, start]}, indent=2) + "\n").encode())
+    atomic_write(run_dir / RUN_ENVIRONMENT, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import os
 import shutil
 import warnings
 import zipfile
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, first_line
-from paligemma_vla.storage import sha256, sync_folder
+from paligemma_vla.storage import atomic_file, sha256, sync_folder
 from paligemma_vla.training.distributed import Distributed, is_communication
 
 SUFFIX = ".dcp"
@@ -141,10 +140,8 @@ class ShardedWriter:
                 missing = [name for name in shards if not (temporary / name).is_file()]
                 if missing:
                     raise OSError(f"{missing[0]} of another machine is not there: checkpoint_dir has to be shared by all")
-                with open(temporary / RECORD, "wb") as file:
+                with atomic_file(temporary / RECORD) as file:
                     torch.save({**record, SHARDS: shards}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
                 shutil.rmtree(path, ignore_errors=True)
                 temporary.rename(path)
                 sync_folder(path.parent)

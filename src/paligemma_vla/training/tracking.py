@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.storage import replace_file
+from paligemma_vla.storage import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class JsonLines:
         kept: list[bytes] = []
         if path.exists() and start_step > 0:
             kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= start_step]
-        replace_file(path, b"".join(line + b"\n" for line in kept))
+        atomic_write(path, b"".join(line + b"\n" for line in kept))
         self.path = path
         # Unbuffered: after a failed write nothing waits to fail again.
         self.file = path.open("ab", buffering=0)

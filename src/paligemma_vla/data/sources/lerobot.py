@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from paligemma_vla import schema
-from paligemma_vla.byte_source import open_bytes
 from paligemma_vla.data.episode_file import FOOTER_UNFOLDS, EpisodeFile, Pictures
 from paligemma_vla.data.faults import Fault, FaultError, Kind
 from paligemma_vla.data.files import file_digest, file_faults, group_bounds, identify, open_parquet, sample_digest
@@ -34,6 +33,7 @@ from paligemma_vla.data.sources.lerobot_rows import (
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
+from paligemma_vla.storage import open_source
 
 SUCCESS = ("next.success", "next.done")  # the first of them that is there says whether an episode ended in success
 
@@ -267,7 +267,7 @@ class LeRobotFile(EpisodeFile):
 
     def digest(self) -> int:
         metadata, selection = self.metadata, replace(self.place.selection, episodes=(None, None))
-        with file_faults(self.path), open_bytes(self.place.path) as source:
+        with file_faults(self.path), open_source(self.place.path) as source:
             rows = file_digest(source, self._file.metadata)
         digest = hashlib.blake2b(rows.to_bytes(8, "little"), digest_size=8)
         spans = [metadata.videos[camera.key] for camera in self.cameras if camera.dtype == "video"]
@@ -286,7 +286,7 @@ class LeRobotFile(EpisodeFile):
             if not os.path.isfile(path):
                 digest.update(b"missing")
                 continue
-            with file_faults(path), open_bytes(path) as video:
+            with file_faults(path), open_source(path) as video:
                 digest.update(sample_digest(video))
         return int.from_bytes(digest.digest(), "little")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import DataError
+from paligemma_vla.storage import read_json
 
 INFO = "meta/info.json"
 VERSIONS = ("v2.1", "v3.0")
@@ -53,11 +54,8 @@ def find_root(path: str) -> str:
 
 def read_info(root: str) -> dict[str, Any]:
     path = f"{root}/{INFO}"
-    try:
-        info: Any = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({first_line(error)}); restore it") from error
-    version = info.get("codebase_version") if isinstance(info, dict) else None
+    info = read_json(path, DataError, "restore it")
+    version = info.get("codebase_version")
     if version not in VERSIONS:
         command = next((command for old, command in OLDER.items() if str(version).startswith(old)), None)
         remedy = f"convert it with LeRobot: {command}" if command else "convert it with LeRobot, or restore the file"
@@ -72,7 +70,7 @@ def read_info(root: str) -> dict[str, Any]:
     for name in templates:
         if not isinstance(info.get(name), str):
             raise DataError(f"{path}: {name}: got {info.get(name)!r}, expected a template of paths; restore the file")
-    return info  # type: ignore[no-any-return]
+    return info
 
 
 def _has_videos(info: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from paligemma_vla.data.sources.lerobot_layout import SUCCESS, Format
 from paligemma_vla.data.sources.lerobot_stats import ImageStats, Stats, merge_stats, number_stats, sampled_steps
 from paligemma_vla.data.video_writer import VideoWriter
 from paligemma_vla.errors import DataError
-from paligemma_vla.storage import replace_file
+from paligemma_vla.storage import atomic_file, atomic_write
 
 NOTES = ".shards"
 
@@ -46,7 +46,7 @@ class LeRobotShard:
         note = json.dumps({"sizes": self.sizes, "episodes": self.entries})
         path = note_path(self.folder, self.number)
         path.parent.mkdir(exist_ok=True)
-        replace_file(path, note.encode())
+        atomic_write(path, note)
 
     def _files(self, number: int, recordings: Iterable[Recording]) -> None:
         """One data file, and one video per camera."""
@@ -207,11 +207,11 @@ def write_metadata(folder: Path, form: Format, shards: int, tasks: Sequence[str]
 
 
 def _json(path: Path, content: Any) -> None:
-    replace_file(path, (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode())
+    atomic_write(path, json.dumps(content, indent=4, ensure_ascii=False) + "\n")
 
 
 def _lines(path: Path, rows: Iterable[Any]) -> None:
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _write_v21(meta: Path, form: Format, entries: Sequence[dict[str, Any]], tasks: Sequence[str]) -> None:
@@ -255,6 +255,5 @@ def _episode_row(entry: dict[str, Any], form: Format) -> dict[str, Any]:
 
 def _parquet_table(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = io.BytesIO()
-    pq.write_table(table, stream)
-    replace_file(path, stream.getbuffer())
+    with atomic_file(path) as file:
+        pq.write_table(table, file)

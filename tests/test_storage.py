@@ -11,9 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from paligemma_vla import reaching
-from paligemma_vla.byte_source import MARKS, ByteSource, fetch, open_bytes, read_file
+from paligemma_vla import storage
 from paligemma_vla.errors import StorageError, UnreachableError
+from paligemma_vla.storage import MARKS, ByteSource, fetch, open_source, read_file
 from store import Faults, Store
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
@@ -37,15 +37,15 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ByteSourc
         "memory": lambda: "memory://folder/file.bin",
         "s3": lambda: request.getfixturevalue("store").url("folder/file.bin"),
     }[request.param]()
-    with open_bytes(place) as opened:
+    with open_source(place) as opened:
         yield opened
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses of hundredths of seconds."""
-    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(reaching, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
 
 
 def test_ranges_are_exactly_what_was_asked_for(source: ByteSource) -> None:
@@ -53,7 +53,7 @@ def test_ranges_are_exactly_what_was_asked_for(source: ByteSource) -> None:
     for offset, count in [(0, 1), (0, len(CONTENT)), (123, 4567), (len(CONTENT) - 8, 8), (5, 0), (len(CONTENT), 0)]:
         assert source.read_at(offset, count) == CONTENT[offset : offset + count]
     for offset, count in [(len(CONTENT) - 8, 9), (-1, 2), (0, -1)]:
-        with pytest.raises(StorageError, match=re.escape(f"{source.place}: bytes {offset} to ")):
+        with pytest.raises(StorageError, match=re.escape(f"{source.location}: bytes {offset} to ")):
             source.read_at(offset, count)
 
 
@@ -61,7 +61,7 @@ def test_every_last_byte_is_told_from_a_short_answer(store: Store) -> None:
     """Either of the two marks may be the data's own."""
     content = bytes([0, 0x5A, 0xA5, 0xFF, *MARKS])
     store.put("bytes.bin", content)
-    with open_bytes(store.url("bytes.bin")) as source:
+    with open_source(store.url("bytes.bin")) as source:
         assert b"".join(source.read_at(n, 1) for n in range(len(content))) == content
 
 
@@ -77,7 +77,7 @@ def test_passing_faults_are_waited_for_and_logged(
     store: Store, quick: None, caplog: pytest.LogCaptureFixture, faults: Faults, reason: str
 ) -> None:
     url = store.url("folder/file.bin")
-    with open_bytes(url) as source, store.failing(faults), caplog.at_level(logging.WARNING):
+    with open_source(url) as source, store.failing(faults), caplog.at_level(logging.WARNING):
         for offset in range(0, len(CONTENT), 10_000):
             assert source.read_at(offset, 10_000) == CONTENT[offset : offset + 10_000]
     pattern = rf"{url}: bytes \d+ to \d+: .*{reason}.*; again in 0\.0 s \(attempt \d+ of 10\)"
@@ -87,11 +87,11 @@ def test_passing_faults_are_waited_for_and_logged(
 
 def test_pauses_grow_and_end_in_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(reaching.time, "sleep", pauses.append)
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
     message = r"s3://bucket/x: part: cannot be reached \(10 attempts in 0 s, the last: no luck\); check the address"
     with pytest.raises(UnreachableError, match=message):
-        reaching.reach("s3://bucket/x", _fail, "part")
-    whole = [min(reaching.LONGEST_PAUSE, reaching.FIRST_PAUSE * 2**n) for n in range(reaching.ATTEMPTS - 1)]
+        storage.retry("s3://bucket/x", _fail, "part")
+    whole = [min(storage.LONGEST_PAUSE, storage.FIRST_PAUSE * 2**n) for n in range(storage.ATTEMPTS - 1)]
     assert all(0.5 * most <= pause <= most for pause, most in zip(pauses, whole, strict=True))
 
 
@@ -100,10 +100,10 @@ def _fail() -> None:
 
 
 def test_no_attempt_begins_after_the_patience_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaching, "PATIENCE", 0.05)
-    monkeypatch.setattr(reaching, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(storage, "PATIENCE", 0.05)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.02)
     with pytest.raises(UnreachableError, match=r"[23] attempts in 0 s"):
-        reaching.reach("s3://bucket/x", _fail)
+        storage.retry("s3://bucket/x", _fail)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_no_attempt_begins_after_the_patience_is_over(monkeypatch: pytest.Monkey
 )
 def test_what_is_not_there_is_told_at_once(store: Store, caplog: pytest.LogCaptureFixture, place: str) -> None:
     with pytest.raises(StorageError, match=place):
-        open_bytes(place)
+        open_source(place)
     assert not caplog.messages
 
 
 def test_file_url_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be reached"):
-        open_bytes((tmp_path / "none").as_uri())
+        open_source((tmp_path / "none").as_uri())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_file_url_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_what_passes_is_told_from_what_does_not(text: str, expected: bool) -> None:
-    assert reaching.passes(OSError(text)) is expected
+    assert storage.is_transient(OSError(text)) is expected
 
 
 def test_whole_files_are_fetched_through_the_same_patience(store: Store, quick: None, tmp_path: Path) -> None:
