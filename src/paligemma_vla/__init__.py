@@ -59,6 +59,20 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(level)
 
 
+SPIN_COUNT = "5000"
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+
+
+def limit_spinning() -> None:
+    """Let OpenMP threads sleep after a short wait at a barrier. Call it before torch is loaded: libgomp reads it once.
+
+    By default they spin for milliseconds. That costs nothing on a quiet machine, but beside other programs the thread that
+    spins takes the core of the thread it waits for. A user who set any of SPIN_VARIABLES has decided already.
+    """
+    if not any(name in os.environ for name in SPIN_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     names = ("paligemma-vla", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "pillow")

@@ -459,6 +459,22 @@ def test_resume_with_another_backbone_is_refused_and_with_a_moved_one_is_not(
             Trainer(tiny_config({**trained, key: path}, cameras=2), ALONE, resume)
 
 
+def test_resume_with_another_number_of_threads_says_so(
+    session_config: ConfigFactory, trained_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resume = trained_run / "checkpoints" / "last.pth.tar"
+    assert load_checkpoint(resume)["threads"] == 1
+    config = session_config({"training.experiment_name": "trained", "optimizer.lr": 5e-3}, cameras=2)
+    Trainer(config, ALONE, resume)
+    assert "threads" not in caplog.text
+    try:
+        torch.set_num_threads(2)
+        Trainer(config, ALONE, resume)
+    finally:
+        torch.set_num_threads(1)
+    assert "a process of 1 threads, this one has 2" in caplog.text
+
+
 def test_forced_resume_takes_the_new_settings(tiny_config: ConfigFactory, trained_run: Path) -> None:
     resume = trained_run / "checkpoints" / "last.pth.tar"
     change = {"optimizer.lr": 7e-3, "optimizer.weight_decay": 0.5, "lr_scheduler.type": "constant", "training.epochs": 3}

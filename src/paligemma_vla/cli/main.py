@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
-from paligemma_vla import quiet_libraries
+from paligemma_vla import limit_spinning, quiet_libraries
 from paligemma_vla.errors import Terminated, VLAError
 
 COMMANDS = {
@@ -38,6 +38,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `paligemma-vla`."""
+    limit_spinning()
     parser = argparse.ArgumentParser(prog="paligemma-vla", description="Episodes in, a robot policy out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script(name: str, argv: Sequence[str] | None = None, entry: str = "main") -> int:
     """Entry point of the scripts named in the specification (`main_train.py`, ...): one command under its own name."""
+    limit_spinning()
     module = import_module(f"paligemma_vla.cli.{name}")
     parser = argparse.ArgumentParser(description=COMMANDS[name].capitalize() + ".")
     module.add_arguments(parser)

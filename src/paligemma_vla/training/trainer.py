@@ -370,6 +370,7 @@ class Trainer:
             "lr_scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "rng": {"torch": torch.get_rng_state()},
+            "threads": torch.get_num_threads(),
             "stale": self.stale,
             "watch": self.watch.state_dict(),
             "data": self.data.fingerprint,
@@ -410,6 +411,16 @@ class Trainer:
         self.best_metric = float(saved["best_metric"])
         self.saved_step = self.step
         logger.info("resumed %s: step %d, %d epochs completed", where, self.step, self.epoch)
+        threads = torch.get_num_threads()
+        if saved.get("threads", threads) != threads:
+            logger.warning(
+                "%s was written by a process of %d threads, this one has %d: sums are rounded differently, so the run goes on "
+                "but not bit for bit; OMP_NUM_THREADS=%d keeps the number",
+                where,
+                saved["threads"],
+                threads,
+                saved["threads"],
+            )
 
     def _describe(self, stop: int) -> None:
         if self.distributed.main:
