@@ -22,7 +22,6 @@ from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset
-from paligemma_vla.data.order import derive_seed
 from paligemma_vla.data.statistics import compute_statistics, model_numbers
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError
@@ -31,6 +30,7 @@ from paligemma_vla.evaluation.samples import check_same_robot
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode
+from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.trainer import Trainer

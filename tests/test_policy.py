@@ -18,11 +18,11 @@ import paligemma_vla
 from paligemma_vla import Policy, flow
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Collator, VLADataset
-from paligemma_vla.data.order import derive_seed
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training.checkpoint import load_checkpoint
 from support import ACTION_DIM, HORIZON, METADATA, STATE_DIM, read_rows, train_here, write_episodes
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from paligemma_vla import flow, schema
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.order import derive_seed
 from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.export.folder import Restored, load_trained, restore
 from paligemma_vla.model.quantize import Weights
 from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.seeding import derive_seed
 
 
 class Policy:

@@ -18,10 +18,11 @@ from paligemma_vla import flow
 from paligemma_vla.config import VLAConfig, source_paths
 from paligemma_vla.data import episode_file
 from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor
-from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, derive_seed
+from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef
 from paligemma_vla.errors import DataError
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.seeding import derive_seed
 from support import ACTION_DIM, HORIZON, STATE_DIM, read_rows, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]

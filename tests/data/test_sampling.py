@@ -8,15 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paligemma_vla.data.order import (
-    RunSampler,
-    SampleOrder,
-    SampleRef,
-    ValidationSampler,
-    derive_seed,
-    permute,
-    share_out,
-)
+from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, ValidationSampler, share_out
+from paligemma_vla.seeding import derive_seed, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1025, 5000])

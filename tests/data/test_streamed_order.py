@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, StreamedOrder, permute_each
+from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, StreamedOrder
 from paligemma_vla.errors import ConfigError
+from paligemma_vla.seeding import permute_each
 
 Rows = NDArray[np.int64]
 

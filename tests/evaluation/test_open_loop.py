@@ -21,12 +21,12 @@ from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex, share_episodes
-from paligemma_vla.data.order import derive_seed
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError
 from paligemma_vla.evaluation import open_loop
 from paligemma_vla.evaluation.open_loop import EULER_STEPS, ErrorSums, OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.seeding import derive_seed
 from support import ACTION_DIM, HORIZON, METADATA, make_episode, read_rows, train_here, write_episodes
 
 Rows = list[dict[str, Any]]

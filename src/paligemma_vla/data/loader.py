@@ -26,12 +26,13 @@ from paligemma_vla.data.episode_file import Pictures
 from paligemma_vla.data.faults import FaultError, Unusable
 from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.data.order import RunSampler, SampleRef, derive_seed
+from paligemma_vla.data.order import RunSampler, SampleRef
 from paligemma_vla.data.reader import BlockReader, Blocks, EpisodeReader, RowReader
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
 from paligemma_vla.schema import Layout
+from paligemma_vla.seeding import derive_seed
 from paligemma_vla.workers import end_with
 
 

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, batches
-from paligemma_vla.data.order import SampleRef, ValidationSampler, derive_seed
+from paligemma_vla.data.order import SampleRef, ValidationSampler
 from paligemma_vla.errors import ConfigError, VLAError
 from paligemma_vla.evaluation.predictions import PredictionWriter
 from paligemma_vla.evaluation.samples import Floats, Sample, Samples, check_same_robot
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
+from paligemma_vla.seeding import derive_seed
 
 EULER_STEPS = (1, 2, 5, 10, 20, 50)
 LATENCY_CALLS, LATENCY_SECONDS = 10, 2.0
