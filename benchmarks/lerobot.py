@@ -17,9 +17,9 @@ from benchmarks.common import Row, best_seconds, demo_config
 from benchmarks.run import report
 from paligemma_vla.cli.main import main as command
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.loader import VLADataset, batches, build_loader
 from paligemma_vla.data.order import RunSampler, SampleOrder
-from paligemma_vla.data.targets import encode_image
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.model.tiny import TinySpec
 from paligemma_vla.schema import DatasetMetadata, Episode

@@ -11,7 +11,8 @@ Letters in shape comments, everywhere in this project:
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -141,6 +142,11 @@ class Layout:
     state_dim: int
     action_dim: int
     metadata: DatasetMetadata
+
+
+def joint_layout(layouts: Sequence[Layout]) -> Layout:
+    """Layout of files of one robot together: the first one's, with as many cameras as any of them has."""
+    return replace(layouts[0], cameras=max(layout.cameras for layout in layouts))
 
 
 def _is_text(value: Any) -> bool:

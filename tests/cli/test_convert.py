@@ -22,14 +22,12 @@ from PIL import Image
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_table, encode, picture, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.compare import compare_episode
-from paligemma_vla.data.convert import Conversion, convert
+from paligemma_vla.data.convert import Conversion, NativeTarget, compare_episode, convert
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor
 from paligemma_vla.data.order import SampleRef
 from paligemma_vla.data.reader import Recordings
 from paligemma_vla.data.statistics import compute_statistics
-from paligemma_vla.data.targets import NativeTarget
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
@@ -231,7 +229,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_conversion_goes_on_to_the_very_same_result(
     direction: tuple[str, ...], tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paligemma_vla.data.targets.IMAGE_STEPS", 40)
+    monkeypatch.setattr("paligemma_vla.data.convert.IMAGE_STEPS", 40)
     source, files = tmp_path / "source", 24
     with EpisodeWriter(source, DatasetMetadata(cameras=("a",), control_hz=5.0)) as writer:
         for number in range(files):
@@ -270,7 +268,7 @@ def test_unfinished_conversion_of_something_else_is_refused(native: Path, tmp_pa
 def test_output_that_lost_files_is_not_taken_for_whole(
     lost: str, native: Path, tmp_path: Path, capfd: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("paligemma_vla.data.targets.NATIVE_EPISODES", 2)
+    monkeypatch.setattr("paligemma_vla.data.convert.NATIVE_EPISODES", 2)
     assert run("--to", "lerobot", "--images", "parquet", "--input", native, "--output_dir", tmp_path / "set") == 0
     arguments = ["--from", "lerobot", "--input", tmp_path / "set", "--output_dir", tmp_path / "out", "--workers", "0"]
     assert call(capfd, "data", "convert", *arguments)[0] == 0

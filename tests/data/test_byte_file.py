@@ -13,8 +13,7 @@ from episode_files import columns, write
 
 from paligemma_vla import schema, storage
 from paligemma_vla.data.doctor import CheckOptions, diagnose
-from paligemma_vla.data.episode_file import ParquetEpisodes
-from paligemma_vla.data.footer import column_ranges, flag_rows
+from paligemma_vla.data.formats.parquet import ParquetEpisodes, column_ranges, flag_rows
 from paligemma_vla.data.index import find_flags, read_flags
 from paligemma_vla.storage import ByteFile, ByteSource, CachedSource
 from support import write_episodes

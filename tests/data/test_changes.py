@@ -17,7 +17,7 @@ import pytest
 from episode_files import columns, write
 
 from paligemma_vla.data import index as index_module
-from paligemma_vla.data.files import BLOCK_BYTES, SAMPLED_BLOCKS
+from paligemma_vla.data.formats.parquet import BLOCK_BYTES, SAMPLED_BLOCKS
 from paligemma_vla.data.index import EpisodeIndex, FileFacts, read_facts
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics

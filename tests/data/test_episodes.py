@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from episode_files import Columns, columns, flags, put, write
 
-from paligemma_vla.data.episode_file import read_layout
+from paligemma_vla.data.formats import open_file, read_layout
 from paligemma_vla.data.index import EpisodeIndex, expand_paths
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
-from paligemma_vla.data.sources import open_file
 from paligemma_vla.errors import DataError
 from support import LENGTHS, METADATA, read_rows, write_episodes
 

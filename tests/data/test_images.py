@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from paligemma_vla.config import AugmentationConfig
-from paligemma_vla.data.episode_file import EncodedPictures, decode_picture
+from paligemma_vla.data.formats import decode_picture
+from paligemma_vla.data.formats.parquet import EncodedPictures
 from paligemma_vla.data.images import MAX_PIXELS, jitter_colour, random_crop
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import ImageSpec, to_pixels

@@ -21,9 +21,9 @@ import lerobot_sets as sets
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, write_set
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.doctor import CheckOptions, diagnose
+from paligemma_vla.data.formats.lerobot_meta import Place, Selection
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
 from paligemma_vla.data.reader import EpisodeReader, Recording, Recordings, iterate_numbers
-from paligemma_vla.data.sources.lerobot_place import Place, Selection
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, VLAError

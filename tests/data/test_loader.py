@@ -16,7 +16,7 @@ from PIL import Image
 
 from paligemma_vla import flow
 from paligemma_vla.config import VLAConfig, source_paths
-from paligemma_vla.data import episode_file
+from paligemma_vla.data.formats import parquet
 from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor
 from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef
 from paligemma_vla.errors import DataError
@@ -134,13 +134,13 @@ def test_only_frames_that_the_model_uses_are_decoded(
     two_camera_dataset: VLADataset, tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
     decoded: list[Any] = []
-    original = episode_file.decode
+    original = parquet.decode
 
     def counting(data: Any) -> Image.Image:
         decoded.append(data)
         return original(data)
 
-    monkeypatch.setattr(episode_file, "decode", counting)
+    monkeypatch.setattr(parquet, "decode", counting)
     dataset = make(tiny_config({"data.max_seq_len": window}, cameras=2), two_camera_dataset.preprocessor)
     for number in range(20):
         decoded.clear()

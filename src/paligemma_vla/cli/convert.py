@@ -14,15 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from paligemma_vla.cli.arguments import natural
-from paligemma_vla.data.convert import Conversion, Target, convert
+from paligemma_vla.data.convert import Conversion, LeRobotTarget, NativeTarget, Target, convert
+from paligemma_vla.data.formats import find_source, open_file
+from paligemma_vla.data.formats.lerobot_meta import Place, find_root, parse_range
+from paligemma_vla.data.formats.lerobot_writer import Format
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import Recordings
-from paligemma_vla.data.sources import find_source, open_file
-from paligemma_vla.data.sources.lerobot_info import find_root
-from paligemma_vla.data.sources.lerobot_layout import Format
-from paligemma_vla.data.sources.lerobot_place import Place, parse_range
-from paligemma_vla.data.targets import LeRobotTarget, NativeTarget
-from paligemma_vla.data.video_writer import CODECS
+from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.schema import DatasetMetadata
 

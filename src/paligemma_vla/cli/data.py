@@ -20,9 +20,9 @@ from paligemma_vla.cli import convert
 from paligemma_vla.config import load_config
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
+from paligemma_vla.data.formats import identify_file
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
 from paligemma_vla.data.reader import episode_prompts
-from paligemma_vla.data.sources import identify_file
 from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
 SLOW_GROUP_ROWS = 512

@@ -18,16 +18,27 @@ import pyarrow as pa
 
 from paligemma_vla import schema
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, number_faults, prompt_of, to_matrix
-from paligemma_vla.data.episode_file import EpisodeFile, Pictures
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable
-from paligemma_vla.data.files import READ_ERRORS, joint_layout, robot_faults, unreadable_group
+from paligemma_vla.data.faults import (
+    LEAVE_OUT,
+    Fault,
+    FaultError,
+    Kind,
+    Unusable,
+    check_prompt,
+    layout_misfits,
+    missing_image,
+    number_faults,
+    prompt_of,
+    robot_faults,
+    to_matrix,
+    unreadable_group,
+)
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, identify_file, open_file
 from paligemma_vla.data.index import NOTHING, Excluded, chain_faults, hex_digest, inside, read_flags, real_name, segment
-from paligemma_vla.data.sources import identify_file, open_file
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import PromptEncoder
-from paligemma_vla.schema import Layout, Rows
+from paligemma_vla.schema import Layout, Rows, joint_layout
 
 BATCH_ROWS = 256
 Progress = Callable[[int], object]

@@ -1,13 +1,34 @@
-"""What can be wrong with episode files. Readers raise the first fault they meet, `data check` collects them all: same words."""
+"""What can be wrong with episode files, and the rules for values in rows.
+
+Readers raise the first fault they meet, `data check` collects them all: one copy of each rule, the same words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
-from paligemma_vla.errors import DataError
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from paligemma_vla import schema
+from paligemma_vla.errors import DataError, StorageError, first_line
+from paligemma_vla.schema import Layout, Rows
+from paligemma_vla.storage import is_url
+
+if TYPE_CHECKING:
+    from paligemma_vla.config import VLAConfig
+    from paligemma_vla.preprocess import PromptEncoder
+
+# Of the metadata, what files of one robot share where they say it.
+COMPARED = (
+    *("image_orientation", "control_hz", "action_convention", "action_representation", "action_rotation"),
+    *("state_names", "action_names", "state_units", "action_units"),
+)
 LEAVE_OUT = "leave the episode out"
 HOW = "`paligemma-vla data check` finds every fault, and lists the episodes to leave out"
 
@@ -77,3 +98,120 @@ def raise_first(faults: Iterable[Fault]) -> None:
     """Raise `FaultError` for the first fault, if there is one."""
     for fault in faults:
         raise FaultError(fault)
+
+
+def to_matrix(column: pa.Array, dimension: int) -> NDArray[np.float32]:
+    """A list column as an array (rows, dimension); a row that is null or of another length is NaN."""
+    lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is reported as a fault
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    whole = lengths == dimension
+    if whole.all():
+        return flat.reshape(-1, dimension)  # type: ignore[no-any-return]
+    values = np.full((len(column), dimension), np.nan, np.float32)
+    ends = np.cumsum(np.maximum(lengths, 0))
+    values[whole] = flat[(ends - dimension)[whole, None] + np.arange(dimension)]
+    return values
+
+
+def number_faults(path: str, name: str, column: pa.Array, values: NDArray[np.float32], rows: Rows) -> Iterator[Fault]:
+    """Rows of a list column that are null, of another length, or hold what is not a finite float32.
+
+    values (R, dimension): `to_matrix` of the column. rows (R,): their numbers in the file.
+    """
+    for place in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+        entry, dimension = column[place].as_py(), values.shape[1]
+        kind = Kind.LENGTH
+        if entry is None or len(entry) != dimension:
+            text = f"got {'null' if entry is None else f'{len(entry)} numbers'}, expected {dimension} numbers"
+        else:
+            kind, item = Kind.NUMBER, int(np.flatnonzero(~np.isfinite(values[place]))[0])
+            got = values[place, item] if entry[item] is None else entry[item]
+            text = f"dimension {item} is {got}, expected a finite float32"
+        yield Fault(path, kind, f"{text}; mend it, or {LEAVE_OUT}", int(rows[place]), name)
+
+
+def missing_image() -> Unusable:
+    """What is wrong with a first camera without a picture."""
+    text = f"got null, expected an image: only further cameras may be absent; fill it in, or {LEAVE_OUT}"
+    return Unusable(Kind.NO_IMAGE, text)
+
+
+def no_rotation() -> Unusable:
+    """What is wrong with an action or a state whose rotation is none."""
+    text = "the rotation here, in the next actions or in the state is none, as a quaternion of length 0"
+    return Unusable(Kind.NUMBER, f"{text}; mend it, or {LEAVE_OUT}")
+
+
+def prompt_of(column: pa.Array, place: int) -> str:
+    """An instruction; raises `Unusable` when it is null, empty or no text."""
+    try:
+        prompt: Any = column[place].as_py()
+    except UnicodeDecodeError as error:
+        raise Unusable(Kind.PROMPT, f"got bytes that are not UTF-8, expected an instruction; {LEAVE_OUT}") from error
+    if prompt is None or not prompt.strip():
+        got = "null (in LeRobot data, a task_index without a task)" if prompt is None else "an empty instruction"
+        raise Unusable(Kind.PROMPT, f"got {got}, expected some words; fill it in, or {LEAVE_OUT}")
+    return str(prompt)
+
+
+def check_prompt(prompt: str, encoder: PromptEncoder) -> None:
+    """Raise `Unusable` when the backbone's tokens for an instruction are too many (`data.prompt_max_len`)."""
+    try:
+        encoder.text_ids(prompt)
+    except DataError as error:
+        raise Unusable(Kind.PROMPT_LENGTH, f"{' '.join(str(error).split())}, or {LEAVE_OUT}") from error
+
+
+def layout_misfits(layout: Layout, config: VLAConfig) -> list[str]:
+    """What of a configuration does not fit the data's columns: key, got, expected."""
+    head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
+    misfits = []
+    if layout.state_dim != config.data.state_dim:
+        misfits.append(f"data.state_dim: got {config.data.state_dim}, expected {layout.state_dim} as in column state")
+    if layout.action_dim > head.per_action_dim or (layout.action_dim < head.per_action_dim and not config.data.pad_action_dim):
+        misfits.append(
+            f"model.action_head_config.per_action_dim: got {head.per_action_dim}, expected {layout.action_dim} as in column "
+            f"action (data.pad_action_dim: true pads narrower data)"
+        )
+    if layout.cameras < cameras:
+        misfits.append(
+            f"model.vlm_config: expects {cameras} cameras, the data has {layout.cameras}; add columns (null where a camera "
+            f"is absent), or set use_aux_camera: false"
+        )
+    return misfits
+
+
+@contextmanager
+def file_faults(path: str) -> Iterator[None]:
+    """Turn a file that is not there, or a disk that cannot read it, into a `FaultError`; a store that fails stays its own."""
+    try:
+        yield
+    except StorageError as error:
+        cause = error.__cause__
+        if is_url(path) and not isinstance(cause, FileNotFoundError):
+            raise
+        why = str(error) if cause is None else f"{path}: cannot be read ({first_line(cause)}); restore it"
+        raise FaultError(Fault(path, Kind.FILE, why.removeprefix(f"{path}: "))) from cause
+
+
+def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
+    """Row group `group` of a file whose row groups begin at `groups` cannot be read."""
+    first, stop = int(groups[group]), int(groups[group + 1])
+    text = f"row group {group} (rows {first} to {stop - 1}) cannot be read ({why}); restore the file, or {LEAVE_OUT}"
+    return Fault(path, Kind.GROUP, text, first, column, stop - first)
+
+
+def robot_faults(path: str, layout: Layout, first_path: str, first: Layout) -> Iterator[Fault]:
+    """Files that differ in dimensions, or that both say what their numbers and pixels mean and contradict."""
+    remedy = f"as in {first_path}; train on one robot's data at a time"
+    for name, got, expected in [
+        (schema.STATE, layout.state_dim, first.state_dim),
+        (schema.ACTION, layout.action_dim, first.action_dim),
+    ]:
+        if got != expected:
+            yield Fault(path, Kind.ROBOT, f"got {got} numbers per row, expected {expected} {remedy}", column=name)
+    for name in COMPARED:
+        said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
+        if said and said_first and said != said_first:
+            yield Fault(path, Kind.ROBOT, f"metadata {name}: got {said}, expected {said_first} {remedy}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from paligemma_vla.config import AugmentationConfig
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable
 from paligemma_vla.errors import first_line
-from paligemma_vla.preprocess import Box
+
+if TYPE_CHECKING:
+    from paligemma_vla.config import AugmentationConfig
+    from paligemma_vla.preprocess import Box
 
 MAX_PIXELS = 32_000_000
 WIDE_MODES = ("I", "F")  # of Pillow, which would cut them off at 255
@@ -37,6 +40,16 @@ def decode(data: bytes | memoryview) -> Image.Image:
         raise Unusable(Kind.IMAGE, f"cannot be decoded as JPEG or PNG ({reason}); restore it, or {LEAVE_OUT}") from error
     limit = f"at most {MAX_PIXELS // 10**6} megapixels"
     raise Unusable(Kind.IMAGE_SIZE, f"got an image of {size}, expected {limit}; shrink it before writing, or {LEAVE_OUT}")
+
+
+def encode_image(image: Image.Image, kind: str, quality: int) -> bytes:
+    """An RGB image as `png`, or as `jpeg` of a quality from 1 to 100."""
+    stream = io.BytesIO()
+    if kind == "png":
+        image.save(stream, "PNG", compress_level=4)
+    else:
+        image.save(stream, "JPEG", quality=quality, subsampling=0)  # small pictures need colour at full resolution
+    return stream.getvalue()
 
 
 def random_crop(scale: float, rng: np.random.Generator) -> Box:

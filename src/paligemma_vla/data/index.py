@@ -21,12 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.data.episode_file import EpisodeFile, read_columns, read_layout
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_first
-from paligemma_vla.data.files import joint_layout, robot_faults
-from paligemma_vla.data.sources import MARKS, find_source, foreign_format, identify_file, open_file
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_first, robot_faults
+from paligemma_vla.data.formats import (
+    MARKS,
+    EpisodeFile,
+    find_source,
+    foreign_format,
+    identify_file,
+    open_file,
+    read_columns,
+    read_layout,
+)
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.schema import DatasetMetadata, Layout, Rows
+from paligemma_vla.schema import DatasetMetadata, Layout, Rows, joint_layout
 from paligemma_vla.storage import (
     Listed,
     atomic_file,

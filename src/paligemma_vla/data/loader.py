@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from paligemma_vla import flow, schema
 from paligemma_vla.action_settings import resolve_actions
 from paligemma_vla.config import AugmentationConfig, VLAConfig
-from paligemma_vla.data.checks import check_prompt, layout_misfits, missing_image, no_rotation, prompt_of
-from paligemma_vla.data.episode_file import Pictures
-from paligemma_vla.data.faults import FaultError, Unusable
+from paligemma_vla.data.faults import FaultError, Unusable, check_prompt, layout_misfits, missing_image, no_rotation, prompt_of
+from paligemma_vla.data.formats import Pictures
 from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.order import RunSampler, SampleRef

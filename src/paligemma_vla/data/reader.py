@@ -22,13 +22,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.checks import number_faults, prompt_of, to_matrix
-from paligemma_vla.data.episode_file import TRUSTED_SECONDS, EncodedPictures, EpisodeFile, Pictures, read_columns
-from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
-from paligemma_vla.data.files import FOOTER_TAIL, READ_ERRORS, file_faults, identify, open_parquet, unreadable_group
-from paligemma_vla.data.footer import column_ranges
+from paligemma_vla.data.faults import (
+    Fault,
+    FaultError,
+    Kind,
+    Unusable,
+    file_faults,
+    number_faults,
+    prompt_of,
+    raise_first,
+    to_matrix,
+    unreadable_group,
+)
+from paligemma_vla.data.formats import READ_ERRORS, TRUSTED_SECONDS, EpisodeFile, Pictures, open_file, read_columns
+from paligemma_vla.data.formats.parquet import FOOTER_TAIL, EncodedPictures, column_ranges, identify, open_parquet
 from paligemma_vla.data.index import EpisodeIndex, read_flags
-from paligemma_vla.data.sources import open_file
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 from paligemma_vla.schema import Rows

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
-from paligemma_vla.data.checks import no_rotation
-from paligemma_vla.data.faults import FaultError
+from paligemma_vla.data.faults import FaultError, no_rotation
 from paligemma_vla.data.index import REQUESTS, EpisodeIndex, ExclusionList, hex_digest
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.normalization import Accumulator, DatasetStatistics

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 from filelock import BaseFileLock
 
 from paligemma_vla import schema
-from paligemma_vla.data.files import open_parquet
-from paligemma_vla.data.footer import ROWS_PER_GROUP
+from paligemma_vla.data.formats.parquet import ROWS_PER_GROUP, open_parquet
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_file, lock_file

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.episode_file import decode_picture
+from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, episode_prompts
 from paligemma_vla.errors import DataError

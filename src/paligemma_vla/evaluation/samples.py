@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.data.episode_file import decode_picture
+from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import VLADataset
 from paligemma_vla.errors import DataError

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from paligemma_vla import schema
 from paligemma_vla.action_settings import taken_by_number
 from paligemma_vla.config import DataSource, VLAConfig, source_paths
-from paligemma_vla.data.files import joint_layout
+from paligemma_vla.data.formats import find_source
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
 from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
 from paligemma_vla.data.reader import BlockReader, cut_blocks, pool_bytes
-from paligemma_vla.data.sources import find_source
 from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.architectures import read_architecture
 from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
+from paligemma_vla.schema import joint_layout
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.parallel import group_size

@@ -1,38 +1,132 @@
-"""One Parquet file of episodes: opening it, what its columns hold, its digest. No image is decoded here."""
+"""This project's own format: a Parquet file of episodes, on this machine or behind a URL. No image is decoded here."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind
-from paligemma_vla.errors import DataError, StorageError, first_line
+from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults
+from paligemma_vla.data.formats import FOOTER_UNFOLDS, READ_ERRORS, TRUSTED_SECONDS, EpisodeFile, Pictures
+from paligemma_vla.data.images import decode
+from paligemma_vla.data.video import VideoDecoders
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import ByteFile, ByteSource, is_url, open_source
+from paligemma_vla.storage import ByteFile, ByteSource, CachedSource, Range, is_url, open_source
 
-# What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
-READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 STREAM_BUFFER = 2**18
 SAMPLED_ROWS = 1024
 MOST_NUMBERS = 4096  # in a state or an action, as in the configuration
 METADATA_REMEDY = "write it as docs/data_format.md says"
 NAMED = 20  # columns named in a message
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
-# Of the metadata, what files of one robot share where they say it.
-COMPARED = (
-    *("image_orientation", "control_hz", "action_convention", "action_representation", "action_rotation"),
-    *("state_names", "action_names", "state_units", "action_units"),
-)
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
+ROWS_PER_GROUP = 32  # of EpisodeWriter, which begins a row group with each episode
+
+
+class EncodedPictures(Pictures):
+    """Images in a binary column."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self.column = column
+
+    def present(self, place: int) -> bool:
+        return bool(self.column[place].is_valid)
+
+    def decode(self, place: int) -> Image.Image:
+        return decode(self.column[place].as_buffer())
+
+    def encoded(self, place: int) -> bytes | None:
+        data: bytes = self.column[place].as_py()
+        return data
+
+
+class ParquetEpisodes(EpisodeFile):
+    """A file as docs/data_format.md describes it. Raises `FaultError` when it is not Parquet or is cut short.
+
+    Behind a URL it is read by ranges: what a call needs of it is fetched in as few requests as it takes.
+    """
+
+    def __init__(self, path: str, stream: bool = False) -> None:
+        self.path = path
+        self._remote: CachedSource | None = None
+        if is_url(path):
+            with file_faults(path):
+                self._remote = CachedSource(open_source(path))
+            self._identity, self._seen = self._remote.identity, time.monotonic()
+        self._file = open_parquet(path, stream, self._remote)
+        self.bounds = group_bounds(self._file)
+        self.outside = np.empty((0, 2), np.int64)
+        # Its footer as objects, of which there are many for each column of each row group.
+        self.nbytes = FOOTER_UNFOLDS * int(self._file.metadata.serialized_size)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        names: list[str] = self._file.schema_arrow.names
+        return names
+
+    @property
+    def unused(self) -> Sequence[str]:
+        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS}
+        known.update(schema.image_column(number + 1) for number in range(count_cameras(self._file.schema_arrow)))
+        return [name for name in self.columns if name not in known]
+
+    def survey(self) -> tuple[Layout, list[Fault]]:
+        return survey(self.path, self._file)
+
+    def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
+        self._expect(columns, range(len(self.bounds) - 1) if group is None else [group])
+        if group is None:
+            table = self._file.read(columns=list(columns), use_threads=False)
+        else:
+            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+        self._expect((), ())  # what was held is in the table
+        return table
+
+    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
+        self._expect(columns, groups)
+        batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
+            batch_size=rows, row_groups=list(groups), columns=list(columns), use_threads=False
+        )
+        return batches
+
+    def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> None:
+        if self._remote is not None:
+            self._remote.expect(column_ranges(self._file.metadata, columns, groups))
+
+    def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
+        return EncodedPictures(column)
+
+    def digest(self) -> int:
+        if self._remote is not None:
+            return file_digest(self._remote, self._file.metadata)
+        with file_faults(self.path), open_source(self.path) as source:
+            return file_digest(source, self._file.metadata)
+
+    def told_flags(self) -> list[Rows] | None:
+        return flag_rows(self._file.metadata, self.bounds)
+
+    def identity(self) -> tuple[int, int, int]:
+        """Asking a store costs a request, so its answer is good for a while."""
+        if self._remote is None:
+            return identify(self.path)
+        if time.monotonic() - self._seen > TRUSTED_SECONDS:
+            self._identity, self._seen = identify(self.path), time.monotonic()
+        return self._identity
+
+    def close(self) -> None:
+        self._file.close()
+        if self._remote is not None:
+            self._remote.close()
 
 
 def open_parquet(
@@ -60,32 +154,12 @@ def open_parquet(
         raise FaultError(Fault(path, Kind.FILE, text)) from error
 
 
-@contextmanager
-def file_faults(path: str) -> Iterator[None]:
-    """Turn a file that is not there, or a disk that cannot read it, into a `FaultError`; a store that fails stays its own."""
-    try:
-        yield
-    except StorageError as error:
-        cause = error.__cause__
-        if is_url(path) and not isinstance(cause, FileNotFoundError):
-            raise
-        why = str(error) if cause is None else f"{path}: cannot be read ({first_line(cause)}); restore it"
-        raise FaultError(Fault(path, Kind.FILE, why.removeprefix(f"{path}: "))) from cause
-
-
 def _is_encodable(path: str) -> bool:
     try:
         path.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str | None = None) -> Fault:
-    """Row group `group` of a file whose row groups begin at `groups` cannot be read."""
-    first, stop = int(groups[group]), int(groups[group + 1])
-    text = f"row group {group} (rows {first} to {stop - 1}) cannot be read ({why}); restore the file, or {LEAVE_OUT}"
-    return Fault(path, Kind.GROUP, text, first, column, stop - first)
 
 
 def group_bounds(file: pq.ParquetFile) -> Rows:
@@ -125,26 +199,6 @@ def _sampled_blocks(size: int) -> list[tuple[int, int]]:
     if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
         return [(0, size)]
     return [(n * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
-
-
-def joint_layout(layouts: Sequence[Layout]) -> Layout:
-    """Layout of files of one robot together: the first one's, with as many cameras as any of them has."""
-    return replace(layouts[0], cameras=max(layout.cameras for layout in layouts))
-
-
-def robot_faults(path: str, layout: Layout, first_path: str, first: Layout) -> Iterator[Fault]:
-    """Files that differ in dimensions, or that both say what their numbers and pixels mean and contradict."""
-    remedy = f"as in {first_path}; train on one robot's data at a time"
-    for name, got, expected in [
-        (schema.STATE, layout.state_dim, first.state_dim),
-        (schema.ACTION, layout.action_dim, first.action_dim),
-    ]:
-        if got != expected:
-            yield Fault(path, Kind.ROBOT, f"got {got} numbers per row, expected {expected} {remedy}", column=name)
-    for name in COMPARED:
-        said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
-        if said and said_first and said != said_first:
-            yield Fault(path, Kind.ROBOT, f"metadata {name}: got {said}, expected {said_first} {remedy}")
 
 
 def survey(path: str, file: pq.ParquetFile) -> tuple[Layout, list[Fault]]:
@@ -271,3 +325,53 @@ def identify(path: str) -> tuple[int, int, int]:
     except OSError as error:
         raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def column_ranges(metadata: pq.FileMetaData, columns: Iterable[str], groups: Iterable[int]) -> list[Range]:
+    """Where the chunks of some columns lie in a Parquet file."""
+    names = set(columns)
+    leaves = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path.partition(".")[0] in names]
+    ranges = []
+    for number in groups:
+        group = metadata.row_group(number)
+        for leaf in leaves:
+            chunk = group.column(leaf)
+            start = chunk.data_page_offset
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+                start = min(start, chunk.dictionary_page_offset)
+            ranges.append((start, start + chunk.total_compressed_size))
+    return ranges
+
+
+def flag_rows(metadata: pq.FileMetaData, bounds: NDArray[np.int64]) -> list[NDArray[np.int64]] | None:
+    """Rows in which each flag is true, as EpisodeWriter's row groups and their statistics settle it; else None.
+
+    bounds: first row of each row group, and the number of rows (G + 1,). A file that something else has written from one of
+    EpisodeWriter's may still carry its metadata: row groups that are not exactly EpisodeWriter's settle nothing.
+    """
+    count = (metadata.metadata or {}).get(schema.EPISODES_KEY, b"")
+    true = np.array(list(_flags_in_groups(metadata)), bool).reshape(-1, len(schema.FLAGS))
+    if not count.isdigit() or len(true) != len(bounds) - 1:
+        return None
+    first, last, terminal = (np.flatnonzero(column) for column in true.T)
+    expected = np.append(first[1:], len(true)) - 1
+    if len(first) != int(count) or len(first) == 0 or first[0] != 0 or not np.array_equal(last, expected):
+        return None
+    sizes, inner = np.diff(bounds), np.isin(np.arange(len(true)), last, invert=True)
+    if not (sizes <= ROWS_PER_GROUP).all() or not (sizes[inner] == ROWS_PER_GROUP).all() or not np.isin(terminal, last).all():
+        return None
+    return [bounds[first], bounds[last + 1] - 1, bounds[terminal + 1] - 1]
+
+
+def _flags_in_groups(metadata: pq.FileMetaData) -> Iterator[list[bool]]:
+    """Whether each flag is true anywhere in a row group, until one whose statistics do not say."""
+    paths = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
+    if not set(schema.FLAGS) <= set(paths):
+        return
+    leaves = [paths.index(name) for name in schema.FLAGS]
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        facts = [group.column(leaf).statistics for leaf in leaves]
+        if not all(fact is not None and fact.has_min_max and fact.has_null_count and not fact.null_count for fact in facts):
+            return
+        yield [bool(fact.max) for fact in facts]

@@ -1,39 +1,31 @@
 """A file of episodes, whatever its format: what the index, the readers and `data check` ask of it.
 
-`ParquetEpisodes` is this project's own format; foreign ones are in `sources/`.
+A name that begins with `NAME:` is read by the module of that name, whose `SOURCE` satisfies `Source` below; another format is
+another file here, and a line in `MODULES`. Every other name is a path, or a URL, of this project's own format (`parquet.py`).
 """
 
 from __future__ import annotations
 
-import time
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import import_module
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from paligemma_vla import schema
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
-from paligemma_vla.data.files import (
-    READ_ERRORS,
-    count_cameras,
-    file_digest,
-    file_faults,
-    group_bounds,
-    identify,
-    open_parquet,
-    survey,
-)
-from paligemma_vla.data.footer import column_ranges, flag_rows
-from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import Layout, Rows
-from paligemma_vla.storage import CachedSource, is_url, open_source
 
+# What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
+READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
+MODULES = {"lerobot": "paligemma_vla.data.formats.lerobot"}
+MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is known by
 TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was
 FOOTER_UNFOLDS = 10  # 148 kB of 256 row groups with 7 columns took 1.5 MB
 
@@ -52,23 +44,6 @@ class Pictures(ABC):
     @abstractmethod
     def encoded(self, place: int) -> bytes | None:
         """A present image as it is stored, when that is an encoded image of its own; raises `Unusable`."""
-
-
-class EncodedPictures(Pictures):
-    """Images in a binary column."""
-
-    def __init__(self, column: pa.Array) -> None:
-        self.column = column
-
-    def present(self, place: int) -> bool:
-        return bool(self.column[place].is_valid)
-
-    def decode(self, place: int) -> Image.Image:
-        return decode(self.column[place].as_buffer())
-
-    def encoded(self, place: int) -> bytes | None:
-        data: bytes = self.column[place].as_py()
-        return data
 
 
 def decode_picture(pictures: Pictures, place: int, where: str) -> Image.Image:
@@ -139,85 +114,6 @@ class EpisodeFile(ABC):
     def close(self) -> None: ...
 
 
-class ParquetEpisodes(EpisodeFile):
-    """A file as docs/data_format.md describes it. Raises `FaultError` when it is not Parquet or is cut short.
-
-    Behind a URL it is read by ranges: what a call needs of it is fetched in as few requests as it takes.
-    """
-
-    def __init__(self, path: str, stream: bool = False) -> None:
-        self.path = path
-        self._remote: CachedSource | None = None
-        if is_url(path):
-            with file_faults(path):
-                self._remote = CachedSource(open_source(path))
-            self._identity, self._seen = self._remote.identity, time.monotonic()
-        self._file = open_parquet(path, stream, self._remote)
-        self.bounds = group_bounds(self._file)
-        self.outside = np.empty((0, 2), np.int64)
-        # Its footer as objects, of which there are many for each column of each row group.
-        self.nbytes = FOOTER_UNFOLDS * int(self._file.metadata.serialized_size)
-
-    @property
-    def columns(self) -> Sequence[str]:
-        names: list[str] = self._file.schema_arrow.names
-        return names
-
-    @property
-    def unused(self) -> Sequence[str]:
-        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS}
-        known.update(schema.image_column(number + 1) for number in range(count_cameras(self._file.schema_arrow)))
-        return [name for name in self.columns if name not in known]
-
-    def survey(self) -> tuple[Layout, list[Fault]]:
-        return survey(self.path, self._file)
-
-    def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
-        self._expect(columns, range(len(self.bounds) - 1) if group is None else [group])
-        if group is None:
-            table = self._file.read(columns=list(columns), use_threads=False)
-        else:
-            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
-        self._expect((), ())  # what was held is in the table
-        return table
-
-    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        self._expect(columns, groups)
-        batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
-            batch_size=rows, row_groups=list(groups), columns=list(columns), use_threads=False
-        )
-        return batches
-
-    def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> None:
-        if self._remote is not None:
-            self._remote.expect(column_ranges(self._file.metadata, columns, groups))
-
-    def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
-        return EncodedPictures(column)
-
-    def digest(self) -> int:
-        if self._remote is not None:
-            return file_digest(self._remote, self._file.metadata)
-        with file_faults(self.path), open_source(self.path) as source:
-            return file_digest(source, self._file.metadata)
-
-    def told_flags(self) -> list[Rows] | None:
-        return flag_rows(self._file.metadata, self.bounds)
-
-    def identity(self) -> tuple[int, int, int]:
-        """Asking a store costs a request, so its answer is good for a while."""
-        if self._remote is None:
-            return identify(self.path)
-        if time.monotonic() - self._seen > TRUSTED_SECONDS:
-            self._identity, self._seen = identify(self.path), time.monotonic()
-        return self._identity
-
-    def close(self) -> None:
-        self._file.close()
-        if self._remote is not None:
-            self._remote.close()
-
-
 def read_layout(file: EpisodeFile) -> Layout:
     """Check the columns of an open file (S1.1) and tell their dimensions. Raises `FaultError` naming the column."""
     layout, faults = file.survey()
@@ -238,3 +134,57 @@ def read_columns(file: EpisodeFile, columns: Sequence[str]) -> pa.Table:
         got = f"got {table.num_rows} rows, expected {rows} as the file says; restore it"
         raise FaultError(Fault(file.path, Kind.GROUP, f"{what}: {got}"))
     return table
+
+
+class Source(Protocol):
+    """A foreign format. A place is what follows `NAME:`; a file is one of the places that `files` lists."""
+
+    def files(self, place: str, where: str) -> list[str]:
+        """Places of the files behind a place, in order. Raises `DataError`, naming `where` (config key or flag)."""
+
+    def open(self, place: str, name: str, stream: bool) -> EpisodeFile:
+        """Open a file that is called `name`. stream: it is read piece by piece. Raises `FaultError`."""
+
+    def identify(self, place: str) -> tuple[int, int, int]:
+        """Size, mtime_ns and ctime_ns of a file with all that belongs to it, as `formats.parquet.identify`."""
+
+    def file_of(self, place: str) -> str:
+        """The path of a file itself, without what is selected of it."""
+
+    def episodes_of(self, place: str) -> tuple[int | None, int | None]:
+        """Numbers [first, stop) of the episodes that a place selects, None where it is open."""
+
+
+def find_source(name: str) -> tuple[str, Source | None, str]:
+    """Prefix, source and place of a name; without a source, an empty prefix and the name itself."""
+    prefix, colon, place = name.partition(":")
+    if not colon or prefix not in MODULES or os.path.exists(name):
+        return "", None, name
+    return f"{prefix}:", _source(prefix), place
+
+
+def foreign_format(folder: str) -> str | None:
+    """The foreign format that a folder holds, None for any other."""
+    return next((name for name, mark in MARKS.items() if os.path.isfile(os.path.join(folder, mark))), None)
+
+
+@cache
+def _source(prefix: str) -> Source:
+    source: Source = import_module(MODULES[prefix]).SOURCE
+    return source
+
+
+def open_file(name: str, stream: bool = False) -> EpisodeFile:
+    """Open a file of episodes of any format. Raises `FaultError` when it cannot be read."""
+    from paligemma_vla.data.formats.parquet import ParquetEpisodes
+
+    _, source, place = find_source(name)
+    return ParquetEpisodes(name, stream) if source is None else source.open(place, name, stream)
+
+
+def identify_file(name: str) -> tuple[int, int, int]:
+    """Size, mtime_ns and ctime_ns of a file, and of all that belongs to it; raises `FaultError` when it is not there."""
+    from paligemma_vla.data.formats.parquet import identify
+
+    _, source, place = find_source(name)
+    return identify(name) if source is None else source.identify(place)

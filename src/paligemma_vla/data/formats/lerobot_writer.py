@@ -2,6 +2,10 @@
 
 A shard is a run of episodes: in v3.0 one data file and one video per camera, in v2.1 a file of each per episode. What the
 metadata needs of it lies in a note, written last: a shard without one is written again.
+
+Statistics are as LeRobot keeps them, per episode and of all together: minimum, maximum, mean, standard deviation (of the
+population) and count. Images are sampled, and their values are in [0, 1] per channel, of shape (3, 1, 1). LeRobot's optional
+quantiles are left out: it averages those of episodes, which is no quantile of the data.
 """
 
 from __future__ import annotations
@@ -10,21 +14,153 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from paligemma_vla.data.reader import Picture, Recording
-from paligemma_vla.data.sources.lerobot_layout import SUCCESS, Format
-from paligemma_vla.data.sources.lerobot_stats import ImageStats, Stats, merge_stats, number_stats, sampled_steps
-from paligemma_vla.data.video_writer import VideoWriter
+from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import DataError
+from paligemma_vla.schema import Layout
 from paligemma_vla.storage import atomic_file, atomic_write
 
+CHUNK = 1000  # files per folder
+SUCCESS = "next.success"
+PATHS = {
+    "v2.1": {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    },
+    "v3.0": {
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    },
+}
+INDEX_TYPES = {
+    "timestamp": pa.float32(),
+    "frame_index": pa.int64(),
+    "episode_index": pa.int64(),
+    "index": pa.int64(),
+    "task_index": pa.int64(),
+}
+
+
 NOTES = ".shards"
+SAMPLED_IMAGES = 100  # per episode at least, where it has as many, as LeRobot does
+LARGEST_SIDE = 150  # of a sampled image, about
+Stats = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """version: v2.1 or v3.0. video: frames in videos rather than images in Parquet. fps: steps per second."""
+
+    version: str
+    video: bool
+    codec: str
+    crf: int
+    fps: float
+    layout: Layout
+
+    @property
+    def camera_keys(self) -> list[str]:
+        """A feature per camera. Raises `DataError` for names that LeRobot cannot have."""
+        names = [
+            self.layout.metadata.cameras[number] if number < len(self.layout.metadata.cameras) else f"image_{number + 1}"
+            for number in range(self.layout.cameras)
+        ]
+        for name in names:
+            if not name or "/" in name or names.count(name) > 1:
+                text = f"metadata cameras: got {names}, expected different names without a slash"
+                raise DataError(f"{text}; choose with --cameras")
+        return [f"observation.images.{name}" for name in names]
+
+    def path(self, kind: str, number: int, **values: object) -> str:
+        """Path, in the data set, of file or episode `number`. kind: `data_path` or `video_path`."""
+        chunk = number // CHUNK
+        places = {"episode_chunk": chunk, "episode_index": number, "chunk_index": chunk, "file_index": number % CHUNK}
+        return PATHS[self.version][kind].format(**places, **values)
+
+    def features(self, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        """`features` of info.json. sizes: height and width of each camera's images."""
+        metadata, features = self.layout.metadata, dict[str, Any]()
+        for key, (height, width) in sizes.items():
+            dtype = "video" if self.video else "image"
+            features[key] = {"dtype": dtype, "shape": [height, width, 3], "names": ["height", "width", "channels"]}
+            if self.video:
+                features[key]["info"] = self._video_info(height, width)
+        for key, dimension, names in [
+            ("observation.state", self.layout.state_dim, metadata.state_names),
+            ("action", self.layout.action_dim, metadata.action_names),
+        ]:
+            features[key] = {"dtype": "float32", "shape": [dimension], "names": list(names) or None}
+        scalars = {SUCCESS: "bool", "timestamp": "float32", **dict.fromkeys(list(INDEX_TYPES)[1:], "int64")}
+        features.update({key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in scalars.items()})
+        return features
+
+    def _video_info(self, height: int, width: int) -> dict[str, Any]:
+        return {
+            "video.height": height,
+            "video.width": width,
+            "video.codec": self.codec,
+            "video.pix_fmt": "yuv420p",
+            "video.is_depth_map": False,
+            "video.fps": json_number(self.fps),
+            "video.channels": 3,
+            "has_audio": False,
+        }
+
+    def schema(self) -> pa.Schema:
+        """Of a data file, with the note by which LeRobot's loader knows images and the lengths of lists."""
+        fields, noted = list[pa.Field](), dict[str, Any]()
+        if not self.video:
+            image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            fields += [pa.field(key, image) for key in self.camera_keys]
+            noted.update({key: {"_type": "Image"} for key in self.camera_keys})
+        for key, dimension in (("observation.state", self.layout.state_dim), ("action", self.layout.action_dim)):
+            if dimension == 1:  # LeRobot keeps a single number as one, not as a list of one
+                fields.append(pa.field(key, pa.float32()))
+                noted[key] = {"dtype": "float32", "_type": "Value"}
+            else:
+                fields.append(pa.field(key, pa.list_(pa.float32(), dimension)))
+                value = {"dtype": "float32", "_type": "Value"}
+                noted[key] = {"feature": value, "length": dimension, "_type": "Sequence"}
+        for key, kind in {SUCCESS: pa.bool_(), **INDEX_TYPES}.items():
+            fields.append(pa.field(key, kind))
+            noted[key] = {"dtype": {"float": "float32"}.get(str(kind), str(kind)), "_type": "Value"}
+        note = json.dumps({"info": {"features": noted}})
+        return pa.schema(fields, metadata={b"huggingface": note.encode()})
+
+    def info(self, lengths: list[int], tasks: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        """info.json. What LeRobot has no place for is under `paligemma_vla`."""
+        metadata, episodes = self.layout.metadata, len(lengths)
+        counts = {"total_episodes": episodes, "total_frames": sum(lengths), "total_tasks": tasks}
+        if self.version == "v2.1":
+            videos = episodes * len(sizes) if self.video else 0
+            counts |= {"total_videos": videos, "total_chunks": -(-episodes // CHUNK), "chunks_size": CHUNK}
+        else:
+            counts |= {"chunks_size": CHUNK, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200}
+        return {
+            "codebase_version": self.version,
+            "robot_type": metadata.robot or None,
+            **counts,
+            "fps": json_number(self.fps),
+            "splits": {"train": f"0:{episodes}"},
+            "data_path": PATHS[self.version]["data_path"],
+            "video_path": PATHS[self.version]["video_path"] if self.video else None,
+            "features": self.features(sizes),
+            "paligemma_vla": json.loads(metadata.to_json()),
+        }
+
+
+def json_number(value: float) -> int | float:
+    """Whole numbers as such: LeRobot's own fps are."""
+    return int(value) if value == int(value) else value
 
 
 class LeRobotShard:
@@ -257,3 +393,64 @@ def _parquet_table(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         pq.write_table(table, file)
+
+
+def number_stats(values: NDArray[Any]) -> Stats:
+    """Of numbers (L, D) or (L,): each a list of D values."""
+    table = values.reshape(len(values), -1)
+    numbers = table.astype(np.float64)
+    return {
+        "min": table.min(axis=0).tolist(),
+        "max": table.max(axis=0).tolist(),
+        "mean": numbers.mean(axis=0).tolist(),
+        "std": numbers.std(axis=0).tolist(),
+        "count": [len(table)],
+    }
+
+
+def sampled_steps(length: int) -> NDArray[np.int64]:
+    """Steps of an episode whose images are counted, spread evenly."""
+    count = max(min(SAMPLED_IMAGES, length), min(int(length**0.75), 10_000))
+    return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
+
+
+class ImageStats:
+    """Statistics of some images, added one by one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.pixels = 0
+        self.low, self.high = np.full(3, 255.0), np.zeros(3)
+        self.sum, self.squares = np.zeros(3), np.zeros(3)
+
+    def add(self, image: NDArray[np.uint8]) -> None:
+        """Count an RGB image (H, W, 3), thinned out when it is large."""
+        step = max(1, max(image.shape) // LARGEST_SIDE)
+        values = image[::step, ::step].reshape(-1, 3).astype(np.float64)
+        self.low, self.high = np.minimum(self.low, values.min(axis=0)), np.maximum(self.high, values.max(axis=0))
+        self.sum += values.sum(axis=0)
+        self.squares += (values**2).sum(axis=0)
+        self.pixels += len(values)
+        self.count += 1
+
+    def result(self) -> Stats:
+        mean = self.sum / self.pixels
+        std = np.sqrt(np.maximum(self.squares / self.pixels - mean**2, 0))
+        values = {"min": self.low, "max": self.high, "mean": mean, "std": std}
+        return {**{name: (value / 255).reshape(3, 1, 1).tolist() for name, value in values.items()}, "count": [self.count]}
+
+
+def merge_stats(parts: Sequence[Stats]) -> Stats:
+    """Statistics of several parts together."""
+    counts = np.array([part["count"][0] for part in parts], np.float64)
+    means, stds = (np.array([part[name] for part in parts], np.float64) for name in ("mean", "std"))
+    weights = (counts / counts.sum()).reshape(-1, *[1] * (means.ndim - 1))
+    mean = (weights * means).sum(axis=0)
+    variance = (weights * (stds**2 + (means - mean) ** 2)).sum(axis=0)
+    return {
+        "min": np.array([part["min"] for part in parts]).min(axis=0).tolist(),
+        "max": np.array([part["max"] for part in parts]).max(axis=0).tolist(),
+        "mean": mean.tolist(),
+        "std": np.sqrt(variance).tolist(),
+        "count": [int(counts.sum())],
+    }
