@@ -14,6 +14,7 @@ from paligemma_vla.config import DataSource, VLAConfig, config_from_dict, load_c
 from paligemma_vla.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+FROZEN = {"model.vlm_config.freeze_vision_tower": True, "model.vlm_config.freeze_language_model": True}
 MINIMAL: dict[str, Any] = {
     "data": {"train_parquet_files": "episodes"},
     "model": {"vlm_config": {"model_name_or_path": "google/paligemma-3b-pt-224"}},
@@ -65,28 +66,21 @@ def test_config_reports_every_fault_with_its_path_and_the_nearest_name() -> None
         assert any(fault.startswith(f"{path}: ") and text in fault for fault in found), (path, found)
 
 
-def test_config_names_an_unknown_key_whatever_it_begins_with() -> None:
-    found = faults({"data.stride": 2, "training.strategy": "ddp", "data.batch_size": "x", "training.epochs": "x"})
-    assert {fault.partition(": ")[0] for fault in found} == {
-        "data.stride",
-        "training.strategy",
-        "data.batch_size",
-        "training.epochs",
-    }
-
-
 def test_config_lists_the_known_names_when_none_is_near() -> None:
     (fault,) = faults({"wandb.zzz": 1})
     assert fault == "wandb.zzz: unknown key; known: enabled, entity, mode, project"
+    assert "known: " in faults({"data.actions.rotation": {"representation": "rotvec", "dimensions": [0, 1, 2], "zz": 1}})[0]
 
 
 def test_config_reports_contradictions_beside_missing_keys() -> None:
-    found = faults({"model.action_head_config": {"horizon": 6, "action_dim": 56}}, {"data": {}, "model": {"vlm_config": {}}})
-    assert {fault.partition(": ")[0] for fault in found} == {
+    head = {"horizon": 6, "action_dim": 56, "num_heads": 3}
+    found = faults({"model.action_head_config": head}, {"data": {}, "model": {"vlm_config": {}}})
+    assert [fault.partition(": ")[0] for fault in found] == [
         "data.train_parquet_files",
         "model.vlm_config.model_name_or_path",
         "model.action_head_config.action_dim",
-    }
+        "model.action_head_config.num_heads",
+    ]
 
 
 def test_config_wrong_type_causes_no_second_made_up_fault() -> None:
@@ -108,14 +102,21 @@ def test_config_action_dim_contradiction_says_where_got_expected_and_remedy() ->
         ({"training.gradient_accumulation_steps": 5}, "training.gradient_accumulation_steps"),
         ({"training.stages": [{"train": "head"}, {"train": "all"}]}, "training.stages.0.steps"),
         ({"training.stages": [{"train": "head", "steps": 4}]}, "training.stages.0.steps"),
-        (
-            {
-                "training.stages": [{"train": "all"}],
-                "model.vlm_config.freeze_vision_tower": True,
-                "model.vlm_config.freeze_language_model": True,
-            },
-            "training.stages",
-        ),
+        ({**FROZEN, "training.stages": [{"train": "all"}]}, "training.stages"),
+        ({**FROZEN, "model.vlm_config.lora": {}}, "model.vlm_config.lora"),
+        ({"model.vlm_config.lora": {"target_modules": "("}}, "model.vlm_config.lora.target_modules"),
+        ({"training.best_metric": "val/action_mae", "training.val_action_samples": 0}, "training.best_metric"),
+        ({"training.checkpoint_dir": "~/runs"}, "training.checkpoint_dir"),
+        ({"training.checkpoint_dir": "s3://"}, "training.checkpoint_dir"),
+        ({"training.cpu_offload": True}, "training.cpu_offload"),
+        ({"training.shard_processes": 2}, "training.shard_processes"),
+        ({"training.parallel": "fsdp", "optimizer.type": "adamw_8bit"}, "optimizer.type"),
+        ({"training.checkpoint_format": "sharded", "training.checkpoint_dir": "s3://b/x"}, "training.checkpoint_format"),
+        ({"data.actions.dimensions": [0]}, "data.actions.dimensions"),
+        ({"data.actions.representation": "delta", "data.actions.state_dimensions": [0]}, "data.actions.state_dimensions"),
+        ({"data.actions.rotation": {"representation": "rotvec", "dimensions": [0]}}, "data.actions.rotation.dimensions"),
+        ({"model.action_head_config.mlp_ratio": 1e-9}, "model.action_head_config.mlp_ratio"),
+        ({"model.action_head_config.num_flow_samples": 10**4}, "model.action_head_config.num_flow_samples"),
     ],
 )
 def test_config_refuses_contradictions(overrides: dict[str, Any], path: str) -> None:
@@ -152,40 +153,25 @@ def test_config_converts_nothing_silently(key: str, value: object) -> None:
         ("data.prompt_max_len", 10**6),
         ("data.normalization_stats_path", ""),
         ("data.train_parquet_files", ""),
-        ("data.train_parquet_files", "a\0b"),
         ("data.train_parquet_files", [{"path": "a", "weight": 1e300}]),
         ("model.action_head_config.embed_dim", 10**6),
         ("model.action_head_config.num_layers", 10**5),
         ("model.action_head_config.horizon", 10**30),
         ("model.action_head_config.horizon", -1),
         ("model.action_head_config.mlp_ratio", 1e9),
-        ("model.action_head_config.mlp_ratio", 1e-9),
-        ("model.action_head_config.num_flow_samples", 10**4),
         ("optimizer.betas", [0.9, 1.0]),
         ("optimizer.lr", 1e300),
         ("training.seed", 2**64),
         ("training.experiment_name", ".."),
         ("training.experiment_name", "x" * 300),
         ("training.checkpoint_dir", "\ud800"),
-        ("wandb.entity", "a\0"),
+        ("data.actions.dimensions", [-1]),
     ],
 )
 def test_config_refuses_what_no_run_can_mean(key: str, value: object) -> None:
     (fault,) = faults({key: value})
     assert fault.startswith(key)
     assert len(fault) < 300
-
-
-def test_config_refuses_more_action_tokens_than_a_batch_can_hold() -> None:
-    head = "model.action_head_config"
-    (fault,) = faults({f"{head}.num_flow_samples": 200, f"{head}.horizon": 100})
-    assert fault.startswith(f"{head}.num_flow_samples: got 200, expected num_flow_samples * horizon (100) of at most 8192")
-
-
-def test_config_shows_no_number_that_python_would_not_write() -> None:
-    assert faults({"data.batch_size": 16**5000}) == [
-        "data.batch_size: got a number of thousands of digits, expected: less than 2147483648"
-    ]
 
 
 def test_config_names_a_key_that_is_no_text() -> None:
@@ -267,42 +253,20 @@ def test_yaml_merge_keys_give_defaults_that_other_keys_replace() -> None:
     assert parse_yaml(text, "f.yaml")["more"] == {"a": 1, "b": 3}
 
 
-def test_yaml_refuses_aliases_that_unfold_without_end() -> None:
-    laughs = "\n".join(["l0: &l0 [x]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40))])
-    for text in (laughs, "a: &a [*a]", "a: &a {b: {c: *a}}", laughs.replace("[", "{<<: [").replace("]", "]}")):
-        with pytest.raises(ConfigError, match=r"f\.yaml: not valid YAML: .*(more than 100000 values|merging)"):
-            parse_yaml(text, "f.yaml")
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("number", ["1" * 10**6 + "e", "1." + "1" * 10**6 + "e", "1_" * 10**5 + "e", "1e" + "1" * 10**6 + "x"])
-def test_yaml_text_that_nearly_is_a_number_takes_no_time(number: str) -> None:
-    assert parse_yaml(f"x: {number}", "f.yaml") == {"x": number}
-
-
-@pytest.mark.parametrize("text", ["[" * 10_000, "{a: " * 10_000, "- " * 10_000])
-def test_yaml_refuses_endless_nesting(text: str) -> None:
-    with pytest.raises(ConfigError, match="nested too deeply"):
-        parse_yaml(text, "f.yaml")
-
-
-def test_yaml_refuses_a_file_too_large_to_be_a_configuration(tmp_path: Path) -> None:
-    (tmp_path / "big.yaml").write_bytes(b"a" * 2**21)
-    for path in (tmp_path / "big.yaml", Path("/dev/zero")):
-        with pytest.raises(ConfigError, match=f"{path}: got more than 1 MB, expected a configuration"):
-            load_config(path)
-
-
-@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "!!timestamp x", "!!float x", "!!binary é", "2024-13-45"])
-def test_yaml_values_that_their_tags_cannot_take_name_the_file(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"^f\.yaml: not valid YAML: .+"):
-        parse_yaml(f"a: {value}", "f.yaml")
-
-
-@pytest.mark.parametrize("text", ["a: [1", "a: !!python/object/apply:os.system [ls]", "\t- a", "a: b: c", "? [1]\n: 2\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["a: [1", "a: !!python/object/apply:os.system [ls]", "\t- a", "a: b: c", "? [1]\n: 2\n", "[" * 10_000, "a: &a [*a]"]
+    + [f"a: {value}" for value in ("!!bool x", "!!int ''", "!!timestamp x", "!!binary é", "2024-13-45", "1" * 5000, '"\\0"')],
+)
 def test_yaml_faults_name_the_file(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^f\.yaml: not valid YAML: "):
+    with pytest.raises(ConfigError, match=r"^f\.yaml: not valid YAML: ."):
         parse_yaml(text, "f.yaml")
+
+
+def test_values_too_large_to_show_cost_nothing() -> None:
+    aliases = "\n".join(["l0: &l0 [x]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40))])
+    found = faults({"wandb.entity": parse_yaml(aliases, "f.yaml")["l39"], "data.batch_size": 16**5000})
+    assert all(len(fault) < 300 for fault in found)
 
 
 def test_set_assignments_are_yaml() -> None:
@@ -342,7 +306,13 @@ def test_load_config_reads_a_file_and_its_overrides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read"), (b"\xff\xfe\x00", "cannot read|not valid YAML"), (b"", "got NoneType"), (b"- a", "got list")],
+    [
+        (None, "cannot read"),
+        (b"\xff\xfe\x00", "cannot read"),
+        (b"", "got NoneType"),
+        (b"- a", "got list"),
+        (b"a" * 2**21, "more than 1 MB"),
+    ],
 )
 def test_load_config_names_a_file_it_cannot_use(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "c.yaml"

@@ -1,22 +1,21 @@
 """The configuration: YAML in, one typed, frozen, strict object out.
 
-Every fault is reported at once, each with its dotted path and the nearest known name. What a run resolved to is written back
-by `to_yaml`, complete, into the run's folder and into every checkpoint.
+Each section declares its keys and checks what its keys say about each other. All faults are reported at once, each with its
+dotted path and the nearest known name. `to_yaml` writes the complete, resolved configuration into the run's folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import re
+import reprlib
 import sys
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError, model_validator
 
 from paligemma_vla.errors import ConfigError, closest, first_line
 from paligemma_vla.schema import ROTATIONS
@@ -24,13 +23,14 @@ from paligemma_vla.storage import is_url, read_file, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
-LARGEST_FILE, MOST_VALUES = 2**20, 100_000
+LARGEST_FILE = 2**20  # bytes
 MOST_ACTION_TOKENS = 8192
 LINEAR_LAYERS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
 
-# No count of this project can mean more, and numbers beyond overflow in the libraries below.
+# Files of a run's folder.
 RUN_CONFIG, RUN_STATISTICS, RUN_ENVIRONMENT = "config.yaml", "normalization_stats.json", "environment.json"
 
+# No count of this project can mean more, and larger numbers overflow in the libraries below.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -39,18 +39,28 @@ PathText = Annotated[str, Field(min_length=1)]
 ClassPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
+class Contradictions(ValueError):
+    """Keys of a section that cannot stand together. faults: (key below the section, message)."""
+
+    def __init__(self, faults: list[tuple[str, str]]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversion between types, every number finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    @field_validator("*")
-    @classmethod
-    def _without_nul(cls, value: Any) -> Any:
-        """No file system, and no C string, can hold a NUL character."""
-        if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError("text without NUL characters")
-        return value
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Faults that no single key shows: (key, message). Called when each key of the section is right by itself."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _without_contradictions(self) -> Self:
+        if faults := list(self.contradictions()):
+            raise Contradictions(faults)
+        return self
 
 
 class DataSource(Section):
@@ -58,7 +68,17 @@ class DataSource(Section):
     weight: float = Field(1.0, gt=0, le=1e6, description="Share of the samples drawn from here, relative to the other sources.")
 
 
-ParquetFiles = PathText | Annotated[tuple[PathText | DataSource, ...], Field(strict=False, min_length=1)]
+def _form(value: Any) -> str:
+    """Which form of `train_parquet_files` a value has, so that pydantic reports faults of this form alone."""
+    if isinstance(value, (dict, DataSource)):
+        return "(source)"
+    return "(list)" if isinstance(value, (list, tuple)) else "(path)"
+
+
+_by_form = Discriminator(_form, custom_error_type="form", custom_error_message="a path, or a list of paths and {path, weight}")
+ParquetFile = Annotated[Annotated[PathText, Tag("(path)")] | Annotated[DataSource, Tag("(source)")], _by_form]
+FileList = Annotated[tuple[ParquetFile, ...], Field(strict=False, min_length=1)]
+ParquetFiles = Annotated[Annotated[PathText, Tag("(path)")] | Annotated[FileList, Tag("(list)")], _by_form]
 
 
 def source_paths(files: str | Sequence[str | DataSource]) -> list[str]:
@@ -92,6 +112,11 @@ class RotationConfig(Section):
     )
     dimensions: Dimensions = Field(description="Of an action, those that hold it; of several rotations one after the other.")
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        kind, count = self.representation, len(self.dimensions)
+        if count % ROTATIONS[kind]:
+            yield "dimensions", f"got {count}, expected {ROTATIONS[kind]} for {kind}, or a multiple for several rotations"
+
 
 class ActionsConfig(Section):
     representation: Literal["absolute", "chunk_relative", "delta"] = Field(
@@ -99,55 +124,56 @@ class ActionsConfig(Section):
         description="What the model predicts: actions as recorded, from the state at the chunk's start, or each from the last.",
     )
     dimensions: Dimensions | None = Field(
-        None, description="Of an action, those that are converted (numbers or names); null: all not named after a gripper."
+        None, description="Actions' dimensions to convert; null: all not named after a gripper."
     )
     state_dimensions: Dimensions | None = Field(
-        None, description="Of the state, what each of these starts from; null: the same name, else the same number."
+        None, description="The state's, from which these start; null: same name, else same number."
     )
     rotation: RotationConfig | None = Field(None, description="The rotation in the actions: composed, never subtracted.")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        dimensions, starts = self.dimensions, self.state_dimensions
+        if self.representation == "absolute" and (dimensions or starts):
+            key = "dimensions" if dimensions else "state_dimensions"
+            yield key, "got a list with representation: absolute, which converts nothing; delete it, or change representation"
+        elif starts and not dimensions:
+            yield "state_dimensions", "got a list without dimensions, expected both: it says what each of them starts from"
+        elif starts and dimensions and len(dimensions) != len(starts):
+            yield "state_dimensions", f"got {len(starts)}, expected {len(dimensions)}, one for each of dimensions"
 
 
 class DataConfig(Section):
     train_parquet_files: ParquetFiles = Field(description="File, folder, glob, URL of these, list, or [{path, weight}].")
     val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
     val_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of episodes held out when val_parquet_files is null; 0: no validation."
+        0.05, ge=0, lt=1, description="Share of episodes held out without val_parquet_files; 0: no validation."
     )
     exclude_episodes: PathText | None = Field(
-        None, description="Episodes to leave out: list written by `paligemma-vla data check`."
+        None, description="Episodes to leave out; `paligemma-vla data check` writes the list."
     )
     normalization_stats_path: PathText = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
     allow_other_statistics: bool = Field(
-        False,
-        description="Accept statistics whose range the training data leaves: those of another data set, on purpose.",
+        False, description="Accept statistics of another data set, whose range this data leaves."
     )
     state_dim: Positive = Field(7, le=4096, description="Numbers in the state column.")
-    max_seq_len: Positive = Field(
-        1, le=4096, description="Frames in a window that ends at the current step; the model sees its last."
-    )
+    max_seq_len: Positive = Field(1, le=4096, description="Frames in a window that ends at the current step; the last is used.")
     prompt_max_len: Positive = Field(64, le=4096, description="Longest instruction in tokens, `<bos>` and newline included.")
     prompt_overflow: Literal["error", "truncate"] = Field("error", description="What to do with a longer instruction.")
     image_resize: Literal["stretch", "pad"] = Field("stretch", description="stretch as PaliGemma does, or pad to a square.")
-    pad_action_dim: bool = Field(
-        False, description="Accept data with fewer action numbers than per_action_dim: padded, and left out of the loss."
-    )
+    pad_action_dim: bool = Field(False, description="Accept actions of fewer numbers: padded, and left out of the loss.")
     actions: ActionsConfig = Field(default_factory=ActionsConfig)
     batch_size: Positive = Field(32, description="Samples per optimiser step, over all processes and accumulation.")
     num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in place.")
     prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
     pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
-    cache_mb: NonNegative = Field(
-        256, description="Still-compressed row groups kept in memory in random reading, per loader process, MB."
-    )
+    cache_mb: NonNegative = Field(256, description="Compressed row groups kept in memory, per loader process, MB.")
     reading: Literal["random", "streamed"] | None = Field(
         None,
         description="How training data is read: row by row in random order, or block by block in a shuffled stream; null: "
         "streamed when a training source is a URL.",
     )
-    stream_block_mb: float = Field(
-        1.0, gt=0, le=4096, description="About what one request reads when data is streamed: whole episodes, MB."
-    )
+    stream_block_mb: float = Field(1.0, gt=0, le=4096, description="Size of a block when data is streamed: whole episodes, MB.")
     stream_window: Positive = Field(4, le=4096, description="Blocks that each slot of the batch mixes when data is streamed.")
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
 
@@ -171,14 +197,11 @@ class LoRAConfig(Section):
         description="Regular expression that the whole name of a linear layer matches; those of frozen towers are left out.",
     )
 
-    @field_validator("target_modules")
-    @classmethod
-    def _is_expression(cls, value: str) -> str:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         try:
-            re.compile(value)
+            re.compile(self.target_modules)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"a regular expression ({error})") from error
-        return value
+            yield "target_modules", f"got {_quoted(self.target_modules)}, expected a regular expression ({error})"
 
 
 class VLMConfig(Section):
@@ -196,15 +219,25 @@ class VLMConfig(Section):
         "CPU without AVX-512 BF16 computes in float32.",
     )
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
-    activation_checkpointing: bool | Literal["selective"] = Field(
-        False,
-        description="Recompute activations in backward: less memory, ~30 % slower; selective: keep those of matrix products.",
+    activation_checkpointing: Literal[False, True, "selective"] = Field(
+        False, description="Compute activations again in backward; selective: keep matrix products."
     )
 
     @property
     def cameras(self) -> int:
         """Number of cameras the model looks at."""
         return self.num_cameras if self.num_cameras is not None else 1 + self.use_aux_camera
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the backbone learns."""
+        return self.freeze_vision_tower and self.freeze_language_model
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.num_cameras == 1 and self.use_aux_camera:
+            yield "num_cameras", "got 1 with use_aux_camera: true; delete one of the two"
+        if self.frozen and self.lora is not None:
+            yield "lora", "frozen towers get no adapters, and both are frozen; delete lora, or unfreeze one"
 
 
 class ActionHeadConfig(Section):
@@ -230,6 +263,19 @@ class ActionHeadConfig(Section):
                 raw = {**raw, "action_dim": product[0] * product[1]}
         return raw
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        product = self.horizon * self.per_action_dim
+        if self.action_dim != product:
+            factors = f"horizon * per_action_dim = {self.horizon} * {self.per_action_dim} = {product}"
+            yield "action_dim", f"got {self.action_dim}, expected {factors}; delete it, or fix horizon"
+        if self.embed_dim % (2 * self.num_heads):
+            yield "num_heads", f"got {self.num_heads}, expected 2 * num_heads to divide embed_dim ({self.embed_dim})"
+        if self.num_flow_samples * self.horizon > MOST_ACTION_TOKENS:
+            most = MOST_ACTION_TOKENS // self.horizon
+            yield "num_flow_samples", f"got {self.num_flow_samples}, expected at most {most} with horizon {self.horizon}"
+        if self.mlp_ratio * self.embed_dim < 1:
+            yield "mlp_ratio", f"got {self.mlp_ratio}, expected mlp_ratio * embed_dim ({self.embed_dim}) of at least 1"
+
 
 class ModelConfig(Section):
     vlm_config: VLMConfig
@@ -244,9 +290,7 @@ class StageConfig(Section):
 class TrainingConfig(Section):
     epochs: Positive = Field(10, description="Passes over the training samples.")
     max_steps: Positive | None = Field(None, description="End after this many optimiser steps, schedule included.")
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Order, augmentation, flow time and noise are functions of it and the position."
-    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Order, augmentation, flow time and noise depend on it and the position.")
     grad_clip_norm: float = Field(1.0, gt=0, le=1e30, description="Largest gradient norm.")
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
     parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
@@ -254,14 +298,10 @@ class TrainingConfig(Section):
         description="How processes hold the model: each all of it (ddp), in shards (fsdp), or in shards within groups.",
     )
     shard_processes: Positive | None = Field(
-        None, description="hsdp: processes of a group that shares one copy; null: those of one machine."
+        None, description="hsdp: processes that share one copy; null: those of one machine."
     )
-    cpu_offload: bool = Field(
-        False, description="fsdp, hsdp: weights, gradients and optimiser in the machine's memory; slow, fits far more."
-    )
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Moving average of the weights, used by validation and Policy; 0: off."
-    )
+    cpu_offload: bool = Field(False, description="fsdp, hsdp: keep weights and optimiser in the machine's memory: slow.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Moving average of the weights, for validation and Policy; 0: off.")
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field((), description="E.g. head first, then all.")
     log_interval: Positive = Field(10, description="Optimiser steps between log lines.")
     validate_every_n_steps: Positive | None = Field(None, description="null: at the end of each epoch.")
@@ -270,9 +310,7 @@ class TrainingConfig(Section):
     best_metric: Literal["val/epoch_loss", "val/action_mae"] = Field("val/epoch_loss", description="What best means (lower).")
     save_every_n_epochs: Positive = Field(1, description="Epochs between numbered checkpoints.")
     save_every_n_steps: Positive | None = Field(None, description="Also save in mid-epoch, every so many optimiser steps.")
-    keep_last: Positive | None = Field(
-        None, description="Checkpoints to keep besides best; null: all of whole epochs, and of the others the last."
-    )
+    keep_last: Positive | None = Field(None, description="Checkpoints kept besides best; null: every numbered one.")
     checkpoint_format: Literal["file", "sharded"] | None = Field(
         None,
         description="file: one .pth.tar; sharded: a folder to which every process writes while training goes on; null: sharded "
@@ -280,11 +318,11 @@ class TrainingConfig(Section):
     )
     stop_when_save_fails: bool = Field(False, description="On a full disk: stop; false: say so, keep the old ones, go on.")
     max_skipped_steps: Positive = Field(
-        10, description="Steps in a row with NaN or infinity in loss or gradient; each is skipped, then the run stops."
+        10, description="Steps in a row skipped for NaN or infinity, after which the run stops."
     )
     checkpoint_dir: PathText = Field("experiments", description="Folder that holds the runs, or its URL (s3://, gs://, ...).")
     experiment_name: str = Field(
-        "default", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=128, description="Folder of this run."
+        "default", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=128, description="This run's folder."
     )
     stop_after_epoch: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
     stop_after_step: Positive | None = Field(None, description="End early, saved, as an interrupted run would be.")
@@ -301,11 +339,25 @@ class TrainingConfig(Section):
             return self.parallel != "ddp" and not is_url(self.checkpoint_dir)
         return self.checkpoint_format == "sharded"
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        for number, stage in enumerate(self.stages, 1):
+            if (stage.steps is None) != (number == len(self.stages)):
+                yield f"stages.{number - 1}.steps", "every stage but the last gives its steps, the last gives none"
+                break
+        if self.best_metric == "val/action_mae" and self.val_action_samples == 0:
+            yield "best_metric", "got val/action_mae with val_action_samples: 0; raise it, or take val/epoch_loss"
+        if re.fullmatch(r"(\w*:)?/*|~.*|\w+:/(?!/).*", self.checkpoint_dir):
+            yield "checkpoint_dir", f"got '{self.checkpoint_dir}', expected a folder (`~` is not expanded) or a URL with a path"
+        if self.parallel == "ddp" and self.cpu_offload:
+            yield "cpu_offload", "got true with parallel: ddp, which keeps the whole model on each GPU; take fsdp or hsdp"
+        if self.parallel != "hsdp" and self.shard_processes is not None:
+            yield "shard_processes", f"got {self.shard_processes} with parallel: {self.parallel}; delete it, or take hsdp"
+        if self.checkpoint_format == "sharded" and is_url(self.checkpoint_dir):
+            yield "checkpoint_format", "got sharded with a URL as checkpoint_dir; take file, or a folder all machines share"
+
 
 class OptimizerConfig(Section):
-    type: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit keeps the moments in 8 bits (torchao): 2 bytes per weight instead of 8."
-    )
+    type: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit keeps the moments in 8 bits (torchao).")
     lr: float = Field(1e-4, gt=0, le=1e30, description="Rate of the action head.")
     vlm_lr: float | None = Field(None, gt=0, le=1e30, description="Rate of the backbone; null: the same.")
     weight_decay: float = Field(0.01, ge=0, le=1e6, description="On matrices; never on norms, biases and embeddings.")
@@ -337,6 +389,16 @@ class VLAConfig(Section):
     lr_scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        batch_size, parts = self.data.batch_size, self.training.gradient_accumulation_steps
+        if batch_size % parts:
+            text = f"got {parts}, expected a divisor of data.batch_size ({batch_size})"
+            yield "training.gradient_accumulation_steps", text
+        if self.model.vlm_config.frozen and any(stage.train == "all" for stage in self.training.stages):
+            yield "training.stages", "the whole backbone is frozen in model.vlm_config, so no stage can train all"
+        if self.training.parallel != "ddp" and self.optimizer.type == "adamw_8bit":
+            yield "optimizer.type", f"got adamw_8bit with parallel: {self.training.parallel}; take adamw, or parallel: ddp"
+
     def to_yaml(self) -> str:
         """The complete configuration; `load_config` reads it back to an equal object."""
         return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120))
@@ -347,8 +409,8 @@ class VLAConfig(Section):
         folder = self.training.checkpoint_dir
         return (working_copy(folder) if is_url(folder) else Path(folder)) / self.training.experiment_name
 
-    def run_place(self, name: str) -> str:
-        """Path, or URL, of something in the run's folder, as a user would name it."""
+    def run_location(self, name: str) -> str:
+        """Path or URL of a file in the run's folder, as a user would name it."""
         return f"{self.run_url}/{name}" if self.run_url is not None else str(self.run_dir / name)
 
     @property
@@ -356,15 +418,6 @@ class VLAConfig(Section):
         """Where the run's folder is published, when `checkpoint_dir` is a URL."""
         folder = self.training.checkpoint_dir
         return f"{folder.rstrip('/')}/{self.training.experiment_name}" if is_url(folder) else None
-
-
-class InvalidConfig(ConfigError):
-    """A configuration with faults. usable: what the right keys make, where enough of them are right. wrong: the others."""
-
-    def __init__(self, where: str, faults: Sequence[str], usable: VLAConfig | None, wrong: Set[str]) -> None:
-        self.where, self.faults, self.usable, self.wrong = where, list(faults), usable, wrong
-        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
-        super().__init__("\n  ".join([f"{where}: {count} in the configuration", *faults]))
 
 
 def own_statistics(config_path: str | Path) -> str | None:
@@ -375,36 +428,14 @@ def own_statistics(config_path: str | Path) -> str | None:
     return str(statistics) if is_run else None
 
 
-def json_schema() -> str:
-    """JSON schema of the configuration, for completion and checking in editors (configs/vla_config.schema.json)."""
-    return json.dumps(VLAConfig.model_json_schema(), indent=2) + "\n"
-
-
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice, and aliases that grow without end."""
+    """SafeLoader that reads 1e-4 as a number (YAML 1.2), and refuses a key given twice and text that no file name can hold."""
 
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None:
-            _unfolded(node, {})
-        return node
-
-
-def _unfolded(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Number of values under a node with every alias written out: nine lines of aliases can stand for a billion.
-
-    sizes: what is known already, by the node's id; infinity while a node is being counted, so one within itself is found.
-    """
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf
-        parts: list[Any] = [] if isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in parts for part in pair]
-        sizes[id(node)] = 1 + sum(_unfolded(part, sizes) for part in parts)
-    if sizes[id(node)] > MOST_VALUES:
-        problem = f"more than {MOST_VALUES} values, with every alias written out,"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    return sizes[id(node)]
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and "\0" in value:
+            raise yaml.constructor.ConstructorError(None, None, "text with a NUL character", node.start_mark)
+        return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -436,23 +467,12 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML; a fault raises `ConfigError` with file, line and column."""
-    if len(text) > LARGEST_FILE:
-        raise ConfigError(
-            f"{where}: got more than {LARGEST_FILE // 2**20} MB, expected a configuration; name folders or globs of data "
-            f"instead of single files"
-        )
+    """Parse YAML. Raises `ConfigError` with file, and line and column where the parser gives them."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except RecursionError as error:
-        raise ConfigError(f"{where}: not valid YAML: brackets or indentations nested too deeply") from error
     except Exception as error:  # of any kind: PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, ...
-        raise ConfigError(f"{where}: not valid YAML: {_kind(error)}{' '.join(str(error).split())}") from error
-
-
-def _kind(error: Exception) -> str:
-    """What to say before an error's text where the text alone ('x', for a KeyError) says nothing."""
-    return "" if isinstance(error, (yaml.YAMLError, TypeError, ValueError)) else "a value that its tag cannot take: "
+        kind = "" if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{where}: not valid YAML: {kind}{' '.join(str(error).split())}") from error
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -473,7 +493,10 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises `ConfigError` with every fault at once.
     """
     try:
-        text = read_file(path, LARGEST_FILE + 1).decode("utf-8")
+        content = read_file(path, LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ValueError(f"more than {LARGEST_FILE // 2**20} MB")
+        text = content.decode("utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot read the configuration ({first_line(error)}); run from the project's folder, or name it with "
@@ -487,245 +510,70 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def config_from_dict(raw: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, where: str = "config") -> VLAConfig:
     """Check a configuration given as nested dictionaries; see `load_config`."""
-    merged: dict[str, Any] = _copy(raw)
+    merged = dict(raw)
     for dotted, value in (overrides or {}).items():
         *parents, leaf = dotted.split(".")
         section = merged
         for name in parents:
             child = section.get(name)
-            section[name] = child if isinstance(child, dict) else {}
-            section = section[name]
+            section[name] = section = dict(child) if isinstance(child, Mapping) else {}  # a copy: `raw` stays as it is
         section[leaf] = value
-    usable: VLAConfig | None
-    wrong: set[str] = set()
     try:
-        usable = VLAConfig.model_validate(merged)
-        faults = []
+        return VLAConfig.model_validate(merged)
     except ValidationError as error:
-        faults = _describe(error)
-        usable, wrong = _mended(merged, error)
-    if usable is not None:
-        faults += _contradictions(usable, wrong)
-        if not faults:
-            return usable
-    raise InvalidConfig(where, faults, usable, wrong)
+        found = error.errors(include_url=False)
+    faults = []
+    for item in found:
+        inside = [other for other in found if other is not item and other["loc"][: len(item["loc"])] == item["loc"]]
+        if not (item["type"] == "too_short" and inside):  # pydantic counts a list without its wrong entries
+            faults += _describe(item)
+    count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+    raise ConfigError("\n  ".join([f"{where}: {count} in the configuration", *faults]))
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return value
-
-
-def _describe(error: ValidationError) -> list[str]:
-    faults: dict[str, str] = {}
-    for item in error.errors():
-        path = _dotted(item["loc"])
-        name = str(item["loc"][-1])
-        if item["type"] == "extra_forbidden":
-            faults[path] = f"{path}: unknown key{closest(name, _known_keys(item['loc'][:-1]))}"
-        elif item["type"] == "missing":
-            faults[path] = f"{path}: missing; it has no default"
-        else:
-            text = f"got {_quoted(item['input'])}, expected: {_lower(item['msg'])}"
-            faults.setdefault(path, f"{path}: {text}")
-    # A union (str or list of str or ...) is reported once per member: the fault furthest inside is the one that helps.
-    unions = ("data.train_parquet_files", "data.val_parquet_files")
-    return [
-        text
-        for path, text in faults.items()
-        if not (path.startswith(unions) and any(other.startswith(f"{path}.") for other in faults))
-    ]
+def _describe(item: Any) -> Iterator[str]:
+    """Messages of one fault that pydantic found."""
+    location = [part for part in item["loc"] if not str(part).startswith("(")]  # without the forms of `_form`
+    path = ".".join(str(part) if str(part).isprintable() else repr(part) for part in location)
+    error = item.get("ctx", {}).get("error")
+    if isinstance(error, Contradictions):
+        for key, text in error.faults:
+            yield f"{path}.{key}: {text}" if path else f"{key}: {text}"
+    elif item["type"] == "extra_forbidden":
+        yield f"{path}: unknown key{closest(str(location[-1]), _section_at(location[:-1]).model_fields)}"
+    elif item["type"] == "missing":
+        yield f"{path}: missing; it has no default"
+    else:
+        message = re.sub(r"^(Value error, |Input should be )", "", item["msg"])
+        yield f"{path}: got {_quoted(item['input'])}, expected: {message[:1].lower()}{message[1:]}"
 
 
 def _quoted(value: Any) -> str:
+    """A value as short text, whatever its size."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 80, 80
     try:
-        text = repr(value)
+        return short.repr(value)[:100]
     except ValueError:  # Python writes no integer of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) < 80 else text[:77] + "..."
+        return f"{type(value).__name__} too long to show"
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
-    """Dotted path of a fault, without the names that pydantic gives to the members of a union."""
-    members = ("str", "constrained-str", "DataSource")
-    location = tuple(part if str(part).isprintable() else repr(part) for part in location)
-    inner = [part for part in location[:-1] if part not in members and not str(part).startswith(("tuple[", "function-"))]
-    last = location[-1]
-    union_member = last in members and "parquet_files" in ".".join(map(str, inner))
-    return ".".join(map(str, inner if union_member or str(last).startswith("tuple[") else [*inner, last]))
+def _section_at(location: Sequence[int | str]) -> type[Section]:
+    """The class of the section that stands at a location."""
+    section: type[Section] = VLAConfig
+    for name in location:
+        if name in section.model_fields:
+            section = next(_sections_in(section.model_fields[str(name)].annotation), section)
+    return section
 
 
-def _mended(raw: dict[str, Any], error: ValidationError) -> tuple[VLAConfig | None, set[str]]:
-    """A configuration of the keys that are right, None where too few are, and the keys that are wrong: so that what the
-    right ones contradict can be told together with the wrong ones."""
-    mended = _copy(raw)
-    wrong: set[str] = set()
-    for item in error.errors():
-        section: Any = mended
-        *parents, leaf = item["loc"]
-        for number, part in enumerate(parents):
-            if not isinstance(section.get(part), dict):
-                leaf, parents = part, parents[:number]  # a fault inside a list, or below something that is no section
-                break
-            section = section[part]
-        wrong.add(".".join(map(str, [*parents, leaf])))
-        section.pop(leaf, None)
-        if leaf in ("train_parquet_files", "model_name_or_path"):
-            section[leaf] = "-"
-    with contextlib.suppress(ValidationError):
-        return VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended}), wrong
-    mended["model"] = {**mended.get("model", {}), "vlm_config": {"model_name_or_path": "-"}}
-    wrong.add("model.vlm_config")
-    with contextlib.suppress(ValidationError):
-        return VLAConfig.model_validate({"data": {"train_parquet_files": "-"}, **mended}), wrong
-    return None, wrong
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Section classes within an annotation such as `tuple[StageConfig, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
-def _lower(message: str) -> str:
-    message = re.sub(r"^(Value error, |Input should be )", "", message)
-    return message[:1].lower() + message[1:]
-
-
-def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
-    """Names known under a path, by walking the section classes."""
-    model: Any = VLAConfig
-    for name in parents:
-        if isinstance(name, int):
-            model = StageConfig
-        elif name == "DataSource":
-            model = DataSource
-        elif isinstance(model, type) and issubclass(model, BaseModel) and name in model.model_fields:
-            model = model.model_fields[name].annotation
-            model = next((part for part in get_args(model) if isinstance(part, type)), model)  # of `Section | None`
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _contradictions(config: VLAConfig, wrong: Set[str] = frozenset()) -> list[str]:
-    """Faults that no single key shows. Those that rest on a key (or section) in `wrong` are left out."""
-    head, data, training = config.model.action_head_config, config.data, config.training
-    vlm = config.model.vlm_config
-    product = head.horizon * head.per_action_dim
-    last = len(training.stages) - 1
-    open_stages = [n for n, stage in enumerate(training.stages) if (stage.steps is None) != (n == last)]
-    whole_backbone_frozen = vlm.freeze_vision_tower and vlm.freeze_language_model
-    head_path, vlm_path = "model.action_head_config", "model.vlm_config"
-    checks = [
-        (
-            head.action_dim != product,
-            [f"{head_path}.{name}" for name in ("action_dim", "horizon", "per_action_dim")],
-            f"got {head.action_dim}, expected horizon * per_action_dim = {head.horizon} * {head.per_action_dim} = {product}; "
-            f"delete it, or fix horizon",
-        ),
-        (
-            head.embed_dim % (2 * head.num_heads) != 0,
-            [f"{head_path}.num_heads", f"{head_path}.embed_dim"],
-            f"got {head.num_heads}, expected embed_dim ({head.embed_dim}) to be a multiple of 2 * num_heads",
-        ),
-        (
-            head.num_flow_samples * head.horizon > MOST_ACTION_TOKENS,
-            [f"{head_path}.num_flow_samples", f"{head_path}.horizon"],
-            f"got {head.num_flow_samples}, expected num_flow_samples * horizon ({head.horizon}) of at most "
-            f"{MOST_ACTION_TOKENS}: so many action tokens per sample pass through the head",
-        ),
-        (
-            int(head.mlp_ratio * head.embed_dim) < 1,
-            [f"{head_path}.mlp_ratio", f"{head_path}.embed_dim"],
-            f"got {head.mlp_ratio}, expected at least one hidden unit: mlp_ratio * embed_dim ({head.embed_dim}) of at least 1",
-        ),
-        (
-            vlm.num_cameras == 1 and vlm.use_aux_camera,
-            [f"{vlm_path}.num_cameras", f"{vlm_path}.use_aux_camera"],
-            "got 1 with use_aux_camera: true; delete one of the two",
-        ),
-        (
-            data.batch_size % training.gradient_accumulation_steps != 0,
-            ["training.gradient_accumulation_steps", "data.batch_size"],
-            f"got {training.gradient_accumulation_steps}, expected a divisor of data.batch_size ({data.batch_size})",
-        ),
-        (
-            bool(open_stages),
-            [f"training.stages.{next(iter(open_stages), 0)}.steps"],
-            "every stage but the last gives its steps, the last gives none",
-        ),
-        (
-            training.best_metric == "val/action_mae" and training.val_action_samples == 0,
-            ["training.best_metric", "training.val_action_samples"],
-            "got val/action_mae with val_action_samples 0, which measures none; raise it, or take val/epoch_loss",
-        ),
-        (
-            re.fullmatch(r"(\w*:)?/*|~.*|\w+:/(?!/).*", training.checkpoint_dir) is not None,
-            ["training.checkpoint_dir"],
-            f"got '{training.checkpoint_dir}', expected a folder, or a URL with a place in it; `~` is not expanded",
-        ),
-        (
-            whole_backbone_frozen and vlm.lora is not None,
-            [f"{vlm_path}.lora", f"{vlm_path}.freeze_vision_tower", f"{vlm_path}.freeze_language_model"],
-            "frozen towers get no adapters, and both are frozen; delete lora, or unfreeze one",
-        ),
-        (
-            whole_backbone_frozen and any(stage.train == "all" for stage in training.stages),
-            ["training.stages", vlm_path],
-            "the whole backbone is frozen in model.vlm_config, so no stage can train all",
-        ),
-        (
-            training.parallel == "ddp" and training.cpu_offload,
-            ["training.cpu_offload", "training.parallel"],
-            "got true with parallel: ddp, which keeps the whole model on each GPU; take fsdp or hsdp",
-        ),
-        (
-            training.parallel != "hsdp" and training.shard_processes is not None,
-            ["training.shard_processes", "training.parallel"],
-            f"got {training.shard_processes} with parallel: {training.parallel}; delete it, or take hsdp",
-        ),
-        (
-            training.parallel != "ddp" and config.optimizer.type == "adamw_8bit",
-            ["optimizer.type", "training.parallel"],
-            f"got adamw_8bit with parallel: {training.parallel}; take adamw, whose moments are in shards then, or ddp",
-        ),
-        (
-            training.checkpoint_format == "sharded" and is_url(training.checkpoint_dir),
-            ["training.checkpoint_format", "training.checkpoint_dir"],
-            "got sharded with a URL as checkpoint_dir; take file, or a folder that all machines share",
-        ),
-        *_action_checks(data.actions),
-    ]
-    return [
-        f"{keys[0]}: {text}"
-        for broken, keys, text in checks
-        if broken and not any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
-    ]
-
-
-def _action_checks(actions: ActionsConfig) -> list[tuple[bool, list[str], str]]:
-    """Contradictions within `data.actions`: whether there is one, the keys it rests on, what to say."""
-    path = "data.actions"
-    dimensions, starts = actions.dimensions, actions.state_dimensions
-    given = [name for name in ("dimensions", "state_dimensions") if getattr(actions, name) is not None]
-    checks = [
-        (
-            actions.representation == "absolute" and bool(given),
-            [f"{path}.{name}" for name in (*given, "representation")],
-            "got a list with representation: absolute, which converts nothing; delete it, or take another representation",
-        ),
-        (
-            given == ["state_dimensions"],
-            [f"{path}.state_dimensions", f"{path}.dimensions"],
-            "got a list without dimensions, expected both: it says what each of them starts from",
-        ),
-        (
-            dimensions is not None and starts is not None and len(dimensions) != len(starts),
-            [f"{path}.state_dimensions", f"{path}.dimensions"],
-            f"got {len(starts or ())}, expected {len(dimensions or ())}, one for each of dimensions",
-        ),
-    ]
-    if actions.rotation is not None:
-        kind, count = actions.rotation.representation, len(actions.rotation.dimensions)
-        keys = [f"{path}.rotation.{name}" for name in ("dimensions", "representation")]
-        text = f"got {count}, expected {ROTATIONS[kind]}, as many as {kind} takes, or a multiple for several rotations"
-        checks.append((count % ROTATIONS[kind] != 0, keys, text))
-    return checks
-
-
-if __name__ == "__main__":  # `make schema`
-    sys.stdout.write(json_schema())
+if __name__ == "__main__":  # `make schema`: for completion and checking in editors
+    sys.stdout.write(json.dumps(VLAConfig.model_json_schema(), indent=2) + "\n")

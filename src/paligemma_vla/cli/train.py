@@ -155,7 +155,7 @@ def _train_in(
     with distributed.local_main_first():
         _bring_here(resume, mirror)
     if resume_checkpoint == "auto" and resume is None and distributed.main:
-        logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_place("checkpoints"))
+        logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_location("checkpoints"))
     trainer = Trainer(config, distributed, resume, force, verified)
 
     def begin() -> BaseFileLock:  # only now: a run that cannot begin leaves no trace
@@ -172,7 +172,7 @@ def _train_in(
         report = write_run_report(config, trainer.data.train)
         if mirror is not None:
             mirror.publish(config.training.keep_last)
-        places = config.run_place("checkpoints"), config.run_place(report.name)
+        places = config.run_location("checkpoints"), config.run_location(report.name)
         logger.info("finished; checkpoints in %s, report: %s", *places)
         end_run(lock)
 

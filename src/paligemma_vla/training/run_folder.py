@@ -66,7 +66,7 @@ def begin_run(
     statistics = run_dir / RUN_STATISTICS
     data.train.preprocessor.statistics.save(statistics)
     # Its own copy: the file it came from may be computed anew.
-    own = config.data.model_copy(update={"normalization_stats_path": config.run_place(RUN_STATISTICS)})
+    own = config.data.model_copy(update={"normalization_stats_path": config.run_location(RUN_STATISTICS)})
     atomic_write(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml())
     _record_start(run_dir, describe_start(data, distributed, step))
     handler = logging.FileHandler(run_dir / "logs" / "train.log")

@@ -214,9 +214,9 @@ class Trainer:
             reason,
             self.step,
             self.total_steps,
-            self.config.run_place(f"checkpoints/{self._checkpoint_name()}"),
+            self.config.run_location(f"checkpoints/{self._checkpoint_name()}"),
             "python main_train_ddp.py" if several else "paligemma-vla train",
-            shlex.quote(self.config.run_place("config.yaml")),
+            shlex.quote(self.config.run_location("config.yaml")),
             " (and the same processes)" if several else "",
         )
 
