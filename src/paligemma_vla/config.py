@@ -431,7 +431,7 @@ def own_statistics(config_path: str | Path) -> str | None:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.2), and refuses a key given twice and text that no file name can hold."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         if isinstance(value, str) and "\0" in value:
             raise yaml.constructor.ConstructorError(None, None, "text with a NUL character", node.start_mark)
@@ -522,7 +522,7 @@ def config_from_dict(raw: Mapping[str, Any], overrides: Mapping[str, Any] | None
         return VLAConfig.model_validate(merged)
     except ValidationError as error:
         found = error.errors(include_url=False)
-    faults = []
+    faults: list[str] = []
     for item in found:
         inside = [other for other in found if other is not item and other["loc"][: len(item["loc"])] == item["loc"]]
         if not (item["type"] == "too_short" and inside):  # pydantic counts a list without its wrong entries

@@ -1,0 +1,145 @@
+"""Damaged configurations: each is used, or refused with one message and exit status 2; never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from paligemma_vla.cli.main import main
+from paligemma_vla.config import config_from_dict, load_config
+from paligemma_vla.data.statistics import compute_statistics
+from paligemma_vla.errors import ConfigError
+from support import config_dict, write_episodes
+from zygote import Zygote
+
+SNIPPETS = (
+    *("\t", "- ", "? ", ": ", "[", "{", "}", "&a ", "*a", "<<: *a\n", "<<: 3\n", "---\n", '"', "|", "%", "@", "\0", "é", "\r"),
+    *("0x", "!!int ", "!!bool x", "!!timestamp x", "!!binary é", "!!set {a}", "!!omap [a: 1]", "!!python/name:os.system "),
+    *("!unknown ", "2024-13-45", "1" * 5000, "[" * 5000, "&a [*a]", "\\ud800", "\ufeff"),
+)  # fmt: skip
+PATHS = ("", ".", "..", "/nonexistent/x", "/etc/passwd", "/dev/null", "x" * 5000, "~", "*", "[", "os:system", "torch.nn:Linear")
+TEXT = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), max_size=20)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(PATHS) | st.binary(max_size=3)
+FURTHER = st.sampled_from([0, 1, -1, 10**6, 2**31, 2**63, 10**30, 16**5000, 1e300, datetime.date(2024, 1, 2), "a\0b", "\ud800"])
+VALUES = SCALARS | FURTHER | st.lists(SCALARS, max_size=3) | st.dictionaries(SCALARS, SCALARS, max_size=2)
+
+
+def leaves(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of every value that is no section."""
+    if not isinstance(tree, dict) or not tree:
+        return [prefix]
+    return [path for key, value in tree.items() for path in leaves(value, (*prefix, key))]
+
+
+def mutate_tree(draw: Any, text: str) -> str:
+    """Change, lose, add or rename up to three keys or sections."""
+    tree = yaml.safe_load(text)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(leaves(tree)))
+        *parents, key = path[: draw(st.integers(1, len(path)))] if draw(st.booleans()) else path
+        section = tree
+        for name in parents:
+            section = section[name]
+        kind = draw(st.sampled_from(["change", "change", "lose", "add", "rename"]))
+        if kind == "change":
+            section[key] = draw(VALUES)
+        elif kind == "add":
+            section[draw(TEXT | st.integers() | st.none())] = draw(VALUES)
+        else:
+            value = section.pop(key)
+            if kind == "rename":
+                section[f"{key}{draw(TEXT)}"] = value
+        if not isinstance(tree, dict) or not tree:
+            break
+    return str(yaml.dump(tree, sort_keys=False)) if draw(st.integers(0, 9)) else str(yaml.dump(tree, default_flow_style=True))
+
+
+def mutate_text(draw: Any, text: str) -> bytes:
+    """Put snippets in, take characters out, repeat a line, cut the end, or change the encoding."""
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, len(text)))
+        kind = draw(st.sampled_from(["insert", "delete", "repeat", "cut"]))
+        if kind == "insert":
+            text = text[:place] + draw(st.sampled_from(SNIPPETS) | TEXT) + text[place:]
+        elif kind == "delete":
+            text = text[:place] + text[place + draw(st.integers(1, 40)) :]
+        elif kind == "repeat":
+            text = text[:place] + (text[place:].partition("\n")[0] + "\n") * 2 + text[place:]
+        else:
+            text = text[: max(1, place)]
+    return text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-16", "utf-8-sig"])), "surrogatepass")
+
+
+def mutate(draw: Any, text: str) -> bytes:
+    return mutate_text(draw, text) if draw(st.booleans()) else mutate_tree(draw, text).encode("utf-8", "surrogatepass")
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder, with a few short episodes, their statistics and sound.yaml: a run of three steps."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_episodes(folder / "data", lengths=(6, 2, 9, 4, 1), per_file=5)
+    compute_statistics(str(folder / "data"), "test").save(folder / "statistics.json")
+    raw = config_dict(tiny_model_dir, folder / "data", folder / "statistics.json", Path("experiments"))
+    raw["data"]["batch_size"] = 6
+    raw["wandb"] = {"mode": "offline"}
+    raw["data"]["actions"] = {"representation": "delta", "dimensions": [0], "state_dimensions": [1]}
+    raw["training"]["stages"] = [{"train": "head", "steps": 1}, {"train": "all"}]
+    (folder / "sound.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    with contextlib.chdir(folder):
+        yield folder
+
+
+def check(status: int, printed: str) -> None:
+    """What a user must not meet."""
+    assert status in (0, 2), printed
+    assert "Traceback" not in printed
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (status == 2), printed
+    assert len(printed) < 10_000
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_mutated_yaml_is_used_or_refused(workplace: Path, data: st.DataObject) -> None:
+    Path("mutated.yaml").write_bytes(mutate(data.draw, Path("sound.yaml").read_text("utf-8")))
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        status = main(["stats", "--config_path", "mutated.yaml", "--output_path", "mutated.json"])
+    check(status, printed.getvalue())
+    try:
+        config = load_config("mutated.yaml")
+    except ConfigError:
+        assert status == 2
+    else:
+        assert config_from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_training_from_mutated_yaml_runs_or_is_refused(workplace: Path, zygote: Zygote, data: st.DataObject) -> None:
+    Path("mutated.yaml").write_bytes(mutate(data.draw, Path("sound.yaml").read_text("utf-8")))
+    command = ["train", "--config_path", "mutated.yaml", "--device", "cpu", "--set", "training.max_steps=3"]
+    result = zygote.run(command, Path(os.getcwd()), timeout=60)
+    assert not result.hung
+    check(result.status, result.stderr)
+
+
+def test_sound_yaml_trains(workplace: Path, zygote: Zygote) -> None:
+    assert main(["stats", "--config_path", "sound.yaml", "--output_path", "statistics.json"]) == 0
+    result = zygote.run(
+        ["train", "--config_path", "sound.yaml", "--device", "cpu", "--set", "training.max_steps=3"], workplace, 60
+    )
+    assert result.status == 0, result.stderr
