@@ -161,12 +161,30 @@ def test_foreign_formats_are_read_in_random_order_only(tiny_config: ConfigFactor
     preflight._check_reading([preflight.EpisodeIndex.build(truth.name)], tiny_config({"data.train_parquet_files": truth.name}))
 
 
-def test_order_of_weighted_sources_is_of_each_source(
+def test_a_weighted_streamed_run_of_an_older_order_is_refused(tiny_config: ConfigFactory, trained_run: Path) -> None:
+    """Its samples would come in another order from here on. Older checkpoints say nothing of an order."""
+    saved = load_checkpoint(trained_run / "checkpoints" / "last.pth.tar")
+    sources = [{"path": "a", "weight": 3.0}, {"path": "b", "weight": 1.0}]
+    changes = {**STREAMED, "data.train_parquet_files": sources, "optimizer.lr": 5e-3}
+    config = tiny_config(changes, cameras=2)
+    saved["config"] = config.model_dump(mode="json")
+    order = StreamedOrder([np.array([9]), np.array([9])], [3.0, 1.0], 4, 0, 2)
+    now = {**saved["data"], "order": order.version}
+    with pytest.raises(CheckpointError, match=r"data\.train_parquet_files: got the order None .*'streamed by weight, 2'"):
+        check_same_run(saved, config, now, "x")
+    saved["data"] = now
+    check_same_run(saved, config, now, "x")
+
+
+def test_the_order_of_weighted_sources_is_of_each_source_and_stored_with_the_run(
     tiny_config: ConfigFactory, episode_dir: Path, two_camera_dir: Path
 ) -> None:
     sources = [{"path": str(episode_dir), "weight": 3.0}, {"path": str(two_camera_dir), "weight": 1.0}]
     config = tiny_config({**STREAMED, "data.train_parquet_files": sources, "data.batch_size": 8, "data.val_fraction": 0.0})
     _, data, _ = preflight.prepare(config, ALONE)
-    first = int(data.order.sizes[0])
-    counts = [int(np.count_nonzero(data.order.batch(step)[1] < first)) for step in range(8)]
-    assert counts == [6] * 8
+    first, total = int(data.order.sizes[0]), data.order.epoch_size
+    drawn = np.concatenate([data.order.batch(step)[1] for step in range(data.order.steps_per_epoch)])
+    assert np.count_nonzero(drawn < first) == round(0.75 * total)
+    assert data.fingerprint["order"] == data.order.version
+    unweighted = config.model_copy(update={"data": config.data.model_copy(update={"train_parquet_files": str(episode_dir)})})
+    assert "order" not in preflight.prepare(unweighted, ALONE)[1].fingerprint

@@ -49,9 +49,10 @@ class Data:
 
     @property
     def fingerprint(self) -> dict[str, str | None]:
-        """What tells these episodes from others, wherever they lie."""
+        """What tells these episodes, and the order they come in, from others, wherever they lie."""
         validation = None if self.validation is None else self.validation.index.fingerprint
-        return {"training": self.train.index.fingerprint, "validation": validation}
+        names = {"training": self.train.index.fingerprint, "validation": validation}
+        return names if self.order.version is None else {**names, "order": self.order.version}
 
 
 def prepare(
@@ -225,8 +226,7 @@ def _block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> Blo
     blocks = cut_blocks(index, data.stream_block_mb * 1e6)
     parts = config.training.gradient_accumulation_steps
     slots = parts * math.ceil(math.ceil(data.batch_size / (processes * parts)) / max(1, data.num_workers))
-    streams = slots + len(_sources(config)) - 1  # a slot may serve more than one source, but all slots few of them
-    room = pool_bytes(blocks, streams, data.stream_window, AHEAD)
+    room = pool_bytes(blocks, slots, data.stream_window, AHEAD)
     logger.info(
         "data is streamed in %d blocks of %.3g MB; a loader process keeps up to %.3g MB of them",
         len(blocks),

@@ -69,6 +69,11 @@ def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Map
                 f"data.{key}: other {name} episodes ({_short(saved['data'][name])} in the checkpoint, "
                 f"{_short(fingerprint[name])} now)"
             )
+    if saved["data"].get("order") != fingerprint.get("order"):
+        differences.append(
+            f"data.train_parquet_files: got the order {saved['data'].get('order')!r} in the checkpoint, expected "
+            f"{fingerprint.get('order')!r}: weighted sources come in another order when they are streamed by this version"
+        )
     if _other_backbone(saved, old.model.vlm_config, config.model.vlm_config):
         differences.append(
             f"model.vlm_config.model_name_or_path: {old.model.vlm_config.model_name_or_path} in the checkpoint, "
