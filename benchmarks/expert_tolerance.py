@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from paligemma_vla.evaluation.envs.metaworld import HAND, HANDLE, MetaWorldEnvironment
-from paligemma_vla.evaluation.envs.metaworld_experts import SWEEPS
+from paligemma_vla.evaluation.envs.metaworld_tasks import SWEEPS
 
 STARTS = 30
 ERRORS = (-10, -8, -6, -5, -4, -3, -2, 0, 2, 3, 4, 5, 6, 8, 10)  # cm

@@ -16,21 +16,21 @@ from PIL import Image
 from paligemma_vla.cli import rollout as command
 from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.envs import make_environment
-from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_SPEC, SPEC
+from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
 from paligemma_vla.evaluation.episode import Condition, check_compatible, play
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
 from paligemma_vla.evaluation.videos import caption
 
 METADATA = {
     "cameras": ["image_1"],
-    "camera_names": list(SPEC.cameras),
+    "camera_names": list(SPEC.metadata.cameras),
     "state_dim": 4,
     "action_dim": 4,
     "image_orientation": "upright",
     "control_hz": 80.0,
-    "state_names": list(SPEC.state_names),
-    "action_names": list(SPEC.action_names),
-    "action_convention": SPEC.action_convention,
+    "state_names": list(SPEC.metadata.state_names),
+    "action_names": list(SPEC.metadata.action_names),
+    "action_convention": SPEC.metadata.action_convention,
 }
 
 
@@ -51,9 +51,9 @@ class Expert:
 class Absolute(Expert):
     metadata = METADATA | {
         "action_representation": "absolute",
-        "action_names": list(ABSOLUTE_SPEC.action_names),
-        "action_convention": ABSOLUTE_SPEC.action_convention,
-        "action_units": list(ABSOLUTE_SPEC.action_units),
+        "action_names": list(ABSOLUTE_METADATA.action_names),
+        "action_convention": ABSOLUTE_METADATA.action_convention,
+        "action_units": list(ABSOLUTE_METADATA.action_units),
     }
 
 

@@ -15,7 +15,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -103,7 +103,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     env = make_environment(config.env, config.image_size)
     env.use_control(config.control)
     tasks = tuple(dict.fromkeys(env.canonical(task) for task in config.tasks))
-    metadata = env.spec.to_metadata({SETTINGS_KEY: config.settings()})
+    metadata = replace(env.spec.metadata, extra={SETTINGS_KEY: config.settings()})
     env.close()
     episodes = frames = 0
     rates: dict[str, float] = {}
@@ -190,7 +190,7 @@ def _follow_expert(
 
 
 def _episode(env: Environment, seen: list[Observation], actions: list[NDArray[np.float32]], prompt: str) -> Episode:
-    keys = [image_key(number + 1) for number in range(len(env.spec.cameras))]
+    keys = [image_key(number + 1) for number in range(len(env.spec.metadata.cameras))]
     images = [[encode_jpeg(cast(dict[str, Any], view)[key]) for view in seen] for key in keys]
     states = np.stack([view["state"] for view in seen])  # (length, P)
     return Episode([list(camera) for camera in images], states, np.stack(actions).astype(np.float32), prompt, is_terminal=True)

@@ -79,8 +79,8 @@ def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
         expected = getattr(spec, name)
         if metadata.get(name) != expected:
             faults.append(f"{name}: the checkpoint has {metadata.get(name)}, the environment {expected}")
-    if not metadata.get("camera_names") and len(metadata["cameras"]) != len(spec.cameras):
-        faults.append(f"cameras: the checkpoint has {len(metadata['cameras'])}, the environment {len(spec.cameras)}")
+    if not metadata.get("camera_names") and len(metadata["cameras"]) != len(spec.metadata.cameras):
+        faults.append(f"cameras: the checkpoint has {len(metadata['cameras'])}, the environment {len(spec.metadata.cameras)}")
     for name, expected in _meanings(spec).items():
         got = metadata.get(name)
         got = tuple(got) if isinstance(got, list) else got
@@ -93,15 +93,15 @@ def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
 def _meanings(spec: EnvSpec) -> dict[str, Any]:
     """What a checkpoint may or may not know about the robot it was trained on, by the names in `Policy.metadata`."""
     return {
-        "camera_names": spec.cameras,
-        "state_names": spec.state_names,
-        "action_names": spec.action_names,
-        "state_units": spec.state_units,
-        "action_units": spec.action_units,
-        "action_representation": spec.action_representation,
-        "action_convention": spec.action_convention,
-        "image_orientation": spec.image_orientation,
-        "control_hz": spec.control_hz,
+        "camera_names": spec.metadata.cameras,
+        "state_names": spec.metadata.state_names,
+        "action_names": spec.metadata.action_names,
+        "state_units": spec.metadata.state_units,
+        "action_units": spec.metadata.action_units,
+        "action_representation": spec.metadata.action_representation,
+        "action_convention": spec.metadata.action_convention,
+        "image_orientation": spec.metadata.image_orientation,
+        "control_hz": spec.metadata.control_hz,
     }
 
 
@@ -159,7 +159,7 @@ class _Actor:
         assert self._policy is not None
         observation: dict[str, Any] = {**view, schema.PROMPT: self._prompt}
         if self._condition.image == "grey":
-            cameras = [schema.image_key(number + 1) for number in range(len(self._spec.cameras))]
+            cameras = [schema.image_key(number + 1) for number in range(len(self._spec.metadata.cameras))]
             observation |= {key: np.full_like(observation[key], GREY) for key in cameras if key in observation}
         seed = int(self._rng.integers(2**31))
         actions = np.asarray(self._policy.infer(observation, seed=seed, num_steps=self._condition.num_steps)["actions"])

@@ -1,4 +1,4 @@
-"""The small interface behind which every simulator stands, and the registry that builds one by name.
+"""The interface of a simulator, and the registry that builds one by name.
 
 A new simulator is one file beside this one: a class that satisfies `Environment`, and one line in `_REGISTRY`. Its heavy
 imports stay inside that file, so that this module costs nothing.
@@ -6,7 +6,7 @@ imports stay inside that file, so that this module costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,58 +19,42 @@ from paligemma_vla.schema import DatasetMetadata, Observation
 Resets = Literal["demo", "stock"]
 PromptKind = Literal["own", "unseen"]
 Control = Literal["delta", "absolute"]
+_REGISTRY = {"metaworld": "MetaWorldEnvironment"}  # name of the module, and of the class in it
+
+
+def make_environment(name: str, image_size: int = 64) -> Environment:
+    """Build the environment called `name`, with square images of `image_size` pixels.
+
+    Raises `SimulatorError` for an unknown name, a package that is not installed, or missing graphics.
+    """
+    if name not in _REGISTRY:
+        raise SimulatorError(f"environment: got '{name}'{closest(name, _REGISTRY)}")
+    environment: Environment = getattr(importlib.import_module(f"{__name__}.{name}"), _REGISTRY[name])(image_size)
+    return environment
 
 
 @dataclass(frozen=True)
 class EnvSpec:
     """What an environment shows and expects; compared with a policy's metadata before time is spent.
 
-    cameras: a name per camera, in the order image_1, image_2, ...   image_size: height = width, pixels.
-    action_low / action_high: range of each action number.   control_hz: `step` calls per simulated second.
-    state_units / action_units: as in `DatasetMetadata`.   action_representation: whether an action is a `delta` of the
-    target or the `absolute` target.   action_scale: what the full stroke of a delta is in the numbers of an action.
-    max_steps: the longest that an episode of any task lasts; `Environment.max_steps` has the limit of one task.
+    metadata: of episodes recorded here: cameras, names, units, control rate and what an action is.
+    image_size: height = width, pixels.   action_low / action_high: range of each action number.
+    action_scale: what the full stroke of a delta is in the numbers of an action.
     """
 
-    robot: str
-    cameras: tuple[str, ...]
+    metadata: DatasetMetadata
     image_size: int
-    image_orientation: str
-    state_names: tuple[str, ...]
-    action_names: tuple[str, ...]
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
-    action_convention: str
-    control_hz: float
-    max_steps: int
-    state_units: tuple[str, ...]
-    action_units: tuple[str, ...]
-    action_representation: Control
     action_scale: tuple[float, ...]
 
     @property
     def state_dim(self) -> int:
-        return len(self.state_names)
+        return len(self.metadata.state_names)
 
     @property
     def action_dim(self) -> int:
-        return len(self.action_names)
-
-    def to_metadata(self, extra: dict[str, str] | None = None) -> DatasetMetadata:
-        """The metadata of episodes recorded here; `extra` is stored with it."""
-        return DatasetMetadata(
-            robot=self.robot,
-            cameras=self.cameras,
-            state_names=self.state_names,
-            action_names=self.action_names,
-            state_units=self.state_units,
-            action_units=self.action_units,
-            control_hz=self.control_hz,
-            image_orientation=self.image_orientation,
-            action_convention=self.action_convention,
-            action_representation=self.action_representation,
-            extra=extra or {},
-        )
+        return len(self.action_low)
 
 
 @dataclass(frozen=True)
@@ -161,22 +145,3 @@ class Environment(Protocol):
     def close(self) -> None:
         """Free the graphics contexts."""
         ...
-
-
-def _metaworld(image_size: int) -> Environment:
-    from paligemma_vla.evaluation.envs.metaworld import MetaWorldEnvironment
-
-    return MetaWorldEnvironment(image_size)
-
-
-_REGISTRY: dict[str, Callable[[int], Environment]] = {"metaworld": _metaworld}
-
-
-def make_environment(name: str, image_size: int = 64) -> Environment:
-    """Build the environment called `name`, with square images of `image_size` pixels.
-
-    Raises `SimulatorError` for an unknown name, a package that is not installed, or missing graphics.
-    """
-    if name not in _REGISTRY:
-        raise SimulatorError(f"environment: got '{name}'{closest(name, _REGISTRY)}")
-    return _REGISTRY[name](image_size)

@@ -14,47 +14,60 @@ from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest
 from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
-from paligemma_vla.evaluation.envs import metaworld_prompts as language
-from paligemma_vla.evaluation.envs.metaworld_experts import SWEEPS
-from paligemma_vla.evaluation.envs.metaworld_resets import SCENES, ModelPositions, draw_start, move_hand_away
+from paligemma_vla.evaluation.envs.metaworld_tasks import OPPOSITES, SCENES, SWEEPS, TASKS, draw_start, move_hand_away, prompts
 from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
-from paligemma_vla.schema import Observation
+from paligemma_vla.schema import DatasetMetadata, Observation
 
 # MetaWorld's own `corner` cameras come upside down, and look at the arm rather than at what it works on.
 VIEW = View(lookat=(0.02, 0.70, 0.12), distance=1.05, azimuth=135.0, elevation=-40.0)
 STATE_DIM = 4  # of MetaWorld's 39 observed numbers, these say nothing about object and goal
 HAND, HANDLE = slice(0, 3), slice(4, 7)  # of the 39: x, y, z in metres
 DEMO_MAX_STEPS, MAX_STEPS = 150, 500  # MetaWorld refuses a 501st step
+STROKE = 0.01  # metres per unit of a delta, and the furthest that the target moves in one step
 
-SPEC = EnvSpec(
+METADATA = DatasetMetadata(
     robot="metaworld-sawyer",
     cameras=("table",),
-    image_size=64,
     image_orientation="upright",
     state_names=("hand_x", "hand_y", "hand_z", "gripper_open"),
-    action_names=("delta_x", "delta_y", "delta_z", "gripper"),
-    action_low=(-1.0,) * 4,
-    action_high=(1.0,) * 4,
-    action_convention="hand target moves by 1 cm per unit in x, y, z (metres in the world frame); gripper +1 = close",
-    control_hz=80.0,
-    max_steps=MAX_STEPS,
     state_units=("m", "m", "m", "normalised"),
+    action_names=("delta_x", "delta_y", "delta_z", "gripper"),
     action_units=("cm", "cm", "cm", "normalised"),
+    action_convention="hand target moves by 1 cm per unit in x, y, z (metres in the world frame); gripper +1 = close",
     action_representation="delta",
-    action_scale=(1.0,) * 4,
+    control_hz=80.0,
 )
-STROKE = 0.01  # metres per unit of a delta, and the furthest that the target moves in one step
-# Every task's workspace lies in this box; the tasks themselves keep the target in their own.
-ABSOLUTE_SPEC = replace(
-    SPEC,
+ABSOLUTE_METADATA = replace(
+    METADATA,
     action_names=("target_x", "target_y", "target_z", "gripper"),
+    action_units=("m", "m", "m", "normalised"),
+    action_convention="hand target in x, y, z (metres in the world frame), approached by 1 cm per step; gripper +1 = close",
+    action_representation="absolute",
+)
+SPEC = EnvSpec(METADATA, image_size=64, action_low=(-1.0,) * 4, action_high=(1.0,) * 4, action_scale=(1.0,) * 4)
+# Every task's workspace lies in this box; the tasks themselves keep the target in their own.
+ABSOLUTE_SPEC = EnvSpec(
+    ABSOLUTE_METADATA,
+    image_size=64,
     action_low=(-0.5, 0.35, -0.15, -1.0),
     action_high=(0.5, 1.0, 0.6, 1.0),
-    action_convention="hand target in x, y, z (metres in the world frame), approached by 1 cm per step; gripper +1 = close",
-    action_units=("m", "m", "m", "normalised"),
-    action_representation="absolute",
     action_scale=(STROKE, STROKE, STROKE, 1.0),
 )
+
+
+@dataclass(frozen=True)
+class ModelPositions:
+    """Positions that MetaWorld writes into the MuJoCo model itself; resetting the data leaves them as they are."""
+
+    bodies: NDArray[np.float64]
+    sites: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, model: Any) -> ModelPositions:
+        return cls(model.body_pos.copy(), model.site_pos.copy())
+
+    def apply(self, model: Any) -> None:
+        model.body_pos[:], model.site_pos[:] = self.bodies, self.sites
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class MetaWorldEnvironment:
     """
 
     def __init__(self, image_size: int = 64) -> None:
-        self._spec = replace(SPEC, image_size=image_size)
+        self.spec = replace(SPEC, image_size=image_size)
         ensure_backend()
         try:
             import mujoco
@@ -122,30 +135,26 @@ class MetaWorldEnvironment:
         self._current: _Task | None = None
         self._observed: NDArray[np.float64] = np.zeros(0)
 
-    @property
-    def spec(self) -> EnvSpec:
-        return self._spec
-
     def use_control(self, control: Control) -> None:
         if control not in get_args(Control):
             raise SimulatorError(f"metaworld control: got '{control}'{closest(str(control), get_args(Control))}")
         spec = SPEC if control == "delta" else ABSOLUTE_SPEC
-        self._spec = replace(spec, image_size=self._spec.image_size)
+        self.spec = replace(spec, image_size=self.spec.image_size)
 
     def tasks(self) -> tuple[str, ...]:
-        return language.TASKS
+        return TASKS
 
     def canonical(self, task: str) -> str:
         name = task.removesuffix("-v3")
-        if name not in language.TASKS:
-            raise SimulatorError(f"metaworld task: got '{task}'{closest(name, language.TASKS)}")
+        if name not in TASKS:
+            raise SimulatorError(f"metaworld task: got '{task}'{closest(name, TASKS)}")
         return name
 
     def opposite(self, task: str) -> str | None:
-        return language.OPPOSITES.get(self.canonical(task))
+        return OPPOSITES.get(self.canonical(task))
 
     def prompts(self, task: str, kind: PromptKind) -> tuple[str, ...]:
-        return language.prompts(self.canonical(task), kind)
+        return prompts(self.canonical(task), kind)
 
     def max_steps(self, task: str) -> int:
         return DEMO_MAX_STEPS if self.canonical(task) in SCENES else MAX_STEPS
@@ -173,7 +182,7 @@ class MetaWorldEnvironment:
             draw_start(simulator, scene, rng, start_done)
         else:
             simulator.reset()
-        # MetaWorld moves bodies after its last forward pass: without this, picture and expert see the previous place.
+        # MetaWorld moves bodies after its last forward pass: without this, picture and expert see the previous position.
         self._mujoco.mj_forward(simulator.model, simulator.data)
         if start_away:
             move_hand_away(simulator, rng)
@@ -187,25 +196,20 @@ class MetaWorldEnvironment:
         limit = self.max_steps(task.name)
         if task.simulator.curr_path_length >= limit:
             raise SimulatorError(f"metaworld task '{task.name}': the episode is over after {limit} steps; call reset")
-        clipped = np.clip(np.asarray(action, np.float32), self._spec.action_low, self._spec.action_high)
-        if self._spec.action_representation == "absolute":
+        clipped = np.clip(np.asarray(action, np.float32), self.spec.action_low, self.spec.action_high)
+        if self.spec.metadata.action_representation == "absolute":
             clipped = np.append((clipped[:3] - self._target()) / STROKE, clipped[3:])
         self._observed, _, _, _, info = task.simulator.step(clipped)
         return StepResult(success=bool(info["success"]), done=task.simulator.curr_path_length >= limit)
 
-    def solved(self) -> bool:
-        """MetaWorld's success test in the present state, without a step."""
-        _, info = self._task().simulator.evaluate_state(self._observed, np.zeros(self._spec.action_dim))
-        return bool(info["success"])
-
     def observe(self) -> Observation:
         state = self._observed[:STATE_DIM].astype(np.float32)  # (4,)
-        return {"image_1": self.render(self._spec.image_size), "state": state}
+        return {"image_1": self.render(self.spec.image_size), "state": state}
 
     def expert_action(self) -> NDArray[np.float32]:
         """See `Environment.expert_action`. MetaWorld's expert, where there is none of ours."""
         delta = np.clip(self._expert_delta(), SPEC.action_low, SPEC.action_high).astype(np.float32)
-        if self._spec.action_representation == "delta":
+        if self.spec.metadata.action_representation == "delta":
             return delta
         simulator = self._task().simulator
         target = np.clip(self._target() + delta[:3] * STROKE, simulator.mocap_low, simulator.mocap_high)
