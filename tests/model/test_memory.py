@@ -15,7 +15,7 @@ def test_available_bytes_heed_the_limit_of_the_process() -> None:
     if left is None:
         pytest.skip("the system does not tell")
     assert 0 < left < 2**50
-    taken = memory._kilobytes(memory.Path("/proc/self/status"), "VmSize:")
+    taken = memory._kernel_number("/proc/self/status", "VmSize:")
     assert taken is not None
     resource.setrlimit(resource.RLIMIT_AS, (taken + left // 2, hard))
     try:

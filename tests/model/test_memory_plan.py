@@ -231,7 +231,7 @@ def test_processes_build_in_turn_where_their_machine_has_no_memory_for_all(
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
         return plan_run(tiny_config({"training.parallel": parallel}), architecture, GPU, 8, 8).one_at_a_time
 
-    one = planned(tiny_config()).whole
+    one = planned(tiny_config()).full_weights
     assert not planned_here(8 * one, "fsdp")
     assert planned_here(8 * one - 1, "fsdp")
     assert planned_here(one, "fsdp")
@@ -271,8 +271,8 @@ def test_shards_divide_what_stands_and_leave_what_passes(tiny_config: ConfigFact
     assert shards.step is not None
     assert whole.step is not None
     assert shards.step < whole.step / 2  # neither gradients nor autocast's copies of weights add up
-    assert "training.parallel: fsdp" in [text for text, _ in planning._changes(whole)]
-    assert "training.parallel: fsdp" not in [text for text, _ in planning._changes(shards)]
+    assert "training.parallel: fsdp" in planning._remedies(whole)
+    assert "training.parallel: fsdp" not in planning._remedies(shards)
     offloaded = config_from_dict(sharded.model_dump(mode="json"), {"training.cpu_offload": True})
     plan = plan_memory(offloaded, architecture.to_dict(), GPU, 80e9, processes=16, on_machine=8)
     assert plan.host == plan.standing
