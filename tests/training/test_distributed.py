@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from machines import wait_for
 from paligemma_vla.cli.train import find_resume_again
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CommunicationError, ConfigError, VLAError
@@ -97,9 +96,7 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(
     running = subprocess.Popen(
         arguments(cut, tmp_path), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 60
-    while not (cut.run_dir / "checkpoints" / "last.pth.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for((cut.run_dir / "checkpoints" / "last.pth.tar").exists)
     os.killpg(running.pid, signal.SIGTERM)
     stderr = running.communicate(timeout=60)[1]
     assert running.returncode == 143, stderr
@@ -117,15 +114,8 @@ def test_error_in_the_ranks_is_one_message(tiny_config: ConfigFactory, tmp_path:
     config = tiny_config({"data.normalization_stats_path": str(tmp_path / "missing.json")})
     failed = start(config, tmp_path)
     assert failed.returncode == 2, failed.stderr
-    assert "missing.json: no such statistics file" in failed.stderr
+    assert failed.stderr.startswith(f"error: {tmp_path / 'missing.json'}: ")
     assert "Traceback" not in failed.stderr
-
-
-def wait_for_save(config: VLAConfig) -> None:
-    deadline = time.monotonic() + 60
-    while not (config.run_dir / "checkpoints" / "last.pth.tar").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def started(config: VLAConfig) -> list[dict[str, Any]]:
@@ -138,52 +128,31 @@ LONG_RUN = {"training.epochs": 2000, "training.validate_every_n_steps": 100_000,
 
 
 @pytest.mark.parametrize(("number", "patience"), [(signal.SIGKILL, "60"), (signal.SIGSTOP, "3")], ids=["dies", "hangs"])
-def test_others_name_the_rank_that_is_gone(
+def test_others_end_with_one_message_when_a_rank_is_gone(
     zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, number: int, patience: str
 ) -> None:
     """NCCL_TIMEOUT is how long they wait for one that hangs."""
     config = tiny_config({**LONG_RUN, "training.save_every_n_steps": 1})
     ranks = start_ranks(zygote, config, 3, tmp_path, NCCL_TIMEOUT=patience)
-    wait_for_save(config)
+    wait_for((config.run_dir / "checkpoints" / "last.pth.tar").exists)
     os.killpg(ranks[1].pid, number)
     results = [ranks[0].wait(40), ranks[2].wait(40)]
-    os.killpg(ranks[1].pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(ranks[1].pid, signal.SIGKILL)
     ranks[1].wait(5)
     for result in results:
         assert result.status == 2, result.stderr
-        named = f"rank 1 ({socket.gethostname()}, process {ranks[1].pid})"
-        assert f"{named} does not answer: it was killed, or hangs" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: communication between processes failed ")
         assert "Traceback" not in result.stderr
-
-
-def test_others_tell_why_a_rank_ended(zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    """Each rank reads its own samples, so one alone meets a damaged one."""
-    write_episodes(tmp_path / "train", lengths=(40, 40))
-    own = {"data.train_parquet_files": str(tmp_path / "train"), "data.val_fraction": 0.0, "data.allow_other_statistics": True}
-    config = tiny_config({**LONG_RUN, **own, "data.batch_size": 2})
-    table = pq.read_table(path := next((tmp_path / "train").glob("*.parquet")))
-    images = table["image_1_bytes"].to_pylist()
-    images[5:15] = [b"no image"] * 10
-    place = table.column_names.index("image_1_bytes")
-    pq.write_table(table.set_column(place, "image_1_bytes", pa.array(images, pa.binary())), path)
-    results = [child.wait(20) for child in start_ranks(zygote, config, 2, tmp_path)]
-    assert [result.status for result in results] == [2, 2], [result.stderr for result in results]
-    told = "image_1_bytes"
-    met = next(number for number, result in enumerate(results) if "communication between processes" not in result.stderr)
-    assert told in results[met].stderr
-    assert f"rank {met} ({socket.gethostname()}" in results[1 - met].stderr
-    assert told in results[1 - met].stderr
 
 
 def test_launcher_starts_ranks_again_and_names_the_one_that_was_killed(tiny_config: ConfigFactory, tmp_path: Path) -> None:
     config = tiny_config({**LONG_RUN, "training.save_every_n_steps": 1})
     command = arguments(config, tmp_path, "--max_restarts", "1")
     running = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    last = config.run_dir / "checkpoints" / "last.pth.tar"
     for start in (1, 2):
-        deadline = time.monotonic() + 90
-        while len(started(config)) < start or not (config.run_dir / "checkpoints" / "last.pth.tar").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda start=start: len(started(config)) >= start and last.exists())
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         spawned = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
         os.kill(max(spawned), signal.SIGKILL)
@@ -197,26 +166,12 @@ def test_launcher_starts_ranks_again_and_names_the_one_that_was_killed(tiny_conf
 GROUP = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("RANK", "5", "RANK: got '5' in the environment, expected a whole number from 0 to 1"),
-        ("LOCAL_RANK", "", "LOCAL_RANK: not set, but WORLD_SIZE is 2"),
-        ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE: got '0'"),
-        ("MASTER_PORT", "999999", "MASTER_PORT: got '999999'"),
-        ("NCCL_TIMEOUT", "0", "NCCL_TIMEOUT: got '0'"),
-        ("NCCL_TIMEOUT", "99999999999999", "NCCL_TIMEOUT: got '99999999999999'"),
-        ("WORLD_SIZE", "-2", "WORLD_SIZE: got '-2'"),
-    ],
-)
-def test_join_refuses_an_environment_that_no_launcher_makes(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
-) -> None:
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", ""), ("MASTER_PORT", "999999"), ("NCCL_TIMEOUT", "soon")])
+def test_join_refuses_an_environment_that_no_launcher_makes(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     for key, given in {**GROUP, name: value}.items():
         monkeypatch.setenv(key, given)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=name):
         distributed.join("cpu")
-    assert words in str(caught.value)
 
 
 def test_rank_that_finds_nobody_says_where_it_looked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,34 +182,36 @@ def test_rank_that_finds_nobody_says_where_it_looked(monkeypatch: pytest.MonkeyP
 
 
 class Together(Distributed):
-    """One of several threads that stand for processes of a machine. said: what each gives to `gather`."""
+    """One of several threads that stand for processes of a machine. values: what each gives to `all_gather`."""
 
-    said: ClassVar[list[Any]]
+    values: ClassVar[list[Any]]
     meeting: ClassVar[threading.Barrier]
 
     def all_gather(self, value: Any) -> list[Any]:
-        self.said[self.rank] = value
-        self.meeting.wait(10)
-        values = list(self.said)
-        self.meeting.wait(10)
+        self.values[self.rank] = value
+        self.barrier()
+        values = list(self.values)
+        self.barrier()
         return values
 
+    def barrier(self) -> None:
+        self.meeting.wait(10)
 
-@pytest.mark.parametrize("in_turn", [False, True])
-@pytest.mark.parametrize("failing", [None, 0, 1, 2])
-def test_what_one_process_fails_with_ends_all(in_turn: bool, failing: int | None) -> None:
-    """At once: none waits for it somewhere else. In turn, those whose turn has not come do not begin."""
-    Together.said, Together.meeting = [None] * 3, threading.Barrier(3)
+
+@pytest.mark.parametrize("failing", [None, 0, 2])
+def test_what_one_process_fails_with_ends_all(failing: int | None) -> None:
+    """None waits for it somewhere else; one at a time, each has its turn before."""
+    Together.values, Together.meeting = [None] * 3, threading.Barrier(3)
     begun: list[int] = []
     inside: list[int] = []
 
     def act(rank: int) -> str:
         process = Together(rank, 3, torch.device("cpu"), rank, 3)
         try:
-            with process.in_turn_here() if in_turn else process.all_or_none():
+            with process.all_or_none(), process.one_at_a_time():
                 begun.append(rank)
                 inside.append(rank)
-                assert not in_turn or len(inside) == 1
+                assert len(inside) == 1
                 time.sleep(0.01)
                 inside.remove(rank)
                 if rank == failing:
@@ -264,13 +221,12 @@ def test_what_one_process_fails_with_ends_all(in_turn: bool, failing: int | None
         return "done"
 
     with ThreadPoolExecutor(3) as pool:
-        told = list(pool.map(act, range(3)))
+        results = list(pool.map(act, range(3)))
+    assert begun == [0, 1, 2]
     if failing is None:
-        assert told == ["done"] * 3
-        assert not in_turn or begun == [0, 1, 2]
+        assert results == ["done"] * 3
     else:
-        assert told == [f"rank {failing}: its own" if rank != failing else "its own" for rank in range(3)]
-        assert not in_turn or begun == list(range(failing + 1))
+        assert results == [f"rank {failing}: its own" if rank != failing else "its own" for rank in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -281,9 +237,10 @@ def test_what_one_process_fails_with_ends_all(in_turn: bool, failing: int | None
     ],
 )
 def test_what_gloo_says_of_a_peer_that_is_gone_is_known(text: str) -> None:
-    assert distributed.is_communication(RuntimeError(text))
-    assert not distributed.is_communication(ValueError(text))
-    assert not distributed.is_communication(RuntimeError("size mismatch"))
+    with pytest.raises(CommunicationError, match=r"NCCL_TIMEOUT=1800"), distributed.explain_communication():
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="size mismatch"), distributed.explain_communication():
+        raise RuntimeError("size mismatch")
 
 
 def test_machines_of_unlike_size_are_told_before_anything_is_loaded(
@@ -319,14 +276,15 @@ def test_restart_goes_on_with_its_own_run_alone(
 ) -> None:
     """A run of the same name that another launcher made is none to go on with unasked."""
     config = tiny_config({"training.checkpoint_dir": str(trained_run.parent), "training.experiment_name": trained_run.name})
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_1a2b/attempt_0/1/error.json")
     assert find_resume_again(config, None, None, ALONE).resume is None
-    own = {"starts": [{"launcher": distributed.launcher(), "data": {"fingerprint": {"training": "x"}}}]}
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_1a2b/attempt_1/0/error.json")
+    own = {"starts": [{"launcher": distributed.launcher_id(), "data": {"fingerprint": {"training": "x"}}}]}
     before = (trained_run / "environment.json").read_bytes()
     (trained_run / "environment.json").write_text(json.dumps(own))
     try:
         assert find_resume_again(config, None, None, ALONE).resume == trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar"
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_y/none_3c4d/attempt_1/0/error.json")
         assert find_resume_again(config, None, None, ALONE).resume is None
     finally:
         (trained_run / "environment.json").write_bytes(before)
@@ -336,7 +294,7 @@ def test_join_alone_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     alone = distributed.join("cpu")
     assert (alone.rank, alone.world_size, alone.main, str(alone.device)) == (0, 1, True, "cpu")
-    assert alone.sum(torch.tensor(3.0)) == 3
+    assert alone.all_reduce(torch.tensor(3.0)) == 3
     alone.barrier()
     alone.close()
 

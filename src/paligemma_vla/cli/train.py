@@ -14,7 +14,7 @@ from filelock import BaseFileLock
 
 from paligemma_vla.cli.arguments import natural
 from paligemma_vla.config import VLAConfig, load_config, own_statistics, parse_assignments
-from paligemma_vla.errors import CheckpointError, ConfigError
+from paligemma_vla.errors import CheckpointError, ConfigError, VLAError
 from paligemma_vla.storage import is_url
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def main(args: argparse.Namespace) -> int:
         return _train(config, args)
     from paligemma_vla.training.distributed import launch
 
-    return launch(_worker, args, args.nproc or 1, args.max_restarts)
+    launch(_worker, args, args.nproc or 1, args.max_restarts)
+    return 0
 
 
 def main_ddp(args: argparse.Namespace) -> int:
@@ -109,13 +110,14 @@ def main_ddp(args: argparse.Namespace) -> int:
 
 
 def _worker(args: argparse.Namespace) -> int:
-    """One process of a launch: its errors are told by rank 0, or by the launcher."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
+    """One process of a launch. The launcher reports the error of the first rank that fails."""
     from paligemma_vla.cli.main import log_to_stderr
 
     log_to_stderr()
-    return record(_train)(resolve_config(args), args) or 0
+    try:
+        return _train(resolve_config(args), args)
+    except VLAError as error:
+        raise VLAError(str(error)) from error  # one class for every message that says what to do
 
 
 def _train(config: VLAConfig, args: argparse.Namespace) -> int:
@@ -133,10 +135,10 @@ def train(
 
     force: resume in spite of differences. config_path: where the configuration was read, to know that a run is repeated.
     """
-    from paligemma_vla.training.distributed import join
+    from paligemma_vla.training.distributed import explain_communication, join
 
     distributed = join(device)
-    with distributed.last_words():
+    with explain_communication():
         _train_in(distributed, config, resume_checkpoint, force, config_path)
     return 0
 
@@ -210,11 +212,11 @@ def find_resume_again(config: VLAConfig, wanted: str | None, mirror: Mirror | No
 
 def _is_begun(config: VLAConfig) -> bool:
     """Whether the launcher of this process has begun the run."""
-    from paligemma_vla.training.distributed import launcher
+    from paligemma_vla.training.distributed import launcher_id
     from paligemma_vla.training.run_folder import read_starts
 
-    starts = read_starts(config.run_dir) if launcher() is not None else []
-    return bool(starts) and starts[-1].get("launcher") == launcher()
+    starts = read_starts(config.run_dir) if launcher_id() is not None else []
+    return bool(starts) and starts[-1].get("launcher") == launcher_id()
 
 
 def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None, distributed: Distributed) -> Found:

@@ -28,7 +28,7 @@ from paligemma_vla.config import RUN_CONFIG, RUN_ENVIRONMENT, RUN_STATISTICS, VL
 from paligemma_vla.errors import ConfigError, first_line
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.training.checkpoint import newest_first, remove_leftovers, set_aside_later
-from paligemma_vla.training.distributed import Distributed, launched, launcher
+from paligemma_vla.training.distributed import Distributed, launched, launcher_id
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.preflight import Data
 
@@ -117,7 +117,7 @@ def describe_start(data: Data, distributed: Distributed, step: int) -> dict[str,
         "platform": platform.platform(),
         "device": gpu or str(device),
         "processes": distributed.world_size,
-        "launcher": launcher(),
+        "launcher": launcher_id(),
         "threads": torch.get_num_threads(),
         "packages": dict(sorted((found.name, found.version) for found in distributions())),
         "git": git_state(Path(paligemma_vla.__file__).parent),

@@ -33,7 +33,7 @@ from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training import sharded
-from paligemma_vla.training.distributed import Distributed, is_communication, new_checkpoint_group
+from paligemma_vla.training.distributed import Distributed, new_checkpoint_group
 from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.mirror import Mirror
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
@@ -78,7 +78,8 @@ class Trainer:
             with _belonging(str(resume)):
                 check_same_run(saved, config, self.data.fingerprint, str(resume))
         mesh = build_mesh(config.training, distributed)
-        with self._turn():
+        turn = self._turn()
+        with distributed.all_or_none(), turn:
             with _belonging(str(resume)) if saved else contextlib.nullcontext():
                 self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
             with self._explained():
@@ -107,10 +108,10 @@ class Trainer:
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         """To make the model in: together with the other processes of this machine where its memory takes as many."""
         if not self.distributed.any(self.plan.one_at_a_time):
-            return self.distributed.all_or_none()
+            return contextlib.nullcontext()
         if self.distributed.main:
             logger.info("processes build the model one after the other: their machine has no memory for all at once")
-        return self.distributed.in_turn_here()
+        return self.distributed.one_at_a_time()
 
     def _tell_of_memory(self) -> None:
         if self.distributed.main and self.plan.fits:
@@ -489,8 +490,6 @@ class Trainer:
                 ) from error
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
                 raise TrainingError(self._out_of_memory()) from error
-            if is_communication(error):
-                raise self.distributed.communication_error(error, f"at step {self.step}") from error
             raise
 
     def _out_of_memory(self) -> str:
