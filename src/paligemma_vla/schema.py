@@ -11,12 +11,14 @@ Letters in shape comments, everywhere in this project:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 
 from paligemma_vla.errors import DataError
 
@@ -29,7 +31,16 @@ METADATA_KEY = b"paligemma_vla"
 # What EpisodeWriter says of a file as a whole: how many episodes it holds, and the digest of all their values.
 EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
 REPRESENTATIONS = ("absolute", "delta")  # of recorded actions
+# What the metadata of one robot's files agree on, where they say it.
+COMPARED = (
+    *("cameras", "image_orientation", "control_hz", "action_convention", "action_representation", "action_rotation"),
+    *("state_names", "action_names", "state_units", "action_units"),
+)
 ROTATIONS = {"euler_xyz": 3, "rotvec": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4, "rotation_6d": 6}  # numbers in each
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"^({'|'.join(names)})?$"
 
 
 def image_column(camera: int) -> str:
@@ -92,11 +103,11 @@ class DatasetMetadata:
     action_names: tuple[str, ...] = ()
     state_units: tuple[str, ...] = ()
     action_units: tuple[str, ...] = ()
-    control_hz: float = 0.0
+    control_hz: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     image_orientation: str = "upright"
     action_convention: str = ""
-    action_representation: str = ""
-    action_rotation: str = ""
+    action_representation: Annotated[str, Field(pattern=_one_of(REPRESENTATIONS))] = ""
+    action_rotation: Annotated[str, Field(pattern=_one_of(ROTATIONS))] = ""
     extra: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -118,20 +129,19 @@ class DatasetMetadata:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "metadata") -> DatasetMetadata:
-        """Read what `to_json` wrote; raises `DataError` when it is something else. Fields it does not know are left aside."""
+        """Read what `to_json` wrote; raises `DataError` naming a field of another type. Unknown fields are ignored."""
         try:
-            raw: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
-            raise DataError(f"{where}: not a JSON object of dataset metadata ({error})") from error
-        if not isinstance(raw, dict):
-            raise DataError(f"{where}: not a JSON object of dataset metadata (got {type(raw).__name__})")
-        values: dict[str, Any] = {}
-        for name in raw.keys() & {entry.name for entry in fields(cls)}:
-            expected, matches = _METADATA_TYPES.get(name, ("a string", _is_text))
-            if not matches(raw[name]):
-                raise DataError(f"{where}: {name}: got {json.dumps(raw[name])[:80]}, expected {expected}")
-            values[name] = tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
-        return cls(**values)
+            return _metadata_reader().validate_json(text, strict=True)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            field = ".".join(map(str, fault["loc"]))
+            got = f"{field}: got {fault['input']!r:.80}: " if field else "not a JSON object of dataset metadata: "
+            raise DataError(f"{where}: {got}{fault['msg']}") from error
+
+
+@lru_cache
+def _metadata_reader() -> TypeAdapter[DatasetMetadata]:
+    return TypeAdapter(DatasetMetadata)
 
 
 @dataclass(frozen=True)
@@ -149,37 +159,28 @@ def joint_layout(layouts: Sequence[Layout]) -> Layout:
     return replace(layouts[0], cameras=max(layout.cameras for layout in layouts))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def described_layout(policy: Mapping[str, Any]) -> Layout:
+    """What `Policy.metadata` says of the robot, as a data set would say it."""
+    rotation = (policy.get("rotation") or {}).get("representation", "")
+    robot = {**policy, "cameras": policy["camera_names"], "action_rotation": rotation}
+    metadata = DatasetMetadata.from_json(json.dumps(robot), "metadata of the policy")
+    return Layout(len(policy["cameras"]), policy["state_dim"], policy["action_dim"], metadata)
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
+def robot_differences(got: Layout, expected: Layout, cameras: int | None = 0) -> dict[str, str]:
+    """In which columns or fields of metadata two robots differ: `got X, expected Y` by name.
 
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-
-
-def _is_representation(value: Any) -> bool:
-    return value in ("", *REPRESENTATIONS)
-
-
-def _is_rotation(value: Any) -> bool:
-    return value == "" or (_is_text(value) and value in ROTATIONS)
-
-
-def _is_text_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value.values()))
-
-
-# field -> what it holds in JSON; a string where nothing is said
-_METADATA_TYPES = {
-    **dict.fromkeys(
-        ("cameras", "state_names", "action_names", "state_units", "action_units"), ("a list of strings", _is_texts)
-    ),
-    "action_representation": (f"one of {', '.join(REPRESENTATIONS)}, or nothing", _is_representation),
-    "action_rotation": (f"one of {', '.join(ROTATIONS)}, or nothing", _is_rotation),
-    "control_hz": ("a number of at least 0", _is_rate),
-    "extra": ("an object of strings", _is_text_map),
-}
+    A field that one of them leaves empty cannot differ. cameras: how many of the first cameras' names are compared; None: all.
+    """
+    found = {}
+    for column, numbers, wanted in (
+        (STATE, got.state_dim, expected.state_dim),
+        (ACTION, got.action_dim, expected.action_dim),
+    ):
+        if numbers != wanted:
+            found[column] = f"got {numbers} numbers per row, expected {wanted}"
+    first, second = ({**asdict(m), "cameras": m.cameras[:cameras]} for m in (got.metadata, expected.metadata))
+    for name in COMPARED:
+        if first[name] and second[name] and first[name] != second[name]:
+            found[name] = f"got {first[name]!r}, expected {second[name]!r}"
+    return found

@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from paligemma_vla.config import VLAConfig
     from paligemma_vla.preprocess import PromptEncoder
 
-# Of the metadata, what files of one robot share where they say it.
-COMPARED = (
-    *("image_orientation", "control_hz", "action_convention", "action_representation", "action_rotation"),
-    *("state_names", "action_names", "state_units", "action_units"),
-)
 LEAVE_OUT = "leave the episode out"
 HOW = "`paligemma-vla data check` finds every fault, and lists the episodes to leave out"
 
@@ -205,13 +200,8 @@ def unreadable_group(path: str, group: int, groups: Rows, why: str, column: str 
 def robot_faults(path: str, layout: Layout, first_path: str, first: Layout) -> Iterator[Fault]:
     """Files that differ in dimensions, or that both say what their numbers and pixels mean and contradict."""
     remedy = f"as in {first_path}; train on one robot's data at a time"
-    for name, got, expected in [
-        (schema.STATE, layout.state_dim, first.state_dim),
-        (schema.ACTION, layout.action_dim, first.action_dim),
-    ]:
-        if got != expected:
-            yield Fault(path, Kind.ROBOT, f"got {got} numbers per row, expected {expected} {remedy}", column=name)
-    for name in COMPARED:
-        said, said_first = getattr(layout.metadata, name), getattr(first.metadata, name)
-        if said and said_first and said != said_first:
-            yield Fault(path, Kind.ROBOT, f"metadata {name}: got {said}, expected {said_first} {remedy}")
+    for name, text in schema.robot_differences(layout, first).items():
+        if name in (schema.STATE, schema.ACTION):
+            yield Fault(path, Kind.ROBOT, f"{text} {remedy}", column=name)
+        else:
+            yield Fault(path, Kind.ROBOT, f"metadata {name}: {text} {remedy}")

@@ -70,39 +70,13 @@ class EpisodeOutcome:
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
-    """Raise `SimulatorError` naming the fields in which a policy's metadata and an environment differ.
-
-    Dimensions must be there; a name, orientation or rate that the checkpoint does not know (empty or 0) is not compared.
-    """
-    faults = []
-    for name in ("state_dim", "action_dim"):
-        expected = getattr(spec, name)
-        if metadata.get(name) != expected:
-            faults.append(f"{name}: the checkpoint has {metadata.get(name)}, the environment {expected}")
-    if not metadata.get("camera_names") and len(metadata["cameras"]) != len(spec.metadata.cameras):
-        faults.append(f"cameras: the checkpoint has {len(metadata['cameras'])}, the environment {len(spec.metadata.cameras)}")
-    for name, expected in _meanings(spec).items():
-        got = metadata.get(name)
-        got = tuple(got) if isinstance(got, list) else got
-        if got and got != expected:
-            faults.append(f"{name}: the checkpoint has {got!r}, the environment {expected!r}")
+    """Raise `SimulatorError` naming the fields in which a policy's metadata and an environment differ."""
+    got, expected = schema.described_layout(metadata), spec.layout
+    faults = [f"{name}: {text}" for name, text in schema.robot_differences(got, expected, cameras=None).items()]
+    if not got.metadata.cameras and got.cameras != expected.cameras:
+        faults.append(f"cameras: got {got.cameras}, expected {expected.cameras}")
     if faults:
-        raise SimulatorError("the policy does not fit the environment:\n  " + "\n  ".join(faults))
-
-
-def _meanings(spec: EnvSpec) -> dict[str, Any]:
-    """What a checkpoint may or may not know about the robot it was trained on, by the names in `Policy.metadata`."""
-    return {
-        "camera_names": spec.metadata.cameras,
-        "state_names": spec.metadata.state_names,
-        "action_names": spec.metadata.action_names,
-        "state_units": spec.metadata.state_units,
-        "action_units": spec.metadata.action_units,
-        "action_representation": spec.metadata.action_representation,
-        "action_convention": spec.metadata.action_convention,
-        "image_orientation": spec.metadata.image_orientation,
-        "control_hz": spec.metadata.control_hz,
-    }
+        raise SimulatorError("\n  ".join(["the checkpoint does not fit the environment:", *faults]))
 
 
 def instructions(env: Environment, task: str, kind: Prompts) -> tuple[str, ...]:

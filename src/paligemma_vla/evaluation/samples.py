@@ -71,36 +71,11 @@ class Samples:
 
 def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
     """Raise `DataError` with every way in which data and checkpoint are of different robots, cameras or rates."""
-    layout, meta, expected = index.layout, index.layout.metadata, policy.metadata
-    faults = [
-        f"column {name}: got {got} numbers per row, the checkpoint was trained on {wanted}"
-        for name, got, wanted in [
-            (schema.STATE, layout.state_dim, expected["state_dim"]),
-            (schema.ACTION, layout.action_dim, expected["action_dim"]),
-        ]
-        if got != wanted
-    ]
-    cameras = len(expected["cameras"])
-    if layout.cameras < cameras:
-        faults.append(f"cameras: got {layout.cameras}, the checkpoint takes {cameras}; add columns (null where one is absent)")
-    described = [
-        ("cameras", list(meta.cameras)[:cameras], list(expected["camera_names"])[:cameras]),
-        ("state_names", list(meta.state_names), expected["state_names"]),
-        ("action_names", list(meta.action_names), expected["action_names"]),
-        ("state_units", list(meta.state_units), expected["state_units"]),
-        ("action_units", list(meta.action_units), expected["action_units"]),
-        ("action_representation", meta.action_representation, expected["action_representation"]),
-        ("action_rotation", meta.action_rotation, (expected["rotation"] or {}).get("representation", "")),
-        ("control_hz", meta.control_hz, expected["control_hz"]),
-        ("image_orientation", meta.image_orientation, expected["image_orientation"]),
-        ("action_convention", meta.action_convention, expected["action_convention"]),
-    ]
-    # Data that says nothing about itself cannot contradict: only what both sides state is compared.
-    faults += [
-        f"metadata {name}: got {got!r}, the checkpoint was trained on {wanted!r}"
-        for name, got, wanted in described
-        if got and wanted and got != wanted
-    ]
+    layout, expected = index.layout, schema.described_layout(policy.metadata)
+    faults = [f"{name}: {text}" for name, text in schema.robot_differences(layout, expected, expected.cameras).items()]
+    if layout.cameras < expected.cameras:
+        wanted = f"got {layout.cameras}, the checkpoint takes {expected.cameras}"
+        faults.append(f"cameras: {wanted}; add columns (null where one is absent)")
     if faults:
         remedy = "evaluate on episodes of the robot that the checkpoint was trained for"
         raise DataError("\n  ".join([f"{index.paths[0]}: data and checkpoint do not fit; {remedy}", *faults]))

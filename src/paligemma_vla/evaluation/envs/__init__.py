@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest
-from paligemma_vla.schema import DatasetMetadata, Observation
+from paligemma_vla.schema import DatasetMetadata, Layout, Observation
 
 Resets = Literal["demo", "stock"]
 PromptKind = Literal["own", "unseen"]
@@ -55,6 +55,11 @@ class EnvSpec:
     @property
     def action_dim(self) -> int:
         return len(self.action_low)
+
+    @property
+    def layout(self) -> Layout:
+        """What a data set recorded here holds."""
+        return Layout(len(self.metadata.cameras), self.state_dim, self.action_dim, self.metadata)
 
 
 @dataclass(frozen=True)
