@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # for the processes that tests start with more threads
+os.environ.setdefault("MUTATION_SEED", time.strftime("%Y%m%d", time.gmtime()))  # see integration/test_mutations.py
 
 import pytest
 import torch
