@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,32 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import DataError
 from support import LENGTHS, call, read_rows
 
-COMMANDS = [name for name in cli.COMMANDS if find_spec(f"paligemma_vla.cli.{name}") is not None]
+FLAGS = {
+    "demo": "config_path tasks demonstrations episodes control_episodes data_dir seed workers install_seconds set",
+    "stats": "config_path output_path train_data_override set",
+    "plan": "config_path device memory_gb nproc nproc_per_machine model_path_override set",
+    "train": (
+        "config_path epochs batch_size lr experiment_name train_data_override val_data_override "
+        "model_path_override resume_checkpoint force use_wandb wandb_project_name wandb_entity device set "
+        "nproc max_restarts"
+    ),
+    "consolidate": "checkpoint_path output_path",
+    "evaluate": (
+        "checkpoint_path weights eval_data_path output_dir save_predictions device max_samples batch_size num_steps seed"
+    ),
+    "collect": "env tasks episodes output_dir control seed workers image_size",
+    "export": "checkpoint_path output_dir dtype metrics torch_export push_to_hub private",
+    "rollout": (
+        "checkpoint_path weights env tasks episodes output_dir seed prompts resets num_steps execute image "
+        "policy workers image_size max_videos"
+    ),
+    "data info": "json",
+    "data check": "json exclusion_list config_path allow_prompt_changes",
+    "data convert": (
+        "from to input output_dir cameras episodes workers image_format jpeg_quality lerobot_version images codec crf fps"
+    ),
+    "tiny": "output_dir image_size patch_size width vision_layers text_layers seed",
+}
 
 
 @pytest.fixture
@@ -57,71 +83,61 @@ def test_package_exports_what_it_names() -> None:
     assert all(paligemma_vla.versions().values())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command(capfd: pytest.CaptureFixture[str], command: str) -> None:
-    code, out, _ = call(capfd, command, "--help")
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_of_every_command_names_its_flags(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = call(capfd, *command.split(), "--help")
     assert code == 0
     assert out.startswith(f"usage: paligemma-vla {command}")
-    assert "--debug" in out
+    assert not {f"--{flag}" for flag in FLAGS[command].split()} - set(re.findall(r"--\w+", out))
 
 
 def test_help_lists_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capfd, "--help")
     assert code == 0
-    for name, text in cli.COMMANDS.items():
-        assert name in out
-        assert text.split()[0] in out
-
-
-def test_help_of_train_names_the_specifications_flags(capfd: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = call(capfd, "train", "--help")
-    flags = (
-        "--config_path --epochs --batch_size --lr --experiment_name --train_data_override --val_data_override "
-        "--model_path_override --resume_checkpoint --use_wandb --wandb_project_name --wandb_entity --device --set --nproc"
-    )
-    for flag in flags.split():
-        assert flag in out
+    assert {name.split()[0] for name in FLAGS} == set(cli.COMMANDS)
+    assert all(name in out for name in cli.COMMANDS)
+    assert "--debug" in call(capfd, "train", "--help")[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --config_path missing.yaml", "run from the project's folder, or name it with --config_path"),
-        ("train --config_path {config} --set data.batch_sise=3", "data.batch_sise: unknown key; did you mean 'batch_size'?"),
-        ("train --config_path {config} --set nonsense", "--set nonsense: expected dotted.key=value"),
-        ("train --config_path {config} --epochs 0", "training.epochs: got 0, expected: greater than 0"),
-        ("train --config_path {config} --train_data_override missing/", "data.train_parquet_files: missing/: no Parquet file"),
-        ("train --config_path {config} --val_data_override missing/", "data.val_parquet_files: missing/: no Parquet file"),
-        ("train --config_path {config} --model_path_override missing", "model_name_or_path: cannot load 'missing'"),
-        ("train --config_path {config} --set data.normalization_stats_path=no.json", "no.json: no such statistics file"),
-        ("train --config_path {config} --resume_checkpoint no.pth.tar", "no.pth.tar: no such"),
+        ("train --config_path missing.yaml", "missing.yaml"),
+        ("train --config_path {config} --set data.batch_sise=3", "data.batch_sise: "),
+        ("train --config_path {config} --set nonsense", "--set nonsense: "),
+        ("train --config_path {config} --epochs 0", "training.epochs: got 0"),
+        ("train --config_path {config} --train_data_override missing/", "data.train_parquet_files: missing/"),
+        ("train --config_path {config} --val_data_override missing/", "data.val_parquet_files: missing/"),
+        ("train --config_path {config} --model_path_override missing", "model_name_or_path: "),
+        ("train --config_path {config} --set data.normalization_stats_path=no.json", "no.json: "),
+        ("train --config_path {config} --resume_checkpoint no.pth.tar", "no.pth.tar"),
         ("train --config_path {config} --resume_checkpoint {junk}", "junk.pth.tar"),
-        ("train --config_path {config} --nproc 0", "--nproc: got 0, expected at least 1"),
-        ("train --config_path {config} --device mps", "--device mps: not available here"),
-        ("train --config_path {config} --set data.state_dim=9", "data.state_dim: got 9, expected 3"),
+        ("train --config_path {config} --nproc 0", "--nproc: got 0"),
+        ("train --config_path {config} --device mps", "--device mps: "),
+        ("train --config_path {config} --set data.state_dim=9", "data.state_dim: got 9"),
         ("train --config_path {config} --experiment_name a/b", "training.experiment_name: got 'a/b'"),
         ("train --config_path {junk}", "junk.pth.tar"),
         ("train", "--config_path"),
         ("train --config_path {config} --epochs two", "invalid int value: 'two'"),
         ("train --config_path {config} --no_such_flag", "--no_such_flag"),
-        ("stats --config_path {config} --output_path {tmp}/s.json --train_data_override nothing*", "no Parquet file there"),
-        ("stats --config_path {config} --output_path {tmp}/s.json --train_data_override {junk}", "cannot be read as Parquet"),
+        ("stats --config_path {config} --output_path {tmp}/s.json --train_data_override nothing*", "nothing*"),
+        ("stats --config_path {config} --output_path {tmp}/s.json --train_data_override {junk}", "junk.pth.tar"),
         ("stats --config_path {config} --output_path {tmp}", "{tmp}"),
-        ("data info missing.parquet", "missing.parquet: no Parquet file there"),
-        ("data info {junk}", "cannot be read as Parquet"),
+        ("data info missing.parquet", "missing.parquet"),
+        ("data info {junk}", "junk.pth.tar"),
         ("data", "ACTION"),
         ("tiny --output_dir {tmp}/t --image_size 30 --patch_size 16", "--image_size 30 --patch_size 16"),
-        ("train --config_path {config} --set optimizer.lr=.inf", "optimizer.lr: got inf, expected: a finite number"),
-        ("train --config_path {config} --set training.checkpoint_dir={junk}", "a folder is expected there"),
-        ("collect --tasks drawer-open --episodes -1 --output_dir {tmp}/c", "got -1, expected a whole number of at least 1"),
-        ("collect --tasks drawer-open --episodes 1 --output_dir {junk}", "junk.pth.tar: File exists"),
+        ("train --config_path {config} --set optimizer.lr=.inf", "optimizer.lr: got inf"),
+        ("train --config_path {config} --set training.checkpoint_dir={junk}", "junk.pth.tar"),
+        ("collect --tasks drawer-open --episodes -1 --output_dir {tmp}/c", "got -1"),
+        ("collect --tasks drawer-open --episodes 1 --output_dir {junk}", "junk.pth.tar"),
         (
             "rollout --tasks drawer-open --episodes 1 --seed -1 --output_dir {tmp}/r",
-            "got -1, expected a whole number of at least 0",
+            "got -1",
         ),
-        ("rollout --tasks drawer-open --episodes 1 --policy random --output_dir {junk}", "junk.pth.tar: File exists"),
-        ("demo --demonstrations 0", "got 0, expected a whole number of at least 1"),
-        ("demo", "configs/demo.yaml: cannot read the configuration"),
+        ("rollout --tasks drawer-open --episodes 1 --policy random --output_dir {junk}", "junk.pth.tar"),
+        ("demo --demonstrations 0", "got 0"),
+        ("demo", "configs/demo.yaml"),
         ("nonsense", "nonsense"),
         ("", "COMMAND"),
     ],
@@ -151,20 +167,38 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (DataError("a.parquet: row 3"), 2, "error: a.parquet: row 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device; free some space, or"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            2,
+            "error: a/b: No space left on device; free some space, or",
+        ),
+        (OSError(errno.ENOENT, "reason", "a/b"), 2, "error: a/b: reason; it is not there"),
+        (OSError(errno.ESTALE, "reason"), 2, "error: reason; check this path"),
+        (MemoryError(), 2, "error: out of memory; lower data.batch_size"),
         (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops"),
+        (DataError("a\x1b[31m\0b\n  é 🤖\ud800"), 2, "error: a\\x1b[31m\\x00b\n  é 🤖\\ud800\n"),  # no control characters
     ],
 )
-def test_guarded_turns_errors_into_status_and_message(
+def test_error_becomes_a_status_and_a_message(
     capfd: pytest.CaptureFixture[str], raised: BaseException, code: int, message: str
 ) -> None:
-    def run(args: argparse.Namespace) -> int:
-        raise raised
-
-    assert cli.guarded(run, argparse.Namespace(debug=False)) == code
+    assert guarded(raised) == code
     err = capfd.readouterr().err
     assert err.startswith(message)
     assert "Traceback" not in err
+
+
+def test_message_is_no_longer_than_a_screen(capfd: pytest.CaptureFixture[str]) -> None:
+    guarded(DataError("\n  ".join(["x" * 100_000] * 1000)))
+    lines = capfd.readouterr().err.splitlines()
+    assert (len(lines), max(map(len, lines)), lines[-1]) == (41, 503, "  ... and 960 more")
+
+
+def guarded(raised: BaseException) -> int:
+    def run(args: argparse.Namespace) -> int:
+        raise raised
+
+    return cli.guarded(run, argparse.Namespace(debug=False))
 
 
 def test_terminated_command_says_so_and_closes_what_is_open(capfd: pytest.CaptureFixture[str]) -> None:
@@ -191,24 +225,11 @@ def resolved(config_file: Path, *flags: str) -> VLAConfig:
 
 
 def test_every_flag_of_train_reaches_its_key(config_file: Path) -> None:
-    config = resolved(
-        config_file,
-        *[
-            "--epochs",
-            "7",
-            "--batch_size",
-            "12",
-            "--lr",
-            "3e-4",
-            "--experiment_name",
-            "e",
-            "--train_data_override",
-            "t",
-            "--val_data_override",
-            "v",
-        ],
-        *["--model_path_override", "m", "--use_wandb", "--wandb_project_name", "p", "--wandb_entity", "w"],
+    flags = (
+        "--epochs 7 --batch_size 12 --lr 3e-4 --experiment_name e --train_data_override t --val_data_override v "
+        "--model_path_override m --use_wandb --wandb_project_name p --wandb_entity w"
     )
+    config = resolved(config_file, *flags.split())
     assert (config.training.epochs, config.data.batch_size, config.optimizer.lr) == (7, 12, 3e-4)
     assert (config.training.experiment_name, config.data.train_parquet_files, config.data.val_parquet_files) == ("e", "t", "v")
     assert config.model.vlm_config.model_name_or_path == "m"

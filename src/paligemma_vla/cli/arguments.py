@@ -1,8 +1,13 @@
-"""Types of command-line numbers: what a flag cannot mean is refused before any work is done."""
+"""What commands share: groups of flags, and the numbers that a flag takes."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from paligemma_vla.config import VLAConfig, load_config, parse_assignments
 
 
 def positive(text: str) -> int:
@@ -13,6 +18,28 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number, at least 0."""
     return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least} (and below 2**63)")
+    return value
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """`--config_path` and `--set`; `configured` reads what they say."""
+    parser.add_argument("--config_path", required=default is None, default=default, help="YAML configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. data.num_workers=4")
+
+
+def configured(args: argparse.Namespace, overrides: Mapping[str, object | None]) -> VLAConfig:
+    """The configuration file; over it `overrides` by key (None: not given), over these --set."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return load_config(args.config_path, {**given, **parse_assignments(args.set)})
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser, required: bool, note: str = "") -> None:
@@ -26,11 +53,16 @@ def add_policy_arguments(parser: argparse.ArgumentParser, required: bool, note: 
     parser.add_argument("--weights", choices=("int8", "int4"), help="quantise the backbone (default: as it was trained)")
 
 
-def _at_least(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least} (and below 2**63)")
-    return value
+def add_simulator_arguments(parser: argparse.ArgumentParser, episodes: str, output: str) -> None:
+    """What `collect` and `rollout` ask of a simulator. episodes, output: help of these flags."""
+    parser.add_argument("--env", default="metaworld", help="simulator (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help="for example drawer-open drawer-close")
+    parser.add_argument("--episodes", type=positive, required=True, metavar="N", help=episodes)
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help=output)
+    parser.add_argument("--seed", type=natural, default=0, help="of starts and instructions (default: %(default)s)")
+    parser.add_argument("--image_size", type=positive, default=64, metavar="PX", help="of the images (default: %(default)s)")
+    add_workers(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes (default: one per core)")

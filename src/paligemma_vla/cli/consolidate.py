@@ -11,13 +11,12 @@ from paligemma_vla.storage import is_url
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("--checkpoint_path", required=True, type=Path, metavar="P", help="a checkpoint_*.dcp of a training run")
     parser.add_argument("--output_path", required=True, metavar="P", help="the .pth.tar to write")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the file; returns the exit status."""
+    """Write the file."""
     from paligemma_vla.training.checkpoint import SUFFIX, consolidate
     from paligemma_vla.training.sharded import is_in_shards
 

@@ -1,4 +1,4 @@
-"""`paligemma-vla data info PATH`, `data check PATH` and `data convert`: what is in episode files, what is wrong with it.
+"""`paligemma-vla data info | check | convert`: what is in episode files, what is wrong with it, and other formats of it.
 
 `data check` exits with 0 when it finds nothing, 1 when it finds faults.
 """
@@ -6,42 +6,81 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_vla.cli import convert
+from paligemma_vla.cli.arguments import add_workers, natural
 from paligemma_vla.config import load_config
+from paligemma_vla.data.convert import Conversion, LeRobotTarget, NativeTarget, Target
+from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
-from paligemma_vla.data.formats import identify_file
+from paligemma_vla.data.formats import find_source, identify_file, open_file
+from paligemma_vla.data.formats.lerobot_meta import Place, find_root, parse_range
+from paligemma_vla.data.formats.lerobot_writer import Format
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
-from paligemma_vla.data.reader import episode_prompts
+from paligemma_vla.data.reader import Recordings, episode_prompts
+from paligemma_vla.data.video import CODECS
+from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
+NATIVE, LEROBOT = "native", "lerobot"
+PREFIX = f"{LEROBOT}:"
 SLOW_GROUP_ROWS = 512
-SHOWN_PER_FILE = 20
-BAR: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": True}
+SHOWN_PER_FILE = SHOWN_INSTRUCTIONS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     info = actions.add_parser("info", help="episodes, steps, cameras, dimensions, instructions")
-    info.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
-    info.add_argument("--json", action="store_true", help="print JSON")
     check = actions.add_parser("check", help="find every fault, and list the episodes to leave out")
-    check.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
-    check.add_argument("--json", action="store_true", help="print JSON, with every fault")
+    convert = actions.add_parser("convert", help="episodes from one format to another (LeRobot)")
+    for action in (info, check):
+        action.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
+        action.add_argument("--json", action="store_true", help="print JSON, with all there is")
     check.add_argument("--exclusion_list", default="excluded_episodes.json", metavar="FILE", help="where to write the list")
     check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")
     check.add_argument("--allow_prompt_changes", action="store_true", help="an instruction may change within an episode")
-    convert.add_arguments(actions.add_parser("convert", help="episodes from one format to another (LeRobot)"))
+    formats: dict[str, Any] = {"choices": (NATIVE, LEROBOT)}
+    convert.add_argument("--from", dest="source", **formats, help="format of the input (default: as its name says)")
+    convert.add_argument("--to", dest="target", default=NATIVE, **formats, help="format of the output (default: native)")
+    convert.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; for native: file, folder or glob")
+    convert.add_argument("--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on when repeated")
+    convert.add_argument("--cameras", nargs="+", metavar="NAME", help="which, in the order image_1, image_2 ... (default: all)")
+    convert.add_argument("--episodes", metavar="FIRST:STOP", help="only these, counted from 0")
+    add_workers(convert)
+    native = convert.add_argument_group("to native", "Encoded images are copied as they are. Frames of videos are encoded:")
+    native.add_argument("--image_format", choices=("png", "jpeg"), default="png", help="png loses nothing (default: png)")
+    native.add_argument("--jpeg_quality", type=natural, default=95, metavar="Q", help="1 to 100 (default: %(default)s)")
+    lerobot = convert.add_argument_group("to lerobot")
+    lerobot.add_argument("--lerobot_version", choices=("v3.0", "v2.1"), default="v3.0", help="default: %(default)s")
+    lerobot.add_argument("--images", choices=("video", "parquet"), default="video", help="parquet loses nothing")
+    lerobot.add_argument("--codec", choices=sorted(CODECS, reverse=True), default="h264", help="of videos (default: h264)")
+    lerobot.add_argument("--crf", type=natural, default=20, help="of videos: quality, smaller is better (default: 20)")
+    lerobot.add_argument("--fps", type=float, help="steps per second, when the data does not say (control_hz)")
+
+
+def main(args: argparse.Namespace) -> int:
+    return {"info": info, "check": check, "convert": convert}[args.action](args)
+
+
+def _printable(text: str) -> str:
+    """Text from files and their names on one line, with control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# ---- data info
 
 
 def describe(paths: list[str]) -> dict[str, Any]:
@@ -51,17 +90,12 @@ def describe(paths: list[str]) -> dict[str, Any]:
     for number in range(len(index.paths)):
         prompts.update(episode_prompts(index, number))
     group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
-    largest = int(group_sizes.max())
-    metadata = index.layout.metadata
+    length, metadata = index.length, index.layout.metadata
     return {
         "files": len(index.paths),
         "episodes": len(index),
         "steps": index.steps,
-        "episode_length": {
-            "min": int(index.length.min()),
-            "median": float(np.median(index.length)),
-            "max": int(index.length.max()),
-        },
+        "episode_length": {"min": int(length.min()), "median": float(np.median(length)), "max": int(length.max())},
         "cameras": index.layout.cameras,
         "camera_names": list(metadata.cameras),
         "state_dim": index.layout.state_dim,
@@ -77,9 +111,29 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "robot": metadata.robot,
         "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
-        "largest_row_group": largest,
+        "largest_row_group": int(group_sizes.max()),
         "instructions": dict(prompts.most_common()),
     }
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print facts about the files."""
+    facts = describe(args.path)
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return 0
+    instructions = facts.pop("instructions")
+    width = max(map(len, facts))
+    lines = [f"{name:<{width}}  {_printable(_shown(value))}" for name, value in facts.items()]
+    if facts["largest_row_group"] > SLOW_GROUP_ROWS:
+        rows = f"row groups of up to {facts['largest_row_group']} rows"
+        lines.append(f"note: {rows} make reading single frames slow; EpisodeWriter writes 32")
+    lines.append(f"{len(instructions)} instructions (episodes each):")
+    lines += [f"  {count:>6}  {_printable(prompt)}" for prompt, count in list(instructions.items())[:SHOWN_INSTRUCTIONS]]
+    if len(instructions) > SHOWN_INSTRUCTIONS:
+        lines.append(f"  ... and {len(instructions) - SHOWN_INSTRUCTIONS} more; --json prints all")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 def _shown(value: Any) -> str:
@@ -90,58 +144,46 @@ def _shown(value: Any) -> str:
     return str(value) if value != "" else "-"
 
 
-def main(args: argparse.Namespace) -> int:
-    return {"info": info, "check": check, "convert": convert.main}[args.action](args)
+# ---- data check
 
 
 def check(args: argparse.Namespace) -> int:
-    """Find every fault; write the exclusion list when there is something to leave out, or one of before is out of date."""
+    """Find every fault; write the exclusion list when there is something to leave out, or an earlier one is out of date."""
     files = expand_paths(args.path, "data check")
-    options = _check_options(args)
-    with warnings.catch_warnings(), tqdm(total=sum(map(_bytes_of, files)), **BAR) as bar:
+    options = CheckOptions(allow_prompt_changes=args.allow_prompt_changes)
+    if args.config_path is not None:
+        config = load_config(args.config_path)
+        options = CheckOptions(configured_prompt_and_image_spec(config)[0], config, args.allow_prompt_changes)
+    bar: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": True}
+    with warnings.catch_warnings(), tqdm(total=sum(map(_size, files)), **bar) as progress:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
-        diagnosis = diagnose(files, options, bar.update)
+        diagnosis = diagnose(files, options, progress.update)
     excluded = diagnosis.excluded
     emptied = not diagnosis.faults and os.path.isfile(args.exclusion_list)
-    written = args.exclusion_list if excluded or emptied else None
-    if written is not None:
-        ExclusionList(written, excluded).save()
+    if excluded or emptied:
+        ExclusionList(args.exclusion_list, excluded).save()
     if args.json:
-        sys.stdout.write(json.dumps(_check_report(diagnosis, written), indent=1) + "\n")
-        return 1 if diagnosis.faults else 0
-    _print_faults(diagnosis)
-    name = _on_one_line(args.exclusion_list)
-    if excluded:
-        sys.stdout.write(
-            f"\nwrote {name}; to leave these out, add to the configuration\n  data:\n    exclude_episodes: {name}\n"
-        )
-    elif emptied:
-        sys.stdout.write(f"\nwrote {name} anew, empty: there is nothing to leave out any more\n")
+        report = _report(diagnosis, args.exclusion_list if excluded or emptied else None)
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        name, lines = _printable(args.exclusion_list), _fault_lines(diagnosis)
+        if excluded:
+            lines.append(f"\nwrote {name}; to leave these out, add to the configuration\n  data:\n    exclude_episodes: {name}")
+        elif emptied:
+            lines.append(f"\nwrote {name} anew, empty: there is nothing to leave out any more")
+        sys.stdout.write("\n".join(lines) + "\n")
     return 1 if diagnosis.faults else 0
 
 
-def _bytes_of(file: str) -> int:
-    """Size of a file with all that belongs to it; of one that is not there 0, since that is a fault like others."""
+def _size(file: str) -> int:
+    """Bytes of a file with all that belongs to it; 0 for a missing one, which is a fault like others."""
     try:
         return identify_file(file)[0]
     except FaultError:
         return 0
 
 
-def _on_one_line(text: str) -> str:
-    """What comes out of files and their names, with what could move a terminal's cursor, or has no encoding, escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _check_options(args: argparse.Namespace) -> CheckOptions:
-    if args.config_path is None:
-        return CheckOptions(allow_prompt_changes=args.allow_prompt_changes)
-    config = load_config(args.config_path)
-    prompts, _ = configured_prompt_and_image_spec(config)
-    return CheckOptions(prompts, config, args.allow_prompt_changes)
-
-
-def _check_report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str, Any]:
+def _report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str, Any]:
     faults: list[tuple[Fault, int | None]] = [(fault, None) for fault in diagnosis.misfits]
     faults += [(fault, next(iter(file.episodes_of(fault)), None)) for file in diagnosis.files for fault in file.faults]
     return {
@@ -164,43 +206,123 @@ def _check_report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str,
     }
 
 
-def _print_faults(diagnosis: Diagnosis) -> None:
+def _fault_lines(diagnosis: Diagnosis) -> list[str]:
+    """The first faults of each file, how many there are of each kind, and a summary."""
+    lines = []
     for faults in (diagnosis.misfits, *(file.faults for file in diagnosis.files)):
-        for fault in faults[:SHOWN_PER_FILE]:
-            sys.stdout.write(f"{_on_one_line(str(fault))}\n")
+        lines += [_printable(str(fault)) for fault in faults[:SHOWN_PER_FILE]]
         if len(faults) > SHOWN_PER_FILE:
-            more = f"{len(faults) - SHOWN_PER_FILE} more faults; --json prints all"
-            sys.stdout.write(f"{_on_one_line(faults[0].file)}: {more}\n")
+            lines.append(f"{_printable(faults[0].file)}: {len(faults) - SHOWN_PER_FILE} more faults; --json prints all")
     kinds = Counter(fault.kind.value for fault in diagnosis.faults)
-    if kinds:
-        sys.stdout.write("\n")
-    for kind, count in kinds.most_common():
-        sys.stdout.write(f"{count:>8}  {kind}\n")
+    lines += ["" for _ in range(bool(kinds))] + [f"{count:>8}  {kind}" for kind, count in kinds.most_common()]
     bad_files = sum(bool(file.faults) for file in diagnosis.files)
-    sys.stdout.write(
-        f"{diagnosis.bad_episodes} of {diagnosis.episodes} episodes, in {bad_files} of {len(diagnosis.files)} files, "
-        f"cannot be used; {diagnosis.steps} steps were checked\n"
-    )
+    episodes = f"{diagnosis.bad_episodes} of {diagnosis.episodes} episodes, in {bad_files} of {len(diagnosis.files)} files"
+    return [*lines, f"{episodes}, cannot be used; {diagnosis.steps} steps were checked"]
 
 
-def info(args: argparse.Namespace) -> int:
-    """Print facts about the files."""
-    facts = describe(args.path)
-    if args.json:
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-        return 0
-    instructions = facts.pop("instructions")
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        sys.stdout.write(f"{name:<{width}}  {_on_one_line(_shown(value))}\n")
-    if facts["largest_row_group"] > SLOW_GROUP_ROWS:
-        sys.stdout.write(
-            f"note: row groups of up to {facts['largest_row_group']} rows make reading single frames slow; "
-            f"EpisodeWriter writes 32\n"
-        )
-    sys.stdout.write(f"{len(instructions)} instructions (episodes each):\n")
-    for prompt, count in list(instructions.items())[:20]:
-        sys.stdout.write(f"  {count:>6}  {_on_one_line(prompt)}\n")
-    if len(instructions) > 20:
-        sys.stdout.write(f"  ... and {len(instructions) - 20} more; --json prints all\n")
+# ---- data convert
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert, compare with the source, and print what was compared and left behind."""
+    named = LEROBOT if find_source(args.input)[1] is not None else NATIVE
+    if args.source == NATIVE != named:
+        raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
+    source = args.source or named
+    _check_flags(args, source)
+    place = Place.parse(args.input.removeprefix(PREFIX), "--input") if source == LEROBOT else None
+    _check_output(args, None if place is None else find_root(place.path))
+    if place is not None:  # the selection of episodes and cameras belongs to the name of the source
+        chosen = replace(place.selection, **_selected(args))
+        index = EpisodeIndex.build(f"{PREFIX}{replace(place, selection=chosen)}", "--input")
+        cameras = tuple(range(index.layout.cameras))
+    else:
+        index = EpisodeIndex.build(args.input, "--input")
+        cameras = _select_cameras(index, args.cameras)
+        index = _select_episodes(index, args.episodes)
+    conversion = Conversion(index, cameras, _target(args, index, cameras), args.output_dir)
+    if unused := _unused(index, cameras):
+        sys.stdout.write(f"left behind: {', '.join(unused)}\n")
+        sys.stdout.flush()
+    bar: Any = {"unit": " steps", "desc": "convert", "dynamic_ncols": True}
+    compared = run_conversion(conversion, args.workers, lambda total: tqdm(total=total, **bar))
+    if compared is None:
+        sys.stdout.write(f"{args.output_dir}: is there already, converted and verified; nothing was done\n")
+    else:
+        sys.stdout.write(f"verified: {compared}\n{conversion.target.place(args.output_dir)}\n")
     return 0
+
+
+def _check_flags(args: argparse.Namespace, source: str) -> None:
+    if (source, args.target) == (NATIVE, NATIVE):
+        raise ConfigError(f"data convert: got native to native, expected another format: --from {LEROBOT}, or --to {LEROBOT}")
+    if not 1 <= args.jpeg_quality <= 100:
+        raise ConfigError(f"--jpeg_quality: got {args.jpeg_quality}, expected 1 to 100")
+    if not args.crf <= 51:
+        raise ConfigError(f"--crf: got {args.crf}, expected 0 to 51")
+    if args.fps is not None and not 0 < args.fps < 1000:
+        raise ConfigError(f"--fps: got {args.fps}, expected more than 0 and less than 1000")
+
+
+def _check_output(args: argparse.Namespace, root: str | Path | None) -> None:
+    """Refuse an output within the input: it would be part of the data from then on. root: folder of a LeRobot input."""
+    found = [args.input] if os.path.exists(args.input) else glob.glob(args.input, recursive=True)
+    folders = [path for path in found if os.path.isdir(path)] if root is None else [root]
+    output = Path(os.path.realpath(args.output_dir))
+    for folder in folders:
+        if output.is_relative_to(os.path.realpath(folder)):
+            raise DataError(f"--output_dir: {args.output_dir}: got a folder within the input, {folder}; give one outside of it")
+
+
+def _selected(args: argparse.Namespace) -> dict[str, Any]:
+    """What --cameras and --episodes change in the selection of a LeRobot input."""
+    selected: dict[str, Any] = {"cameras": tuple(args.cameras)} if args.cameras else {}
+    return selected | ({"episodes": parse_range(args.episodes, "--episodes")} if args.episodes else {})
+
+
+def _select_episodes(index: EpisodeIndex, text: str | None) -> EpisodeIndex:
+    if text is None:
+        return index
+    first, stop = parse_range(text, "--episodes")
+    first, stop = first or 0, len(index) if stop is None else stop
+    if not first < stop <= len(index):
+        raise ConfigError(f"--episodes: got {first}:{stop}, expected a range within 0:{len(index)}")
+    return index.select(np.arange(first, stop))
+
+
+def _select_cameras(index: EpisodeIndex, names: list[str] | None) -> tuple[int, ...]:
+    known = {name: number for number, name in enumerate(_camera_names(index))}
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"--cameras: got '{name}', expected of {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(known if names is None else names))
+
+
+def _camera_names(index: EpisodeIndex) -> list[str]:
+    """Names of the cameras; `image_N` where the data has none."""
+    names, count = index.layout.metadata.cameras, index.layout.cameras
+    return [names[number] if number < len(names) else f"image_{number + 1}" for number in range(count)]
+
+
+def _target(args: argparse.Namespace, index: EpisodeIndex, cameras: Sequence[int]) -> Target:
+    metadata = index.layout.metadata
+    if metadata.cameras:
+        names = _camera_names(index)
+        metadata = replace(metadata, cameras=tuple(names[number] for number in cameras))
+    if args.target == NATIVE:
+        return NativeTarget(metadata, args.image_format, args.jpeg_quality)
+    fps = args.fps or metadata.control_hz
+    if not fps:
+        raise ConfigError("--fps: got none, and the data does not say it (control_hz 0); expected steps per second: give --fps")
+    if metadata.control_hz and fps != metadata.control_hz:
+        raise ConfigError(f"--fps: got {fps:g}, expected {metadata.control_hz:g} as the data says (control_hz); leave it out")
+    layout = replace(index.layout, cameras=len(cameras), metadata=metadata)
+    form = Format(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout)
+    return LeRobotTarget(form, tuple(Recordings(index, tuple(cameras)).instructions()))
+
+
+def _unused(index: EpisodeIndex, cameras: Sequence[int]) -> list[str]:
+    """What the source has and the result will not have."""
+    with open_file(index.paths[int(index.file[0])]) as file:
+        unused = list(file.unused)
+    return unused + [name for number, name in enumerate(_camera_names(index)) if number not in cameras]

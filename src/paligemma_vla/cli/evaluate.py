@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     add_policy_arguments(parser, required=True)
     parser.add_argument(
         "--eval_data_path", required=True, nargs="+", metavar="D", help="episode files, folders, globs, URLs, lerobot:FOLDER"
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate, write the files, and print a summary; returns the exit status."""
+    """Evaluate, write the files, and print a summary."""
     from paligemma_vla.data.index import EpisodeIndex
     from paligemma_vla.evaluation.open_loop import OpenLoopConfig, OpenLoopResult, evaluate
     from paligemma_vla.policy import Policy

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     parser.add_argument("--checkpoint_path", required=True, metavar="P", help="a .pth.tar of a training run, or an export")
     parser.add_argument("--output_dir", required=True, type=Path, metavar="D", help="new, empty, or an earlier export")
     parser.add_argument(
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Export, and say where to; returns the exit status."""
+    """Export, and print where to."""
     if args.private and args.push_to_hub is None:
         raise ConfigError("--private: means something with --push_to_hub ORG/NAME only")
     from paligemma_vla.export.folder import load_trained, restore

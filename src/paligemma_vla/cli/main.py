@@ -94,19 +94,19 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         with _terminable():
             return run(args)
     except KeyboardInterrupt:
-        _say("interrupted")
+        _write("interrupted")
         return 130
     except Terminated:
-        _say("terminated")
+        _write("terminated")
         return 143
     except BrokenPipeError:  # whoever read this has gone, as `| head` does
-        _give_up_stdout()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end that it cannot flush
         return 141
     except Exception as error:  # of any kind: a user gets a message and a status, never a traceback unasked
         if args.debug:
             traceback.print_exc()
-        status, message = _told(error)
-        _say(_printable(message))
+        status, message = _status_and_message(error)
+        _write(_printable(message))
         return status
 
 
@@ -116,47 +116,30 @@ def log_to_stderr() -> None:
     quiet_libraries()
 
 
-def _say(message: str) -> None:
+def _write(message: str) -> None:
     with suppress(OSError):  # stderr may lead to a full disk, or nowhere any more
         sys.stderr.write(f"{message}\n")
 
 
-def _give_up_stdout() -> None:
-    """Or the interpreter would complain at its end that it cannot flush it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 LONGEST_LINE, MOST_LINES = 500, 40
-
-# What a user's paths and disks can do to a file operation that no command foresees.
-SURROUNDINGS = {
-    errno.ENOSPC: "free some space, or give a path on another disk",
-    errno.EDQUOT: "free some space, or give a path on another disk",
-    errno.ENOENT: "it is not there, or was taken away during the run; give another path",
-    errno.EIO: "the disk failed; look at it, or give a path on another",
-    errno.ESTALE: "the network disk was lost; mount it again",
-    errno.EACCES: "give a path that you may use",
-    errno.EPERM: "give a path that you may use",
-    errno.EFBIG: "raise the limit on file sizes, or give a path on another disk",
-    errno.EROFS: "give a path that can be written",
-    errno.EEXIST: "a folder is expected there; give another path",
-    errno.ENOTDIR: "a folder is expected there; give another path",
-    errno.EISDIR: "a file is expected there; give another path",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.ELOOP: "links lead in a circle there; give another path",
-    errno.EINVAL: "give a path that this file system can hold",
-    errno.ENODEV: "give a path to a file or folder",
-    errno.ENXIO: "give a path to a file or folder",
+SPACE, ACCESS = "free some space, or give a path on another disk", "give a path that you may use"
+REMEDIES = {
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
+    errno.EACCES: ACCESS,
+    errno.EPERM: ACCESS,
+    errno.EROFS: ACCESS,
+    errno.ENOENT: "it is not there, or was removed during the run; give another path",
 }
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """Exit status and message of an error."""
+def _status_and_message(error: Exception) -> tuple[int, str]:
     if isinstance(error, VLAError):
         return 2, f"error: {error}"
-    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+    if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        return 2, f"error: {where}{error.strerror}; {SURROUNDINGS[error.errno]}"
+        remedy = REMEDIES.get(error.errno, "check this path and its disk, or give another path")
+        return 2, f"error: {where}{error.strerror}; {remedy}"
     if isinstance(error, MemoryError):
         return 2, "error: out of memory; lower data.batch_size, data.cache_mb or data.num_workers, or the sizes of the model"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"

@@ -8,24 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from paligemma_vla.cli.arguments import positive
-from paligemma_vla.config import load_config, parse_assignments
+from paligemma_vla.cli.arguments import add_config_arguments, configured, positive
 from paligemma_vla.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config_path", required=True, help="YAML configuration")
+    add_config_arguments(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="device to plan for (default: a GPU if --memory_gb is given)")
     parser.add_argument("--memory_gb", type=float, help="memory of that device (default: what is left on this machine's)")
     parser.add_argument("--nproc", type=positive, default=1, help="training processes of all machines, which share the batch")
     parser.add_argument("--nproc_per_machine", type=positive, help="of these on one machine (default: all, at most 8)")
     parser.add_argument("--model_path_override", help="backbone: hub id or folder")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the configuration")
 
 
 def main(args: argparse.Namespace) -> int:
-    override = {"model.vlm_config.model_name_or_path": args.model_path_override} if args.model_path_override else {}
-    config = load_config(args.config_path, {**override, **parse_assignments(args.set)})
+    config = configured(args, {"model.vlm_config.model_name_or_path": args.model_path_override})
     import torch
 
     from paligemma_vla.model.architectures import architecture_to_plan

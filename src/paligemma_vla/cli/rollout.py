@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
 from typing import get_args
 
-from paligemma_vla.cli.arguments import add_policy_arguments, natural, positive
+from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_arguments, natural, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
     from paligemma_vla.evaluation.envs import Resets
     from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts
 
     add_policy_arguments(parser, required=False, note="; needed unless --policy random")
-    parser.add_argument("--env", default="metaworld", help="simulator (default: %(default)s)")
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help="for example drawer-open drawer-close")
-    parser.add_argument("--episodes", type=positive, required=True, metavar="N", help="per task")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="D", help="for rollout.json and videos/")
-    parser.add_argument("--seed", type=natural, default=0, help="of starts and instructions (default: %(default)s)")
+    add_simulator_arguments(parser, "per task", "for rollout.json and videos/")
     parser.add_argument("--prompts", choices=get_args(Prompts), default="own", help="whose instructions (default: %(default)s)")
     parser.add_argument("--resets", choices=get_args(Resets), default="demo", help="how episodes start (default: %(default)s)")
     parser.add_argument("--num_steps", type=positive, metavar="N", help="Euler steps (default: the checkpoint's)")
@@ -30,17 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", choices=get_args(ImageSource), default="camera", help="grey is a control: it hides the scene"
     )
     parser.add_argument("--policy", choices=get_args(Actor), default="checkpoint", help="random is a control")
-    parser.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument(
-        "--image_size", type=positive, default=64, metavar="PX", help="of the observations (default: %(default)s)"
-    )
     parser.add_argument(
         "--max_videos", type=natural, default=1, help="successes, and failures, filmed per task (default: %(default)s)"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate, and print a table; returns the exit status."""
+    """Evaluate, and print a table of success rates."""
     from paligemma_vla.evaluation.rollout import RolloutConfig, rollout
 
     config = RolloutConfig(
