@@ -186,10 +186,11 @@ def test_export_on_a_full_disk_leaves_nothing(capfd: pytest.CaptureFixture[str],
 
 def test_figures_of_a_rollout_reach_the_card(tmp_path: Path) -> None:
     """What `rollout` writes is what the card reads; random actions need no checkpoint and belong to none."""
-    from paligemma_vla.evaluation.rollout import RolloutConfig, rollout
+    from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
     from paligemma_vla.export.measurements import read_measurement
 
-    rollout(RolloutConfig(policy="random", tasks=("drawer-open",), episodes=1, output_dir=tmp_path), workers=0, image_size=8)
+    with RolloutPool("metaworld", workers=0, image_size=8) as pool:
+        pool.run(RolloutConfig(policy="random", tasks=("drawer-open",), episodes=1, output_dir=tmp_path))
     measurement = read_measurement(tmp_path / "rollout.json")
     assert measurement.checkpoint is None
     assert measurement.lines[2].startswith(("| drawer-open | 0/1 | 0.00 |", "| drawer-open | 1/1 | 1.00 |"))
@@ -198,7 +199,7 @@ def test_figures_of_a_rollout_reach_the_card(tmp_path: Path) -> None:
 
 def test_rollout_takes_an_export_and_quantised_weights(exported: Path, tmp_path: Path) -> None:
     """The worker's own loader; the toy arm fits no simulator."""
-    from paligemma_vla.evaluation.rollout_worker import load_checkpoint
+    from paligemma_vla.evaluation.rollout import load_checkpoint
 
     class NoEnvironment:
         pass

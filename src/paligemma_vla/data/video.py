@@ -140,10 +140,11 @@ def _time(frame: av.VideoFrame) -> float:
 class VideoWriter:
     """Write RGB frames as an MP4 file; `with` ends it. fps: frames per second. crf: smaller is better and larger.
 
-    Raises `ConfigError` when this machine's PyAV lacks the encoder.
+    keyframe_every: a video that is only played forwards is smaller with fewer keyframes. Raises `ConfigError` when this
+    machine's PyAV lacks the encoder.
     """
 
-    def __init__(self, path: Path, codec: str, fps: float, crf: int) -> None:
+    def __init__(self, path: Path, codec: str, fps: float, crf: int, keyframe_every: int = KEYFRAME_EVERY) -> None:
         import av  # here, since most data has no videos
 
         os.environ.setdefault("SVT_LOG", "1")  # errors only: the encoder of AV1 writes to stderr itself
@@ -152,7 +153,7 @@ class VideoWriter:
             raise ConfigError(f"--codec {codec}: got a PyAV without {encoder}, expected one with it; choose another codec")
         self.path = path
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._options = {"g": str(KEYFRAME_EVERY), "crf": str(crf), **options}
+        self._options = {"g": str(keyframe_every), "crf": str(crf), **options}
         self._encoder = encoder
         self._container = av.open(str(path), "w", format="mp4")
         self._stream: av.VideoStream | None = None

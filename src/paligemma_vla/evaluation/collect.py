@@ -10,7 +10,6 @@ An episode is a function of (seed, task, index): neither the number of workers n
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import zlib
@@ -26,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from paligemma_vla import schema
+from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Control, Environment, make_environment
@@ -145,13 +145,6 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
     raise SimulatorError(f"{config.env} task '{task}': its expert failed {MAX_ATTEMPTS} times in a row at episode {index}")
 
 
-def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
-    """JPEG bytes of (H, W, 3) uint8 RGB; colour is kept at full resolution, as small pictures need it."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue()
-
-
 def correlated_noise(rng: np.random.Generator, config: CollectConfig, dims: int) -> Iterator[NDArray[np.float64]]:
     """Endless AR(1) noise (dims,): n' = m n + sqrt(1 - m^2) e, whose standard deviation stays that of e."""
     scale = rng.uniform(*config.noise_scale) if rng.random() < config.noise_share else 0.0
@@ -190,10 +183,12 @@ def _follow_expert(
 
 
 def _episode(env: Environment, seen: list[Observation], actions: list[NDArray[np.float32]], prompt: str) -> Episode:
-    keys = [image_key(number + 1) for number in range(len(env.spec.metadata.cameras))]
-    images = [[encode_jpeg(cast(dict[str, Any], view)[key]) for view in seen] for key in keys]
+    images: list[list[bytes | None]] = []
+    for number in range(len(env.spec.metadata.cameras)):
+        pictures = [cast(dict[str, Any], view)[image_key(number + 1)] for view in seen]
+        images.append([encode_image(Image.fromarray(picture), "jpeg", JPEG_QUALITY) for picture in pictures])
     states = np.stack([view["state"] for view in seen])  # (length, P)
-    return Episode([list(camera) for camera in images], states, np.stack(actions).astype(np.float32), prompt, is_terminal=True)
+    return Episode(images, states, np.stack(actions).astype(np.float32), prompt, is_terminal=True)
 
 
 def _refuse_other_settings(config: CollectConfig, task: str) -> None:

@@ -1,20 +1,21 @@
-"""One closed-loop episode: a policy acts in an environment until the task is solved or time is up."""
+"""One closed-loop episode: a policy acts in an environment until the task is solved or time is up; and its video."""
 
 from __future__ import annotations
 
 import zlib
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from paligemma_vla import schema
+from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets
-from paligemma_vla.schema import Observation
 
 Prompts = Literal["own", "opposite", "unseen"]
 ImageSource = Literal["camera", "grey"]
@@ -22,11 +23,13 @@ Actor = Literal["checkpoint", "random"]
 
 SEED_DOMAIN = 2  # `collect` has another, so no evaluation starts where a demonstration of the same seed did
 GREY = 127
-SNAPSHOT_EVERY = 2  # steps; at 20 frames a second, films of an 80 Hz robot run at half speed
+VIDEO_SIZE, VIDEO_FPS, VIDEO_CRF = 256, 20, 30
+SNAPSHOT_EVERY = 2  # steps; at 20 frames a second, videos of an 80 Hz robot run at half speed
+LAST_FRAMES = 12  # the last picture stays, long enough to see how the episode ended
 
 
 class ActingPolicy(Protocol):
-    """What is asked of a policy here; `paligemma_vla.Policy` is one."""
+    """What a rollout asks of a policy; `paligemma_vla.Policy` is one."""
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
@@ -58,7 +61,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """How an episode went. seed: of its reset. steps: until success, or all of them. snapshots: for a film, if asked for."""
+    """How an episode went. seed: of its reset. steps: until success, or all of them. snapshots: for a video, if asked for."""
 
     task: str
     index: int
@@ -96,53 +99,48 @@ def play(
 ) -> EpisodeOutcome:
     """Play episode number `index` of `task`; start and instruction depend on (seed, task, index) alone.
 
-    The same start is met under every condition, so conditions can be compared episode by episode.
+    Every condition meets the same start, so conditions can be compared episode by episode. record: keep snapshots.
     """
     seeds = np.random.SeedSequence([SEED_DOMAIN, condition.seed, zlib.crc32(task.encode()), index])
     reset_seed, choice, noise_seed = (int(word) for word in seeds.generate_state(3))
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
-    view: Observation | None = env.reset(task, reset_seed, condition.resets)
-    actor = _Actor(env.spec, policy, condition, prompt, noise_seed)
+    first = env.reset(task, reset_seed, condition.resets)
     snapshots = [env.snapshot()] if record else []
-    steps, done, success = 0, False, False
-    while not (done or success):
-        if actor.wants_observation:
-            actor.see(view if view is not None else env.observe())
-        view = None
-        result = env.step(actor.next_action())
-        steps, done, success = steps + 1, result.done, result.success
-        if record and (steps % SNAPSHOT_EVERY == 0 or done or success):
+    steps, success = 0, False
+    for action in _actions(env, policy, condition, first, prompt, np.random.default_rng(noise_seed)):
+        result = env.step(action)
+        steps, success, over = steps + 1, result.success, result.success or result.done
+        if record and (over or steps % SNAPSHOT_EVERY == 0):
             snapshots.append(env.snapshot())
+        if over:
+            break
     return EpisodeOutcome(task, index, reset_seed, prompt, success, steps, snapshots)
 
 
-class _Actor:
-    """Asks the policy for a chunk, hands out its first actions, asks again; or draws random actions."""
+def _actions(
+    env: Environment,
+    policy: ActingPolicy | None,
+    condition: Condition,
+    view: schema.Observation,
+    prompt: str,
+    rng: np.random.Generator,
+) -> Iterator[NDArray[np.floating]]:
+    """Endless actions (A,): random ones, or the first ones of a chunk, then those of the next chunk.
 
-    def __init__(self, spec: EnvSpec, policy: ActingPolicy | None, condition: Condition, prompt: str, noise_seed: int) -> None:
-        self._spec, self._policy, self._condition, self._prompt = spec, policy, condition, prompt
-        self._rng = np.random.default_rng(noise_seed)
-        self._queue: deque[NDArray[np.floating]] = deque()
-
-    @property
-    def wants_observation(self) -> bool:
-        return self._condition.policy == "checkpoint" and not self._queue
-
-    def see(self, view: Observation) -> None:
-        assert self._policy is not None
-        observation: dict[str, Any] = {**view, schema.PROMPT: self._prompt}
-        if self._condition.image == "grey":
-            cameras = [schema.image_key(number + 1) for number in range(len(self._spec.metadata.cameras))]
-            observation |= {key: np.full_like(observation[key], GREY) for key in cameras if key in observation}
-        seed = int(self._rng.integers(2**31))
-        actions = np.asarray(self._policy.infer(observation, seed=seed, num_steps=self._condition.num_steps)["actions"])
-        self._queue.extend(actions[: _executed(self._condition.execute, len(actions))])  # (M, A) of (K, A)
-
-    def next_action(self) -> NDArray[np.floating]:
-        if self._condition.policy == "random":
-            return self._rng.uniform(self._spec.action_low, self._spec.action_high)
-        return self._queue.popleft()
+    view: the first observation. Later ones are rendered here, once per chunk: rendering is the slow part.
+    """
+    while condition.policy == "random":
+        yield rng.uniform(env.spec.action_low, env.spec.action_high)
+    assert policy is not None
+    while True:
+        observation: dict[str, Any] = {**view, schema.PROMPT: prompt}
+        if condition.image == "grey":
+            observation |= {key: np.full_like(image, GREY) for key, image in view.items() if key.startswith("image_")}
+        seed = int(rng.integers(2**31))
+        chunk = np.asarray(policy.infer(observation, seed=seed, num_steps=condition.num_steps)["actions"])  # (K, A)
+        yield from chunk[: _executed(condition.execute, len(chunk))]
+        view = env.observe()
 
 
 def _executed(execute: int | None, horizon: int) -> int:
@@ -151,3 +149,31 @@ def _executed(execute: int | None, horizon: int) -> int:
     if not 1 <= execute <= horizon:
         raise SimulatorError(f"--execute: got {execute}, expected 1 to {horizon}, the policy's horizon")
     return execute
+
+
+def write_video(path: Path, env: Environment, outcome: EpisodeOutcome) -> None:
+    """Draw an episode again from its snapshots, larger than the policy saw it: `path` (.mp4), and its end beside it (.jpg)."""
+    frames = []
+    for snapshot in outcome.snapshots:
+        env.restore(snapshot)
+        # Drawn at twice the size and averaged: the camera has no antialiasing.
+        picture = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3).mean((1, 3)).astype(np.uint8)
+        frames.append(caption(picture, outcome.prompt, outcome.success))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(path, "h264", VIDEO_FPS, VIDEO_CRF, keyframe_every=250) as video:
+        for frame in [*frames, *[frames[-1]] * LAST_FRAMES]:
+            video.write(frame, str(path))
+    Image.fromarray(frames[-1]).save(path.with_suffix(".jpg"), quality=85)
+
+
+def caption(image: NDArray[np.uint8], text: str, success: bool) -> NDArray[np.uint8]:
+    """The picture (H, W, 3) with `text` on a strip at its lower edge, green for a success and red for a failure."""
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(10, picture.height // 18))
+    strip = picture.height // 12
+    colour = (20, 105, 60) if success else (150, 40, 40)
+    draw.rectangle((0, picture.height - strip, picture.width, picture.height), fill=colour)
+    middle = (picture.width / 2, picture.height - strip / 2)
+    draw.text(middle, text, font=font, fill=(255, 255, 255), anchor="mm")
+    return np.asarray(picture)

@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: success rates of a checkpoint in a simulator, with intervals, controls and films.
+"""Closed-loop evaluation: success rates of a policy in a simulator, with intervals, controls and videos.
 
 `RolloutPool` keeps simulators and policy alive in worker processes, so that several conditions cost one start.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +20,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import SimulatorError
-from paligemma_vla.evaluation import rollout_worker
-from paligemma_vla.evaluation.envs import make_environment
-from paligemma_vla.evaluation.episode import Condition, EpisodeOutcome, instructions
-from paligemma_vla.evaluation.rollout_worker import PolicyFactory, load_checkpoint
+from paligemma_vla.evaluation.envs import Environment, make_environment
+from paligemma_vla.evaluation.episode import (
+    ActingPolicy,
+    Condition,
+    EpisodeOutcome,
+    check_compatible,
+    instructions,
+    play,
+    write_video,
+)
 from paligemma_vla.export.hub import local_copy
+from paligemma_vla.storage import atomic_write
 from paligemma_vla.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -34,13 +43,15 @@ log = logging.getLogger(__name__)
 
 VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 
+PolicyFactory = Callable[[Environment], ActingPolicy]
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Condition):
     """A condition and how often to play it.
 
-    episodes: per task.   max_videos: films per task of successes, and as many of failures (the first of each).
-    output_dir: for `rollout.json` and `videos/`; None writes nothing, and then there are no films.
+    episodes: per task.   max_videos: per task, of successes and as many of failures (the first of each).
+    output_dir: for `rollout.json` and `videos/`; None writes nothing, and then there are no videos.
     """
 
     tasks: tuple[str, ...] = ()
@@ -51,7 +62,7 @@ class RolloutConfig(Condition):
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """What `rollout.json` holds; tasks, episodes and videos are in its form already."""
+    """What `rollout.json` holds; tasks, episodes and videos have its form already."""
 
     settings: dict[str, Any]
     tasks: dict[str, dict[str, Any]]
@@ -64,16 +75,12 @@ class RolloutResult:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a success rate, 95 % by default; unlike the normal one it is right at 0 and 1."""
-    if not 0 <= successes <= episodes or episodes == 0:
-        raise ValueError(f"got {successes} successes of {episodes} episodes")
-    rate = successes / episodes
-    scale = 1 + z**2 / episodes
-    centre = (rate + z**2 / (2 * episodes)) / scale
-    half = z / scale * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
-    # At the ends the bound is exact; rounding would leave 1e-16 of it.
-    return 0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half
+def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a success rate; unlike the normal one it is right at 0 and 1."""
+    from scipy.stats import binomtest  # takes most of a second
+
+    interval = binomtest(successes, episodes).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 class RolloutPool:
@@ -101,18 +108,15 @@ class RolloutPool:
         if policy_factory is None and checkpoint_path is not None:
             policy_factory = partial(load_checkpoint, local_copy(checkpoint_path), weights)
         self._has_policy = policy_factory is not None
-        self._pool = WorkerPool(workers, rollout_worker.prepare, (env, image_size, policy_factory))
+        self._pool = WorkerPool(workers, _start_worker, (env, image_size, policy_factory))
 
     def __enter__(self) -> RolloutPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._pool.close()
         self._env.close()
-        rollout_worker.forget()
+        _end_worker()
 
     def run(self, config: RolloutConfig) -> RolloutResult:
         """Play one condition; episode k of a task is the same for any number of workers or tasks."""
@@ -120,21 +124,23 @@ class RolloutPool:
         tasks = self._check(config)
         if config.output_dir is not None:
             config.output_dir.mkdir(parents=True, exist_ok=True)
-        films = config.max_videos if config.output_dir else 0
-        jobs = ((task, index, config, films > 0) for task in tasks for index in range(config.episodes))
-        outcomes: list[EpisodeOutcome] = []
-        chosen: list[EpisodeOutcome] = []
+        most = config.max_videos if config.output_dir else 0
+        jobs = ((task, index, config, most > 0) for task in tasks for index in range(config.episodes))
         label = f"{config.prompts}/{config.resets}/{config.image}/{config.policy}"
-        played = self._pool.map(rollout_worker.play_job, jobs)
+        outcomes: list[EpisodeOutcome] = []
+        recorded: dict[str, EpisodeOutcome] = {}  # by the name of the video
+        count: Counter[str] = Counter()
+        played = self._pool.map(_play_job, jobs)
         for outcome in tqdm(played, label, config.episodes * len(tasks), unit="episode", disable=None):
-            alike = [other for other in chosen if (other.task, other.success) == (outcome.task, outcome.success)]
-            if len(alike) < films:
-                chosen.append(outcome)
-            outcomes.append(_without_snapshots(outcome))
-        videos = self._film(chosen, config.output_dir) if config.output_dir and chosen else []
+            kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
+            count[kind] += 1
+            if count[kind] <= most:
+                recorded[f"{kind}_{count[kind]}"] = outcome
+            outcomes.append(replace(outcome, snapshots=[]))
+        videos = self._write_videos(recorded, config.output_dir) if config.output_dir else []
         result = self._result(config, tasks, outcomes, videos, time.monotonic() - started)
         if config.output_dir is not None:
-            (config.output_dir / "rollout.json").write_text(result.to_json())
+            atomic_write(config.output_dir / "rollout.json", result.to_json())
         log.info("%s: mean success %.3f, %.0f s", label, result.mean_success, result.wall_s)
         return result
 
@@ -149,27 +155,20 @@ class RolloutPool:
             instructions(self._env, task, config.prompts)
         return tasks
 
-    def _film(self, chosen: list[EpisodeOutcome], output_dir: Path) -> list[dict[str, Any]]:
-        count: dict[tuple[str, bool], int] = {}
-        jobs, videos = [], []
-        for outcome in chosen:
-            key = (outcome.task, outcome.success)
-            count[key] = count.get(key, 0) + 1
-            name = f"{outcome.task}_{'success' if outcome.success else 'failure'}_{count[key]}"
-            path = Path("videos") / f"{name}.mp4"
-            jobs.append((outcome, output_dir / path))
-            videos.append(
-                {
-                    "task": outcome.task,
-                    "success": outcome.success,
-                    "prompt": outcome.prompt,
-                    "path": path.as_posix(),
-                    "poster": path.with_suffix(".jpg").as_posix(),
-                }
-            )
-        for _ in self._pool.map(rollout_worker.film_job, jobs):
+    def _write_videos(self, recorded: dict[str, EpisodeOutcome], folder: Path) -> list[dict[str, Any]]:
+        paths = {name: Path("videos") / f"{name}.mp4" for name in recorded}
+        for _ in self._pool.map(_video_job, [(outcome, folder / paths[name]) for name, outcome in recorded.items()]):
             pass
-        return videos
+        return [
+            {
+                "task": outcome.task,
+                "success": outcome.success,
+                "prompt": outcome.prompt,
+                "path": paths[name].as_posix(),
+                "poster": paths[name].with_suffix(".jpg").as_posix(),
+            }
+            for name, outcome in recorded.items()
+        ]
 
     def _result(
         self,
@@ -189,7 +188,7 @@ class RolloutPool:
             "checkpoint_path": self.checkpoint_path,
             "checkpoint_sha256": _fingerprint(self.checkpoint_path),
             "weights": self.weights or "full",
-            "versions": _versions(),
+            "versions": dict(_versions()),
         }
         names = ("task", "index", "seed", "prompt", "success", "steps")
         return RolloutResult(
@@ -200,20 +199,6 @@ class RolloutPool:
             videos=videos,
             wall_s=round(seconds, 2),
         )
-
-
-def rollout(
-    config: RolloutConfig,
-    checkpoint_path: str | None = None,
-    *,
-    env: str = "metaworld",
-    workers: int = 1,
-    image_size: int = 64,
-    weights: Weights | None = None,
-) -> RolloutResult:
-    """Play one condition with a pool of its own; see `RolloutPool` for several."""
-    with RolloutPool(env, checkpoint_path, workers=workers, image_size=image_size, weights=weights) as pool:
-        return pool.run(config)
 
 
 def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
@@ -228,10 +213,6 @@ def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
     }
 
 
-def _without_snapshots(outcome: EpisodeOutcome) -> EpisodeOutcome:
-    return EpisodeOutcome(outcome.task, outcome.index, outcome.seed, outcome.prompt, outcome.success, outcome.steps)
-
-
 def _fingerprint(path: str | None) -> str | None:
     if path is None:
         return None
@@ -240,11 +221,82 @@ def _fingerprint(path: str | None) -> str | None:
     return fingerprint(path)
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def _versions() -> Iterator[tuple[str, str]]:
     for name in VERSIONED:
         try:
-            versions[name] = importlib.metadata.version(name)
+            yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+
+
+# What a worker process does: it keeps one simulator and one policy from job to job.
+
+
+@dataclass
+class _Worker:
+    """How to build the simulator and the policy of a worker process, and both once they are built."""
+
+    env_name: str
+    image_size: int
+    factory: PolicyFactory | None
+    env: Environment | None = None
+    policy: ActingPolicy | None = None
+
+    def environment(self) -> Environment:
+        if self.env is None:
+            self.env = make_environment(self.env_name, self.image_size)
+        return self.env
+
+    def load_policy(self) -> ActingPolicy | None:
+        if self.policy is None and self.factory is not None:
+            env = self.environment()
+            policy = self.factory(env)
+            if control := policy.metadata.get("action_representation"):
+                env.use_control(control)
+            check_compatible(policy.metadata, env.spec)
+            self.policy = policy
+        return self.policy
+
+
+_this_worker: list[_Worker] = []  # one in a worker process; none in the process that started the pool
+
+
+def _start_worker(env_name: str, image_size: int, factory: PolicyFactory | None) -> None:
+    """Note what this worker is for; the first job builds it, where an error can be reported."""
+    _this_worker[:] = [_Worker(env_name, image_size, factory)]
+
+
+def _end_worker() -> None:
+    """End of a pool in this process (`workers=0`)."""
+    for worker in _this_worker:
+        if worker.env is not None:
+            worker.env.close()
+    _this_worker.clear()
+
+
+def _play_job(job: tuple[str, int, Condition, bool]) -> EpisodeOutcome:
+    """Play one episode: (task, number, condition, whether to take snapshots for a video)."""
+    (worker,) = _this_worker
+    task, index, condition, record = job
+    # Random actions, too, are of the policy's kind of control, whichever condition is played first.
+    policy = worker.load_policy()
+    return play(worker.environment(), policy, task, index, condition, record)
+
+
+def _video_job(job: tuple[EpisodeOutcome, Path]) -> None:
+    """Write the video of an episode to a path."""
+    (worker,) = _this_worker
+    outcome, path = job
+    write_video(path, worker.environment(), outcome)
+
+
+def load_checkpoint(path: str, weights: Weights | None, env: Environment) -> ActingPolicy:
+    """The default `PolicyFactory`: a checkpoint on one CPU thread, since the bits of a result depend on their number."""
+    quiet_libraries()
+    import torch
+
+    from paligemma_vla.policy import Policy
+
+    torch.set_num_threads(1)
+    policy: ActingPolicy = Policy.from_checkpoint(path, device="cpu", weights=weights)
+    return policy
