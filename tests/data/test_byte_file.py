@@ -13,6 +13,7 @@ from episode_files import columns, write
 
 from paligemma_vla import schema, storage
 from paligemma_vla.data.doctor import CheckOptions, diagnose
+from paligemma_vla.data.formats import open_file
 from paligemma_vla.data.formats.parquet import ParquetEpisodes, column_ranges, flag_rows
 from paligemma_vla.data.index import find_flags, read_flags
 from paligemma_vla.storage import ByteFile, ByteSource, CachedSource
@@ -96,15 +97,15 @@ def test_parquet_reads_through_it_what_it_reads_from_the_disk(tmp_path: Path, sm
 
 
 def told(path: Path) -> list[list[int]] | None:
-    with ParquetEpisodes(str(path)) as file:
-        rows = file.told_flags()
+    with open_file(str(path)) as file:
+        rows = file.flags_from_footer()
         return None if rows is None else [part.tolist() for part in rows]
 
 
 def test_footer_tells_the_flags_of_our_files(tmp_path: Path) -> None:
     write_episodes(tmp_path, lengths=(40, 1, 32, 33, 64, 2), per_file=6)
     (path,) = tmp_path.glob("*.parquet")
-    with ParquetEpisodes(str(path)) as file:
+    with open_file(str(path)) as file:
         expected, got = read_flags(file), find_flags(file)
     assert told(path) is not None
     for name in ("first", "last", "terminal", "null"):
@@ -142,7 +143,7 @@ def test_footer_of_a_file_written_anew_settles_nothing_that_is_not_so(
     (path,) = tmp_path.glob("*.parquet")
     rewrite(path, group, change, **options)
     assert told(path) is None
-    with ParquetEpisodes(str(path)) as file:
+    with open_file(str(path)) as file:
         assert len(find_flags(file).first) == (3 if change else 2)
 
 
@@ -151,7 +152,7 @@ def test_check_tells_flags_that_the_footer_contradicts(tmp_path: Path, monkeypat
     (path,) = tmp_path.glob("*.parquet")
     wrong = [np.array(rows) for rows in ([0, 4], [3, 10], [10])]
     assert not diagnose([str(path)], CheckOptions(), lambda size: None).faults
-    monkeypatch.setattr(ParquetEpisodes, "told_flags", lambda self: wrong)
+    monkeypatch.setattr(ParquetEpisodes, "flags_from_footer", lambda self: wrong)
     (fault,) = diagnose([str(path)], CheckOptions(), lambda size: None).faults
     assert "the footer's statistics contradict them" in str(fault)
 

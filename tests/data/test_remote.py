@@ -18,9 +18,9 @@ from episode_files import columns, write
 
 from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data import formats
 from paligemma_vla.data import index as index_module
 from paligemma_vla.data.doctor import CheckOptions, diagnose
-from paligemma_vla.data.formats import parquet
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
 from paligemma_vla.data.loader import VLADataset, batches, build_loader
 from paligemma_vla.data.order import RunSampler, SampleOrder
@@ -272,7 +272,7 @@ def test_object_that_is_replaced_in_mid_run_is_refused(
     store.upload(tmp_path / "b", "replaced")
     with pytest.raises(DataError, match=r"replaced/.*: changed since it was indexed: got \d+ bytes of 20.*, version"):
         later.group_of(0, 0)  # opened after the change
-    monkeypatch.setattr(parquet, "TRUSTED_SECONDS", 0.0)
+    monkeypatch.setattr(formats, "TRUSTED_SECONDS", 0.0)
     with pytest.raises(DataError, match="changed since it was indexed"):
         read.group_of(0, 40)
     store.client.delete_object(Bucket=store.bucket, Key="replaced/episodes-00000.parquet")
@@ -293,7 +293,7 @@ def test_object_that_is_replaced_by_one_that_reads_as_well_is_found_after_a_whil
     place = whole.index(content["image_1_bytes"][7])
     store.put("quiet/x.parquet", whole[:place] + b"?" + whole[place + 1 :])
     reader.group_of(0, 2)  # a store is not asked before every read
-    monkeypatch.setattr(parquet, "TRUSTED_SECONDS", 0.0)
+    monkeypatch.setattr(formats, "TRUSTED_SECONDS", 0.0)
     with pytest.raises(DataError, match="changed since it was indexed"):
         reader.group_of(0, 6)
 

@@ -26,8 +26,8 @@ from paligemma_vla.data.convert import Conversion, LeRobotTarget, NativeTarget, 
 from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
-from paligemma_vla.data.formats import find_source, identify_file, open_file
-from paligemma_vla.data.formats.lerobot_meta import Place, find_root, parse_range
+from paligemma_vla.data.formats import find_format, identify_file, open_file
+from paligemma_vla.data.formats.lerobot_meta import Location, find_root, parse_range
 from paligemma_vla.data.formats.lerobot_writer import Format
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
 from paligemma_vla.data.reader import Recordings, episode_prompts
@@ -225,12 +225,12 @@ def _fault_lines(diagnosis: Diagnosis) -> list[str]:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert, compare with the source, and print what was compared and left behind."""
-    named = LEROBOT if find_source(args.input)[1] is not None else NATIVE
+    named = LEROBOT if find_format(args.input)[1] is not None else NATIVE
     if args.source == NATIVE != named:
         raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
     source = args.source or named
     _check_flags(args, source)
-    place = Place.parse(args.input.removeprefix(PREFIX), "--input") if source == LEROBOT else None
+    place = Location.parse(args.input.removeprefix(PREFIX), "--input") if source == LEROBOT else None
     _check_output(args, None if place is None else find_root(place.path))
     if place is not None:  # the selection of episodes and cameras belongs to the name of the source
         chosen = replace(place.selection, **_selected(args))

@@ -213,7 +213,7 @@ def _examine(file: EpisodeFile, options: CheckOptions, progress: Callable[[float
             flags = read_flags(file)
             starts, _ = segment(flags, rows, NOTHING)
             faults += chain_faults(path, flags, rows, file.outside)
-            told = file.told_flags()
+            told = file.flags_from_footer()
             if told is not None and not all(map(np.array_equal, told, (flags.first, flags.last, flags.terminal))):
                 text = "the footer's statistics contradict them; write the file anew, or take it out of the data"
                 faults.append(Fault(path, Kind.FLAGS, text, column=", ".join(schema.FLAGS)))

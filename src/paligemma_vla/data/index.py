@@ -25,7 +25,7 @@ from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_
 from paligemma_vla.data.formats import (
     MARKS,
     EpisodeFile,
-    find_source,
+    find_format,
     foreign_format,
     identify_file,
     open_file,
@@ -168,7 +168,7 @@ class FlagRows:
 
 def find_flags(file: EpisodeFile) -> FlagRows:
     """Flags of one open file, read only where they are not told otherwise; raises `FaultError` when they cannot be read."""
-    told = file.told_flags()
+    told = file.flags_from_footer()
     if told is None:
         return read_flags(file)
     first, last, terminal = told
@@ -440,11 +440,11 @@ def find_files(paths: str | Sequence[str], where: str) -> dict[str, Listed]:
     """What `expand_paths` lists, with what a store's listing says of each file."""
     found: dict[str, Listed] = {}
     for path in [paths] if isinstance(paths, str) else paths:
-        prefix, source, place = find_source(path)
+        prefix, source, place = find_format(path)
         if source is not None:
             if is_url(place):
                 raise DataError(f"{where}: {path}: data of another format is read from a disk only; {COPY_IT}")
-            files: dict[str, Listed] = dict.fromkeys(prefix + file for file in source.files(place, where))
+            files: dict[str, Listed] = dict.fromkeys(prefix + file for file in source.list_files(place, where))
         else:
             files = files_behind(path, where) if is_url(path) else dict.fromkeys(_local_files(path, where))
         if not files:
@@ -683,14 +683,14 @@ def _episodes(path: str, facts: FileFacts, exclude: ExclusionList | None) -> tup
 
 def absolute_name(name: str) -> str:
     """A name that means the same from any folder."""
-    prefix, _, place = find_source(name)
+    prefix, _, place = find_format(name)
     return prefix + (place if is_url(place) else os.path.abspath(place))
 
 
 def real_name(name: str) -> str:
     """The one name of a file, whatever links lead to it and whatever is selected of it."""
-    prefix, source, place = find_source(name)
-    file = place if source is None else source.file_of(place)
+    prefix, source, place = find_format(name)
+    file = place if source is None else source.selected(place)[0]
     return prefix + (file if is_url(file) else os.path.realpath(file))
 
 
@@ -698,19 +698,19 @@ def share_episodes(first: str, second: str) -> bool:
     """Whether two names of the same data may select an episode in common."""
     ranges = []
     for name in (first, second):
-        _, source, place = find_source(name)
-        start, stop = (None, None) if source is None else source.episodes_of(place)
+        _, source, place = find_format(name)
+        start, stop = (None, None) if source is None else source.selected(place)[1:]
         ranges.append((start or 0, float("inf") if stop is None else stop))
     return max(start for start, _ in ranges) < min(stop for _, stop in ranges)
 
 
 def relative_name(name: str, folder: str) -> str:
     """A name as seen from a folder (a URL is the same from anywhere); `joined_name` is the way back."""
-    prefix, _, place = find_source(name)
+    prefix, _, place = find_format(name)
     return prefix + (place if is_url(place) else os.path.relpath(place, folder))
 
 
 def joined_name(folder: str, name: str) -> str:
     """The real name behind a name as seen from a folder."""
-    prefix, _, place = find_source(name)
+    prefix, _, place = find_format(name)
     return prefix + (place if is_url(place) else os.path.realpath(os.path.join(folder, place)))

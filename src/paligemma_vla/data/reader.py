@@ -34,13 +34,13 @@ from paligemma_vla.data.faults import (
     to_matrix,
     unreadable_group,
 )
-from paligemma_vla.data.formats import READ_ERRORS, TRUSTED_SECONDS, EpisodeFile, Pictures, open_file, read_columns
-from paligemma_vla.data.formats.parquet import FOOTER_TAIL, EncodedPictures, column_ranges, identify, open_parquet
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, RecentIdentity, open_file, read_columns
+from paligemma_vla.data.formats.parquet import FOOTER_TAIL, EncodedPictures, column_ranges, open_parquet
 from paligemma_vla.data.index import EpisodeIndex, read_flags
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 from paligemma_vla.schema import Rows
-from paligemma_vla.storage import ByteSource, CachedSource, is_url, open_source
+from paligemma_vla.storage import ByteSource, CachedSource, open_source
 
 OPEN_FILES = 64
 
@@ -340,14 +340,7 @@ class _OpenFile:
             except BaseException:
                 source.close()
                 raise
-        self.source, self._identity, self._seen = source, source.identity, time.monotonic()
-
-    def identity(self) -> tuple[int, int, int]:
-        """As `EpisodeFile.identity`: that of a file behind a URL is good for a while."""
-        assert self.source is not None
-        if not is_url(self.source.location) or time.monotonic() - self._seen > TRUSTED_SECONDS:
-            self._identity, self._seen = identify(self.source.location), time.monotonic()
-        return self._identity
+        self.source, self.identity = source, RecentIdentity(path, source.identity)
 
 
 class BlockFiles:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from paligemma_vla import schema
 from paligemma_vla.action_settings import taken_by_number
 from paligemma_vla.config import DataSource, VLAConfig, source_paths
-from paligemma_vla.data.formats import find_source
+from paligemma_vla.data.formats import find_format
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
 from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
@@ -260,7 +260,7 @@ def _check_division(config: VLAConfig, processes: int) -> None:
 
 
 def _check_reading(indices: list[EpisodeIndex], config: VLAConfig) -> None:
-    foreign = next((path for index in indices for path in index.paths if find_source(path)[1] is not None), None)
+    foreign = next((path for index in indices for path in index.paths if find_format(path)[1] is not None), None)
     if config.data.streamed and foreign is not None:
         raise ConfigError(
             f"data.reading: got {config.data.reading or 'null with a URL'}, so data is streamed, but {foreign} is of a foreign "

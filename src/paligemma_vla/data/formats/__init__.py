@@ -1,12 +1,13 @@
 """A file of episodes, whatever its format: what the index, the readers and `data check` ask of it.
 
-A name that begins with `NAME:` is read by the module of that name, whose `SOURCE` satisfies `Source` below; another format is
+A name that begins with `NAME:` is read by the module of that name, whose `FORMAT` satisfies `Format` below; another format is
 another file here, and a line in `MODULES`. Every other name is a path, or a URL, of this project's own format (`parquet.py`).
 """
 
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,39 +18,40 @@ from typing import Protocol, Self
 import pyarrow as pa
 from PIL import Image
 
-from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, raise_first
+from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults, raise_first
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import Layout, Rows
+from paligemma_vla.storage import is_url, open_source
 
 # What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 MODULES = {"lerobot": "paligemma_vla.data.formats.lerobot"}
-MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is known by
+MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is recognised by
 TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was
-FOOTER_UNFOLDS = 10  # 148 kB of 256 row groups with 7 columns took 1.5 MB
+Identity = tuple[int, int, int]  # size, mtime_ns, and ctime_ns or a store's version: see `ByteSource.identity`
 
 
 class Pictures(ABC):
-    """The images of one camera in some rows; `place` is a row's number among them."""
+    """The images of one camera in some rows; `row` is counted from the first of them."""
 
     @abstractmethod
-    def present(self, place: int) -> bool:
-        """Whether there is an image at all."""
+    def present(self, row: int) -> bool:
+        """True if there is an image at all."""
 
     @abstractmethod
-    def decode(self, place: int) -> Image.Image:
+    def decode(self, row: int) -> Image.Image:
         """A present image as RGB; raises `Unusable`."""
 
     @abstractmethod
-    def encoded(self, place: int) -> bytes | None:
+    def encoded(self, row: int) -> bytes | None:
         """A present image as it is stored, when that is an encoded image of its own; raises `Unusable`."""
 
 
-def decode_picture(pictures: Pictures, place: int, where: str) -> Image.Image:
+def decode_picture(pictures: Pictures, row: int, where: str) -> Image.Image:
     """A present image as RGB; raises `DataError`, starting with `where` (file, row, column)."""
     try:
-        return pictures.decode(place)
+        return pictures.decode(row)
     except Unusable as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -57,30 +59,24 @@ def decode_picture(pictures: Pictures, place: int, where: str) -> Image.Image:
 class EpisodeFile(ABC):
     """One open file of episodes, as rows with the columns of S1.1.
 
-    path: its place, as the index names it. bounds: first row of each row group, and the number of rows (G + 1,).
-    outside: row ranges [first, stop) that were not asked for (X, 2). nbytes: memory it takes while it is open.
+    path: its name in the index. columns: names of those it has. unused: what it holds besides, in the format's own names.
+    bounds: first row of each row group, and the number of rows (G + 1,). outside: row ranges [first, stop) that were not
+    selected (X, 2). nbytes: memory that it takes while it is open. identity: see `RecentIdentity`.
     """
 
     path: str
+    columns: Sequence[str]
+    unused: Sequence[str]
     bounds: Rows
     outside: Rows
     nbytes: int
+    identity: RecentIdentity
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    @property
-    @abstractmethod
-    def columns(self) -> Sequence[str]:
-        """Names of the columns it has."""
-
-    @property
-    @abstractmethod
-    def unused(self) -> Sequence[str]:
-        """Names, as the format has them, of what it holds besides."""
 
     @abstractmethod
     def survey(self) -> tuple[Layout, list[Fault]]:
@@ -103,64 +99,83 @@ class EpisodeFile(ABC):
         """64 bits over the content, wherever it lies."""
 
     @abstractmethod
-    def identity(self) -> tuple[int, int, int]:
-        """Size, mtime_ns and ctime_ns of it with all that belongs to it, now or not long ago. Raises `FaultError`."""
-
-    @abstractmethod
-    def told_flags(self) -> list[Rows] | None:
-        """Rows in which each of `schema.FLAGS` is true, where that is told without the flags being read; else None."""
+    def flags_from_footer(self) -> list[Rows] | None:
+        """Rows in which each of `schema.FLAGS` is true, if that is known without reading the flags; else None."""
 
     @abstractmethod
     def close(self) -> None: ...
 
 
+class RecentIdentity:
+    """Identity of a file with all that belongs to it: called, it asks again.
+
+    Asking a store costs a request, so the answer for a file behind a URL is used for `TRUSTED_SECONDS`.
+    """
+
+    def __init__(self, name: str, identity: Identity | None = None) -> None:
+        self.name = name
+        self._identity = identity if identity is not None and is_url(name) else None
+        self._asked = time.monotonic()
+
+    def __call__(self) -> Identity:
+        if self._identity is not None and time.monotonic() - self._asked <= TRUSTED_SECONDS:
+            return self._identity
+        identity = identify_file(self.name)
+        if self._identity is not None:
+            self._identity, self._asked = identity, time.monotonic()
+        return identity
+
+
 def read_layout(file: EpisodeFile) -> Layout:
-    """Check the columns of an open file (S1.1) and tell their dimensions. Raises `FaultError` naming the column."""
+    """Check the columns of an open file (S1.1) and return their dimensions. Raises `FaultError` naming the column."""
     layout, faults = file.survey()
     raise_first(faults)
     return layout
 
 
 def read_columns(file: EpisodeFile, columns: Sequence[str]) -> pa.Table:
-    """Some columns of an open file as a whole; raises `FaultError` when they cannot be read."""
-    what, rows = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}", int(file.bounds[-1])
+    """Some columns of all rows of an open file; raises `FaultError` when they cannot be read."""
+    rows = int(file.bounds[-1])
     try:
         table = file.read(columns)
+        if table.num_rows == rows:
+            return table
+        why: str = f"got {table.num_rows} rows, expected {rows} as its footer says"
+        cause = None
     except READ_ERRORS as error:
-        raise FaultError(
-            Fault(file.path, Kind.GROUP, f"{what}: cannot be read ({first_line(error)}); restore the file")
-        ) from error
-    if table.num_rows != rows:  # a damaged footer
-        got = f"got {table.num_rows} rows, expected {rows} as the file says; restore it"
-        raise FaultError(Fault(file.path, Kind.GROUP, f"{what}: {got}"))
-    return table
+        why, cause = first_line(error), error
+    what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+    raise FaultError(Fault(file.path, Kind.GROUP, f"{what}: cannot be read ({why}); restore the file")) from cause
 
 
-class Source(Protocol):
-    """A foreign format. A place is what follows `NAME:`; a file is one of the places that `files` lists."""
+class Format(Protocol):
+    """A foreign format. A location is what follows `NAME:` in a name: a path, and what is selected of it."""
 
-    def files(self, place: str, where: str) -> list[str]:
-        """Places of the files behind a place, in order. Raises `DataError`, naming `where` (config key or flag)."""
+    def list_files(self, location: str, where: str) -> list[str]:
+        """Locations of the data files behind a location, in order. Raises `DataError`, naming `where` (config key or flag)."""
 
-    def open(self, place: str, name: str, stream: bool) -> EpisodeFile:
-        """Open a file that is called `name`. stream: it is read piece by piece. Raises `FaultError`."""
+    def open(self, name: str, location: str, stream: bool) -> EpisodeFile:
+        """Open a data file whose name is `name`. stream: it is read piece by piece. Raises `FaultError`."""
 
-    def identify(self, place: str) -> tuple[int, int, int]:
-        """Size, mtime_ns and ctime_ns of a file with all that belongs to it, as `formats.parquet.identify`."""
+    def parts(self, location: str) -> list[str]:
+        """Paths of a data file and of all that belongs to it: when one of them changes, the data has changed."""
 
-    def file_of(self, place: str) -> str:
-        """The path of a file itself, without what is selected of it."""
-
-    def episodes_of(self, place: str) -> tuple[int | None, int | None]:
-        """Numbers [first, stop) of the episodes that a place selects, None where it is open."""
+    def selected(self, location: str) -> tuple[str, int | None, int | None]:
+        """Path of a data file, and the numbers [first, stop) of the selected episodes, None where the range is open."""
 
 
-def find_source(name: str) -> tuple[str, Source | None, str]:
-    """Prefix, source and place of a name; without a source, an empty prefix and the name itself."""
-    prefix, colon, place = name.partition(":")
+@cache
+def _format(name: str) -> Format:
+    form: Format = import_module(MODULES[name]).FORMAT
+    return form
+
+
+def find_format(name: str) -> tuple[str, Format | None, str]:
+    """Prefix, format and location of a name; of this project's own format an empty prefix, None, and the name itself."""
+    prefix, colon, location = name.partition(":")
     if not colon or prefix not in MODULES or os.path.exists(name):
         return "", None, name
-    return f"{prefix}:", _source(prefix), place
+    return f"{prefix}:", _format(prefix), location
 
 
 def foreign_format(folder: str) -> str | None:
@@ -168,23 +183,21 @@ def foreign_format(folder: str) -> str | None:
     return next((name for name, mark in MARKS.items() if os.path.isfile(os.path.join(folder, mark))), None)
 
 
-@cache
-def _source(prefix: str) -> Source:
-    source: Source = import_module(MODULES[prefix]).SOURCE
-    return source
-
-
 def open_file(name: str, stream: bool = False) -> EpisodeFile:
     """Open a file of episodes of any format. Raises `FaultError` when it cannot be read."""
     from paligemma_vla.data.formats.parquet import ParquetEpisodes
 
-    _, source, place = find_source(name)
-    return ParquetEpisodes(name, stream) if source is None else source.open(place, name, stream)
+    _, form, location = find_format(name)
+    return ParquetEpisodes(name, name, stream) if form is None else form.open(name, location, stream)
 
 
-def identify_file(name: str) -> tuple[int, int, int]:
-    """Size, mtime_ns and ctime_ns of a file, and of all that belongs to it; raises `FaultError` when it is not there."""
-    from paligemma_vla.data.formats.parquet import identify
+def identify_file(name: str) -> Identity:
+    """Identity of a file with all that belongs to it; raises `FaultError` when it is not there."""
+    _, form, location = find_format(name)
+    sizes, modified, changed = zip(*map(_identify, [location] if form is None else form.parts(location)), strict=True)
+    return sum(sizes), max(modified), max(changed)
 
-    _, source, place = find_source(name)
-    return identify(name) if source is None else source.identify(place)
+
+def _identify(location: str) -> Identity:
+    with file_faults(location), open_source(location) as source:
+        return source.identity

@@ -18,24 +18,23 @@ from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults
-from paligemma_vla.data.formats import FOOTER_UNFOLDS, EpisodeFile, Pictures
-from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Metadata, Place, VideoSpans, find_root, load_metadata
-from paligemma_vla.data.formats.parquet import file_digest, group_bounds, identify, open_parquet, sample_digest
+from paligemma_vla.data.formats import EpisodeFile, Pictures
+from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Location, Metadata, VideoSpans, find_root, load_metadata
+from paligemma_vla.data.formats.parquet import ParquetEpisodes, is_list, sample_digest
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import open_source
 
-FRAME_FIELDS = ("camera", "video", "time", "episode", "frame")
-SUCCESS = ("next.success", "next.done")  # the first of them that is there says whether an episode ended in success
+SUCCESS = ("next.success", "next.done")  # the first of them that is there says if an episode ended in success
 
 
-class LeRobotSource:
-    """See `data.formats.Source`."""
+class LeRobotFormat:
+    """See `data.formats.Format`."""
 
-    def files(self, place: str, where: str) -> list[str]:
-        asked = Place.parse(place, where)
+    def list_files(self, location: str, where: str) -> list[str]:
+        asked = Location.parse(location, where)
         metadata = load_metadata(find_root(asked.path))
         metadata.cameras(asked.selection)
         wanted = np.unique(metadata.file[metadata.selected(asked.selection)]).tolist()
@@ -44,25 +43,21 @@ class LeRobotSource:
             paths = [path for path in paths if os.path.realpath(path) == os.path.realpath(asked.path)]
         return [str(replace(asked, path=path)) for path in paths]
 
-    def open(self, place: str, name: str, stream: bool) -> EpisodeFile:
-        return LeRobotFile(Place.parse(place), name, stream)
+    def open(self, name: str, location: str, stream: bool) -> EpisodeFile:
+        return LeRobotFile(name, Location.parse(location), stream)
 
-    def identify(self, place: str) -> tuple[int, int, int]:
-        asked = Place.parse(place)
+    def parts(self, location: str) -> list[str]:
+        asked = Location.parse(location)
         metadata = load_metadata(find_root(asked.path))
-        others = [os.path.join(metadata.root, name) for name in (*metadata.sources, *_videos_of(metadata, asked))]
-        stamps = [identify(path) for path in (asked.path, *filter(os.path.exists, others))]  # `survey` tells what is missing
-        sizes, modified, changed = zip(*stamps, strict=True)
-        return sum(sizes), max(modified), max(changed)
+        others = [os.path.join(metadata.root, name) for name in (*metadata.sources, *_videos(metadata, asked))]
+        return [asked.path, *filter(os.path.exists, others)]  # `survey` reports what is missing
 
-    def file_of(self, place: str) -> str:
-        return Place.parse(place).path
-
-    def episodes_of(self, place: str) -> tuple[int | None, int | None]:
-        return Place.parse(place).selection.episodes
+    def selected(self, location: str) -> tuple[str, int | None, int | None]:
+        asked = Location.parse(location)
+        return asked.path, *asked.selection.episodes
 
 
-SOURCE = LeRobotSource()
+FORMAT = LeRobotFormat()
 
 
 def _file_number(metadata: Metadata, path: str) -> int:
@@ -73,59 +68,51 @@ def _file_number(metadata: Metadata, path: str) -> int:
     return metadata.file_numbers[relative]
 
 
-def _videos_of(metadata: Metadata, asked: Place) -> list[str]:
+def _videos(metadata: Metadata, asked: Location) -> list[str]:
     """Videos (relative to the data set) of the selected cameras and episodes of one data file."""
     here = (metadata.file == _file_number(metadata, asked.path)) & metadata.selected(asked.selection)
     spans = [metadata.videos[camera.key] for camera in metadata.cameras(asked.selection) if camera.dtype == "video"]
     return [span.files[file] for span in spans for file in np.unique(span.file[here]).tolist()]
 
 
-class LeRobotFile(EpisodeFile):
+class LeRobotFile(ParquetEpisodes):
     """One data file of a LeRobot data set, with the videos that belong to it. Raises `FaultError`."""
 
-    def __init__(self, place: Place, name: str, stream: bool) -> None:
-        self.path, self.place = name, place
-        self.metadata = load_metadata(find_root(place.path))
-        self.cameras = self.metadata.cameras(place.selection)
-        self._file = open_parquet(place.path, stream)
-        self.bounds = group_bounds(self._file)
-        self.nbytes = FOOTER_UNFOLDS * int(self._file.metadata.serialized_size)
-        self.episodes = np.flatnonzero(self.metadata.file == _file_number(self.metadata, place.path))
+    def __init__(self, name: str, location: Location, stream: bool) -> None:
+        super().__init__(name, location.path, stream)
+        self.location = location
+        self.metadata = load_metadata(find_root(location.path))
+        self.cameras = self.metadata.cameras(location.selection)
+        self.episodes = np.flatnonzero(self.metadata.file == _file_number(self.metadata, location.path))
         ends = np.cumsum(self.metadata.length[self.episodes])
         self.starts: Rows = ends - self.metadata.length[self.episodes]
-        unwanted = ~self.metadata.selected(place.selection)[self.episodes]
+        unwanted = ~self.metadata.selected(location.selection)[self.episodes]
         self.outside = np.stack([self.starts, ends], axis=1)[unwanted]
         if int(ends[-1]) != self.bounds[-1]:
             got = f"got {self.bounds[-1]} rows, expected {ends[-1]}, the lengths of its episodes in {self.metadata.root}/meta"
             raise FaultError(Fault(name, Kind.FLAGS, f"{got}; restore the file, or take it out of the data"))
-        self._sources = {schema.PROMPT: ["task_index"], schema.STATE: [place.selection.state]}
-        self._sources[schema.ACTION] = [place.selection.action]
-        flags = [*self._there("episode_index", "frame_index", "timestamp"), *self._there(*SUCCESS)[:1]]
-        self._sources.update(dict.fromkeys(schema.FLAGS, flags))
-        for number, camera in enumerate(self.cameras):
-            video = self._there("frame_index", "timestamp")
-            self._sources[schema.image_column(number + 1)] = video if camera.dtype == "video" else [camera.key]
-        self._by_column = {schema.image_column(number + 1): number for number in range(len(self.cameras))}
-        self._features = {schema.STATE: place.selection.state, schema.ACTION: place.selection.action}
-        self._numbers = np.array(sorted(self.metadata.tasks), np.int64)
-        self._texts = pa.array([self.metadata.tasks[number] for number in self._numbers.tolist()], pa.string())
+        self._numbers = {schema.STATE: location.selection.state, schema.ACTION: location.selection.action}
+        self._cameras = {schema.image_column(n + 1): camera for n, camera in enumerate(self.cameras)}
+        self._success = self._present(*SUCCESS)[:1]
+        times = self._present("frame_index", "timestamp")
+        self._stored = {
+            schema.PROMPT: ["task_index"],
+            **{column: [feature] for column, feature in self._numbers.items()},
+            **{flag: [*self._present("episode_index"), *times, *self._success] for flag in schema.FLAGS},
+            **{name: times if one.dtype == "video" else [one.key] for name, one in self._cameras.items()},
+        }
+        self.columns = list(self._stored)
+        used = {*self._numbers.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *self._success}
+        self.unused = [key for key in self.metadata.features if key not in used]
+        self._task_numbers = np.array(sorted(self.metadata.tasks), np.int64)
+        self._tasks = pa.array([self.metadata.tasks[number] for number in self._task_numbers.tolist()], pa.string())
 
-    def _there(self, *names: str) -> list[str]:
+    def _present(self, *names: str) -> list[str]:
         return [name for name in names if name in self._file.schema_arrow.names]
-
-    @property
-    def columns(self) -> Sequence[str]:
-        return list(self._sources)
-
-    @property
-    def unused(self) -> Sequence[str]:
-        success = self._there(*SUCCESS)[:1]
-        known = {*self._features.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *success}
-        return [key for key in self.metadata.features if key not in known]
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         faults = [*self._column_faults(), *self._video_faults()]
-        metadata, selection = self.metadata, self.place.selection
+        metadata, selection = self.metadata, self.location.selection
         state, action = metadata.vector(selection.state, "state"), metadata.vector(selection.action, "action")
         own = DatasetMetadata()
         try:
@@ -143,129 +130,102 @@ class LeRobotFile(EpisodeFile):
         return Layout(len(self.cameras), state.shape[0], action.shape[0], described), faults
 
     def _column_faults(self) -> Iterator[Fault]:
-        names, selection = self._file.schema_arrow.names, self.place.selection
+        names = self._file.schema_arrow.names
         images = [camera.key for camera in self.cameras if camera.dtype == "image"]
-        for name in (selection.state, selection.action, "task_index", "episode_index", "frame_index", *images):
+        for name, matches, expected in [
+            *((name, _is_numeric, "numbers, or lists of them") for name in self._numbers.values()),
+            *((f"{name}_index", pa.types.is_integer, "whole numbers") for name in ("task", "episode", "frame")),
+            *((name, _is_stored_image, "an image as struct<bytes, path>") for name in images),
+        ]:
             if name not in names:
                 yield Fault(self.path, Kind.COLUMN, f"missing; got {', '.join(names)[:500]}; restore the file", column=name)
-                continue
-            kind, role = self._file.schema_arrow.field(name).type, ""
-            if name in images and not is_stored_image(kind):
-                role = "an image as struct<bytes, path>"
-            elif name.endswith("_index") and not pa.types.is_integer(kind):
-                role = "whole numbers"
-            elif name in (selection.state, selection.action) and not is_numeric(kind):
-                role = "numbers, or lists of them"
-            if role:
-                yield Fault(self.path, Kind.TYPE, f"got type {kind}, expected {role}; restore the file", column=name)
+            elif not matches(kind := self._file.schema_arrow.field(name).type):
+                yield Fault(self.path, Kind.TYPE, f"got type {kind}, expected {expected}; restore the file", column=name)
 
     def _video_faults(self) -> Iterator[Fault]:
-        for name in _videos_of(self.metadata, self.place):
+        for name in _videos(self.metadata, self.location):
             path = os.path.join(self.metadata.root, name)
             if not os.path.isfile(path):
                 remedy = "restore it, or choose other cameras (?cameras=...) or episodes (?episodes=...)"
                 yield Fault(self.path, Kind.FILE, f"got no video {path}, expected one as its metadata says; {remedy}")
 
-    def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
-        names = self._needed(columns)
-        if group is None:
-            table = self._file.read(columns=names, use_threads=False)
-        else:
-            table = self._file.read_row_group(group, columns=names, use_threads=False)
-        first = 0 if group is None else int(self.bounds[group])
-        return self._translate(columns, table, np.arange(first, first + table.num_rows))
-
-    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        bounds = self.bounds
-        numbers = np.concatenate([bounds[:0], *(np.arange(bounds[group], bounds[group + 1]) for group in groups)])
-        options = {"batch_size": rows, "row_groups": list(groups), "columns": self._needed(columns), "use_threads": False}
-        for batch in self._file.iter_batches(**options):
-            here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
-            table = self._translate(columns, pa.Table.from_batches([batch]), here).combine_chunks()
-            yield table.to_batches()[0]
-
-    def _needed(self, columns: Sequence[str]) -> list[str]:
-        """Columns to read. One at least, or a table would have no rows."""
-        names = {name for column in columns for name in self._sources[column]} or {"task_index"}
-        return sorted(names)
+    def _stored_columns(self, columns: Sequence[str]) -> list[str]:
+        """One at least, or a table would have no rows."""
+        return sorted({name for column in columns for name in self._stored[column]} or {"task_index"})
 
     def _translate(self, columns: Sequence[str], table: pa.Table, rows: Rows) -> pa.Table:
-        """Some rows of the file in this project's columns."""
         flags = self._flags(table, rows) if set(columns) & set(schema.FLAGS) else {}
-        arrays = {name: flags[name] if name in flags else self._column(name, table, rows) for name in columns}
-        return pa.table(arrays)
+        return pa.table({name: flags[name] if name in flags else self._column(name, table, rows) for name in columns})
 
     def _column(self, name: str, table: pa.Table, rows: Rows) -> pa.Array:
         if name == schema.PROMPT:
-            numbers = column_values(table["task_index"], -1)
-            place = np.searchsorted(self._numbers, numbers)
-            known = self._numbers[np.minimum(place, len(self._numbers) - 1)] == numbers
-            return pa.DictionaryArray.from_arrays(pa.array(place.astype(np.int32), mask=~known), self._texts)
-        if name in self._features:
-            return number_lists(table[self._features[name]].combine_chunks())
-        camera = self.cameras[self._by_column[name]]
+            numbers = _column_values(table["task_index"], -1)
+            index = np.minimum(np.searchsorted(self._task_numbers, numbers), len(self._task_numbers) - 1)
+            unknown = self._task_numbers[index] != numbers
+            return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32), mask=unknown), self._tasks)
+        if name in self._numbers:
+            return _number_lists(table[self._numbers[name]].combine_chunks())
+        camera = self._cameras[name]
         if camera.dtype == "image":
             return table[camera.key].combine_chunks()
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        entries, frames = self.episodes[place], rows - self.starts[place]
+        episodes, frames = self._locate(rows)
         times = frames / self.metadata.fps
         if "timestamp" in table.column_names:
-            told = column_values(table["timestamp"], np.nan)
-            times = np.where(np.isfinite(told), told, times)
-        places = np.stack([entries, self.metadata.number[entries], frames], axis=1)
-        return frame_column(self._by_column[name], self.metadata.videos[camera.key], places, times)
+            stored = _column_values(table["timestamp"], np.nan)
+            times = np.where(np.isfinite(stored), stored, times)
+        spans = self.metadata.videos[camera.key]
+        values = {
+            "camera": np.full(len(rows), self.cameras.index(camera)),
+            "video": spans.file[episodes],
+            "time": spans.start[episodes] + times,
+            "episode": self.metadata.number[episodes],
+            "frame": frames,
+        }
+        return pa.StructArray.from_arrays(list(map(pa.array, values.values())), names=list(values))
+
+    def _locate(self, rows: Rows) -> tuple[Rows, Rows]:
+        """Of some rows of the file, the episode (its row in the metadata), and the frame in it."""
+        slot = np.searchsorted(self.starts, rows, side="right") - 1
+        return self.episodes[slot], rows - self.starts[slot]
 
     def _flags(self, table: pa.Table, rows: Rows) -> dict[str, pa.Array]:
-        """is_first, is_last and is_terminal of all rows, by the metadata. Raises `FaultError` where the rows contradict it."""
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        frames = rows - self.starts[place]
-        self._check_rows(table, "episode_index", self.metadata.number[self.episodes][place])
-        self._check_rows(table, "frame_index", frames)
-        self._check_times(table, frames)
-        last = frames == self.metadata.length[self.episodes][place] - 1
+        """is_first, is_last and is_terminal by the metadata. Raises `FaultError` where the rows contradict it."""
+        episodes, frames = self._locate(rows)
+        by_lengths = f"by the lengths of the episodes in {self.metadata.root}/meta; restore the file"
+        for name, expected in (("episode_index", self.metadata.number[episodes]), ("frame_index", frames)):
+            got = _column_values(table[name], -1)
+            for slot in np.flatnonzero(got != expected)[:1].tolist():
+                text = f"got {got[slot]:g}, expected {expected[slot]} {by_lengths}"
+                raise FaultError(Fault(self.path, Kind.FLAGS, text, int(rows[slot]), name))
+        if "timestamp" in table.column_names:
+            self._check_times(_column_values(table["timestamp"], np.nan), rows, frames)
+        last = frames == self.metadata.length[episodes] - 1
         succeeded = np.zeros(len(rows), bool)
-        for name in SUCCESS:
-            if name in table.column_names:
-                succeeded = column_values(table[name], 0) != 0
-                break
+        if self._success:
+            succeeded = _column_values(table[self._success[0]], 0) != 0
         return dict(zip(schema.FLAGS, map(pa.array, (frames == 0, last, last & succeeded)), strict=True))
 
-    def _check_rows(self, table: pa.Table, name: str, expected: Rows) -> None:
-        got = column_values(table[name], -1)
-        wrong = np.flatnonzero(got != expected)
-        if len(wrong):
-            row = int(wrong[0])
-            text = f"got {got[row]:g}, expected {expected[row]} by the lengths of the episodes in {self.metadata.root}/meta"
-            raise FaultError(Fault(self.path, Kind.FLAGS, f"{text}; restore the file", row, name))
-
-    def _check_times(self, table: pa.Table, frames: Rows) -> None:
-        """Timestamps against the frame rate, half a frame apart at most."""
-        if "timestamp" not in table.column_names:
-            return
-        times = column_values(table["timestamp"], np.nan)
-        began = times[np.arange(len(frames)) - frames]
-        wrong = np.flatnonzero(~(np.abs(times - began - frames / self.metadata.fps) <= 0.5 / self.metadata.fps))
-        if len(wrong):
-            row = int(wrong[0])
-            expected = f"{frames[row] / self.metadata.fps:.3f} s after the episode's begin, at fps {self.metadata.fps:g}"
-            text = f"got {times[row] - began[row]:.3f} s, expected {expected} of info.json; correct fps, or restore the file"
-            raise FaultError(Fault(self.path, Kind.FLAGS, text, row, "timestamp"))
+    def _check_times(self, times: NDArray[np.float64], rows: Rows, frames: Rows) -> None:
+        """Timestamps against the frame rate, half a frame apart at most; of episodes whose begin is among the rows."""
+        fps, begin = self.metadata.fps, np.arange(len(rows)) - frames
+        passed = np.where(begin >= 0, times - times[np.maximum(begin, 0)], frames / fps)
+        for slot in np.flatnonzero(~(np.abs(passed - frames / fps) <= 0.5 / fps))[:1].tolist():
+            expected = f"expected {frames[slot] / fps:.3f} s after the episode's begin, at fps {fps:g} of info.json"
+            text = f"got {passed[slot]:.3f} s, {expected}; correct fps, or restore the file"
+            raise FaultError(Fault(self.path, Kind.FLAGS, text, int(rows[slot]), "timestamp"))
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
-        if is_stored_image(column.type):
+        if _is_stored_image(column.type):
             return StoredPictures(column, self.metadata.root)
-        camera = self.cameras[column[0]["camera"].as_py()]
-        files, tolerance = self.metadata.videos[camera.key].files, 0.5 / self.metadata.fps
-        return FramePictures(column, self.metadata.root, files, tolerance, videos)
+        spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
+        return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.fps, videos)
 
     def digest(self) -> int:
-        metadata, selection = self.metadata, replace(self.place.selection, episodes=(None, None))
-        with file_faults(self.path), open_source(self.place.path) as source:
-            rows = file_digest(source, self._file.metadata)
-        digest = hashlib.blake2b(rows.to_bytes(8, "little"), digest_size=8)
+        metadata, everything = self.metadata, replace(self.location.selection, episodes=(None, None))
+        digest = hashlib.blake2b(super().digest().to_bytes(8, "little"), digest_size=8)
         spans = [metadata.videos[camera.key] for camera in self.cameras if camera.dtype == "video"]
         facts = {
-            "selection": str(selection),
+            "selection": str(everything),
             "cameras": [camera.key for camera in self.cameras],
             "fps": metadata.fps,
             "tasks": sorted(metadata.tasks.items()),
@@ -274,7 +234,7 @@ class LeRobotFile(EpisodeFile):
             "videos": [[span.start[self.episodes].tolist(), span.file[self.episodes].tolist()] for span in spans],
         }
         digest.update(json.dumps(facts).encode())
-        for name in _videos_of(metadata, replace(self.place, selection=selection)):
+        for name in _videos(metadata, replace(self.location, selection=everything)):
             path = os.path.join(metadata.root, name)
             if not os.path.isfile(path):
                 digest.update(b"missing")
@@ -283,40 +243,34 @@ class LeRobotFile(EpisodeFile):
                 digest.update(sample_digest(video))
         return int.from_bytes(digest.digest(), "little")
 
-    def told_flags(self) -> list[Rows] | None:
-        return None  # the rows' own are checked against what the data set says
-
-    def identity(self) -> tuple[int, int, int]:
-        return SOURCE.identify(str(self.place))
-
-    def close(self) -> None:
-        self._file.close()
+    def flags_from_footer(self) -> list[Rows] | None:
+        return None  # those in the rows are checked against the metadata
 
 
-def is_numeric(kind: pa.DataType) -> bool:
-    """Whether a column holds numbers, or lists of them."""
-    number = kind.value_type if _is_list(kind) else kind
+def _is_numeric(kind: pa.DataType) -> bool:
+    """True for numbers, and for lists of them."""
+    number = kind.value_type if is_list(kind) else kind
     return bool(pa.types.is_floating(number) or pa.types.is_integer(number) or pa.types.is_boolean(number))
 
 
-def is_stored_image(kind: pa.DataType) -> bool:
-    """Whether a column holds images as `datasets.Image` stores them."""
+def _is_stored_image(kind: pa.DataType) -> bool:
+    """True for images as `datasets.Image` stores them."""
     return pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}
 
 
-def number_lists(column: pa.Array) -> pa.Array:
+def _number_lists(column: pa.Array) -> pa.Array:
     """Numbers, or lists of them, as lists of float32 or float64."""
-    if not _is_list(column.type):
+    if not is_list(column.type):
         return pa.FixedSizeListArray.from_arrays(column.cast(pa.float32()), 1)
     if pa.types.is_float32(column.type.value_type) or pa.types.is_float64(column.type.value_type):
         return column
     return column.cast(pa.list_(pa.float32()))
 
 
-def column_values(column: pa.ChunkedArray, missing: float) -> NDArray[np.float64]:
+def _column_values(column: pa.ChunkedArray, missing: float) -> NDArray[np.float64]:
     """A column of one number per row, which may be in a list of one (R,); `missing` where it is null."""
     values = column.combine_chunks()
-    if _is_list(values.type):
+    if is_list(values.type):
         values = pa.compute.list_element(values, 0)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
@@ -324,35 +278,24 @@ def column_values(column: pa.ChunkedArray, missing: float) -> NDArray[np.float64
     return numbers
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def frame_column(camera: int, spans: VideoSpans, places: NDArray[np.int64], times: NDArray[np.float64]) -> pa.Array:
-    """Which video of a camera, and when in it, a row's frame is. places (R, 3): row of the metadata, episode, frame in it."""
-    row, episode, frame = places.T
-    values = [np.full(len(row), camera), spans.file[row], spans.start[row] + times, episode, frame]
-    return pa.StructArray.from_arrays([pa.array(value) for value in values], names=list(FRAME_FIELDS))
-
-
 class FramePictures(Pictures):
-    """Frames of videos. column: of `frame_column`. files: of one camera. tolerance: in seconds."""
+    """Frames of one camera's videos. column: struct of video, time, episode and frame. tolerance: in seconds."""
 
-    def __init__(self, column: pa.Array, root: str, files: Sequence[str], tolerance: float, videos: VideoDecoders) -> None:
-        self.column, self.root, self.files, self.tolerance, self.videos = column, root, files, tolerance, videos
+    def __init__(self, column: pa.Array, root: str, spans: VideoSpans, tolerance: float, videos: VideoDecoders) -> None:
+        self.column, self.root, self.files, self.tolerance, self.videos = column, root, spans.files, tolerance, videos
 
-    def present(self, place: int) -> bool:
+    def present(self, row: int) -> bool:
         return True
 
-    def decode(self, place: int) -> Image.Image:
-        wanted = self.column[place].as_py()
+    def decode(self, row: int) -> Image.Image:
+        wanted = self.column[row].as_py()
         path = os.path.join(self.root, self.files[wanted["video"]])
         try:
             return self.videos.frame(path, wanted["time"], self.tolerance)
         except Unusable as error:
             raise Unusable(error.kind, f"episode {wanted['episode']}, frame {wanted['frame']}: {error.text}") from error
 
-    def encoded(self, place: int) -> bytes | None:
+    def encoded(self, row: int) -> bytes | None:
         return None
 
 
@@ -362,20 +305,20 @@ class StoredPictures(Pictures):
     def __init__(self, column: pa.Array, root: str) -> None:
         self.column, self.root = column, os.path.realpath(root)
 
-    def present(self, place: int) -> bool:
-        value = self.column[place]
+    def present(self, row: int) -> bool:
+        value = self.column[row]
         return bool(value.is_valid and (value["bytes"].is_valid or value["path"].is_valid))
 
-    def decode(self, place: int) -> Image.Image:
-        data = self.column[place]["bytes"]
-        return decode(data.as_buffer() if data.is_valid else self._file(place))
+    def decode(self, row: int) -> Image.Image:
+        data = self.column[row]["bytes"]
+        return decode(data.as_buffer() if data.is_valid else self._read_file(row))
 
-    def encoded(self, place: int) -> bytes | None:
-        data = self.column[place]["bytes"]
-        return data.as_py() if data.is_valid else self._file(place)
+    def encoded(self, row: int) -> bytes | None:
+        data = self.column[row]["bytes"]
+        return data.as_py() if data.is_valid else self._read_file(row)
 
-    def _file(self, place: int) -> bytes:
-        name = self.column[place]["path"].as_py()
+    def _read_file(self, row: int) -> bytes:
+        name = self.column[row]["path"].as_py()
         path = os.path.realpath(os.path.join(self.root, name))
         if not path.startswith(self.root + os.sep):
             raise Unusable(Kind.IMAGE, f"got the path {name!r}, expected one within the data set; mend it, or {LEAVE_OUT}")

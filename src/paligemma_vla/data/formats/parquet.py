@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults
-from paligemma_vla.data.formats import FOOTER_UNFOLDS, READ_ERRORS, TRUSTED_SECONDS, EpisodeFile, Pictures
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, RecentIdentity
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import ByteFile, ByteSource, CachedSource, Range, is_url, open_source
 
-STREAM_BUFFER = 2**18
-SAMPLED_ROWS = 1024
-MOST_NUMBERS = 4096  # in a state or an action, as in the configuration
-METADATA_REMEDY = "write it as docs/data_format.md says"
-NAMED = 20  # columns named in a message
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
+FOOTER_UNFOLDS = 10  # a parsed footer against its bytes: 148 kB of 256 row groups with 7 columns took 1.5 MB
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
 ROWS_PER_GROUP = 32  # of EpisodeWriter, which begins a row group with each episode
+STREAM_BUFFER = 2**18
+SAMPLED_ROWS = 1024
+MAX_DIMENSION = 4096  # of a state or an action, as in the configuration
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
+METADATA_REMEDY = "write it as docs/data_format.md says"
 
 
 class EncodedPictures(Pictures):
@@ -39,69 +36,92 @@ class EncodedPictures(Pictures):
     def __init__(self, column: pa.Array) -> None:
         self.column = column
 
-    def present(self, place: int) -> bool:
-        return bool(self.column[place].is_valid)
+    def present(self, row: int) -> bool:
+        return bool(self.column[row].is_valid)
 
-    def decode(self, place: int) -> Image.Image:
-        return decode(self.column[place].as_buffer())
+    def decode(self, row: int) -> Image.Image:
+        return decode(self.column[row].as_buffer())
 
-    def encoded(self, place: int) -> bytes | None:
-        data: bytes = self.column[place].as_py()
+    def encoded(self, row: int) -> bytes | None:
+        data: bytes = self.column[row].as_py()
         return data
 
 
 class ParquetEpisodes(EpisodeFile):
     """A file as docs/data_format.md describes it. Raises `FaultError` when it is not Parquet or is cut short.
 
-    Behind a URL it is read by ranges: what a call needs of it is fetched in as few requests as it takes.
+    Behind a URL it is read by ranges: what a call needs of it is fetched in as few requests as possible. A format whose
+    Parquet files have other columns overrides `_stored_columns` and `_translate`.
     """
 
-    def __init__(self, path: str, stream: bool = False) -> None:
-        self.path = path
+    def __init__(self, name: str, location: str, stream: bool = False) -> None:
+        self.path, self._location = name, location
         self._remote: CachedSource | None = None
-        if is_url(path):
-            with file_faults(path):
-                self._remote = CachedSource(open_source(path))
-            self._identity, self._seen = self._remote.identity, time.monotonic()
-        self._file = open_parquet(path, stream, self._remote)
+        if is_url(location):
+            with file_faults(name):
+                self._remote = CachedSource(open_source(location))
+        self.identity = RecentIdentity(name, self._remote.identity if self._remote else None)
+        self._file = open_parquet(location, stream, self._remote)
         self.bounds = group_bounds(self._file)
         self.outside = np.empty((0, 2), np.int64)
-        # Its footer as objects, of which there are many for each column of each row group.
         self.nbytes = FOOTER_UNFOLDS * int(self._file.metadata.serialized_size)
-
-    @property
-    def columns(self) -> Sequence[str]:
-        names: list[str] = self._file.schema_arrow.names
-        return names
-
-    @property
-    def unused(self) -> Sequence[str]:
-        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS}
-        known.update(schema.image_column(number + 1) for number in range(count_cameras(self._file.schema_arrow)))
-        return [name for name in self.columns if name not in known]
+        self.columns = self._file.schema_arrow.names
+        cameras = range(1, count_cameras(self._file.schema_arrow) + 1)
+        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS, *map(schema.image_column, cameras)}
+        self.unused = [column for column in self.columns if column not in known]
 
     def survey(self) -> tuple[Layout, list[Fault]]:
-        return survey(self.path, self._file)
+        path, arrow = self.path, self._file.schema_arrow
+        if self._file.metadata.num_rows == 0:
+            text = "got 0 rows, expected at least one episode; take the file out of the data"
+            return Layout(0, 0, 0, DatasetMetadata()), [Fault(path, Kind.EMPTY, text)]
+        faults = list(_column_faults(path, arrow))
+        dimensions = {schema.STATE: 0, schema.ACTION: 0}
+        for name in dimensions.keys() - {fault.column for fault in faults}:
+            try:
+                dimensions[name] = _dimension(path, self._file, name)
+            except FaultError as error:
+                faults.append(error.fault)
+        metadata, stored = DatasetMetadata(), (arrow.metadata or {}).get(schema.METADATA_KEY)
+        try:
+            metadata = DatasetMetadata.from_json(stored) if stored else metadata
+            misfits = metadata.misfits(*dimensions.values()) if all(dimensions.values()) else []
+        except DataError as error:
+            misfits = [str(error)]
+        faults += [Fault(path, Kind.METADATA, f"{text}; {METADATA_REMEDY}") for text in misfits]
+        return Layout(count_cameras(arrow), dimensions[schema.STATE], dimensions[schema.ACTION], metadata), faults
 
     def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
-        self._expect(columns, range(len(self.bounds) - 1) if group is None else [group])
-        if group is None:
-            table = self._file.read(columns=list(columns), use_threads=False)
-        else:
-            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
-        self._expect((), ())  # what was held is in the table
-        return table
+        groups = range(len(self.bounds) - 1) if group is None else [group]
+        stored = self._expect(columns, groups)
+        table = self._file.read_row_groups(list(groups), columns=stored, use_threads=False)
+        if self._remote is not None:
+            self._remote.expect(())  # what was cached is in the table
+        first = 0 if group is None else int(self.bounds[group])
+        return self._translate(columns, table, np.arange(first, first + table.num_rows))
 
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        self._expect(columns, groups)
-        batches: Iterator[pa.RecordBatch] = self._file.iter_batches(
-            batch_size=rows, row_groups=list(groups), columns=list(columns), use_threads=False
-        )
-        return batches
+        stored = self._expect(columns, groups)
+        numbers = np.concatenate([self.bounds[:0], *(np.arange(*self.bounds[group : group + 2]) for group in groups)])
+        for batch in self._file.iter_batches(rows, row_groups=list(groups), columns=stored, use_threads=False):
+            here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
+            table = self._translate(columns, pa.Table.from_batches([batch]), here)
+            yield table.combine_chunks().to_batches()[0]
 
-    def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> None:
+    def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> list[str]:
+        """Announce what will be read; returns the columns of the file that hold it."""
+        stored = self._stored_columns(columns)
         if self._remote is not None:
-            self._remote.expect(column_ranges(self._file.metadata, columns, groups))
+            self._remote.expect(column_ranges(self._file.metadata, stored, groups))
+        return stored
+
+    def _stored_columns(self, columns: Sequence[str]) -> list[str]:
+        """Columns of the file that hold `columns`."""
+        return list(columns)
+
+    def _translate(self, columns: Sequence[str], table: pa.Table, rows: Rows) -> pa.Table:
+        """`columns` of some rows, made of the stored columns."""
+        return table
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         return EncodedPictures(column)
@@ -109,19 +129,11 @@ class ParquetEpisodes(EpisodeFile):
     def digest(self) -> int:
         if self._remote is not None:
             return file_digest(self._remote, self._file.metadata)
-        with file_faults(self.path), open_source(self.path) as source:
+        with file_faults(self.path), open_source(self._location) as source:
             return file_digest(source, self._file.metadata)
 
-    def told_flags(self) -> list[Rows] | None:
+    def flags_from_footer(self) -> list[Rows] | None:
         return flag_rows(self._file.metadata, self.bounds)
-
-    def identity(self) -> tuple[int, int, int]:
-        """Asking a store costs a request, so its answer is good for a while."""
-        if self._remote is None:
-            return identify(self.path)
-        if time.monotonic() - self._seen > TRUSTED_SECONDS:
-            self._identity, self._seen = identify(self.path), time.monotonic()
-        return self._identity
 
     def close(self) -> None:
         self._file.close()
@@ -138,8 +150,6 @@ def open_parquet(
     file behind a URL. metadata: its footer, where that has been read.
     Raises `FaultError` when it is not Parquet or is cut short.
     """
-    if not _is_encodable(path):  # pyarrow takes no other
-        raise FaultError(Fault(path, Kind.FILE, "its path is not UTF-8; rename it, or take it out of the data"))
     try:
         return pq.ParquetFile(
             path if source is None else ByteFile(source),
@@ -154,74 +164,10 @@ def open_parquet(
         raise FaultError(Fault(path, Kind.FILE, text)) from error
 
 
-def _is_encodable(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def group_bounds(file: pq.ParquetFile) -> Rows:
     """First row of each row group, and the number of rows at the end (G + 1,)."""
     sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
     return np.cumsum([0, *sizes], dtype=np.int64)
-
-
-def file_digest(source: ByteSource, metadata: pq.FileMetaData) -> int:
-    """64 bits over a readable Parquet file: its footer, and blocks spread evenly over it (all of a small file).
-
-    The footer, of which `metadata` is made, holds sizes, offsets, statistics, schema and metadata. EpisodeWriter puts a
-    digest of every value there, so of its files nothing else is read. What another writer left without statistics may change
-    between the blocks unseen. It does not depend on the file's name, place and dates.
-    """
-    length = int.from_bytes(source.read_at(source.size - FOOTER_TAIL, 4), "little")
-    footer = source.read_at(source.size - FOOTER_TAIL - length, length)
-    digest = hashlib.blake2b(footer, digest_size=8)
-    if schema.CONTENT_KEY not in (metadata.metadata or {}):
-        blocks = _sampled_blocks(source.size)
-        source.expect((offset, offset + count) for offset, count in blocks)
-        for offset, count in blocks:
-            digest.update(source.read_at(offset, count))
-    return int.from_bytes(digest.digest(), "little")
-
-
-def sample_digest(source: ByteSource) -> bytes:
-    """As `file_digest`, of a file of any kind: size, and blocks spread evenly over it."""
-    digest = hashlib.blake2b(source.size.to_bytes(8, "little"), digest_size=8)
-    for offset, count in _sampled_blocks(source.size):
-        digest.update(source.read_at(offset, count))
-    return digest.digest()
-
-
-def _sampled_blocks(size: int) -> list[tuple[int, int]]:
-    """Offset and length of the blocks of a file that `file_digest` reads."""
-    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
-        return [(0, size)]
-    return [(n * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
-
-
-def survey(path: str, file: pq.ParquetFile) -> tuple[Layout, list[Fault]]:
-    """Layout of one open file, and every fault of its columns; dimensions that a fault hides are 0."""
-    if file.metadata.num_rows == 0:
-        text = "got 0 rows, expected at least one episode; take the file out of the data"
-        return Layout(0, 0, 0, DatasetMetadata()), [Fault(path, Kind.EMPTY, text)]
-    faults = list(_column_faults(path, file.schema_arrow))
-    dimensions = {schema.STATE: 0, schema.ACTION: 0}
-    for name in dimensions.keys() - {str(fault.column) for fault in faults}:
-        try:
-            dimensions[name] = _dimension(path, file, name)
-        except FaultError as error:
-            faults.append(error.fault)
-    metadata, stored = DatasetMetadata(), (file.schema_arrow.metadata or {}).get(schema.METADATA_KEY)
-    try:
-        metadata = DatasetMetadata.from_json(stored) if stored else metadata
-    except DataError as error:
-        faults.append(Fault(path, Kind.METADATA, f"{error}; {METADATA_REMEDY}"))
-    if all(dimensions.values()):
-        misfits = metadata.misfits(dimensions[schema.STATE], dimensions[schema.ACTION])
-        faults += [Fault(path, Kind.METADATA, f"{text}; {METADATA_REMEDY}") for text in misfits]
-    return Layout(count_cameras(file.schema_arrow), dimensions[schema.STATE], dimensions[schema.ACTION], metadata), faults
 
 
 def count_cameras(arrow: pa.Schema) -> int:
@@ -235,100 +181,108 @@ def count_cameras(arrow: pa.Schema) -> int:
 def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
     cameras = max(1, count_cameras(arrow))
     for name, matches, expected in [
-        (schema.image_column(1), _is_bytes, "binary"),
-        *((schema.image_column(n + 1), _is_bytes_or_null, "binary") for n in range(1, cameras)),
+        (schema.image_column(1), _is_binary, "binary"),
+        *((schema.image_column(n + 1), _is_binary_or_null, "binary") for n in range(1, cameras)),
         *((name, _is_number_list, "a list of float32 or float64") for name in (schema.STATE, schema.ACTION)),
         (schema.PROMPT, _is_text, "string"),
         *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
     ]:
-        if name not in arrow.names:
-            yield Fault(path, Kind.COLUMN, f"missing; got {_listed(arrow.names)}", column=name)
-        elif arrow.names.count(name) > 1:
-            yield Fault(path, Kind.COLUMN, f"got {arrow.names.count(name)} columns of that name, expected one", column=name)
+        count = arrow.names.count(name)
+        if count == 0:
+            yield Fault(path, Kind.COLUMN, f"missing; got {', '.join(map(ascii, arrow.names))[:500]}", column=name)
+        elif count > 1:
+            yield Fault(path, Kind.COLUMN, f"got {count} columns of that name, expected one", column=name)
         elif not matches(arrow.field(name).type):
             yield Fault(path, Kind.TYPE, f"got type {arrow.field(name).type}, expected {expected}", column=name)
-    after, last = schema.image_column(cameras + 1), max(map(_camera, arrow.names), default=0)
-    if last > cameras and after not in arrow.names:
+    numbers = [int(match[1]) for name in arrow.names if (match := re.fullmatch(r"image_([1-9]\d{0,8})_bytes", name))]
+    after, last = schema.image_column(cameras + 1), max(numbers, default=0)
+    if last > cameras:
         text = f"missing, but {schema.image_column(last)} is there; number cameras without a gap, or rename what is none"
         yield Fault(path, Kind.COLUMN, text, column=after)
 
 
-def _camera(name: str) -> int:
-    """Number of the camera whose images a column holds, 0 where it holds none."""
-    match = re.fullmatch(r"image_([1-9][0-9]{0,8})_bytes", name)
-    return int(match[1]) if match else 0
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names that come out of a file, on one line of a message."""
-    shown = [name if name.isprintable() else repr(name) for name in names[:NAMED]]
-    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
+def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _is_bytes_or_null(kind: pa.DataType) -> bool:
+def _is_binary_or_null(kind: pa.DataType) -> bool:
     """pyarrow writes a column in which every row is null without a type."""
-    return _is_bytes(kind) or bool(pa.types.is_null(kind))
+    return _is_binary(kind) or bool(pa.types.is_null(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
-    )
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """True for lists of any length or of a fixed one."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_number_list(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list and pa.types.is_floating(kind.value_type))
+    return is_list(kind) and bool(pa.types.is_floating(kind.value_type))
 
 
 def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
-    """Numbers per row: the commonest length at the beginning of the first row group that can be read.
+    """Numbers per row: the most frequent length at the beginning of the first row group that can be read.
 
-    Not the first row's: that one may be at fault, and be left out.
+    Not the first row's: that row may be at fault, and be left out.
     """
     kind = file.schema_arrow.field(name).type
     dimension = int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 0
     why = "its lists are empty"
-    for group in range(file.metadata.num_row_groups):
-        if dimension:
-            break
+    for group in range(0 if dimension else file.metadata.num_row_groups):
         try:
-            batches = file.iter_batches(batch_size=SAMPLED_ROWS, row_groups=[group], columns=[name], use_threads=False)
-            batch = next(batches, None)
+            batch = next(file.iter_batches(SAMPLED_ROWS, row_groups=[group], columns=[name], use_threads=False), None)
         except READ_ERRORS as error:
             why = first_line(error)
             continue
         lengths = [] if batch is None else batch.column(0).value_lengths().drop_null().to_numpy()
-        values, counts = np.unique(np.asarray(lengths, np.int64), return_counts=True)
-        dimension = int(values[counts.argmax()]) if len(values) else 0
+        counts = np.bincount(np.minimum(lengths, MAX_DIMENSION + 1).astype(np.int64), minlength=1)
+        if dimension := int(counts.argmax()):
+            break
     if not dimension:
         raise FaultError(Fault(path, Kind.GROUP, f"cannot be read ({why}), expected numbers; restore the file", column=name))
-    if not 0 < dimension <= MOST_NUMBERS:  # a damaged schema: memory for such lists must not even be asked for
-        got = f"got lists of {dimension} numbers, expected 1 to {MOST_NUMBERS}; restore the file"
-        raise FaultError(Fault(path, Kind.GROUP, got, column=name))
+    if not 0 < dimension <= MAX_DIMENSION:  # a damaged schema: do not even ask for the memory of such lists
+        text = f"got lists of more than {MAX_DIMENSION} numbers; restore the file"
+        raise FaultError(Fault(path, Kind.GROUP, text, column=name))
     return dimension
 
 
-def identify(path: str) -> tuple[int, int, int]:
-    """Size, mtime_ns and ctime_ns of a file, see `ByteSource.identity`; raises `FaultError` when it is not there."""
-    if is_url(path):
-        with file_faults(path), open_source(path) as source:
-            return source.identity
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise FaultError(Fault(path, Kind.FILE, f"cannot be read ({first_line(error)}); restore it")) from error
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def file_digest(source: ByteSource, metadata: pq.FileMetaData) -> int:
+    """64 bits over a readable Parquet file: its footer, and blocks spread evenly over it (all of a small file).
+
+    The footer, of which `metadata` is made, holds sizes, offsets, statistics, schema and metadata. EpisodeWriter puts a
+    digest of every value there, so of its files nothing else is read. What another writer left without statistics may change
+    between the blocks unseen. It does not depend on the file's name, location and dates.
+    """
+    length = int.from_bytes(source.read_at(source.size - FOOTER_TAIL, 4), "little")
+    digest = hashlib.blake2b(source.read_at(source.size - FOOTER_TAIL - length, length), digest_size=8)
+    if schema.CONTENT_KEY not in (metadata.metadata or {}):
+        _digest_blocks(digest, source)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def sample_digest(source: ByteSource) -> bytes:
+    """As `file_digest`, of a file of any kind: size, and blocks spread evenly over it."""
+    digest = hashlib.blake2b(source.size.to_bytes(8, "little"), digest_size=8)
+    _digest_blocks(digest, source)
+    return digest.digest()
+
+
+def _digest_blocks(digest: hashlib.blake2b, source: ByteSource) -> None:
+    size, last = source.size, SAMPLED_BLOCKS - 1
+    blocks = [(n * (size - BLOCK_BYTES) // last, BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
+    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+        blocks = [(0, size)]
+    source.expect((offset, offset + count) for offset, count in blocks)
+    for offset, count in blocks:
+        digest.update(source.read_at(offset, count))
 
 
 def column_ranges(metadata: pq.FileMetaData, columns: Iterable[str], groups: Iterable[int]) -> list[Range]:
-    """Where the chunks of some columns lie in a Parquet file."""
+    """Byte ranges of the chunks of some columns in a Parquet file."""
     names = set(columns)
     leaves = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path.partition(".")[0] in names]
     ranges = []
@@ -343,11 +297,11 @@ def column_ranges(metadata: pq.FileMetaData, columns: Iterable[str], groups: Ite
     return ranges
 
 
-def flag_rows(metadata: pq.FileMetaData, bounds: NDArray[np.int64]) -> list[NDArray[np.int64]] | None:
-    """Rows in which each flag is true, as EpisodeWriter's row groups and their statistics settle it; else None.
+def flag_rows(metadata: pq.FileMetaData, bounds: Rows) -> list[Rows] | None:
+    """Rows in which each flag is true, as EpisodeWriter's row groups and their statistics determine it; else None.
 
     bounds: first row of each row group, and the number of rows (G + 1,). A file that something else has written from one of
-    EpisodeWriter's may still carry its metadata: row groups that are not exactly EpisodeWriter's settle nothing.
+    EpisodeWriter's may still carry its metadata: row groups that are not exactly EpisodeWriter's determine nothing.
     """
     count = (metadata.metadata or {}).get(schema.EPISODES_KEY, b"")
     true = np.array(list(_flags_in_groups(metadata)), bool).reshape(-1, len(schema.FLAGS))
@@ -364,7 +318,7 @@ def flag_rows(metadata: pq.FileMetaData, bounds: NDArray[np.int64]) -> list[NDAr
 
 
 def _flags_in_groups(metadata: pq.FileMetaData) -> Iterator[list[bool]]:
-    """Whether each flag is true anywhere in a row group, until one whose statistics do not say."""
+    """For each flag, True if it is true anywhere in a row group; ends at a group whose statistics do not say."""
     paths = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
     if not set(schema.FLAGS) <= set(paths):
         return
