@@ -1,11 +1,12 @@
-"""Before a weight is loaded: everything about data, statistics and tokenizer that cannot work, told at once."""
+"""Before a weight is loaded: the data of a run, its order, its preprocessor, its memory plan, and every fault among them."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -27,14 +28,13 @@ from paligemma_vla.model.architectures import read_architecture
 from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
-from paligemma_vla.schema import joint_layout
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.parallel import group_size
 
-# The statistics are held against the first rows of some files, not against all: a start must not take a pass over the data.
+# The statistics are compared with the first rows of some files, not of all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
-# As a share of their range: more of the same task leaves it a little, which is told and does no harm.
+# As a share of their range: more data of the same task leaves it a little, which does no harm.
 SLACK = 0.1
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Data:
 
     @property
     def fingerprint(self) -> dict[str, str | None]:
-        """What tells these episodes, and the order they come in, from others, wherever they lie."""
+        """Of the episodes, and of the order they come in, wherever they lie."""
         validation = None if self.validation is None else self.validation.index.fingerprint
         names = {"training": self.train.index.fingerprint, "validation": validation}
         return names if self.order.version is None else {**names, "order": self.order.version}
@@ -61,206 +61,189 @@ def prepare(
     preprocessor: Preprocessor | None = None,
     architecture: dict[str, Any] | None = None,
 ) -> tuple[Preprocessor, Data, MemoryPlan]:
-    """Read what a run starts from, and hold all of it against each other.
+    """Index the data, read statistics and tokenizer, plan the memory, and check all of it together.
 
     preprocessor, architecture: those of a checkpoint; None reads them as configured. Raises one `VLAError` with every fault.
     """
     faults = Faults()
-    found = _survey(config, distributed, preprocessor, architecture, faults)
-    faults.raise_all("this run cannot begin")
-    made, plan = found.preprocessor, found.plan
-    assert made is not None and plan is not None
-    index = EpisodeIndex.concatenate(found.indices)
-    reader = _block_reader(index, config, distributed.world_size) if config.data.streamed else None
-    train = VLADataset(index, made, config, training=True, reader=reader)
-    if made.actions.converts:
-        metadata = train.index.layout.metadata
-        logger.info("actions as %s; the rest as recorded", made.actions.describe(metadata))
-        if taken_by_number(config, metadata):
-            logger.warning(
-                "data.actions.state_dimensions: no converted action has a name of the state's, so each was taken from the "
-                "number of the state in its own place; list them if that is another quantity"
-            )
-    validation = VLADataset(EpisodeIndex.concatenate(found.held_out), made, config) if found.held_out else None
-    return made, Data(train, validation, _order(found.indices, config)), plan
-
-
-@dataclass
-class Found:
-    """What a run starts from, as far as it is there. indices: episodes to train on, per source; held_out: to validate on."""
-
-    preprocessor: Preprocessor | None
-    plan: MemoryPlan | None = None
-    indices: list[EpisodeIndex] = field(default_factory=list)
-    held_out: list[EpisodeIndex] = field(default_factory=list)
-
-
-def _survey(
-    config: VLAConfig,
-    distributed: Distributed,
-    preprocessor: Preprocessor | None,
-    architecture: dict[str, Any] | None,
-    faults: Faults,
-) -> Found:
-    """Look at everything that a run needs; what is not as it should be goes to `faults`."""
-    found = Found(preprocessor)
+    trained = preprocessor is not None
+    statistics = None
     with faults.collect():
-        _check_division(config, distributed.world_size)
+        check_processes(config, distributed)
     with faults.collect():
-        group_size(config.training, distributed)
-    statistics = preprocessor.statistics if preprocessor else None
-    if preprocessor is None:
-        with faults.collect():
-            statistics = DatasetStatistics.load(config.data.normalization_stats_path)
-        with faults.collect():
+        statistics = preprocessor.statistics if preprocessor else DatasetStatistics.load(config.data.normalization_stats_path)
+    with faults.collect():
+        if preprocessor is None:
             prompts, image = configured_prompt_and_image_spec(config)
+        if architecture is None:
             architecture = read_architecture(config.model.vlm_config)
-    if architecture is not None:
-        with faults.collect():
-            processes = distributed.world_size, distributed.local_world_size
-            found.plan = plan_run(config, architecture, distributed.device, *processes)
+        plan = plan_run(config, architecture, distributed.device, distributed.world_size, distributed.local_world_size)
     with faults.collect():
-        found.indices, found.held_out = _index_once(config, distributed)
-    if found.indices:
-        _check_sizes(found.indices, config, faults)
+        sources, validation = _index_once(config, distributed)
+        train = EpisodeIndex.concatenate(sources)
         with faults.collect():
-            _check_reading(found.indices, config)
-    for part in (found.indices, found.held_out):
-        if part:
-            with faults.collect():
-                check_fit(EpisodeIndex.concatenate(part), statistics, config)
-    if found.indices:
+            check_sizes(train, config)
         with faults.collect():
-            layout = joint_layout([index.layout for index in found.indices])
-            check_actions(layout, statistics, config, trained=preprocessor is not None)
-    if preprocessor is None and statistics is not None and not faults.errors:
-        if not config.data.allow_other_statistics:
+            check_reading(train, config)
+        for index in [train] if validation is None else [train, validation]:
             with faults.collect():
-                for index in found.indices:
-                    _check_range(index, statistics, config.data.normalization_stats_path)
-        found.preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
-    return found
+                check_fit(index, statistics, config)
+        with faults.collect():
+            check_actions(train.layout, statistics, config, trained)
+    if not (faults.errors or trained or config.data.allow_other_statistics):
+        assert statistics is not None
+        for index in sources:
+            with faults.collect():
+                check_range(index, statistics, config.data.normalization_stats_path)
+    faults.raise_all("this run cannot begin")
+    if preprocessor is None:
+        assert statistics is not None
+        preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
+    _log_actions(config, preprocessor, train)
+    reader = build_block_reader(train, config, distributed.world_size) if config.data.streamed else None
+    data = Data(
+        VLADataset(train, preprocessor, config, training=True, reader=reader),
+        None if validation is None else VLADataset(validation, preprocessor, config),
+        build_order(sources, config),
+    )
+    return preprocessor, data, plan
 
 
-def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
-    """Ask a store about each of its files from one process for all: from every one it would be more than a store bears.
+def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[EpisodeIndex], EpisodeIndex | None]:
+    """`index_sources` for all processes. One of them asks a store about its files: hundreds would ask it too often.
 
-    Disks are looked at from each machine, whose files may be copies with dates of their own.
+    Disks are read on each machine: its files may be copies with dates of their own.
     """
-    places = source_paths(config.data.train_parquet_files) + source_paths(config.data.val_parquet_files or [])
-    if all(map(is_url, places)):
-        return distributed.broadcast(partial(_index, config))
+    locations = source_paths(config.data.train_parquet_files) + source_paths(config.data.val_parquet_files or [])
+    if all(map(is_url, locations)):
+        return distributed.broadcast(partial(index_sources, config))
     with distributed.local_main_first():  # the others find the index in the cache
-        return _index(config)
+        return index_sources(config)
 
 
-def _index(config: VLAConfig) -> tuple[list[EpisodeIndex], list[EpisodeIndex]]:
-    """Episodes to train on, per source, and those held out."""
-    settings = config.data
-    exclude = load_exclusions(settings.exclude_episodes)
-    sources = [source_paths([source]) for source in _sources(config)]
-    indices = [EpisodeIndex.build(paths, "data.train_parquet_files", exclude) for paths in sources]
-    if settings.val_parquet_files is not None:
-        validation = EpisodeIndex.build(source_paths(settings.val_parquet_files), "data.val_parquet_files", exclude)
-        shared = _shared_files([EpisodeIndex.concatenate(indices), validation])
-        trained_on = {place for index in indices for place in _places(index, shared)}
-        if seen := sum(place in trained_on for place in _places(validation, shared)):
+def index_sources(config: VLAConfig) -> tuple[list[EpisodeIndex], EpisodeIndex | None]:
+    """The episodes to train on, per source, and those to validate on."""
+    data = config.data
+    exclude = load_exclusions(data.exclude_episodes)
+    paths = [source_paths([source]) for source in _configured_sources(config)]
+    sources = [EpisodeIndex.build(each, "data.train_parquet_files", exclude) for each in paths]
+    if data.val_parquet_files is not None:
+        validation = EpisodeIndex.build(source_paths(data.val_parquet_files), "data.val_parquet_files", exclude)
+        if seen := int(_shared_episodes(validation, sources).sum()):
             logger.warning("data.val_parquet_files: %d of %d episodes are trained on as well", seen, len(validation))
-        return indices, [validation]
-    if settings.val_fraction == 0:
-        return indices, []
-    pairs = [index.split(settings.val_fraction, config.training.seed) for index in indices]
-    return _without_held_out(pairs), [validation for _, validation in pairs]
+        return sources, validation
+    if data.val_fraction == 0:
+        return sources, None
+    pairs = [index.split(data.val_fraction, config.training.seed) for index in sources]
+    held_out = [validation for _, validation in pairs]
+    kept = [_without(train, held_out, number) for number, (train, _) in enumerate(pairs)]
+    return kept, EpisodeIndex.concatenate(held_out)
 
 
-def _without_held_out(pairs: list[tuple[EpisodeIndex, EpisodeIndex]]) -> list[EpisodeIndex]:
-    """Training episodes of each source. A source may lie in another, as a subset that is to weigh more: what one of them holds
-    out, none trains on."""
-    shared = _shared_files([train for train, _ in pairs])
-    held_out = {place for _, validation in pairs for place in _places(validation, shared)}
-    parts = []
-    for number, (train, _) in enumerate(pairs):
-        kept = np.array([place not in held_out for place in _places(train, shared)], bool)
-        parts.append(train.select(np.flatnonzero(kept)) if len(kept) and not kept.all() else train)
-        if len(parts[-1]) == 0:
-            raise DataError(
-                f"data.train_parquet_files.{number}: another source holds out all of its {len(train)} episodes; lower "
-                f"data.val_fraction, or give data.val_parquet_files"
-            )
-    return parts
-
-
-def _shared_files(indices: list[EpisodeIndex]) -> set[str]:
-    """Files that more than one index has."""
-    counts = Counter(file for index in indices for file in {real_name(path) for path in index.paths})
-    return {file for file, count in counts.items() if count > 1}
-
-
-def _places(index: EpisodeIndex, shared: set[str]) -> list[tuple[str, int]]:
-    """File and first row of each episode; of none when no file is shared, which is the rule and costs nothing then."""
-    if not shared:
-        return []
-    real = [real_name(path) for path in index.paths]
-    return [(real[file], row) for file, row in zip(index.file.tolist(), index.start.tolist(), strict=True)]
-
-
-def _sources(config: VLAConfig) -> list[str | DataSource]:
+def _configured_sources(config: VLAConfig) -> list[str | DataSource]:
     files = config.data.train_parquet_files
     return [files] if isinstance(files, str) else list(files)
 
 
-def _order(indices: list[EpisodeIndex], config: VLAConfig) -> Order:
-    sources = _sources(config)
-    weights = [source.weight if isinstance(source, DataSource) else 1.0 for source in sources]
-    given = weights if any(isinstance(source, DataSource) for source in sources) else None
-    batch_size, seed = config.data.batch_size, config.training.seed
-    if not config.data.streamed:
-        return SampleOrder([index.steps for index in indices], given, batch_size, seed)
-    sets = [cut_blocks(index, config.data.stream_block_mb * 1e6).sizes for index in indices]
-    return StreamedOrder(sets, given, batch_size, seed, config.data.stream_window)
+def _without(train: EpisodeIndex, held_out: Sequence[EpisodeIndex], number: int) -> EpisodeIndex:
+    """Source `number` without episodes that another one holds out: it may be a subset of that one, with a weight of its own."""
+    shared = _shared_episodes(train, [*held_out[:number], *held_out[number + 1 :]])
+    if shared.all():
+        raise DataError(
+            f"data.train_parquet_files.{number}: another source holds out all of its {len(train)} episodes; lower "
+            f"data.val_fraction, or give data.val_parquet_files"
+        )
+    return train.select(np.flatnonzero(~shared)) if shared.any() else train
 
 
-def _block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> BlockReader:
-    """A reader with room for what one loader process needs at a time."""
+def _shared_episodes(index: EpisodeIndex, others: Sequence[EpisodeIndex]) -> NDArray[np.bool_]:
+    """Which episodes of an index (N,) are also in one of `others`: the same rows of the same file."""
+    starts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
+    for other in others:
+        for path, first, stop in _episodes_per_file(other):
+            starts[real_name(path)].append(other.start[first:stop])
+    shared = np.zeros(len(index), bool)
+    for path, first, stop in _episodes_per_file(index) if starts else []:
+        if same_file := starts.get(real_name(path)):
+            shared[first:stop] = np.isin(index.start[first:stop], np.concatenate(same_file))
+    return shared
+
+
+def _episodes_per_file(index: EpisodeIndex) -> list[tuple[str, int, int]]:
+    """Each file, the number of its first episode, and that of the next file's first."""
+    bounds = np.searchsorted(index.file, np.arange(len(index.paths) + 1)).tolist()
+    return list(zip(index.paths, bounds[:-1], bounds[1:], strict=True))
+
+
+def build_order(sources: Sequence[EpisodeIndex], config: VLAConfig) -> Order:
+    """The order of a run over the episodes of each source."""
+    data, configured = config.data, _configured_sources(config)
+    weights = None
+    if any(isinstance(source, DataSource) for source in configured):
+        weights = [source.weight if isinstance(source, DataSource) else 1.0 for source in configured]
+    if not data.streamed:
+        return SampleOrder([index.steps for index in sources], weights, data.batch_size, config.training.seed)
+    blocks = [cut_blocks(index, data.stream_block_mb * 1e6).sizes for index in sources]
+    return StreamedOrder(blocks, weights, data.batch_size, config.training.seed, data.stream_window)
+
+
+def build_block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> BlockReader:
+    """A reader with memory for the blocks that one loader process needs at a time."""
     data = config.data
     blocks = cut_blocks(index, data.stream_block_mb * 1e6)
     parts = config.training.gradient_accumulation_steps
     slots = parts * math.ceil(math.ceil(data.batch_size / (processes * parts)) / max(1, data.num_workers))
     room = pool_bytes(blocks, slots, data.stream_window, AHEAD)
+    size = blocks.nbytes.mean()
     logger.info(
-        "data is streamed in %d blocks of %.3g MB; a loader process keeps up to %.3g MB of them",
-        len(blocks),
-        blocks.nbytes.mean() / 1e6,
-        room / 1e6,
+        "data is streamed in %d blocks of %.3g MB; a loader process keeps up to %.3g MB", len(blocks), size / 1e6, room / 1e6
     )
     if len(blocks) < data.batch_size:
         logger.warning(
-            "data.stream_block_mb: the data makes %d blocks, fewer than the %d samples of a batch, so batches repeat places of "
-            "it; lower it, or set data.reading: random",
+            "data.stream_block_mb: the data has %d blocks, fewer than the %d samples of a batch, so samples of one batch come "
+            "from the same blocks; lower it, or set data.reading: random",
             len(blocks),
             data.batch_size,
         )
     return BlockReader(index, blocks, config.model.vlm_config.cameras, room)
 
 
-def _check_division(config: VLAConfig, processes: int) -> None:
-    parts = processes * config.training.gradient_accumulation_steps
-    if config.data.batch_size < parts:
+def check_processes(config: VLAConfig, distributed: Distributed) -> None:
+    """The batch and the sharding against the number of processes. Every process has to ask."""
+    group_size(config.training, distributed)
+    batch_size, parts = config.data.batch_size, distributed.world_size * config.training.gradient_accumulation_steps
+    if batch_size < parts:
         raise ConfigError(
-            f"data.batch_size: got {config.data.batch_size}, expected at least processes * gradient_accumulation_steps = "
-            f"{parts}, or some would have nothing to do; it is the total over all of them"
+            f"data.batch_size: got {batch_size}, expected at least processes * gradient_accumulation_steps = {parts}, one "
+            f"sample for each; it is the total over all of them"
         )
-    if config.data.batch_size % parts:
-        # Exact all the same: the loss is the mean over the whole batch, whoever holds how much of it.
+    if batch_size % parts:
+        # Exact all the same: the loss is the mean over the global batch, however it is divided.
         logger.info(
             "data.batch_size: %d is no multiple of processes * gradient_accumulation_steps = %d; some wait for others",
-            config.data.batch_size,
+            batch_size,
             parts,
         )
 
 
-def _check_reading(indices: list[EpisodeIndex], config: VLAConfig) -> None:
-    foreign = next((path for index in indices for path in index.paths if find_format(path)[1] is not None), None)
+def check_sizes(train: EpisodeIndex, config: VLAConfig) -> None:
+    """The batch against the number of samples, the horizon against the longest episode."""
+    horizon, batch_size, longest = config.model.action_head_config.horizon, config.data.batch_size, int(train.length.max())
+    faults = []
+    if batch_size > train.steps:
+        faults.append(f"data.batch_size: got {batch_size}, expected at most {train.steps}, the training samples; reduce it")
+    if horizon > longest:
+        faults.append(
+            f"model.action_head_config.horizon: got {horizon}, expected at most {longest}, the steps of the longest training "
+            f"episode; reduce it, or check where episodes end"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def check_reading(train: EpisodeIndex, config: VLAConfig) -> None:
+    """Streamed reading against formats that have no blocks."""
+    foreign = next((path for path in train.paths if find_format(path)[1] is not None), None)
     if config.data.streamed and foreign is not None:
         raise ConfigError(
             f"data.reading: got {config.data.reading or 'null with a URL'}, so data is streamed, but {foreign} is of a foreign "
@@ -268,25 +251,7 @@ def _check_reading(indices: list[EpisodeIndex], config: VLAConfig) -> None:
         )
 
 
-def _check_sizes(indices: list[EpisodeIndex], config: VLAConfig, faults: Faults) -> None:
-    """The batch against the samples there are, the horizon against the longest episode."""
-    samples = sum(index.steps for index in indices)
-    longest = max(int(index.length.max()) for index in indices)
-    horizon, batch_size = config.model.action_head_config.horizon, config.data.batch_size
-    with faults.collect():
-        if batch_size > samples:
-            raise ConfigError(
-                f"data.batch_size: got {batch_size}, expected at most {samples}, the number of training samples; reduce it"
-            )
-    with faults.collect():
-        if horizon > longest:
-            raise ConfigError(
-                f"model.action_head_config.horizon: got {horizon}, expected at most {longest}, the steps of the longest "
-                f"training episode; reduce it, or check where episodes end"
-            )
-
-
-def _check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
+def check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
     """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
     known_files = set(statistics.digests)
     others = sum(hex_digest(digest) not in known_files for digest in index.digests.tolist())
@@ -308,9 +273,21 @@ def _check_values(values: NDArray[np.float32], known: Statistics, column: str, n
     if not outside.any():
         return
     row, dimension = (int(i) for i in np.argwhere(outside)[0])
-    called = f" ({names[dimension]})" if dimension < len(names) else ""
+    name = f" ({names[dimension]})" if dimension < len(names) else ""
     raise DataError(
-        f"data.normalization_stats_path: {where} is of other data: {column}, dimension {dimension}{called}: got "
+        f"data.normalization_stats_path: {where} is of other data: {column}, dimension {dimension}{name}: got "
         f"{values[row, dimension]:g}, expected between {known.min[dimension]:g} and {known.max[dimension]:g}; compute the "
         f"statistics of this data (`paligemma-vla stats`), or set data.allow_other_statistics: true"
     )
+
+
+def _log_actions(config: VLAConfig, preprocessor: Preprocessor, train: EpisodeIndex) -> None:
+    if not preprocessor.actions.converts:
+        return
+    metadata = train.layout.metadata
+    logger.info("actions as %s; the rest as recorded", preprocessor.actions.describe(metadata))
+    if taken_by_number(config, metadata):
+        logger.warning(
+            "data.actions.state_dimensions: no converted action has a name of the state's, so each was taken from the "
+            "number of the state in its own place; list them if that is another quantity"
+        )
