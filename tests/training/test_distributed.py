@@ -20,7 +20,7 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from machines import wait_for
-from paligemma_vla.cli.train import find_resume_again
+from paligemma_vla.cli.train import find_checkpoint
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import CommunicationError, ConfigError, VLAError
 from paligemma_vla.training import distributed
@@ -277,15 +277,15 @@ def test_restart_goes_on_with_its_own_run_alone(
     """A run of the same name that another launcher made is none to go on with unasked."""
     config = tiny_config({"training.checkpoint_dir": str(trained_run.parent), "training.experiment_name": trained_run.name})
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_1a2b/attempt_0/1/error.json")
-    assert find_resume_again(config, None, None, ALONE).resume is None
+    assert find_checkpoint(config, None, None, ALONE) == (None, False)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_1a2b/attempt_1/0/error.json")
     own = {"starts": [{"launcher": distributed.launcher_id(), "data": {"fingerprint": {"training": "x"}}}]}
     before = (trained_run / "environment.json").read_bytes()
     (trained_run / "environment.json").write_text(json.dumps(own))
     try:
-        assert find_resume_again(config, None, None, ALONE).resume == trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar"
+        assert find_checkpoint(config, None, None, ALONE)[0] == trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar"
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_y/none_3c4d/attempt_1/0/error.json")
-        assert find_resume_again(config, None, None, ALONE).resume is None
+        assert find_checkpoint(config, None, None, ALONE) == (None, False)
     finally:
         (trained_run / "environment.json").write_bytes(before)
 

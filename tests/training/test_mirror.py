@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paligemma_vla import Policy
-from paligemma_vla.cli.train import find_resume, resolve_config, train
+from paligemma_vla.cli.train import find_checkpoint, resolve_config, train
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.errors import StorageError, UnreadableCheckpointError
 from paligemma_vla.storage import file_system
@@ -84,7 +84,7 @@ def test_auto_passes_over_what_is_damaged_behind_the_url(
     newest = tmp_path / "store" / "run" / "checkpoints" / "checkpoint_epoch_2.pth.tar"
     newest.write_bytes(newest.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        found = find_resume(config, "auto", Mirror.of(config), ALONE).resume
+        found = find_checkpoint(config, "auto", Mirror.of(config), ALONE)[0]
     assert found == config.run_dir / "checkpoints" / "checkpoint_epoch_1.pth.tar"
     assert "passed over" in caplog.text
     assert "checkpoint_epoch_2" in caplog.text
@@ -101,7 +101,7 @@ def test_auto_does_not_pass_over_what_may_be_whole_behind_the_url(
 
     monkeypatch.setattr(checkpoint, "sha256", fails)
     with pytest.raises(UnreadableCheckpointError, match="it may be whole"):
-        find_resume(config, "auto", Mirror.of(config), ALONE)
+        find_checkpoint(config, "auto", Mirror.of(config), ALONE)
 
 
 def test_keep_last_holds_behind_the_url_over_several_starts(tiny_config: ConfigFactory, place: str) -> None:

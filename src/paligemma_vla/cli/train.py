@@ -8,7 +8,7 @@ import os
 import socket
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from filelock import BaseFileLock
 
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from paligemma_vla.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
-
-
-class Found(NamedTuple):
-    """A checkpoint to go on from, and whether it has been verified."""
-
-    resume: str | Path | None
-    verified: bool
 
 
 # flag -> config key
@@ -131,52 +124,86 @@ def train(
     force: bool = False,
     config_path: Path | None = None,
 ) -> int:
-    """Train in this process. device: None takes the best there is; resume_checkpoint: a path, or `auto`.
+    """Train in this process, alone or as one of a group: join, find the checkpoint, prepare, train, report.
 
-    force: resume in spite of differences. config_path: where the configuration was read, to know that a run is repeated.
+    device: None takes the best there is. resume_checkpoint: a path or URL, or `auto`. force: resume in spite of differences.
+    config_path: where the configuration was read, to warn if it repeats a run on other data.
     """
     from paligemma_vla.training.distributed import explain_communication, join
-
-    distributed = join(device)
-    with explain_communication():
-        _train_in(distributed, config, resume_checkpoint, force, config_path)
-    return 0
-
-
-def _train_in(
-    distributed: Distributed, config: VLAConfig, resume_checkpoint: str | None, force: bool, config_path: Path | None
-) -> None:
     from paligemma_vla.training.mirror import Mirror
     from paligemma_vla.training.run_folder import begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
+    distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
-    mirror = Mirror.of(config)
-    resume, verified = find_resume_again(config, resume_checkpoint, mirror, distributed)
-    with distributed.local_main_first():
-        _bring_here(resume, mirror)
-    if resume_checkpoint == "auto" and resume is None and distributed.main:
-        logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_location("checkpoints"))
-    trainer = Trainer(config, distributed, resume, force, verified)
+    with explain_communication():
+        remote = Mirror.of(config)
+        checkpoint, verified = find_checkpoint(config, resume_checkpoint, remote, distributed)
+        trainer = Trainer(config, distributed, checkpoint, force, verified, remote)
 
-    def begin() -> BaseFileLock:  # only now: a run that cannot begin leaves no trace
-        trainer.mirror = mirror
-        if config_path is not None:
-            warn_of_other_data(config_path, trainer.data)
-        return begin_run(config, trainer.data, distributed, trainer.step, resume, mirror)
+        def begin() -> BaseFileLock:  # not earlier: a run that cannot begin leaves no trace
+            if config_path is not None:
+                warn_of_other_data(config_path, trainer.data)
+            return begin_run(config, trainer.data, distributed, trainer.step, checkpoint, remote)
 
-    lock = distributed.on_main(begin)
-    trainer.run()
-    distributed.close()  # what is left is for one process, and takes its time
+        lock = distributed.on_main(begin)
+        trainer.run()
+        distributed.close()  # the rest is done by one process, and takes its time
     if lock is not None:
         write_single_files(config)
         report = write_run_report(config, trainer.data.train)
-        if mirror is not None:
-            mirror.publish(config.training.keep_last)
-        places = config.run_location("checkpoints"), config.run_location(report.name)
-        logger.info("finished; checkpoints in %s, report: %s", *places)
+        if remote is not None:
+            remote.publish(config.training.keep_last)
+        locations = config.run_location("checkpoints"), config.run_location(report.name)
+        logger.info("finished; checkpoints in %s, report: %s", *locations)
         end_run(lock)
+    return 0
+
+
+def find_checkpoint(
+    config: VLAConfig, wanted: str | None, remote: Mirror | None, distributed: Distributed
+) -> tuple[str | Path | None, bool]:
+    """The checkpoint to go on from, the same on all processes, and whether it is verified; None starts afresh.
+
+    wanted: None, a path or URL, or `auto`: the newest checkpoint of the run, if there is one. After a restart by the launcher
+    that began the run it is always the newest.
+    """
+    from paligemma_vla.training.checkpoint import newest_checkpoint
+
+    if wanted == "auto" or distributed.broadcast(partial(was_begun_by_this_launcher, config)):
+        folder = config.run_dir / "checkpoints"
+        found = distributed.broadcast(remote.newest_checkpoint) if remote else newest_checkpoint(folder, distributed)
+        if found is not None:
+            with distributed.local_main_first():
+                _fetch_missing(found, remote)
+            return found, True
+        if wanted == "auto":
+            if distributed.main:
+                logger.info("no checkpoint to go on from in %s: the run starts afresh", config.run_location("checkpoints"))
+            return None, True
+    return wanted, False
+
+
+def was_begun_by_this_launcher(config: VLAConfig) -> bool:
+    """True if the launcher of this process began the run: then it has restarted its processes after a failure."""
+    from paligemma_vla.training.distributed import launcher_id
+    from paligemma_vla.training.run_folder import read_starts
+
+    starts = read_starts(config.run_dir) if launcher_id() is not None else []
+    return bool(starts) and starts[-1].get("launcher") == launcher_id()
+
+
+def _fetch_missing(checkpoint: Path, remote: Mirror | None) -> None:
+    """Fetch the checkpoint that rank 0 has found if this machine has no copy of it."""
+    if checkpoint.exists():
+        return
+    if remote is None:
+        raise CheckpointError(
+            f"{checkpoint}: not there on {socket.gethostname()}; training.checkpoint_dir has to be a folder that all machines "
+            f"share, or a URL"
+        )
+    remote.fetch_checkpoint(checkpoint.name)
 
 
 def write_single_files(config: VLAConfig) -> None:
@@ -198,53 +225,3 @@ def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
 
     title = f"Training: {config.training.experiment_name}"
     return write_report(config.run_dir / "report.html", Report(title=title, run_dir=config.run_dir, dataset=data.index))
-
-
-def find_resume_again(config: VLAConfig, wanted: str | None, mirror: Mirror | None, distributed: Distributed) -> Found:
-    """As `find_resume`; but where the launcher of this process has begun the run already, and starts it again after a failure,
-    the newest checkpoint of it."""
-    if distributed.broadcast(partial(_is_begun, config)):
-        found = find_resume(config, "auto", mirror, distributed)
-        if found.resume is not None:
-            return found
-    return find_resume(config, wanted, mirror, distributed)
-
-
-def _is_begun(config: VLAConfig) -> bool:
-    """Whether the launcher of this process has begun the run."""
-    from paligemma_vla.training.distributed import launcher_id
-    from paligemma_vla.training.run_folder import read_starts
-
-    starts = read_starts(config.run_dir) if launcher_id() is not None else []
-    return bool(starts) and starts[-1].get("launcher") == launcher_id()
-
-
-def find_resume(config: VLAConfig, wanted: str | None, mirror: Mirror | None, distributed: Distributed) -> Found:
-    """What to go on from, for all processes. `auto` finds nothing in a fresh run, and then starts it."""
-    if wanted is None or is_url(wanted):
-        return Found(wanted, verified=False)
-    if wanted != "auto":
-        distributed.on_main(partial(_refuse_missing, Path(wanted)))
-        return Found(Path(wanted), verified=False)
-    from paligemma_vla.training.checkpoint import newest_checkpoint
-
-    if mirror is not None:
-        return Found(distributed.broadcast(mirror.newest_checkpoint), verified=True)
-    return Found(newest_checkpoint(config.run_dir / "checkpoints", distributed), verified=True)
-
-
-def _refuse_missing(path: Path) -> None:
-    if not path.exists():
-        raise CheckpointError(f"--resume_checkpoint {path}: no such file")
-
-
-def _bring_here(resume: str | Path | None, mirror: Mirror | None) -> None:
-    """See that the checkpoint rank 0 found can be read on this machine too."""
-    if resume is None or is_url(str(resume)) or Path(resume).exists():
-        return
-    if mirror is None:
-        raise CheckpointError(
-            f"{resume}: not there on {socket.gethostname()}; training.checkpoint_dir has to be a folder that all machines "
-            f"share, or a URL"
-        )
-    mirror.fetch_checkpoint(Path(resume).name)

@@ -30,7 +30,7 @@ from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed
-from paligemma_vla.training.parallel import group_size
+from paligemma_vla.training.parallel import check_shard_groups
 
 # The statistics are compared with the first rows of some files, not of all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
@@ -209,8 +209,8 @@ def build_block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -
 
 
 def check_processes(config: VLAConfig, distributed: Distributed) -> None:
-    """The batch and the sharding against the number of processes. Every process has to ask."""
-    group_size(config.training, distributed)
+    """The batch and the shards against the number of processes. A collective."""
+    check_shard_groups(config.training, distributed)
     batch_size, parts = config.data.batch_size, distributed.world_size * config.training.gradient_accumulation_steps
     if batch_size < parts:
         raise ConfigError(

@@ -11,6 +11,7 @@ import gc
 import logging
 import operator
 import shlex
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from paligemma_vla.data.loader import Batch, run_batches
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
-from paligemma_vla.model.memory_plan import with_remedies
+from paligemma_vla.model.memory_plan import MemoryPlan, with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
@@ -50,12 +51,11 @@ STALE_VALIDATIONS = 5
 
 
 class Trainer:
-    """Train one configuration in this process's place among `distributed`.
+    """Train one configuration as one process of `distributed`.
 
-    mirror: set after construction where the run's folder is published elsewhere.
-    resume: a checkpoint to go on from, exactly (D3). force: also one of a run with other data, batch size, rates, ...
-    verified: whether the checkpoint has just been.
-    Raises `VLAError`s for what the user must mend, before any weight of the backbone is loaded.
+    resume: a checkpoint to go on from, exactly (D3). verified: its digest has been checked already. force: also resume a run
+    with other data, batch size, rates, ... remote: where the run's folder is published after each save.
+    Raises `VLAError`s for what the user must change, before any weight of the backbone is loaded.
     """
 
     def __init__(
@@ -65,64 +65,48 @@ class Trainer:
         resume: str | Path | None = None,
         force: bool = False,
         verified: bool = False,
+        remote: Mirror | None = None,
     ) -> None:
-        self.config, self.distributed, self.step = config, distributed, 0
+        self.config, self.distributed, self.remote = config, distributed, remote
+        where = None if resume is None else str(resume)
         torch.manual_seed(config.training.seed)
-        saved = ckpt.open_to_resume(resume, distributed, verified) if resume is not None else None
-        with _belonging(str(resume)):
-            kept = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
+        saved = None if resume is None else ckpt.open_to_resume(resume, distributed, verified)
+        with _reading(where):
+            preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(where)) if saved else None
         backbone = saved["backbone"] if saved else None
-        self.preprocessor, self.data, self.plan = prepare(config, distributed, kept, backbone)
-        self._tell_of_memory()
+        self.preprocessor, self.data, self.plan = prepare(config, distributed, preprocessor, backbone)
+        if distributed.main:
+            logger.log(*_describe_plan(self.plan))
         if saved is not None and not force:
-            with _belonging(str(resume)):
-                check_same_run(saved, config, self.data.fingerprint, str(resume))
+            with _reading(where):
+                check_same_run(saved, config, self.data.fingerprint, str(where))
+
         mesh = build_mesh(config.training, distributed)
-        turn = self._turn()
-        with distributed.all_or_none(), turn:
-            with _belonging(str(resume)) if saved else contextlib.nullcontext():
+        one_at_a_time = distributed.any(self.plan.one_at_a_time)
+        with distributed.all_or_none(), distributed.one_at_a_time() if one_at_a_time else contextlib.nullcontext():
+            with _reading(where):
                 self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
             with self._explained():
                 self.parallel = parallelize(self.model, distributed, config.training, mesh)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.total_steps = self._total_steps()
+
+        self.step, steps_per_epoch = 0, self.data.order.steps_per_epoch
+        self.total_steps = min(config.training.epochs * steps_per_epoch, config.training.max_steps or sys.maxsize)
         self.stages = self._stages()
         vlm_start = next((first for first, train in self.stages if train == "all"), 0)
-        self.scheduler = build_scheduler(
-            self.optimizer, config.lr_scheduler, self.total_steps, self.data.order.steps_per_epoch, vlm_start
-        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, self.total_steps, steps_per_epoch, vlm_start)
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
-        self.best_metric, self.stale = float("inf"), 0
         self.watch = LossWatch(config, self.data, distributed)
-        self.saved_step: int | None = None
+        self.best_metric, self.stale = float("inf"), 0
         self.group = new_checkpoint_group(distributed)
         self.sharded = sharded.ShardedWriter(self.group) if config.training.saves_shards else None
-        self.mirror: Mirror | None = None
+        self.saved_step: int | None = None
         if saved is not None:
-            with _belonging(str(resume)):
-                self._restore(saved, str(resume))
+            with _reading(where):
+                self._restore(saved, str(where))
         self.learning: str | None = None
         self.tracker: Tracker | None = None
-
-    def _turn(self) -> contextlib.AbstractContextManager[None]:
-        """To make the model in: together with the other processes of this machine where its memory takes as many."""
-        if not self.distributed.any(self.plan.one_at_a_time):
-            return contextlib.nullcontext()
-        if self.distributed.main:
-            logger.info("processes build the model one after the other: their machine has no memory for all at once")
-        return self.distributed.one_at_a_time()
-
-    def _tell_of_memory(self) -> None:
-        if self.distributed.main and self.plan.fits:
-            logger.info("%s", self.plan.table())
-        elif self.distributed.main:
-            logger.warning("%s", with_remedies(self.plan).table())
-
-    def _total_steps(self) -> int:
-        training = self.config.training
-        total = training.epochs * self.data.order.steps_per_epoch
-        return total if training.max_steps is None else min(total, training.max_steps)
 
     def _stages(self) -> list[tuple[int, str]]:
         """(first step, what learns) of each stage."""
@@ -148,7 +132,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, or to where the configuration says to stop. Returns the last validation's metrics.
 
-        Ctrl-C and SIGTERM end it after a whole step: it is saved, the way to go on is told, and the signal delivered.
+        After Ctrl-C or SIGTERM the step is finished and saved, the command to go on is logged, and the signal delivered.
         """
         settings, order = self.config.training, self.data.order
         stop = min(
@@ -158,14 +142,12 @@ class Trainer:
         )
         if self.distributed.main:
             self.tracker = Tracker(self.config, self.step)
-        self._describe(stop)
+            self._describe(stop)
         validation: dict[str, Any] = {}
         stream = self._stream(stop)
-        silent = not self.distributed.main
-        bar = tqdm(total=stop, initial=self.step, unit="step", disable=silent, dynamic_ncols=True, file=Quiet())
+        hidden = not self.distributed.main
+        bar = tqdm(total=stop, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, file=Quiet())
         meter = Meter(self.config.data.batch_size)
-        if self.distributed.main and self.step >= stop:
-            logger.info("nothing is left to train: raise training.epochs or max_steps to go on")
         with StopRequest(self.distributed) as asked, bar, self._explained():
             while self.step < stop and not asked.anywhere():
                 self._enter_stage()
@@ -179,7 +161,7 @@ class Trainer:
                     self._log_step(taken, meter, bar)
                 bar.update()
                 improved = False
-                # An early stop is no occasion to validate: it must leave no trace that the whole run would not have.
+                # No validation at an early stop: it must leave no trace that the uninterrupted run would not have.
                 if due or self.step == self.total_steps:
                     validation = self.validate()
                     self._log_validation(validation)
@@ -195,15 +177,15 @@ class Trainer:
             self._finish_saving(last=True)
         if self.tracker is not None:
             self.tracker.close()
-        # DDP must not be what ends the process group: it would wait, holding Python's lock, for a thread that needs it.
-        self.parallel.leave()
+        # A DDP module that destroys the process group deadlocks: it holds Python's lock, which the group's thread needs.
+        self.parallel.release()
         gc.collect()
         if self.step < stop:
-            self._tell_how_to_go_on(asked.name)
+            self._log_how_to_go_on(asked.name)
             asked.deliver()
         return validation
 
-    def _tell_how_to_go_on(self, reason: str) -> None:
+    def _log_how_to_go_on(self, reason: str) -> None:
         if not self.distributed.main:
             return
         if self.step == 0:
@@ -233,7 +215,7 @@ class Trainer:
         return run_batches(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
 
     def _enter_stage(self) -> None:
-        """At the first step, and where a stage begins: say what learns."""
+        """At the first step, and at the first of each stage, choose what learns."""
         train = next(train for first, train in reversed(self.stages) if first <= self.step)
         if train == self.learning:
             return
@@ -253,14 +235,14 @@ class Trainer:
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
         self.distributed.all_reduce(count)
         self.parallel.module.train()
-        self.parallel.settle(lambda: self._forward(micro[0]).loss_sum)
+        self.parallel.warm_up(lambda: self._forward(micro[0]).loss_sum)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         parts = []
         for number, batch in enumerate(micro):
             with self.parallel.accumulating() if number < len(micro) - 1 else contextlib.nullcontext():
                 output = self._forward(batch)
-                # Gradients are averaged over processes; times world, their sum over the global count remains.
+                # Gradients are averaged over processes: times world, they are summed, over the global count.
                 (output.loss_sum * (world / count)).backward()
             total += output.loss_sum.detach()
             parts.append((batch, output))
@@ -272,7 +254,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(self.model)
         with warnings.catch_warnings():
-            # The schedule follows the position in the run, so it goes on also where torch misses a step of the optimiser.
+            # The schedule follows the position in the run, also after a skipped step of the optimiser.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         return taken
@@ -287,7 +269,7 @@ class Trainer:
             return {}
         with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
             metrics = validate(self.model, self.data.validation, self.config, self.distributed)
-            self.parallel.forget_gathered()
+            self.parallel.reshard()
         return metrics
 
     def _improved(self, validation: dict[str, Any]) -> bool:
@@ -306,17 +288,19 @@ class Trainer:
         return True
 
     def _save(self, improved: bool, last: bool) -> None:
-        """Write this step's checkpoint once; `last` and `best` point at it. A full disk ends the run only when asked to, or
-        when there is no later save (`last`): the checkpoints before it stay."""
+        """Write this step's checkpoint, once; the links `last` and, if `improved`, `model_best` point at it.
+
+        last: no later save will follow. See `_tolerate_failure` for one that fails.
+        """
         if self.watch.in_a_row > 1 and not improved:
-            # The weights may be past saving: the checkpoints before must not make room for them.
+            # The weights may be useless: older checkpoints must not be pruned for them.
             if last:
                 raise self.watch.diverged(self.step)
             return
         self.watch.refuse_lost_weights(self.step, self.model)
         path = self.config.run_dir / "checkpoints" / self._checkpoint_name()
         self._finish_saving(last=False)
-        with self._survived(last):
+        with self._tolerate_failure(last):
             if self.sharded is not None:
                 self.sharded.save(path, self._payload(), partial(self._complete, path, improved))
             else:
@@ -328,14 +312,14 @@ class Trainer:
         self._complete(path, improved)
 
     def _finish_saving(self, last: bool) -> None:
-        """Wait until nothing is being written to shards."""
+        """Wait for the sharded checkpoint that is being written."""
         if self.sharded is not None:
-            with self._survived(last):
+            with self._tolerate_failure(last):
                 self.sharded.wait()
 
     @contextlib.contextmanager
-    def _survived(self, last: bool) -> Iterator[None]:
-        """Within the block a checkpoint that cannot be written ends the run only when asked to, or when there is no later."""
+    def _tolerate_failure(self, last: bool) -> Iterator[None]:
+        """A checkpoint that cannot be written ends the run only if it is the last, or the configuration says so."""
         try:
             yield
         except (CheckpointError, StorageError) as error:
@@ -350,13 +334,13 @@ class Trainer:
         return name + (ckpt.SUFFIX if self.sharded is None else sharded.SUFFIX)
 
     def _complete(self, path: Path, improved: bool) -> None:
-        """On rank 0, when a checkpoint is whole: let the links lead to it, and make room."""
+        """On rank 0, when a checkpoint is complete: set the links, publish, prune."""
         ckpt.link_checkpoint(path, ckpt.LAST)
         if improved or self.data.validation is None or not ckpt.linked_checkpoints(path.parent, [ckpt.BEST]):
             ckpt.link_checkpoint(path, ckpt.BEST)
         keep_last = self.config.training.keep_last
-        if self.mirror is not None:
-            self.mirror.publish(keep_last)
+        if self.remote is not None:
+            self.remote.publish(keep_last)
             keep_last = 1
         ckpt.prune_checkpoints(path.parent, keep_last)
 
@@ -383,7 +367,7 @@ class Trainer:
         }
 
     def _restore(self, saved: dict[str, Any], where: str) -> None:
-        """Take over everything of a checkpoint; refuse one of another model."""
+        """Restore everything from a checkpoint; raise `CheckpointError` for one of another model."""
         options = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         base_rates = list(self.scheduler.base_lrs)
         if saved["in_shards"]:
@@ -394,7 +378,7 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where}: does not fit this model ({first_line(error)})") from error
         self.scheduler.load_state_dict(saved["lr_scheduler"])
-        # What the configuration says now holds: a longer run has another schedule, a forced resume other rates.
+        # The configuration of now counts: a longer run has another schedule, a forced resume other rates.
         self.scheduler.base_lrs = base_rates
         for group, option, base, factor in zip(
             self.optimizer.param_groups, options, base_rates, self.scheduler.lr_lambdas, strict=True
@@ -402,7 +386,7 @@ class Trainer:
             group.update(option)
             group["lr"] = base * factor(self.scheduler.last_epoch)
         if self.ema is not None:
-            # A run that is forced to begin averaging begins with the weights there are.
+            # A forced resume may begin to average: then from the restored weights.
             self.ema = ExponentialMovingAverage(self.model, self.ema.decay)
             if saved["ema"] is not None:
                 self.ema.load_state_dict(saved["ema"])
@@ -424,37 +408,34 @@ class Trainer:
             )
 
     def _describe(self, stop: int) -> None:
-        if self.distributed.main:
-            learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-            total = sum(p.numel() for p in self.model.parameters())
-            validation = len(self.data.validation.index) if self.data.validation else 0
-            logger.info(
-                "%s: %.1f M parameters, %.1f M learn; %d training episodes (%d steps), %d validation episodes%s",
-                self.config.training.experiment_name,
-                total / 1e6,
-                learning / 1e6,
-                len(self.data.train.index),
-                len(self.data.train),
-                validation,
-                f"; {self._excluded()} episodes (or whole files) left out" if self.config.data.exclude_episodes else "",
-            )
-            logger.info(
-                "optimiser steps %d to %d of %d, %d per epoch, total batch %d on %d process(es), %s",
-                self.step,
-                stop,
-                self.total_steps,
-                self.data.order.steps_per_epoch,
-                self.config.data.batch_size,
-                self.distributed.world_size,
-                self.distributed.device,
-            )
-
-    def _excluded(self) -> int:
-        """Episodes that the exclusion list left out. A split off validation set counts the same ones again."""
-        sets = [self.data.train]
-        if self.data.validation is not None and self.config.data.val_parquet_files is not None:
-            sets.append(self.data.validation)
-        return sum(data.index.excluded for data in sets)
+        """Log what is trained on what, and for how long."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        train, validation = self.data.train.index, self.data.validation.index if self.data.validation else None
+        # A validation set that is split off counts the episodes that were left out again.
+        own = validation if self.config.data.val_parquet_files is not None else None
+        excluded = train.excluded + (own.excluded if own else 0)
+        logger.info(
+            "%s: %.1f M parameters, %.1f M learn; %d training episodes (%d steps), %d validation episodes%s",
+            self.config.training.experiment_name,
+            parameters / 1e6,
+            learning / 1e6,
+            len(train),
+            train.steps,
+            len(validation) if validation else 0,
+            f"; {excluded} episodes (or whole files) left out" if self.config.data.exclude_episodes else "",
+        )
+        logger.info(
+            "optimiser steps %d to %d of %d, %d per epoch, total batch %d on %d process(es), %s%s",
+            self.step,
+            stop,
+            self.total_steps,
+            self.data.order.steps_per_epoch,
+            self.config.data.batch_size,
+            self.distributed.world_size,
+            self.distributed.device,
+            "; nothing is left to train: raise training.epochs or max_steps to go on" if self.step >= stop else "",
+        )
 
     def _log_step(self, taken: Step, meter: Meter, bar: Any) -> None:
         if self.tracker is None:
@@ -478,7 +459,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn the failures that users know (S10.2) into messages with the remedy."""
+        """Raise failures that users meet (S10.2) with their remedy."""
         try:
             yield
         except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
@@ -489,22 +470,26 @@ class Trainer:
                     f"memory: lower data.num_workers or data.cache_mb; --resume_checkpoint auto goes on"
                 ) from error
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                raise TrainingError(self._out_of_memory()) from error
+                raise TrainingError(
+                    f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}; reduce it, or take "
+                    f"one of the changes below (docs/troubleshooting.md); what was planned:\n{with_remedies(self.plan).table()}"
+                ) from error
             raise
 
-    def _out_of_memory(self) -> str:
-        return (
-            f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}; reduce it, or take one of "
-            f"the changes below (docs/troubleshooting.md); what was planned:\n{with_remedies(self.plan).table()}"
-        )
+
+def _describe_plan(plan: MemoryPlan) -> tuple[int, str]:
+    """Level and text for the log: a plan that does not fit is a warning, with its remedies."""
+    return (logging.INFO, plan.table()) if plan.fits else (logging.WARNING, with_remedies(plan).table())
 
 
 @contextlib.contextmanager
-def _belonging(where: str) -> Iterator[None]:
-    """Tell of a checkpoint whose parts are not what they should be: it verifies, so somebody has written it like that."""
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Raise `CheckpointError` for parts of a checkpoint that are not what they should be: it verifies, so it was written so."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if checkpoint is None:
+            raise
         raise CheckpointError(
-            f"{where}: is not a checkpoint of this program ({type(error).__name__}: {first_line(error)})"
+            f"{checkpoint}: is not a checkpoint of this program ({type(error).__name__}: {first_line(error)})"
         ) from error
