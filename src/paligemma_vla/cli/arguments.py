@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from paligemma_vla.config import VLAConfig, load_config, parse_assignments
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def positive(text: str) -> int:
-    """A whole number, at least 1."""
-    return _at_least(1, text)
-
-
-def natural(text: str) -> int:
-    """A whole number, at least 0."""
-    return _at_least(0, text)
+Made = TypeVar("Made", bound="DataclassInstance")
 
 
-def _at_least(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least} (and below 2**63)")
-    return value
+def between(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Type of a flag that takes a whole number of a range."""
+
+    def whole_number(text: str) -> int:
+        with suppress(ValueError):
+            if least <= int(text) <= most:
+                return int(text)
+        limit = f" and at most {most}" if most < 2**63 - 1 else ""
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least {least}{limit}")
+
+    return whole_number
+
+
+positive, natural = between(1), between(0)
+
+
+def from_flags(kind: type[Made], args: argparse.Namespace, **others: Any) -> Made:
+    """A dataclass whose fields are named as flags are. others: what no flag gives."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given}, **others)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:

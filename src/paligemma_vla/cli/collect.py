@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import get_args
 
-from paligemma_vla.cli.arguments import add_simulator_arguments
+from paligemma_vla.cli.arguments import add_simulator_arguments, from_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +22,7 @@ def main(args: argparse.Namespace) -> int:
     """Collect, and print what was collected."""
     from paligemma_vla.evaluation.collect import CollectConfig, collect
 
-    config = CollectConfig(
-        env=args.env,
-        tasks=tuple(args.tasks),
-        episodes=args.episodes,
-        output_dir=args.output_dir,
-        seed=args.seed,
-        workers=args.workers,
-        image_size=args.image_size,
-        control=args.control,
-    )
-    summary = collect(config)
+    summary = collect(from_flags(CollectConfig, args))
     lines = [f"{summary.episodes} episodes, {summary.frames} frames in {summary.seconds:.0f} s -> {args.output_dir}"]
     lines += [f"  {task:28s} expert succeeded in {rate:.0%} of its attempts" for task, rate in summary.expert_success.items()]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_vla.cli.arguments import add_workers, natural
+from paligemma_vla.cli.arguments import add_workers, between
 from paligemma_vla.config import load_config
 from paligemma_vla.data.convert import Conversion, LeRobotTarget, NativeTarget, Target
 from paligemma_vla.data.convert import convert as run_conversion
@@ -62,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers(convert)
     native = convert.add_argument_group("to native", "Encoded images are copied as they are. Frames of videos are encoded:")
     native.add_argument("--image_format", choices=("png", "jpeg"), default="png", help="png loses nothing (default: png)")
-    native.add_argument("--jpeg_quality", type=natural, default=95, metavar="Q", help="1 to 100 (default: %(default)s)")
+    native.add_argument("--jpeg_quality", type=between(1, 100), default=95, metavar="Q", help="1 to 100 (default: %(default)s)")
     lerobot = convert.add_argument_group("to lerobot")
     lerobot.add_argument("--lerobot_version", choices=("v3.0", "v2.1"), default="v3.0", help="default: %(default)s")
     lerobot.add_argument("--images", choices=("video", "parquet"), default="video", help="parquet loses nothing")
     lerobot.add_argument("--codec", choices=sorted(CODECS, reverse=True), default="h264", help="of videos (default: h264)")
-    lerobot.add_argument("--crf", type=natural, default=20, help="of videos: quality, smaller is better (default: 20)")
+    lerobot.add_argument("--crf", type=between(0, 51), default=20, help="of videos: quality, smaller is better (default: 20)")
     lerobot.add_argument("--fps", type=float, help="steps per second, when the data does not say (control_hz)")
 
 
@@ -256,10 +256,6 @@ def convert(args: argparse.Namespace) -> int:
 def _check_flags(args: argparse.Namespace, source: str) -> None:
     if (source, args.target) == (NATIVE, NATIVE):
         raise ConfigError(f"data convert: got native to native, expected another format: --from {LEROBOT}, or --to {LEROBOT}")
-    if not 1 <= args.jpeg_quality <= 100:
-        raise ConfigError(f"--jpeg_quality: got {args.jpeg_quality}, expected 1 to 100")
-    if not args.crf <= 51:
-        raise ConfigError(f"--crf: got {args.crf}, expected 0 to 51")
     if args.fps is not None and not 0 < args.fps < 1000:
         raise ConfigError(f"--fps: got {args.fps}, expected more than 0 and less than 1000")
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paligemma_vla.cli.arguments import add_policy_arguments
-from paligemma_vla.errors import ConfigError
+from paligemma_vla import versions
+from paligemma_vla.cli.arguments import add_policy_arguments, from_flags
 from paligemma_vla.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -39,23 +39,16 @@ def main(args: argparse.Namespace) -> int:
     from paligemma_vla.training.distributed import choose_device
 
     output: Path = args.output_dir
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output}: cannot be created ({error.strerror})") from error
-    config = OpenLoopConfig(
-        batch_size=args.batch_size,
-        max_samples=args.max_samples,
-        num_steps=args.num_steps,
-        seed=args.seed,
-        predictions_path=output / "predictions.parquet" if args.save_predictions else None,
-    )
+    output.mkdir(parents=True, exist_ok=True)
+    predictions = output / "predictions.parquet" if args.save_predictions else None
+    config = from_flags(OpenLoopConfig, args, predictions_path=predictions)
     device = choose_device(args.device)
     index = EpisodeIndex.build(args.eval_data_path, "--eval_data_path")
     policy = Policy.from_checkpoint(args.checkpoint_path, device=str(device), weights=args.weights)
     result = evaluate(policy, index, config)
     result = OpenLoopResult({**result.metrics, "checkpoint": checkpoint_facts(args.checkpoint_path, policy)}, result.traces)
-    _write_json(output / "metrics.json", result.metrics)
+    text = json.dumps({**result.metrics, "versions": versions()}, indent=2, allow_nan=False)
+    atomic_write(output / "metrics.json", f"{text}\n")
     _write_report(output / "report.html", index, result)
     sys.stdout.write(summary(result.metrics, output) + "\n")
     return 0
@@ -84,15 +77,7 @@ def checkpoint_facts(path: str, policy: Policy) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, metrics: dict[str, Any]) -> None:
-    from paligemma_vla import versions
-
-    text = json.dumps({**metrics, "versions": versions()}, indent=2, allow_nan=False)
-    atomic_write(path, f"{text}\n")
-
-
 def _write_report(path: Path, index: Any, result: OpenLoopResult) -> None:
-    from paligemma_vla import versions
     from paligemma_vla.evaluation.report import Report, write_report
 
     facts = result.metrics["checkpoint"]

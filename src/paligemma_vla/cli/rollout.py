@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import get_args
 
-from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_arguments, natural, positive
+from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_arguments, from_flags, natural, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,22 +32,9 @@ def main(args: argparse.Namespace) -> int:
     """Evaluate, and print a table of success rates."""
     from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 
-    config = RolloutConfig(
-        seed=args.seed,
-        prompts=args.prompts,
-        resets=args.resets,
-        image=args.image,
-        policy=args.policy,
-        num_steps=args.num_steps,
-        execute=args.execute,
-        tasks=tuple(args.tasks),
-        episodes=args.episodes,
-        max_videos=args.max_videos,
-        output_dir=args.output_dir,
-    )
     options = {"workers": args.workers, "image_size": args.image_size, "weights": args.weights}
     with RolloutPool(args.env, args.checkpoint_path, **options) as pool:
-        result = pool.run(config)
+        result = pool.run(from_flags(RolloutConfig, args))
     lines: list[str] = []
     for task, entry in result.tasks.items():
         low, high = entry["ci95"]

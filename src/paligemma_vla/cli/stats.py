@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -69,24 +69,7 @@ class Job:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compute and write the statistics here, or as one process of torchrun's."""
-    if "LOCAL_RANK" in os.environ:
-        return _main_of_rank(args)
-    config, where = _configured(args)
-    write_statistics(config, args.output_path, where)
-    return 0
-
-
-def write_statistics(config: VLAConfig, output: str, where: str = "data.train_parquet_files") -> None:
-    """Compute and write the statistics in this process. where: what names the data, for messages."""
-    job = Job.of(config, where)
-    with _bar(job.index.steps) as bar:
-        part = compute_part(job.index, job.actions, range(len(job.index.paths)), bar.update)
-    job.save(merge_parts(job.index, job.actions, [part]), output)
-
-
-def _main_of_rank(args: argparse.Namespace) -> int:
-    """Each process reads every world_size-th file; rank 0 merges in the order of files, so their number changes nothing."""
+    """Compute and write the statistics, alone or as one process of torchrun's."""
     from paligemma_vla.training.distributed import join
 
     os.environ.setdefault("NCCL_TIMEOUT", DAY)  # the slowest may take long; the launcher notices one that died
@@ -95,20 +78,31 @@ def _main_of_rank(args: argparse.Namespace) -> int:
         logging.getLogger().setLevel(logging.WARNING)
 
     def prepare() -> Job:
+        config = configured(args, {"data.train_parquet_files": args.train_data_override})
+        where = "data.train_parquet_files" if args.train_data_override is None else "--train_data_override"
         with group.local_main_first():  # the others find its index on the disk
-            return Job.of(*_configured(args))
+            return Job.of(config, where)
 
-    job = _together(group, prepare)
-    files = range(len(job.index.paths))[group.rank :: group.world_size]
-    rows = int(job.index.length[np.isin(job.index.file, files)].sum())
-    with _bar(rows, shown=group.main) as bar:
-        part = _together(group, lambda: compute_part(job.index, job.actions, files, bar.update))
-    parts = group.gather(part) if group.world_size > 1 else iter([part])
-    _together(
-        group, lambda: job.save(merge_parts(job.index, job.actions, parts), args.output_path) if group.main else deque(parts)
-    )
+    _compute(_together(group, prepare), group, args.output_path)
     group.close()
     return 0
+
+
+def write_statistics(config: VLAConfig, output: str) -> None:
+    """Compute and write the statistics in this process."""
+    from paligemma_vla.training.distributed import Distributed, choose_device
+
+    _compute(Job.of(config, "data.train_parquet_files"), Distributed(0, 1, choose_device("cpu")), output)
+
+
+def _compute(job: Job, group: Distributed, output: str) -> None:
+    """Each process reads every world_size-th file; rank 0 merges in the order of files, so their number changes nothing."""
+    files = range(len(job.index.paths))[group.rank :: group.world_size]
+    rows = int(job.index.length[np.isin(job.index.file, files)].sum())
+    with tqdm(total=rows, unit=" rows", desc="statistics", dynamic_ncols=True, disable=not group.main) as bar:
+        part = _together(group, lambda: compute_part(job.index, job.actions, files, bar.update))
+    parts = group.gather(part)
+    _together(group, lambda: job.save(merge_parts(job.index, job.actions, parts), output) if group.main else deque(parts))
 
 
 def _together(group: Distributed, action: Callable[[], Result]) -> Result:
@@ -124,13 +118,3 @@ def _together(group: Distributed, action: Callable[[], Result]) -> Result:
             raise VLAError(errors[0]) from error
         raise SystemExit(2)
     return result
-
-
-def _configured(args: argparse.Namespace) -> tuple[VLAConfig, str]:
-    """The configuration, and the flag or key that names the data."""
-    config = configured(args, {"data.train_parquet_files": args.train_data_override})
-    return config, "data.train_parquet_files" if args.train_data_override is None else "--train_data_override"
-
-
-def _bar(rows: int, shown: bool = True) -> tqdm[NoReturn]:
-    return tqdm(total=rows, unit=" rows", desc="statistics", dynamic_ncols=True, disable=not shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from paligemma_vla.cli.arguments import natural, positive
+from paligemma_vla.cli.arguments import from_flags, natural, positive
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,7 @@ def main(args: argparse.Namespace) -> int:
             f"tiny: got --image_size {args.image_size} --patch_size {args.patch_size} --width {args.width}, expected a whole "
             f"number of patches and a width divisible by 8"
         )
-    spec = TinySpec(
-        image_size=args.image_size,
-        patch_size=args.patch_size,
-        width=args.width,
-        vision_layers=args.vision_layers,
-        text_layers=args.text_layers,
-        seed=args.seed,
+    logger.info(
+        "%s: written; use it with --model_path_override", write_tiny_paligemma(args.output_dir, from_flags(TinySpec, args))
     )
-    logger.info("%s: written; use it with --model_path_override", write_tiny_paligemma(args.output_dir, spec))
     return 0
