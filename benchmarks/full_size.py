@@ -84,7 +84,7 @@ def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[st
     from paligemma_vla.config import load_config
     from paligemma_vla.data.statistics import compute_statistics
     from paligemma_vla.training.distributed import Distributed
-    from paligemma_vla.training.run_folder import begin_run, end_run
+    from paligemma_vla.training.run import begin_run, end_run
     from paligemma_vla.training.trainer import Trainer
 
     compute_statistics(str(folder / "episodes"), "benchmark").save(folder / "statistics.json")

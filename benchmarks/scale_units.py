@@ -218,8 +218,8 @@ def checkpoint_units() -> dict[str, float]:
     import torch
 
     from paligemma_vla.storage import sha256
-    from paligemma_vla.training.checkpoint import save_checkpoint
-    from paligemma_vla.training.sharded import IN_SHARDS, ShardedWriter, read_record, read_whole
+    from paligemma_vla.training.checkpoint import IN_SHARDS, read_checkpoint, save_checkpoint, verify_checkpoint
+    from paligemma_vla.training.sharded import ShardedWriter
 
     torch.manual_seed(0)
     weights = {f"layer_{number}": torch.randn(2048, 2048) for number in range(64)}
@@ -231,8 +231,8 @@ def checkpoint_units() -> dict[str, float]:
         blocked, _ = timed(lambda: writer.save(shards, payload, lambda: None))
         behind, _ = timed(writer.wait)
         hashed = sum(timed(lambda path=path: sha256(path))[0] for path in shards.glob("*.safetensors"))  # type: ignore[misc]
-        verified, _ = timed(lambda: read_record(shards))
-        read, _ = timed(lambda: read_whole(shards, IN_SHARDS, verify=False))
+        verified, _ = timed(lambda: verify_checkpoint(shards))
+        read, _ = timed(lambda: read_checkpoint(shards, IN_SHARDS))
         written, _ = timed(lambda: save_checkpoint(file, payload))
     seconds = {
         "shards_blocked_s_per_gb": blocked,

@@ -114,7 +114,7 @@ def train_here(config: VLAConfig, resume: Path | None = None) -> Any:
     import torch
 
     from paligemma_vla.training.distributed import Distributed
-    from paligemma_vla.training.run_folder import begin_run, end_run
+    from paligemma_vla.training.run import begin_run, end_run
     from paligemma_vla.training.trainer import Trainer
 
     alone = Distributed(0, 1, torch.device("cpu"))
@@ -159,6 +159,40 @@ def call(capfd: Any, *arguments: object) -> tuple[int, str, str]:
         code = int(ended.code or 0)
     printed = capfd.readouterr()
     return code, printed.out, printed.err
+
+
+def checkpoint_payload(step: int) -> dict[str, Any]:
+    """A small checkpoint with everything that a resume needs."""
+    import torch
+
+    from paligemma_vla.training.checkpoint import RESUME_KEYS, SPEC_KEYS
+
+    generator = torch.Generator().manual_seed(step)
+    weights = {"a.weight": torch.randn(40, 30, generator=generator), "a.scale": torch.tensor(2.0)}
+    moments = {0: {"step": torch.tensor(float(step)), "exp_avg": torch.randn(40, 30, generator=generator)}, 3: {}}
+    eight_bits = {"codes": torch.arange(256, dtype=torch.uint8), "signed": True}
+    return {
+        **dict.fromkeys((*SPEC_KEYS, *RESUME_KEYS), 0),
+        "step": step,
+        "state_dict": weights,
+        "optimizer": {"state": {**moments, 4: {"exp_avg": eight_bits}}, "param_groups": [{"lr": 0.1, "params": [0, 3, 4]}]},
+        "ema": {"average": {"a.weight": torch.randn(40, 30, generator=generator)}, "updates": step},
+        "rng": {"torch": torch.get_rng_state()},
+    }
+
+
+def write_checkpoint(path: Path, payload: dict[str, Any]) -> Path:
+    """Save a checkpoint of the kind that its suffix says."""
+    from paligemma_vla.training.checkpoint import save_checkpoint
+    from paligemma_vla.training.sharded import ShardedWriter
+
+    if path.suffix == ".dcp":
+        writer = ShardedWriter(None)
+        writer.save(path, payload, lambda: None)
+        writer.wait()
+    else:
+        save_checkpoint(path, payload)
+    return path
 
 
 def distance(first: Iterable[Any], second: Iterable[Any]) -> float:

@@ -18,7 +18,7 @@ from paligemma_vla.data.reader import BlockReader, EpisodeReader, cut_blocks
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.resume import check_same_run
+from paligemma_vla.training.run import check_same_run
 from ranks import ALONE, Apart, train_on
 from support import distance, identical, read_metrics, train_here
 from zygote import Zygote

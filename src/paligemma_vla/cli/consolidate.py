@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the file."""
-    from paligemma_vla.training.checkpoint import SUFFIX, consolidate
-    from paligemma_vla.training.sharded import is_in_shards
+    from paligemma_vla.training.checkpoint import SUFFIX, consolidate, is_in_shards
 
     if not is_in_shards(args.checkpoint_path):
         raise ConfigError(f"--checkpoint_path {args.checkpoint_path}: no checkpoint in shards, expected a checkpoint_*.dcp")

@@ -20,7 +20,7 @@ from paligemma_vla.storage import is_url
 if TYPE_CHECKING:
     from paligemma_vla.data.loader import VLADataset
     from paligemma_vla.training.distributed import Distributed
-    from paligemma_vla.training.mirror import Mirror
+    from paligemma_vla.training.run import RemoteRun
 
 logger = logging.getLogger(__name__)
 
@@ -130,15 +130,14 @@ def train(
     config_path: where the configuration was read, to warn if it repeats a run on other data.
     """
     from paligemma_vla.training.distributed import explain_communication, join
-    from paligemma_vla.training.mirror import Mirror
-    from paligemma_vla.training.run_folder import begin_run, end_run, warn_of_other_data
+    from paligemma_vla.training.run import RemoteRun, begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
     distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     with explain_communication():
-        remote = Mirror.of(config)
+        remote = RemoteRun.of(config)
         checkpoint, verified = find_checkpoint(config, resume_checkpoint, remote, distributed)
         trainer = Trainer(config, distributed, checkpoint, force, verified, remote)
 
@@ -162,7 +161,7 @@ def train(
 
 
 def find_checkpoint(
-    config: VLAConfig, wanted: str | None, remote: Mirror | None, distributed: Distributed
+    config: VLAConfig, wanted: str | None, remote: RemoteRun | None, distributed: Distributed
 ) -> tuple[str | Path | None, bool]:
     """The checkpoint to go on from, the same on all processes, and whether it is verified; None starts afresh.
 
@@ -188,13 +187,13 @@ def find_checkpoint(
 def was_begun_by_this_launcher(config: VLAConfig) -> bool:
     """True if the launcher of this process began the run: then it has restarted its processes after a failure."""
     from paligemma_vla.training.distributed import launcher_id
-    from paligemma_vla.training.run_folder import read_starts
+    from paligemma_vla.training.run import read_starts
 
     starts = read_starts(config.run_dir) if launcher_id() is not None else []
     return bool(starts) and starts[-1].get("launcher") == launcher_id()
 
 
-def _fetch_missing(checkpoint: Path, remote: Mirror | None) -> None:
+def _fetch_missing(checkpoint: Path, remote: RemoteRun | None) -> None:
     """Fetch the checkpoint that rank 0 has found if this machine has no copy of it."""
     if checkpoint.exists():
         return

@@ -31,8 +31,7 @@ from paligemma_vla.model.vla_model import Arithmetic, VLAModel
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import is_url, sha256
-from paligemma_vla.training.checkpoint import DIGEST, load_checkpoint
-from paligemma_vla.training.sharded import RECORD, is_in_shards
+from paligemma_vla.training.checkpoint import DIGEST, RECORD, is_in_shards, load_checkpoint
 
 MODEL_TYPE, FORMAT = "paligemma_vla", 1
 CONFIG, CARD = "config.json", "README.md"

@@ -1,139 +1,89 @@
-"""Checkpoints: one self-describing file with the specification's keys and everything a resume or a robot needs (S9).
+"""Checkpoints: self-describing, with the specification's keys and everything that a resume or a robot needs (S9).
 
-Written to a temporary name, synced, its sha256 put beside it, then renamed: a file under a final name is whole. `last` and
-`best` are links to such files. A checkpoint in shards (`sharded.py`) is a folder with the same keys, read in the same way.
+There are two kinds. A file, `.pth.tar`, has its sha256 beside it. A folder of shards, `.dcp`, is written by all processes
+(`sharded.py`): tensors as safetensors, everything else, and the sha256 of each shard, in `record.pt`. Both are written under
+a temporary name first: under its own name a checkpoint is complete. `last` and `best` are links to checkpoints.
+
+The newest checkpoint is that of the highest step. Dates say nothing: a copied folder or bucket has others.
+
+Policies import this module: it knows no processes. Where several read one checkpoint, they are handed in as `together`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import io
 import logging
 import os
-import pickle
 import shutil
 import tempfile
 import time
+import warnings
 import zipfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, first_line
-from paligemma_vla.storage import atomic_file, atomic_write, fetch, is_url, sha256, sync_folder
-from paligemma_vla.training import sharded
-from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, VLAError, first_line
+from paligemma_vla.storage import ByteFile, atomic_file, atomic_write, fetch, is_url, open_source, sha256, sync_folder
+
+if TYPE_CHECKING:
+    from paligemma_vla.training.distributed import Distributed
 
 SPEC_KEYS = ("epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler")
 POLICY_KEYS = ("config", "preprocessor", "backbone", "metadata", "versions", "step", "ema")
 RESUME_KEYS = (*POLICY_KEYS, "rng", "stale", "watch", "data")
-SUFFIX = ".pth.tar"
+SUFFIX, SHARDS_SUFFIX = ".pth.tar", ".dcp"
 LAST, BEST = f"last{SUFFIX}", f"model_best{SUFFIX}"
 DIGEST = ".sha256"
+RECORD, DIGESTS = "record.pt", "shards"
+# Parts whose tensors lie in shards; in the record each tensor has a placeholder with these keys.
+IN_SHARDS = ("state_dict", "optimizer", "ema")
+PLACEHOLDER = {"tensor", "shape", "dtype"}
+# Errors of this machine, which say nothing about the file.
+TRANSIENT = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Write `payload` (tensors and plain data only) so that `path` is either the old file or the whole new one.
+def save_checkpoint(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write `payload` (tensors and plain data only) so that `path` is either the old file or the new one.
 
     Raises `CheckpointError` when it cannot be written; nothing that was there is lost then.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            line = f"{_save(payload, file)}  {path.name}\n"
-            # Until the rename both digests are right: a kill in between leaves a file, old or new, that verifies.
+            _serialize(payload, file)
+            file.flush()
+            line = f"{sha256(file.name)}  {path.name}\n"
+            # Until the rename both digests are right: after a kill in between the file, old or new, verifies.
             old = _digests(path) if path.exists() else ""
             atomic_write(_digest_path(path), old + line)
         atomic_write(_digest_path(path), line)
         sync_folder(path.parent)
 
 
-def consolidate(folder: Path, path: Path) -> None:
-    """Write a checkpoint in shards as the specification's one file. Raises `CheckpointError`."""
-    save_checkpoint(path, sharded.read_whole(folder, sharded.IN_SHARDS))
-
-
-def consolidate_link(folder: Path, name: str) -> None:
-    """The one file of the checkpoint in shards that `name` (`LAST` or `BEST`) leads to, and a link to it."""
-    link = folder / _in_shards(name)
-    if link.exists():
-        path = folder / f"{_stem(link.resolve())}{SUFFIX}"
-        if not path.exists():
-            consolidate(link.resolve(), path)
-        link_checkpoint(path, name)
-
-
-class _HashedFile:
-    """What `torch.save` writes to: takes the digest on the way, and keeps the error that torch would turn into another."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _save(payload: dict[str, Any], file: IO[bytes]) -> str:
-    """Serialise into an open file; returns the sha256 of what was written. Raises `OSError` on a full disk."""
-    hashed = _HashedFile(file)
+def _serialize(payload: Mapping[str, Any], file: Any) -> None:
+    """Raises `OSError` on a full disk: torch would hide it behind an error of its own."""
     try:
-        torch.save(payload, cast(IO[bytes], hashed))  # all that is asked of it is there
-    except RuntimeError:
-        if hashed.error is not None:
-            raise hashed.error from None
-        raise
-    return hashed.digest.hexdigest()
-
-
-def link_checkpoint(target: Path, name: str) -> None:
-    """Point `name` (`LAST` or `BEST`, in shards with their suffix) beside `target` at it, at once."""
-    other, link = (target.with_name(link) for link in (name, _in_shards(name)))
-    if target.suffix != sharded.SUFFIX:
-        other, link = link, other
-    temporary = _temporary(link)
-    with _writing(link):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
-        temporary.replace(link)
-        if _stem(other.resolve()) != _stem(target):
-            other.unlink(missing_ok=True)  # of a time when checkpoints were of the other kind
-
-
-def _in_shards(name: str) -> str:
-    return f"{name.removesuffix(SUFFIX)}{sharded.SUFFIX}"
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX).removesuffix(sharded.SUFFIX)
-
-
-def linked_checkpoints(folder: Path, names: Sequence[str] = (LAST, BEST)) -> set[Path]:
-    """What the links of a run point at."""
-    links = [folder / link for name in names for link in (name, _in_shards(name))]
-    return {link.resolve() for link in links if link.exists()}
+        torch.save(payload, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Tell of a disk that is full or gone."""
+    """Turn what a full or missing disk raises into a `CheckpointError`."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or first_line(error)}); the checkpoints before it are whole; free "
+            f"{path}: cannot be written ({error.strerror or first_line(error)}); the checkpoints before it are intact; free "
             f"some space, or keep fewer (training.keep_last)"
         ) from error
 
@@ -142,93 +92,41 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed save left; only while nothing else saves into `folder`."""
-    for path in folder.glob(".*.tmp"):
-        _remove(path)
+def load_checkpoint(location: str | Path, keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
+    """Read and verify a checkpoint at a path or URL; of one in shards the optimiser's tensors are left out.
 
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
-    """Remove what is neither linked nor to be kept; see `superfluous`."""
-    linked = {path.name for path in linked_checkpoints(folder)}
-    if keep_last:  # what cannot be read is not one of the newest, and not ours to remove
-        numbered = [path.name for path in newest_first(folder) if _step_of(path) < float("inf")]
-    else:
-        numbered = [path.name for path in _numbered(folder)]
-    for name in superfluous(numbered, linked, keep_last):
-        _remove(folder / name)
-        _digest_path(folder / name).unlink(missing_ok=True)
-
-
-def superfluous(names: Sequence[str], linked: Set[str], keep_last: int | None) -> list[str]:
-    """Numbered checkpoints (newest first) that go: not linked, nor of the newest `keep_last`; None keeps those of epochs."""
-    kept = names[:keep_last] if keep_last else [name for name in names if name.startswith("checkpoint_epoch_")]
-    return [name for name in names if name not in kept and name not in linked]
-
-
-def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", keys: Sequence[str] = POLICY_KEYS, verify: bool = True
-) -> dict[str, Any]:
-    """Read and verify a checkpoint. Raises `CheckpointError` naming what is wrong: missing, damaged, or a key absent.
-
-    keys: what must be there besides the specification's. A file without its sha256 (copied alone, or under another name) is
-    verified by the checksums inside it. One behind a URL is fetched first. Of one in shards the optimiser's tensors are left
-    out. verify: another process does it where False.
+    keys: what must be there besides the specification's. Raises `CheckpointError` for one that is missing or damaged, or lacks
+    a key.
     """
-    if is_url(str(path)):
-        with tempfile.TemporaryDirectory() as folder:
-            return load_checkpoint(fetch(str(path), Path(folder) / Path(path).name), device, keys, verify)
-    path = Path(path)
-    if path.is_dir():
-        return with_keys(sharded.read_whole(path.resolve(), ("state_dict", "ema"), verify), path, keys)
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.pth.tar")) if path.parent.is_dir() else []
-        raise CheckpointError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(beside)}" if beside else ""))
-    real = path.resolve()
-    try:
-        if verify:
-            _verify(real)
-        # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
-        payload = torch.load(real, map_location=device, weights_only=True, mmap=True)
-    except (
-        OSError,
-        MemoryError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise sharded.unreadable(real, error) from error
-    return with_keys(payload, real, keys)
+    with _on_this_machine(location) as path:
+        verify_checkpoint(path)
+        return _with_keys(read_checkpoint(path, ("state_dict", "ema")), path, keys)
 
 
-def open_to_resume(path: str | Path, distributed: Distributed, verified: bool) -> dict[str, Any]:
-    """A checkpoint to go on from, for all processes; of one in shards the tensors are still notes (`sharded`), and `in_shards`
-    is True.
+def open_to_resume(location: str | Path, together: Distributed, verified: bool) -> dict[str, Any]:
+    """A checkpoint to go on from, opened by all processes. In place of tensors in shards it has placeholders.
 
     verified: it has just been. Raises `CheckpointError`, about a damaged one on every process.
     """
-    if Path(path).is_dir():
-        folder = Path(path).resolve()
+    with _on_this_machine(location) as path:
         if not verified:
-            sharded.verify_together(folder, distributed)
-        return {**with_keys(sharded.read_record(folder, verify=False), folder, RESUME_KEYS), "in_shards": True}
-    read = partial(load_checkpoint, path, keys=RESUME_KEYS)
-    payload = distributed.on_main(partial(read, verify=not verified))
-    return {**(payload or read(verify=False)), "in_shards": False}
+            _verify_to_resume(path, together)
+        return _with_keys(read_checkpoint(path), path, RESUME_KEYS)
 
 
-def with_keys(payload: Any, path: Path, keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
-    """What was read from `path`, when the specification's keys and `keys` are in it. Raises `CheckpointError`."""
+@contextmanager
+def _on_this_machine(location: str | Path) -> Iterator[Path]:
+    """The path of a checkpoint, without links; what lies behind a URL is fetched."""
+    if not is_url(str(location)):
+        path = Path(location)
+        yield path.resolve() if path.exists() else path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield fetch(str(location), Path(folder) / Path(location).name)
+
+
+def _with_keys(payload: Any, path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What was read from `path`, if the specification's keys and `keys` are in it. Raises `CheckpointError`."""
     missing = [key for key in (*SPEC_KEYS, *keys) if not isinstance(payload, dict) or key not in payload]
     if missing:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}; it was not written by this program")
@@ -237,111 +135,323 @@ def with_keys(payload: Any, path: Path, keys: Sequence[str] = POLICY_KEYS) -> di
     return dict(payload)
 
 
-def _verify(path: Path) -> None:
-    """Raise `CheckpointError` for a file that is not what was written."""
-    digests = _digests(path)
-    if not digests and (entry := sharded.damaged_entry(path)) is not None:
-        raise CheckpointError(f"{path}: damaged: the checksum of '{entry}' in it is wrong; copy it again, or use an older one")
-    if digests and sha256(path) not in digests.split():
-        raise CheckpointError(f"{path}: damaged: its sha256 differs from {_digest_path(path).name}; use an older checkpoint")
+def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare a checkpoint with its checksums; of `parts` processes that share the work this is number `part`.
+
+    Raises `CheckpointError` for a damaged one, `UnreadableCheckpointError` for one that this machine cannot read now.
+    """
+    if part == 0 and not path.exists():
+        others = sorted(p.name for p in path.parent.glob(f"*{SUFFIX}"))
+        raise CheckpointError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(others)}" if others else ""))
+    with _reading(path):
+        if path.is_dir():
+            ShardsBackend.verify(path, part, parts)
+        elif part == 0:
+            FileBackend.verify(path)
+
+
+def read_checkpoint(path: Path, tensors: Sequence[str] = ()) -> dict[str, Any]:
+    """The payload, unverified. tensors: parts that must have their tensors, not placeholders. Raises as `verify_checkpoint`."""
+    with _reading(path):
+        return ShardsBackend.read(path, tensors) if path.is_dir() else FileBackend.read(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever reading fails with into a `CheckpointError` of `path`."""
+    try:
+        yield
+    except VLAError:
+        raise
+    except Exception as error:  # of any kind: a damaged file can hold anything
+        text = f"{path}: cannot be read ({first_line(error)})"
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in TRANSIENT):
+            remedy = "it may be intact: make it readable, or move it away and use an older one"
+            raise UnreadableCheckpointError(f"{text}; {remedy}") from error
+        raise CheckpointError(f"{text}; is it a complete checkpoint?") from error
+
+
+class FileBackend:
+    """Checkpoints that are one file."""
+
+    @staticmethod
+    def verify(path: Path) -> None:
+        """Without its sha256 (copied alone, or under another name) a file is verified by the checksums inside it."""
+        digests = _digests(path)
+        if not digests:
+            _check_archive(path)
+        elif sha256(path) not in digests.split():
+            raise CheckpointError(f"{path}: damaged: its sha256 differs from {path.name}{DIGEST}; use an older checkpoint")
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
+        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+class ShardsBackend:
+    """Checkpoints that are a folder of shards."""
+
+    @classmethod
+    def verify(cls, folder: Path, part: int, parts: int) -> None:
+        if part == 0:
+            _check_archive(folder / RECORD)
+        digests = cls._open(folder)[DIGESTS]
+        present = {shard.name for shard in folder.glob("*.safetensors")}
+        if different := sorted(digests.keys() ^ present):  # all that are present would be read
+            what = "is not one of the shards that were written" if different[0] in present else "is missing"
+            raise CheckpointError(f"{folder}: {different[0]} {what}; copy it again, or use an older checkpoint")
+        for name, digest in sorted(digests.items())[part::parts]:
+            if sha256(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint")
+
+    @classmethod
+    def read(cls, folder: Path, tensors: Sequence[str]) -> dict[str, Any]:
+        record = cls._open(folder)
+        del record[DIGESTS]
+        wanted = {
+            value["tensor"]: torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]))
+            for value in placeholders({part: record.get(part) for part in tensors})
+        }
+        if wanted:
+            read_tensors(folder, wanted)
+        return fill(record, wanted)
+
+    @staticmethod
+    def _open(folder: Path) -> dict[str, Any]:
+        return cast(dict[str, Any], torch.load(folder / RECORD, map_location="cpu", weights_only=True))
+
+
+def is_in_shards(path: Path) -> bool:
+    """Whether a path is a checkpoint in shards."""
+    return (path / RECORD).is_file()
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the entries of a file of torch's with their checksums: torch does not."""
+    with zipfile.ZipFile(path) as archive:
+        if (entry := archive.testzip()) is not None:
+            raise CheckpointError(f"{path}: damaged: the checksum of '{entry}' is wrong; copy it again, or use an older one")
 
 
 def _digests(path: Path) -> str:
-    """What the file beside a checkpoint says; nothing when it is not there."""
-    try:
-        return _digest_path(path).read_text(encoding="ascii", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise CheckpointError(f"{_digest_path(path)}: cannot be read ({error.strerror}); take it away") from error
-
-
-def newest_checkpoint(folder: Path, distributed: Distributed) -> Path | None:
-    """The checkpoint of a run that is furthest and verifies; what is passed over is logged. Every process has to ask.
-
-    Raises `UnreadableCheckpointError` for one that may be whole: to pass over it would be to throw it away.
-    """
-    for path, in_shards in distributed.broadcast(partial(_candidates, folder)):
-        try:
-            distributed.on_main(partial(_check_keys, path))
-            if in_shards:
-                sharded.verify_together(path, distributed)
-        except UnreadableCheckpointError:
-            raise
-        except CheckpointError as error:
-            if distributed.main:
-                logger.warning("passed over: %s", error)
-        else:
-            return Path(path)
-    return None
-
-
-def _candidates(folder: Path) -> list[tuple[Path, bool]]:
-    """Numbered checkpoints, the furthest first, and whether each is in shards."""
-    try:
-        next(os.scandir(folder), None)  # glob finds nothing where it may not look
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UnreadableCheckpointError(f"{folder}: cannot be read ({error.strerror}); see to that") from error
-    return [(path, path.is_dir()) for path in newest_first(folder)]
-
-
-def _check_keys(path: Path) -> None:
-    """Raise `CheckpointError` for a checkpoint that a run cannot go on from, or a file that is damaged."""
-    if path.is_dir():
-        with_keys(sharded.read_record(path, verify=False), path, RESUME_KEYS)
-    else:
-        load_checkpoint(path, keys=RESUME_KEYS)
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """Numbered checkpoints, the furthest first. Not by date: a copy of the folder has other dates.
-
-    Those that do not even tell their step come first, so that `newest_checkpoint` names them.
-    """
-    return sorted(_numbered(folder), key=lambda path: (_step_of(path), path.stat().st_mtime_ns), reverse=True)
-
-
-def _numbered(folder: Path) -> list[Path]:
-    files = [path for path in folder.glob(f"checkpoint_*{SUFFIX}") if path.is_file()]
-    return files + [path for path in folder.glob(f"checkpoint_*{sharded.SUFFIX}") if path.is_dir()]
-
-
-def _step_of(path: Path) -> float:
-    try:
-        # mmap: the small entries are read, not the weights.
-        small = path / sharded.RECORD if path.is_dir() else path
-        return float(torch.load(small, map_location="cpu", mmap=True, weights_only=True)["step"])
-    except Exception:  # of any kind: a damaged file can hold anything, and is judged by whoever loads it
-        return float("inf")
-
-
-def set_aside_later(folder: Path, resumed: Path, step: int) -> None:
-    """Move checkpoints of steps after `step` into a folder of their own: a run that goes on from an older one repeats them."""
-    later = [path for path in newest_first(folder) if step < _step_of(path) < float("inf")]
-    if not later:
-        return
-    aside = folder / f"after_step_{step}.{time.strftime('%Y%m%d-%H%M%S')}"
-    aside.mkdir()
-    for path in later:
-        for name in (path.name, _digest_path(path).name):
-            if (folder / name).exists():
-                (folder / name).rename(aside / name)
-    for name in (LAST, BEST):
-        if not linked_checkpoints(folder, [name]) and resumed.parent.resolve() == folder.resolve():
-            link_checkpoint(folder / resumed.name, name)
-    logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
+    """The text of the file beside a checkpoint; empty when there is none."""
+    digest = _digest_path(path)
+    return digest.read_text(encoding="ascii", errors="replace") if digest.exists() else ""
 
 
 def _digest_path(path: Path) -> Path:
     return path.with_name(f"{path.name}{DIGEST}")
 
 
-def plain(value: Any) -> Any:
-    """Configuration of a library as plain data, so that a checkpoint loads with weights_only."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+def placeholders(tree: Any) -> list[dict[str, Any]]:
+    """Every placeholder of a tensor in a tree."""
+    return [leaf for leaf in tree_leaves(tree, is_leaf=_is_placeholder) if _is_placeholder(leaf)]
+
+
+def fill(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A record with tensors in place of their placeholders; those whose tensor is not given stay."""
+
+    def replace(value: Any) -> Any:
+        return tensors.get(value["tensor"], value) if _is_placeholder(value) else value
+
+    return cast(dict[str, Any], tree_map(replace, record, is_leaf=_is_placeholder))
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() == PLACEHOLDER
+
+
+def read_tensors(folder: Path, wanted: dict[str, Tensor], group: Any = None) -> None:
+    """Read tensors, by key, from shards into `wanted`; of a `DTensor` this process's part. Raises `CheckpointError`.
+
+    group: the process group of all that read, None for one process alone.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.distributed is disabled")
+            load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
+    except (CheckpointException, Exception) as error:  # what DCP and safetensors raise has no common base
+        raise CheckpointError(f"{folder}: does not fit ({reason_of(error)})") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says; DCP wraps those of the ranks."""
+    failures = getattr(error, "failures", {})
+    return "; ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in failures.items()) or first_line(error)
+
+
+def consolidate(folder: Path, path: Path) -> None:
+    """Write a checkpoint in shards as the specification's one file. Raises `CheckpointError`."""
+    verify_checkpoint(folder)
+    save_checkpoint(path, read_checkpoint(folder, IN_SHARDS))
+
+
+def consolidate_link(folder: Path, name: str) -> None:
+    """Write the file of the checkpoint in shards that `name` (`LAST` or `BEST`) leads to, and link `name` to it."""
+    link = folder / _with_suffix(name, SHARDS_SUFFIX)
+    if link.exists():
+        path = folder / _with_suffix(link.resolve().name, SUFFIX)
+        if not path.exists():
+            consolidate(link.resolve(), path)
+        link_checkpoint(path, name)
+
+
+def link_checkpoint(target: Path, name: str) -> None:
+    """Point `name` (`LAST` or `BEST`) beside `target` at it, atomically. One of the other kind to another checkpoint goes."""
+    here, other = (SUFFIX, SHARDS_SUFFIX) if target.suffix != SHARDS_SUFFIX else (SHARDS_SUFFIX, SUFFIX)
+    link, old = target.with_name(_with_suffix(name, here)), target.with_name(_with_suffix(name, other))
+    with _writing(link):
+        _temporary(link).unlink(missing_ok=True)
+        _temporary(link).symlink_to(target.name)
+        _temporary(link).replace(link)
+        if old.resolve().name != _with_suffix(target.name, other):
+            old.unlink(missing_ok=True)
+
+
+def linked_checkpoints(folder: Path, names: Sequence[str] = (LAST, BEST)) -> set[str]:
+    """Names of what the links of a run point at."""
+    links = [folder / _with_suffix(name, suffix) for name in names for suffix in (SUFFIX, SHARDS_SUFFIX)]
+    return {link.resolve().name for link in links if link.exists()}
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    return name.removesuffix(SUFFIX).removesuffix(SHARDS_SUFFIX) + suffix
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a name is that of a checkpoint, not of a link or anything else."""
+    return name.startswith("checkpoint_") and name.endswith((SUFFIX, SHARDS_SUFFIX))
+
+
+def read_steps(folder: Path) -> dict[str, float]:
+    """The checkpoints of a run by name, and their steps: infinite for those that do not tell it."""
+    with _reading(folder):
+        names = os.listdir(folder) if folder.exists() else []
+    return {name: read_step(folder / name) for name in names if is_numbered(name)}
+
+
+def read_step(location: str | Path) -> float:
+    """The step of a checkpoint, infinite for one that does not tell it. Its weights are not read, nor fetched from a URL.
+
+    Raises `StorageError` for a URL that cannot be reached.
+    """
+    try:
+        if is_url(str(location)):
+            with open_source(location) as source:
+                return float(
+                    torch.load(io.BufferedReader(ByteFile(source), 2**16), map_location="meta", weights_only=True)["step"]
+                )
+        record = Path(location, RECORD) if Path(location).is_dir() else location
+        return float(torch.load(record, map_location="meta", weights_only=True, mmap=True)["step"])
+    except VLAError:
+        raise
+    except Exception:  # of any kind: a damaged file can hold anything, and whoever loads it says so
+        return float("inf")
+
+
+def newest_first(steps: Mapping[str, float]) -> list[str]:
+    """Names of checkpoints, the highest step first. Those that do not tell it lead, so that `first_valid` reports them."""
+    return sorted(steps, key=lambda name: (steps[name], name), reverse=True)
+
+
+def newest_checkpoint(folder: Path, together: Distributed | None = None) -> Path | None:
+    """The newest checkpoint of a run that verifies, the same on every process; what is passed over is logged."""
+    names = together.broadcast(lambda: newest_first(read_steps(folder))) if together else newest_first(read_steps(folder))
+    return first_valid((folder / name for name in names), together)
+
+
+def first_valid(candidates: Iterable[Path], together: Distributed | None = None) -> Path | None:
+    """The first checkpoint that a run can go on from; what is passed over is logged.
+
+    Raises `UnreadableCheckpointError` for one that may be intact: to pass over it would be to throw it away.
+    """
+    for path in candidates:
+        try:
+            _verify_to_resume(path, together)
+            return path
+        except UnreadableCheckpointError:
+            raise
+        except CheckpointError as error:
+            if together is None or together.main:
+                logger.warning("passed over: %s", error)
+    return None
+
+
+def _verify_to_resume(path: Path, together: Distributed | None) -> None:
+    """Raise `CheckpointError` for a checkpoint that a run cannot go on from: on all processes, each of which verifies a part.
+
+    A process that does not see the checkpoint (on another machine) verifies nothing.
+    """
+    error = None
+    rank, processes = (together.rank, together.world_size) if together else (0, 1)
+    try:
+        verify_checkpoint(path, rank, processes)
+        if rank == 0:
+            _with_keys(read_checkpoint(path), path, RESUME_KEYS)
+    except CheckpointError as met:
+        error = met
+    for each in together.all_gather(error) if together else [error]:
+        if each is not None:
+            raise each
+
+
+def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
+    """Remove what is neither linked nor to be kept; see `superfluous`."""
+    for name in superfluous(read_steps(folder), linked_checkpoints(folder), keep_last):
+        remove(folder / name)
+
+
+def superfluous(steps: Mapping[str, float], linked: Set[str], keep_last: int | None) -> list[str]:
+    """Which checkpoints go: neither linked nor of the newest `keep_last`; None keeps those of epochs.
+
+    What cannot be read is not one of the newest, and not ours to remove.
+    """
+    if keep_last is None:
+        unkept = [name for name in steps if not name.startswith("checkpoint_epoch_")]
+    else:
+        unkept = [name for name in newest_first(steps) if steps[name] < float("inf")][keep_last:]
+    return [name for name in unkept if name not in linked]
+
+
+def set_aside_later(resumed: Path, step: int) -> None:
+    """Move the checkpoints after `step` into a folder of their own: a run that goes on from an older one repeats them.
+
+    resumed: that older one. Links that lose their target point at it.
+    """
+    folder = resumed.parent
+    if later := [name for name, other in read_steps(folder).items() if step < other < float("inf")]:
+        aside = folder / after_step(step)
+        aside.mkdir()
+        for name in later:
+            for part in (folder / name, _digest_path(folder / name)):
+                if part.exists():
+                    part.rename(aside / part.name)
+        logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
+    for name in (LAST, BEST):
+        if not linked_checkpoints(folder, [name]):
+            link_checkpoint(resumed.resolve(), name)
+
+
+def after_step(step: int) -> str:
+    """The name of a folder for what a run saved after `step`."""
+    return f"after_step_{step}.{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed save left; only while nothing else saves into `folder`."""
+    for path in folder.glob(".*.tmp"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint of either kind, and the digest beside it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+        _digest_path(path).unlink(missing_ok=True)

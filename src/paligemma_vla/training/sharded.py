@@ -1,96 +1,38 @@
-"""Checkpoints in shards: a folder to which every process writes its part while training goes on (torch's DCP).
+"""What all processes of a run do together with a checkpoint: write it in shards while training goes on, gather its tensors for
+one file, and restore model and optimiser from either, however their tensors are sharded now.
 
-Tensors lie in safetensors, `shard-<process>-...`; everything else, and the sha256 of every shard, in `record.pt`. The folder
-gets its name when all of it is there. What was saved by any number of processes is read by any other.
+Shards are written by torch's DCP and read by any number of processes. Their format is described in `checkpoint.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import errno
 import shutil
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map, tree_map_with_path
 
-from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, first_line
+from paligemma_vla.errors import CheckpointError
 from paligemma_vla.storage import atomic_file, sha256, sync_folder
-from paligemma_vla.training.distributed import Distributed, is_communication
-
-SUFFIX = ".dcp"
-RECORD = "record.pt"
-SHARDS = "shards"
-TENSOR = "tensor"
-SHARD_FILES = "*.safetensors"
-# What says nothing about a file, but that it cannot be read here and now.
-PASSING = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-IN_SHARDS = ("state_dict", "optimizer", "ema")
-Tree = Any
-
-
-def split(payload: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors for the shards by key, and the payload with a note in the place of each of them."""
-    tensors: dict[str, Tensor] = {}
-
-    def note(path: tuple[str, ...], value: Tensor) -> Any:
-        if value.ndim == 0:  # how many steps the optimiser took: the same for all processes
-            return value
-        key = "/".join(path)
-        tensors[key] = value.detach()
-        return {TENSOR: key, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-
-    record = {name: _mapped(value, (name,), note) if name in IN_SHARDS else value for name, value in payload.items()}
-    return tensors, record
-
-
-def fill(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The way back from `split`: notes whose tensor is not given stay."""
-
-    def replace(value: Tree) -> Tree:
-        if is_note(value):
-            return tensors.get(value[TENSOR], value)
-        if isinstance(value, Mapping):
-            return {name: replace(part) for name, part in value.items()}
-        return value
-
-    return {name: replace(value) for name, value in record.items()}
-
-
-def is_note(value: Tree) -> bool:
-    """Whether a value stands for a tensor that lies in the shards."""
-    return isinstance(value, Mapping) and value.keys() == {TENSOR, "shape", "dtype"}
-
-
-def notes(value: Tree) -> Iterator[dict[str, Any]]:
-    """Every note in a tree."""
-    if is_note(value):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from notes(part)
-
-
-def _mapped(value: Tree, path: tuple[str, ...], change: Callable[[tuple[str, ...], Tensor], Any]) -> Tree:
-    if isinstance(value, Tensor):
-        return change(path, value)
-    if isinstance(value, Mapping):
-        return {name: _mapped(part, (*path, str(name)), change) for name, part in value.items()}
-    return value
+from paligemma_vla.training.checkpoint import DIGESTS, IN_SHARDS, RECORD, fill, placeholders, read_tensors, reason_of
+from paligemma_vla.training.distributed import is_communication
+from paligemma_vla.training.parallel import copy_local, distribute_like, full_tensor
 
 
 class ShardedWriter:
-    """Writes one checkpoint at a time, in a thread of each process. Every process has to make the same calls."""
+    """Writes one checkpoint at a time, in a thread of each process. Every process has to make the same calls.
+
+    group: a process group for these threads alone; None for one process.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -103,11 +45,14 @@ class ShardedWriter:
     def save(self, path: Path, payload: Mapping[str, Any], completed: Callable[[], None]) -> None:
         """Begin to write `payload` to the folder `path`; returns when its tensors have been copied.
 
-        completed: called on rank 0, in the thread, when the checkpoint is whole. `wait` first.
+        completed: called on rank 0, in the thread, when the checkpoint is complete. `wait` first.
         """
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
         assert self._pending is None
         tensors, record = split(payload)
-        record = copy.deepcopy(record)  # written in a while, when training has gone on
+        record = copy.deepcopy(record)  # it is written later, when training has gone on
         temporary = path.with_name(f".{path.name}.tmp")
         if self._rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what a failed save left; no other process writes before the plan
@@ -125,148 +70,125 @@ class ShardedWriter:
     def _complete(
         self, written: Future[Any], temporary: Path, path: Path, record: dict[str, Any], completed: Callable[[], None]
     ) -> None:
-        fault: str | None = None
-        digests: dict[str, str] = {}
-        try:
+        def hash_shards() -> dict[str, str]:
             written.result()
-            digests = {shard.name: sha256(shard) for shard in temporary.glob(f"shard-{self._rank + 1:05d}-*")}
-        except (CheckpointException, Exception) as error:  # of any kind: the others wait to be told
-            fault = f"{path}: cannot be written ({_reason(error)}); the checkpoints before it are whole"
-        parts = self._gather((fault, digests))
-        faults = [told for told, _ in parts if told is not None]
-        if not faults and self._rank == 0:
-            try:
-                shards = {name: digest for _, found in parts for name, digest in found.items()}
-                missing = [name for name in shards if not (temporary / name).is_file()]
-                if missing:
-                    raise OSError(f"{missing[0]} of another machine is not there: checkpoint_dir has to be shared by all")
-                with atomic_file(temporary / RECORD) as file:
-                    torch.save({**record, SHARDS: shards}, file)
-                shutil.rmtree(path, ignore_errors=True)
-                temporary.rename(path)
-                sync_folder(path.parent)
-                completed()
-            except Exception as error:  # of any kind: the others wait to be told
-                faults = [f"{path}: cannot be completed ({first_line(error)})"]
-        faults = self._gather(faults)[0]
-        if faults:
+            return {shard.name: sha256(shard) for shard in temporary.glob(f"shard-{self._rank + 1:05d}-*")}
+
+        def finish() -> None:
+            shards = {name: digest for found in parts for name, digest in found.items()}
+            if missing := [name for name in shards if not (temporary / name).is_file()]:
+                raise OSError(f"{missing[0]} of another machine is not there: checkpoint_dir has to be shared by all")
+            with atomic_file(temporary / RECORD) as file:
+                torch.save({**record, DIGESTS: shards}, file)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            sync_folder(path.parent)
+            completed()
+
+        try:
+            parts = self._on_each(hash_shards)
+            self._on_each(finish if self._rank == 0 else lambda: None)
+        except OSError as error:
             if self._rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(faults[0])
+            raise CheckpointError(f"{path}: cannot be written ({error}); the checkpoints before it are intact") from error
 
-    def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+    def _on_each(self, act: Callable[[], Any]) -> list[Any]:
+        """What `act` returns on each process. Raises `OSError` on all when it failed on one."""
+        from torch.distributed.checkpoint.api import CheckpointException
 
-
-def _reason(error: BaseException) -> str:
-    """DCP wraps what happened on each rank."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items())
-    return first_line(error)
-
-
-def damaged_entry(path: Path) -> str | None:
-    """The first entry of an archive of torch's whose CRC is wrong: torch does not look at them."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
+        result, reason = None, None
+        try:
+            result = act()
+        except (CheckpointException, Exception) as error:  # of any kind: the others wait for this process
+            reason = reason_of(error)
+        values: list[Any] = [(result, reason)]
+        if self._group is not None:
+            values = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(values, (result, reason), group=self._group)
+        for _, reason in values:
+            if reason is not None:
+                raise OSError(reason)
+        return [result for result, _ in values]
 
 
-def is_in_shards(path: Path) -> bool:
-    """Whether a path is a checkpoint in shards."""
-    return (path / RECORD).is_file()
+def split(payload: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors for the shards by key, and the payload with a placeholder instead of each of them; `fill` is the inverse."""
+    tensors: dict[str, Tensor] = {}
+
+    def replace(path: Sequence[Any], value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:  # a scalar (the optimiser's steps) is the same on all processes
+            return value
+        key = "/".join(str(step.key) for step in path)
+        tensors[key] = value.detach()
+        return {"tensor": key, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+
+    return tensors, {**payload, **tree_map_with_path(replace, {name: payload[name] for name in IN_SHARDS})}
 
 
-def read_record(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """Everything but the tensors of a checkpoint in shards. verify: read every shard and hold it against its digest, and the
-    record against the checksums in it.
+def gather_tensors(payload: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """A payload with full tensors instead of sharded ones, in the machine's memory, gathered one by one by all processes.
 
-    Raises `CheckpointError` naming what is wrong.
+    keep: False on processes that only take part.
     """
-    record, shards = _open_record(folder, verify)
-    if verify and (fault := _fault(folder, shards)) is not None:
-        raise fault
-    return record
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = full_tensor(value)
+        return full.cpu() if keep else None
+
+    gathered: dict[str, Any] = tree_map(gather, payload)
+    return gathered
 
 
-def verify_together(folder: Path, distributed: Distributed) -> None:
-    """Raise `CheckpointError` on every process for a checkpoint in shards that is not what was written.
+def read_shards(
+    folder: Path, record: dict[str, Any], model: nn.Module, optimizer: Optimizer, group: dist.ProcessGroup | None
+) -> dict[str, Any]:
+    """A record of `open_to_resume` with its tensors: of those that are sharded in this model, each process reads its part.
 
-    Every process has to ask. Rank 0 reads the record, each its part of the shards: of a folder that another machine does not
-    have it reads none.
+    Raises `CheckpointError`.
     """
-    shards = distributed.broadcast(lambda: _open_record(folder, verify=True)[1])
-    part = sorted(shards.items())[distributed.rank :: distributed.world_size]
-    for fault in distributed.all_gather(_fault(folder, dict(part)) if folder.is_dir() else None):
-        if fault is not None:
-            raise fault
-
-
-def _open_record(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The record, and the digests of the shards by their names."""
-    try:
-        if verify and (entry := damaged_entry(folder / RECORD)) is not None:
-            raise CheckpointError(f"the checksum of '{entry}' in {RECORD} is wrong")
-        record: dict[str, Any] = torch.load(folder / RECORD, map_location="cpu", weights_only=True)
-        shards = {str(name): digest for name, digest in record.pop(SHARDS).items()}
-        there = {path.name for path in folder.glob(SHARD_FILES)}
-    except Exception as error:  # of any kind: a damaged file can hold anything
-        raise unreadable(folder, error) from error
-    if different := sorted(shards.keys() ^ there):  # all that are there would be read
-        what = "is not one of the shards that were written" if different[0] in there else "is missing"
-        raise CheckpointError(f"{folder}: {different[0]} {what}; copy it again, or use an older checkpoint")
-    return record, shards
-
-
-def _fault(folder: Path, shards: Mapping[str, str]) -> CheckpointError | None:
-    """What is wrong with the first of these shards that is not what was written."""
-    try:
-        for name, digest in shards.items():
-            if sha256(folder / name) != digest:
-                return CheckpointError(f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint")
-    except Exception as error:  # of any kind: a record can hold anything
-        return unreadable(folder, error)
-    return None
-
-
-def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """What to tell of a checkpoint that reading has failed for."""
-    text = f"{path}: cannot be read ({first_line(error)})"
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING):
-        return UnreadableCheckpointError(f"{text}; it may be whole: see to that, or move it away and use an older one")
-    return CheckpointError(f"{text}; is it a whole checkpoint?")
-
-
-def read_tensors(folder: Path, wanted: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Read tensors, by key, into `wanted`: of those in shards only this process's part. Raises `CheckpointError`.
-
-    group: of processes that all read, None for one alone.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch.distributed is disabled")
-            load(
-                wanted,
-                storage_reader=HuggingFaceStorageReader(str(folder)),
-                process_group=group,
-                no_dist=group is None,
-            )
-    except (CheckpointException, Exception) as error:  # of any kind: what DCP and safetensors raise has no common base
-        if is_communication(error):  # of which the checkpoint knows nothing
+    weights = model.state_dict()
+    likes = {f"{part}/{name}": tensor for name, tensor in weights.items() for part in ("state_dict", "ema/average")}
+    parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+    wanted = {}
+    for value in placeholders({part: record[part] for part in IN_SHARDS}):
+        key, shape, dtype = value["tensor"], torch.Size(value["shape"]), getattr(torch, value["dtype"])
+        like = parameters[int(key.split("/")[2])] if key.startswith("optimizer/state/") else likes.get(key)
+        if like is None or like.shape != shape:
+            like = torch.empty(shape)
+        wanted[key] = torch.zeros_like(like, dtype=dtype)
+    if wanted:
+        try:
+            read_tensors(folder, wanted, group)
+        except CheckpointError as error:
+            if error.__cause__ is not None and is_communication(error.__cause__):  # of which the checkpoint knows nothing
+                raise error.__cause__ from None
             raise
-        raise CheckpointError(f"{folder}: does not fit ({_reason(error)})") from error
-
-
-def read_whole(folder: Path, parts: tuple[str, ...], verify: bool = True) -> dict[str, Any]:
-    """A checkpoint in shards as one payload, as a `.pth.tar` holds it; of the tensors only those under `parts`."""
-    record = read_record(folder, verify)
-    wanted = {
-        note[TENSOR]: torch.empty(note["shape"], dtype=getattr(torch, note["dtype"]))
-        for part in parts
-        for note in notes(record.get(part))
-    }
-    read_tensors(folder, wanted)
     return fill(record, wanted)
+
+
+def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Take over every weight and buffer. Raises `ValueError` for names or shapes of another model."""
+    state = model.state_dict()
+    if state.keys() != saved.keys():
+        raise ValueError(f"other weights: {', '.join(sorted(state.keys() ^ saved.keys())[:3])}")
+    for name, target in state.items():
+        if target.shape != saved[name].shape:
+            raise ValueError(f"{name} is {tuple(saved[name].shape)}, expected {tuple(target.shape)}")
+        copy_local(target, saved[name])
+
+
+def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take over moments, sharded as their parameters are, and settings. Raises `ValueError` for those of other parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def shard(value: Any, parameter: Tensor) -> Any:
+        return distribute_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+
+    state = {
+        number: {name: shard(value, parameters[number]) for name, value in entry.items()}
+        for number, entry in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})

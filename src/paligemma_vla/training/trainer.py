@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import operator
 import shlex
@@ -33,18 +34,15 @@ from paligemma_vla.model.memory_plan import MemoryPlan, with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
-from paligemma_vla.training import sharded
 from paligemma_vla.training.distributed import Distributed, new_checkpoint_group
 from paligemma_vla.training.interrupt import StopRequest
-from paligemma_vla.training.mirror import Mirror
+from paligemma_vla.training.metrics import LossMonitor, Meter, Quiet, Step, Tracker
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.parallel import build_mesh, full_tensor, parallelize
 from paligemma_vla.training.preflight import prepare
-from paligemma_vla.training.resume import check_same_run
-from paligemma_vla.training.state import gathered, read_parts, restore_model, restore_optimizer
-from paligemma_vla.training.tracking import Meter, Quiet, Tracker
+from paligemma_vla.training.run import RemoteRun, check_same_run
+from paligemma_vla.training.sharded import ShardedWriter, gather_tensors, read_shards, restore_model, restore_optimizer
 from paligemma_vla.training.validation import to_device, validate
-from paligemma_vla.training.watch import LossWatch, Step
 
 logger = logging.getLogger(__name__)
 STALE_VALIDATIONS = 5
@@ -65,7 +63,7 @@ class Trainer:
         resume: str | Path | None = None,
         force: bool = False,
         verified: bool = False,
-        remote: Mirror | None = None,
+        remote: RemoteRun | None = None,
     ) -> None:
         self.config, self.distributed, self.remote = config, distributed, remote
         where = None if resume is None else str(resume)
@@ -97,10 +95,10 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, self.total_steps, steps_per_epoch, vlm_start)
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
-        self.watch = LossWatch(config, self.data, distributed)
+        self.watch = LossMonitor(config, self.data, distributed)
         self.best_metric, self.stale = float("inf"), 0
         self.group = new_checkpoint_group(distributed)
-        self.sharded = sharded.ShardedWriter(self.group) if config.training.saves_shards else None
+        self.sharded = ShardedWriter(self.group) if config.training.saves_shards else None
         self.saved_step: int | None = None
         if saved is not None:
             with _reading(where):
@@ -154,7 +152,7 @@ class Trainer:
                 taken = self._train_step(stream)
                 self.step += 1
                 meter.add(taken.wait)
-                self.watch.look_at(self.step, taken)
+                self.watch.update(self.step, taken)
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
                 if self.step % settings.log_interval == 0 or self.step == self.total_steps:
@@ -297,14 +295,15 @@ class Trainer:
             if last:
                 raise self.watch.diverged(self.step)
             return
-        self.watch.refuse_lost_weights(self.step, self.model)
+        self.watch.check_weights(self.step, self.model)
         path = self.config.run_dir / "checkpoints" / self._checkpoint_name()
         self._finish_saving(last=False)
         with self._tolerate_failure(last):
             if self.sharded is not None:
                 self.sharded.save(path, self._payload(), partial(self._complete, path, improved))
             else:
-                self.distributed.on_main(partial(self._write, path, gathered(self._payload(), self.distributed.main), improved))
+                payload = gather_tensors(self._payload(), keep=self.distributed.main)
+                self.distributed.on_main(partial(self._write, path, payload, improved))
         self.saved_step = self.step
 
     def _write(self, path: Path, payload: dict[str, Any], improved: bool) -> None:
@@ -331,7 +330,7 @@ class Trainer:
     def _checkpoint_name(self) -> str:
         at_epoch = self.step % self.data.order.steps_per_epoch == 0
         name = f"checkpoint_epoch_{self.epoch}" if at_epoch else f"checkpoint_step_{self.step}"
-        return name + (ckpt.SUFFIX if self.sharded is None else sharded.SUFFIX)
+        return name + (ckpt.SUFFIX if self.sharded is None else ckpt.SHARDS_SUFFIX)
 
     def _complete(self, path: Path, improved: bool) -> None:
         """On rank 0, when a checkpoint is complete: set the links, publish, prune."""
@@ -361,7 +360,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "preprocessor": self.preprocessor.to_dict(),
-            "backbone": ckpt.plain(self.model.paligemma_vlm.backbone_dict()),
+            "backbone": json.loads(json.dumps(self.model.paligemma_vlm.backbone_dict(), default=str)),
             "metadata": layout.metadata.to_json(),
             "versions": versions(),
         }
@@ -370,8 +369,7 @@ class Trainer:
         """Restore everything from a checkpoint; raise `CheckpointError` for one of another model."""
         options = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         base_rates = list(self.scheduler.base_lrs)
-        if saved["in_shards"]:
-            saved = read_parts(Path(where), saved, self.model, self.optimizer, self.group)
+        saved = read_shards(Path(where), saved, self.model, self.optimizer, self.group)
         try:
             restore_model(self.model, saved["state_dict"])
             restore_optimizer(self.optimizer, saved["optimizer"])

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from paligemma_vla import Policy
 from paligemma_vla.cli.train import find_checkpoint, resolve_config, train
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.errors import StorageError, UnreadableCheckpointError
-from paligemma_vla.storage import file_system
+from paligemma_vla.storage import ByteSource, file_system
 from paligemma_vla.training import checkpoint
-from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.mirror import Mirror
+from paligemma_vla.training.checkpoint import load_checkpoint, read_step
+from paligemma_vla.training.run import RemoteRun
 from ranks import ALONE
 from store import Store
-from support import identical, read_metrics
+from support import checkpoint_payload, identical, read_metrics, write_checkpoint
 
 ConfigFactory = Callable[..., VLAConfig]
+Bucket = tuple[RemoteRun, Path]
 SMALL = {"data.batch_size": 8, "data.val_fraction": 0.2}
 
 
@@ -61,8 +64,8 @@ def test_run_on_a_url_goes_on_from_another_machine_bit_for_bit(tiny_config: Conf
     forget(cut)
     rest = load_config(f"{place}/run/config.yaml", {"training.stop_after_step": None})
     train(rest, "cpu", "auto")
-    expected = load_checkpoint(whole.run_dir / "checkpoints" / "last.pth.tar")
-    for name in ("last", "checkpoint_epoch_2"):
+    for name in ("last", "checkpoint_epoch_2", "model_best"):
+        expected = load_checkpoint(whole.run_dir / "checkpoints" / f"{name}.pth.tar")
         got = load_checkpoint(f"{place}/run/checkpoints/{name}.pth.tar")
         assert all(identical(got[key], expected[key]) for key in ("state_dict", "optimizer", "ema", "step", "watch"))
     assert read_metrics(rest.run_dir) == read_metrics(whole.run_dir)
@@ -72,6 +75,61 @@ def test_run_on_a_url_goes_on_from_another_machine_bit_for_bit(tiny_config: Conf
         "checkpoints/checkpoint_epoch_1.pth.tar.sha256",
     }
     assert Policy.from_checkpoint(f"{place}/run/checkpoints/model_best.pth.tar").metadata["action_dim"] == 2
+
+
+@pytest.fixture(params=["reversed", "equal"])
+def copied_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Bucket:
+    """A run behind a URL, copied with its four checkpoints by a tool that gave the files other dates: (run, folder there)."""
+    folder = tmp_path / "store" / "run" / "checkpoints"
+    for number, name in enumerate(["epoch_1", "step_9", "step_13", "epoch_2"]):
+        path = write_checkpoint(folder / f"checkpoint_{name}.pth.tar", checkpoint_payload(6 + 4 * number))
+        date = 1000 - 10 * number if request.param == "reversed" else 1000
+        os.utime(path, (date, date))
+    return RemoteRun(tmp_path / "here", f"file://{tmp_path}/store/run"), folder
+
+
+def test_copied_bucket_goes_on_from_its_highest_step(copied_bucket: Bucket) -> None:
+    run, _ = copied_bucket
+    newest = run.newest_checkpoint()
+    assert newest == run.local / "checkpoints" / "checkpoint_epoch_2.pth.tar"
+    assert load_checkpoint(newest)["step"] == 18
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "left"), [(1, {"epoch_2"}), (3, {"step_9", "step_13", "epoch_2"}), (None, {"epoch_1", "epoch_2"})]
+)
+def test_copied_bucket_loses_its_lowest_steps(copied_bucket: Bucket, keep_last: int | None, left: set[str]) -> None:
+    run, folder = copied_bucket
+    run.publish(keep_last)
+    names = {path.name.removeprefix("checkpoint_") for path in folder.iterdir()}
+    assert names == {f"{name}.pth.tar{suffix}" for name in left for suffix in ("", ".sha256")}
+
+
+def test_step_behind_a_url_is_read_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {**checkpoint_payload(5), "state_dict": {f"w{number}": torch.zeros(1000, 100) for number in range(50)}}
+    path, read = write_checkpoint(tmp_path / "checkpoint_step_5.pth.tar", content), []
+    read_at = ByteSource.read_at
+    monkeypatch.setattr(ByteSource, "read_at", lambda *asked: (read.append(asked[2]), read_at(*asked))[1])
+    assert read_step(f"file://{path}") == 5
+    assert sum(read) < 0.05 * path.stat().st_size
+    path.write_bytes(b"damaged")
+    assert read_step(f"file://{path}") == float("inf")
+
+
+def test_run_that_goes_on_from_an_older_checkpoint_moves_the_later_ones_aside_there(
+    copied_bucket: Bucket,
+) -> None:
+    """Killed before its first save, `auto` must go on from the older one, not from what was given up."""
+    run, folder = copied_bucket
+    shutil.copy(folder / "checkpoint_epoch_2.pth.tar", folder / "model_best.pth.tar")
+    run.take_over(run.fetch_checkpoint("checkpoint_step_9.pth.tar"), 10)
+    (aside,) = folder.glob("after_step_10.*")
+    assert {path.name.removeprefix("checkpoint_") for path in aside.iterdir()} == {
+        *("step_13.pth.tar", "step_13.pth.tar.sha256", "epoch_2.pth.tar", "epoch_2.pth.tar.sha256", "model_best.pth.tar")
+    }
+    again = RemoteRun(run.local, run.url).newest_checkpoint()
+    assert again is not None
+    assert again.name == "checkpoint_step_9.pth.tar"
 
 
 def test_auto_passes_over_what_is_damaged_behind_the_url(
@@ -84,7 +142,7 @@ def test_auto_passes_over_what_is_damaged_behind_the_url(
     newest = tmp_path / "store" / "run" / "checkpoints" / "checkpoint_epoch_2.pth.tar"
     newest.write_bytes(newest.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        found = find_checkpoint(config, "auto", Mirror.of(config), ALONE)[0]
+        found = find_checkpoint(config, "auto", RemoteRun.of(config), ALONE)[0]
     assert found == config.run_dir / "checkpoints" / "checkpoint_epoch_1.pth.tar"
     assert "passed over" in caplog.text
     assert "checkpoint_epoch_2" in caplog.text
@@ -100,8 +158,8 @@ def test_auto_does_not_pass_over_what_may_be_whole_behind_the_url(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint, "sha256", fails)
-    with pytest.raises(UnreadableCheckpointError, match="it may be whole"):
-        find_checkpoint(config, "auto", Mirror.of(config), ALONE)
+    with pytest.raises(UnreadableCheckpointError):
+        find_checkpoint(config, "auto", RemoteRun.of(config), ALONE)
 
 
 def test_keep_last_holds_behind_the_url_over_several_starts(tiny_config: ConfigFactory, place: str) -> None:
@@ -145,15 +203,15 @@ def test_named_checkpoint_behind_a_url_goes_on_in_its_own_folder(
 def test_store_that_fails_in_mid_run_is_told_and_made_up_for(
     tiny_config: ConfigFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    copy, calls = Mirror._copy, []
+    copy, calls = RemoteRun._copy, []
 
-    def fails_at_first(self: Mirror, path: Path, name: str) -> None:
+    def fails_at_first(self: RemoteRun, path: Path, name: str) -> None:
         calls.append(name)
         if len(calls) < 2:
             raise StorageError(f"{name}: no route to host")
         copy(self, path, name)
 
-    monkeypatch.setattr(Mirror, "_copy", fails_at_first)
+    monkeypatch.setattr(RemoteRun, "_copy", fails_at_first)
     place = f"file://{tmp_path}/store"
     with caplog.at_level(logging.ERROR):
         train(tiny_config({**SMALL, "training.checkpoint_dir": place}), "cpu")

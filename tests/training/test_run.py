@@ -20,7 +20,7 @@ from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint, newest_checkpoint
-from paligemma_vla.training.run_folder import git_state
+from paligemma_vla.training.run import git_state
 from ranks import ALONE
 from support import identical, read_metrics, write_episodes
 from zygote import Zygote

@@ -13,7 +13,7 @@ import pytest
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.training.tracking import JsonLines, Tracker
+from paligemma_vla.training.metrics import JsonLines, Tracker
 
 ConfigFactory = Callable[..., VLAConfig]
 

@@ -1,0 +1,303 @@
+"""What a run says of itself: metrics.jsonl, Weights & Biases and TensorBoard when asked for, warnings about its losses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import Batch, VLADataset
+from paligemma_vla.errors import ConfigError, TrainingError
+from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.storage import atomic_write
+from paligemma_vla.training.distributed import Distributed
+from paligemma_vla.training.parallel import to_local
+from paligemma_vla.training.preflight import Data
+
+logger = logging.getLogger(__name__)
+# A loss that is SPIKE times the median of the last LOSSES_KEPT (at least LOSSES_NEEDED) is reported.
+LOSSES_KEPT, LOSSES_NEEDED, SPIKE = 100, 20, 4.0
+SAMPLES_NAMED = 5
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object per line. On a resume, lines from after the checkpoint are dropped, so each step stands there once."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[bytes] = []
+        if path.exists() and start_step > 0:
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= start_step]
+        atomic_write(path, b"".join(line + b"\n" for line in kept))
+        self.path = path
+        # Unbuffered: after a failed write nothing waits to fail again.
+        self.file = path.open("ab", buffering=0)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        # JSON has no NaN: a figure that is none becomes null.
+        line = json.dumps(_finite({"step": step, **metrics}), allow_nan=False)
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            self.file.write(f"{line}\n".encode())
+        except OSError as error:  # a full disk must not end the run before its checkpoint could
+            self.file.truncate(end)
+            logger.error("%s: step %d cannot be written (%s); training goes on", self.path, step, error.strerror)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite for one that a kill, or a disk, has cut short or damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except Exception:  # of any kind: it can hold anything
+        return math.inf
+
+
+class Wandb:
+    """Weights & Biases (S10.1): run name `<experiment>_ddp_<timestamp>`, the whole config."""
+
+    def __init__(self, config: VLAConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError('--use_wandb: wandb is not installed; pip install "paligemma-vla[wandb]"') from error
+        stamp = time.strftime("%Y%m%d_%H%M%S")
+        try:
+            self.run = wandb.init(
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                name=f"{config.training.experiment_name}_ddp_{stamp}",
+                mode=config.wandb.mode,
+                dir=str(config.run_dir),
+                config=config.model_dump(mode="json"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"--use_wandb: {error}; run `wandb login`, or stay offline with --set wandb.mode=offline"
+            ) from error
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                'training.tensorboard: tensorboard is not installed; pip install "paligemma-vla[tensorboard]"'
+            ) from error
+        self.writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Tracker:
+    """All sinks of a run; used by rank 0 alone."""
+
+    def __init__(self, config: VLAConfig, start_step: int) -> None:
+        self.sinks: list[Sink] = [JsonLines(config.run_dir / "metrics.jsonl", start_step)]
+        if config.training.tensorboard:
+            self.sinks.append(TensorBoard(config.run_dir / "tensorboard"))
+        if config.wandb.enabled:
+            self.sinks.append(Wandb(config))
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class Quiet(io.TextIOBase):
+    """Standard error for a progress bar: when it leads to a full disk, or nowhere any more, training goes on without it."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+
+class Meter:
+    """Throughput and share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.wait, self.steps = time.perf_counter(), 0.0, 0
+
+    def add(self, wait: float) -> None:
+        self.wait += wait
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        values = {"train/samples_per_s": self.steps * self.batch_size / elapsed, "train/data_wait": self.wait / elapsed}
+        self.restart()
+        return values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: loss over the global batch, gradient norm, its learning rate, seconds waited for data.
+
+    parts: this process's micro-batches and what the model said to them, to find the samples behind a number.
+    """
+
+    loss: float
+    norm: float
+    rate: float
+    wait: float
+    parts: list[tuple[Batch, FlowOutput]]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+class LossMonitor:
+    """Tells of steps whose loss or gradient is not finite, and of losses that stand out from the last hundred.
+
+    Its state is part of a checkpoint, so a resumed run counts and says the same.
+    """
+
+    def __init__(self, config: VLAConfig, data: Data, distributed: Distributed) -> None:
+        self.config, self.data, self.distributed = config, data, distributed
+        self.skipped = self.in_a_row = 0
+        self.recent: deque[float] = deque(maxlen=LOSSES_KEPT)
+
+    def update(self, number: int, step: Step) -> None:
+        """Take in optimiser step `number` (from 1). Raises `TrainingError` when too many in a row had to be skipped."""
+        if step.finite:
+            self.in_a_row = 0
+            median = statistics.median(self.recent) if len(self.recent) >= LOSSES_NEEDED else math.inf
+            self.recent.append(step.loss)
+            if step.loss > SPIKE * median > 0:
+                told = "loss %.4g is %.1f times the median of the steps before, worst samples:\n  %s"
+                self._warn(number, told, step.loss, step.loss / median, self._samples_of(number, step))
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        told = "skipped, its loss is %.4g, its gradient's norm %.4g, worst samples:\n  %s"
+        self._warn(number, told, step.loss, step.norm, self._samples_of(number, step))
+        if self.in_a_row >= self.config.training.max_skipped_steps:
+            raise self.diverged(number)
+
+    def diverged(self, number: int) -> TrainingError:
+        """The error of a run whose numbers did not come back."""
+        return TrainingError(
+            f"step {number}: NaN or infinity in loss or gradient in {self.in_a_row} steps in a row (at most "
+            f"training.max_skipped_steps = {self.config.training.max_skipped_steps}); they were skipped, and nothing was saved "
+            f"since. Where the samples named above are the same ones again, look at their numbers, or leave them out "
+            f"(data.exclude_episodes); else the run diverged: {self._remedy()}"
+        )
+
+    def check_weights(self, number: int, model: nn.Module) -> None:
+        """Raise `TrainingError` rather than save weights that are not finite: a finite gradient can still overflow them."""
+        finite = torch.stack([torch.isfinite(to_local(parameter)).all() for parameter in model.parameters()]).all()
+        if self.distributed.any(not finite):
+            raise TrainingError(
+                f"step {number}: got NaN or infinity in the weights; the run diverged and was not saved: {self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        return (
+            f"lower optimizer.lr ({self.config.optimizer.lr:g}) and vlm_lr, or lengthen lr_scheduler.warmup_steps "
+            f"({self.config.lr_scheduler.warmup_steps})"
+        )
+
+    def _warn(self, number: int, message: str, *values: Any) -> None:
+        if self.distributed.main:
+            logger.warning(f"step %d: {message}", number, *values)
+
+    def _samples_of(self, number: int, step: Step) -> str:
+        """The samples behind a step's loss, on whichever process they were."""
+        positions, samples = self.data.order.batch(number - 1)
+        sample_at = dict(zip(positions.tolist(), samples.tolist(), strict=True))
+        losses: dict[int, float] = {}
+        for batch, output in step.parts:
+            valid = batch["action_mask"].any(dim=(1, 2)).tolist()
+            values = sample_losses(output, batch["action_mask"].to(output.velocity.device)).tolist()
+            for position, counts, loss in zip(batch["position"].tolist(), valid, values, strict=True):
+                if counts:  # a filler stands at the position of another
+                    losses[sample_at[position]] = loss
+        merged = {sample: loss for part in self.distributed.all_gather(losses) for sample, loss in part.items()}
+        return name_samples(self.data.train, merged)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "recent": list(self.recent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.recent = deque(state["recent"], maxlen=LOSSES_KEPT)
+
+
+def sample_losses(output: FlowOutput, mask: Tensor) -> Tensor:
+    """Mean squared error of each sample over its valid labels: (B,) from velocities (B, M, K, A) and mask (B, K, A)."""
+    squares = (output.velocity.detach().float() - output.target.float()).square().mean(1)
+    squares = torch.where(mask, squares, 0.0)  # not times the mask: infinity times 0 is NaN
+    return squares.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+
+def name_samples(data: VLADataset, losses: Mapping[int, float]) -> str:
+    """The worst samples by file and row, from {sample: loss}: those that are not finite, else the largest."""
+    broken = [sample for sample, loss in losses.items() if not math.isfinite(loss)]
+    worst = broken or sorted(losses, key=lambda sample: -losses[sample])
+    lines = [f"{data.where(sample)} (loss {losses[sample]:.4g})" for sample in worst[:SAMPLES_NAMED]]
+    if len(broken) > SAMPLES_NAMED:
+        lines.append(f"and {len(broken) - SAMPLES_NAMED} more")
+    return "\n  ".join(lines)
