@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from paligemma_vla.cli.arguments import add_workers, between
 from paligemma_vla.config import load_config
-from paligemma_vla.data.convert import Conversion, LeRobotTarget, NativeTarget, Target
+from paligemma_vla.data.convert import Conversion, NativeOutput, OutputFormat
 from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.formats import find_format, identify_file, open_file
 from paligemma_vla.data.formats.lerobot_meta import Location, find_root, parse_range
-from paligemma_vla.data.formats.lerobot_writer import Format
+from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
 from paligemma_vla.data.reader import Recordings, episode_prompts
 from paligemma_vla.data.video import CODECS
@@ -240,7 +240,7 @@ def convert(args: argparse.Namespace) -> int:
         index = EpisodeIndex.build(args.input, "--input")
         cameras = _select_cameras(index, args.cameras)
         index = _select_episodes(index, args.episodes)
-    conversion = Conversion(index, cameras, _target(args, index, cameras), args.output_dir)
+    conversion = Conversion(index, cameras, _output_format(args, index, cameras), args.output_dir)
     if unused := _unused(index, cameras):
         sys.stdout.write(f"left behind: {', '.join(unused)}\n")
         sys.stdout.flush()
@@ -249,7 +249,7 @@ def convert(args: argparse.Namespace) -> int:
     if compared is None:
         sys.stdout.write(f"{args.output_dir}: is there already, converted and verified; nothing was done\n")
     else:
-        sys.stdout.write(f"verified: {compared}\n{conversion.target.place(args.output_dir)}\n")
+        sys.stdout.write(f"verified: {compared}\n{conversion.form.location(args.output_dir)}\n")
     return 0
 
 
@@ -300,21 +300,21 @@ def _camera_names(index: EpisodeIndex) -> list[str]:
     return [names[number] if number < len(names) else f"image_{number + 1}" for number in range(count)]
 
 
-def _target(args: argparse.Namespace, index: EpisodeIndex, cameras: Sequence[int]) -> Target:
+def _output_format(args: argparse.Namespace, index: EpisodeIndex, cameras: Sequence[int]) -> OutputFormat:
     metadata = index.layout.metadata
     if metadata.cameras:
         names = _camera_names(index)
         metadata = replace(metadata, cameras=tuple(names[number] for number in cameras))
     if args.target == NATIVE:
-        return NativeTarget(metadata, args.image_format, args.jpeg_quality)
+        return NativeOutput(metadata, args.image_format, args.jpeg_quality)
     fps = args.fps or metadata.control_hz
     if not fps:
         raise ConfigError("--fps: got none, and the data does not say it (control_hz 0); expected steps per second: give --fps")
     if metadata.control_hz and fps != metadata.control_hz:
         raise ConfigError(f"--fps: got {fps:g}, expected {metadata.control_hz:g} as the data says (control_hz); leave it out")
     layout = replace(index.layout, cameras=len(cameras), metadata=metadata)
-    form = Format(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout)
-    return LeRobotTarget(form, tuple(Recordings(index, tuple(cameras)).instructions()))
+    tasks = tuple(Recordings(index, tuple(cameras)).instructions())
+    return LeRobotOutput(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout, tasks)
 
 
 def _unused(index: EpisodeIndex, cameras: Sequence[int]) -> list[str]:

@@ -42,8 +42,8 @@ def decode(data: bytes | memoryview) -> Image.Image:
     raise Unusable(Kind.IMAGE_SIZE, f"got an image of {size}, expected {limit}; shrink it before writing, or {LEAVE_OUT}")
 
 
-def encode_image(image: Image.Image, kind: str, quality: int) -> bytes:
-    """An RGB image as `png`, or as `jpeg` of a quality from 1 to 100."""
+def encode_image(image: Image.Image, kind: str, quality: int = 95) -> bytes:
+    """An RGB image as `png`, which loses nothing, or as `jpeg` of a quality from 1 to 100."""
     stream = io.BytesIO()
     if kind == "png":
         image.save(stream, "PNG", compress_level=4)

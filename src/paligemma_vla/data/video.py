@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast
+from typing import IO, TYPE_CHECKING, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,18 +144,17 @@ class VideoWriter:
     machine's PyAV lacks the encoder.
     """
 
-    def __init__(self, path: Path, codec: str, fps: float, crf: int, keyframe_every: int = KEYFRAME_EVERY) -> None:
+    def __init__(self, file: Path | IO[bytes], codec: str, fps: float, crf: int, keyframe_every: int = KEYFRAME_EVERY) -> None:
         import av  # here, since most data has no videos
 
         os.environ.setdefault("SVT_LOG", "1")  # errors only: the encoder of AV1 writes to stderr itself
         encoder, options = CODECS[codec]
         if encoder not in av.codecs_available:
             raise ConfigError(f"--codec {codec}: got a PyAV without {encoder}, expected one with it; choose another codec")
-        self.path = path
         self._rate = Fraction(fps).limit_denominator(1001)
         self._options = {"g": str(keyframe_every), "crf": str(crf), **options}
         self._encoder = encoder
-        self._container = av.open(str(path), "w", format="mp4")
+        self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4")
         self._stream: av.VideoStream | None = None
         self._shape: tuple[int, ...] = ()
         self.frames = 0

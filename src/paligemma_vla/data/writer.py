@@ -143,9 +143,9 @@ class EpisodeWriter:
                 file,
                 shard_schema,
                 # Image bytes are compressed already; statistics over them would only swell the footer.
-                compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(_leaves(shard_schema, plain), "ZSTD")},
+                compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(parquet_leaves(shard_schema, plain), "ZSTD")},
                 use_dictionary=[schema.PROMPT],
-                write_statistics=_leaves(shard_schema, plain),
+                write_statistics=parquet_leaves(shard_schema, plain),
                 write_page_checksum=True,
             )
             with writer:
@@ -263,9 +263,9 @@ def _episodes_in(path: Path) -> int:
     return int(metadata[schema.EPISODES_KEY])
 
 
-def _leaves(shard_schema: pa.Schema, names: list[str]) -> list[str]:
+def parquet_leaves(arrow: pa.Schema, names: list[str]) -> list[str]:
     """Parquet's own column paths: a list column's numbers sit at `<name>.list.element`."""
-    return [f"{name}.list.element" if pa.types.is_fixed_size_list(shard_schema.field(name).type) else name for name in names]
+    return [f"{name}.list.element" if pa.types.is_fixed_size_list(arrow.field(name).type) else name for name in names]
 
 
 def _columns(shard_schema: pa.Schema) -> str:
