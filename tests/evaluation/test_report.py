@@ -14,11 +14,10 @@ import pytest
 
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
-from paligemma_vla.evaluation import report_rollouts
-from paligemma_vla.evaluation.charts import Axis, Line, chunk_chart, clean, line_chart, nice_step, rate_bar, smooth
+from paligemma_vla.evaluation import report as module
+from paligemma_vla.evaluation.charts import Axis, Line, chunk_chart, clean, line_chart, nice_step, number, smooth
 from paligemma_vla.evaluation.open_loop import ErrorSums, OpenLoopResult, Trace
-from paligemma_vla.evaluation.page import Html, duration, fill, number
-from paligemma_vla.evaluation.report import Report, render, write_report
+from paligemma_vla.evaluation.report import Report, duration, render, write_report
 from paligemma_vla.evaluation.rollout import wilson_interval
 from support import METADATA, make_episode
 
@@ -196,7 +195,7 @@ def test_headline_is_the_rate_of_the_first_condition_with_its_wilson_interval(tm
     folder = write_rollout(tmp_path / "own", {"drawer-open": (18, 20), "drawer-close": (20, 20)})
     text = Page(render(Report("t", rollouts=[("Own", "", folder)]))).text
     low, high = wilson_interval(38, 40)
-    assert "95%of 40 simulated episodes solved, over 2 tasks." in text
+    assert re.search(r"95%\s*of 40 simulated episodes solved, over 2 tasks\.", text)
     assert f"{100 * low:.0f}\u202f% to {100 * high:.0f}\u202f% (Wilson), 38 of 40" in text
 
 
@@ -204,6 +203,9 @@ def test_table_has_a_cell_per_task_and_condition_and_marks_controls(tmp_path: Pa
     own = write_rollout(tmp_path / "own", {"drawer-open": (9, 10), "drawer-close": (7, 10)})
     grey = write_rollout(tmp_path / "grey", {"drawer-open": (1, 10)}, {"image": "grey"})
     page = Page(render(Report("t", rollouts=[("", "", own), ("", "", grey)])))
+    low, high = wilson_interval(1, 10)
+    assert {"class": "bar", "width": "10.00", "height": "10", "rx": "0.6"} in page.all("rect")
+    assert (f"{100 * low:.2f}", f"{100 * high:.2f}") in [(line["x1"], line["x2"]) for line in page.all("line")]
     cells = [attributes["data-label"] for attributes in page.all("td") if "data-label" in attributes]
     assert cells == ["Right instruction", "Grey image"] * 3
     assert all(text in page.text for text in ("9/10", "7/10", "1/10", "16/20", "—", "should be low"))
@@ -220,7 +222,7 @@ def test_every_film_is_inside_the_page_once(tmp_path: Path) -> None:
 
 def test_stills_stand_for_films_beyond_the_page_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_rollout(tmp_path / "own", {"drawer-open": (2, 2), "drawer-close": (2, 2)})
-    monkeypatch.setattr(report_rollouts, "FILM_BYTES", len(FILM) + 20)
+    monkeypatch.setattr(module, "VIDEO_BYTES", len(FILM) + 20)
     page = Page(render(Report("t", rollouts=[("", "", folder)])))
     assert (len(page.all("video")), len(page.all("img"))) == (1, 1)
 
@@ -262,11 +264,6 @@ def test_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_report(output, Report("second", run_dir=tmp_path / "absent"))
     assert output.read_text() == before
     assert list(output.parent.iterdir()) == [output]
-
-
-def test_fill_escapes_all_but_markup() -> None:
-    assert fill("<b>{}</b>{}", "<i>", Html("<i>")) == "<b>&lt;i&gt;</b><i>"
-    assert fill('<a title="{name}">', name='"') == '<a title="&quot;">'
 
 
 def polylines(svg: str, style: str) -> list[np.ndarray]:
@@ -317,12 +314,6 @@ def test_ticks_are_few_and_inside(low: float, high: float, log: bool) -> None:
 
 def test_steps_between_ticks_are_round() -> None:
     assert [nice_step(value) for value in (0.9, 1.0, 1.1, 3.0, 0.07)] == pytest.approx([1, 1, 2, 5, 0.1])
-
-
-def test_rate_bar_draws_rate_and_interval() -> None:
-    bar = rate_bar(0.25, 0.1, 0.5)
-    assert 'class="bar" width="25.00"' in bar
-    assert 'x1="10.00" x2="50.00"' in bar
 
 
 def test_chunks_end_where_the_episode_does() -> None:

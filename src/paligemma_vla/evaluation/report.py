@@ -1,23 +1,45 @@
 """The report: one self-contained HTML page of a run, to be looked at rather than read.
 
-Every part is optional and shown only when given. Nothing is fetched: images and films are inside the file.
+Every part is optional and shown only when given. Nothing is fetched: images and videos are inside the file. This module
+gathers what `report.html.j2` shows; the template escapes it, and `report.css` gives it its looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+from PIL import Image
+
+from paligemma_vla import schema
+from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.evaluation import report_panels as panels
-from paligemma_vla.evaluation import report_rollouts as closed_loop
-from paligemma_vla.evaluation.page import Html, document, duration, fill, join, number, section
-from paligemma_vla.storage import atomic_write
+from paligemma_vla.data.reader import EpisodeReader, episode_prompts
+from paligemma_vla.errors import DataError
+from paligemma_vla.evaluation.charts import Line, chunk_chart, columns, line_chart, number, smooth
+from paligemma_vla.evaluation.rollout import wilson_interval
+from paligemma_vla.storage import atomic_write, read_json
 
 if TYPE_CHECKING:
-    from paligemma_vla.evaluation.open_loop import OpenLoopResult
+    from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace
+
+VIDEO_BYTES = 3_600_000  # of .mp4 in one page; base64 makes a third more of it
+VIDEOS_PER_CONDITION = 6
+EPISODES_SHOWN, FRAMES_SHOWN, FRAME_PIXELS = 4, 8, 128
+DIMENSIONS_SHOWN, CAMERAS_SHOWN, PROMPTS_SHOWN, FILES_READ = 8, 3, 16, 64
+READER_CACHE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,81 +61,387 @@ class Report:
 
 
 def write_report(output: Path, report: Report) -> Path:
-    """Write the page to `output`, whole or not at all. Raises `DataError` when something it was told to show is not there."""
+    """Write the page to `output`, completely or not at all. Raises `DataError` when something that it shows is not there."""
     page = render(report)
     output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(output, page)
     return output
 
 
-def render(report: Report) -> Html:
+def render(report: Report) -> str:
     """The page as text."""
-    conditions = [closed_loop.read_condition(*entry) for entry in report.rollouts]
-    films = closed_loop.Films()
-    parts = [_header(report)]
-    open_loop = panels.open_loop_section(report.evaluation) if report.evaluation is not None else Html("")
-    if conditions:
-        parts.append(closed_loop.hero(conditions[0], films))
-        parts.append(closed_loop.success_section(conditions))
-        parts.append(closed_loop.film_section(conditions, films))
-    elif report.evaluation is not None:
-        parts += [panels.open_loop_hero(report.evaluation), open_loop]
-    if report.dataset is not None:
-        index = report.dataset
-        if not isinstance(index, EpisodeIndex):
-            index = EpisodeIndex.build(str(index), "report")
-        parts.append(panels.dataset_section(index))
-    if report.run_dir is not None:
-        parts.append(panels.training_section(report.run_dir))
-    if conditions:
-        parts.append(open_loop)
-    if report.facts:
-        parts.append(_facts(report.facts))
-    return document(report.title, join(parts))
-
-
-def _header(report: Report) -> Html:
-    subtitle = fill('<p class="sub">{}</p>', report.subtitle) if report.subtitle else Html("")
-    return fill("<header><h1>{}</h1>{}</header>\n", report.title, subtitle)
-
-
-def _facts(facts: Mapping[str, Any]) -> Html:
-    """Names and values; the stages of `wall_s` as one bar."""
-    body = []
-    if facts.get("wall_s"):
-        body.append(_stages(facts["wall_s"]))
-    rows = [(name, value) for name, value in facts.items() if name != "wall_s" and value is not None]
-    if rows:
-        entries = join(fill("<dt>{}</dt><dd>{}</dd>", name.replace("_", " "), _text(value)) for name, value in rows)
-        body.append(fill('<div class="panel"><dl class="facts">{}</dl></div>', entries))
-    return section("How it was made", "What this page was made with, so that it can be made again.", join(body))
-
-
-def _stages(seconds: Mapping[str, float]) -> Html:
-    total = sum(seconds.values()) or 1.0
-    shown = [(name, value, f"c{n % 8}") for n, (name, value) in enumerate(seconds.items())]
-    bars = join(
-        fill('<i style="flex:{} 0 0;background:var(--{})" title="{}"></i>', f"{value / total:.4f}", colour, name)
-        for name, value, colour in shown
-    )
-    names = join(
-        fill('<span><i class="{}"></i>{} {}</span>', colour, name.replace("_", " "), duration(value))
-        for name, value, colour in shown
-    )
-    return fill(
-        '<figure class="panel"><figcaption><b>{} in all</b></figcaption><div class="stages">{}</div>'
-        '<span class="legend">{}</span></figure>',
-        duration(total),
-        bars,
-        names,
+    index = report.dataset
+    if index is not None and not isinstance(index, EpisodeIndex):
+        index = EpisodeIndex.build(str(index), "report")
+    template, style = _template()
+    return template.render(
+        title=report.title,
+        subtitle=report.subtitle,
+        style=style,
+        facts=report.facts,
+        data=None if index is None else _data(index),
+        training=None if report.run_dir is None else _training(report.run_dir),
+        **_rollouts([read_condition(*entry) for entry in report.rollouts]),
+        **_open_loop(report.evaluation),
     )
 
 
-def _text(value: Any) -> str:
+@lru_cache
+def _template() -> tuple[Template, Markup]:
+    """The page's template, and its style sheet."""
+    environment = Environment(
+        loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    texts = {"number": number, "percent": percent, "duration": duration, "labelled": labelled, "plain": plain}
+    environment.filters |= {**texts, "spaced": lambda task: task.replace("-", " ")}
+    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    return environment.get_template("report.html.j2"), Markup(style)
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.0f}\u202f%"  # narrow, and no line break
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `13 min 20 s`, `2 h 5 min`."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s" if rounded % 60 else f"{rounded // 60} min"
+    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
+
+
+def labelled(name: str, unit: str) -> str:
+    """A dimension's name, with its unit where it has one."""
+    return f"{name} ({unit})" if unit else name
+
+
+def plain(value: Any) -> str:
+    """A value of `facts` as text."""
     if isinstance(value, Mapping):
-        return " · ".join(f"{name} {_text(item)}" for name, item in value.items())
+        return " · ".join(f"{name} {plain(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(_text(item) for item in value)
+        return ", ".join(plain(item) for item in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return number(value)
     return str(value)
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# Closed loop.
+
+# settings of a rollout -> its name, what it controls for, and whether one hopes for a low rate; the first that fits counts
+CONDITIONS: tuple[tuple[dict[str, str], str, str, bool], ...] = (
+    ({"policy": "random"}, "Random actions", "Uniformly random actions: what luck alone reaches.", True),
+    ({"image": "grey"}, "Grey image", "Every picture replaced by plain grey: what is reached without looking.", True),
+    (
+        {"prompts": "opposite"},
+        "Opposite instruction",
+        "Told to do the reverse: success here would mean that the words are ignored.",
+        True,
+    ),
+    (
+        {"prompts": "unseen"},
+        "Unseen wording",
+        "Phrases that no demonstration used: words understood, not sentences learnt by heart.",
+        False,
+    ),
+    (
+        {"resets": "stock"},
+        "Stock resets",
+        "The simulator's own start positions, not the demonstrations': does the skill carry over?",
+        False,
+    ),
+    ({}, "Right instruction", "The task's own instruction, from starting points that training has not seen.", False),
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Successes of some episodes, their rate and its 95 % interval."""
+
+    successes: int
+    episodes: int
+
+    @property
+    def rate(self) -> float:
+        return self.successes / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.successes, self.episodes)
+
+
+@dataclass(frozen=True)
+class Condition(Counts):
+    """One rollout.json. `videos` as there; wanted_low: a control, where success would be a bad sign."""
+
+    label: str
+    note: str
+    wanted_low: bool
+    folder: Path
+    tasks: dict[str, Counts]
+    videos: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video of the page. still, video: `data:` addresses; video is empty when a still picture stands for it."""
+
+    task: str
+    success: bool
+    prompt: str
+    name: str
+    still: str
+    video: str
+
+
+def read_condition(label: str, note: str, folder: Path) -> Condition:
+    """Read `folder/rollout.json`; its settings give an empty label or note. Raises `DataError`."""
+    path = Path(folder) / "rollout.json"
+    remedy = "give the folder of a `paligemma-vla rollout`, or run it again"
+    raw = read_json(path, DataError, remedy)
+    try:
+        settings, videos = raw["settings"], list(raw.get("videos", []))
+        tasks = {task: Counts(int(entry["successes"]), int(entry["episodes"])) for task, entry in raw["tasks"].items()}
+        found = next(entry for entry in CONDITIONS if entry[0].items() <= settings.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not a result of `paligemma-vla rollout` ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    if not tasks or any(not counts.episodes for counts in tasks.values()):
+        raise DataError(f"{path}: got no episodes, expected at least one of each task; {remedy}")
+    _, name, meaning, wanted_low = found
+    successes, episodes = (sum(getattr(counts, key) for counts in tasks.values()) for key in ("successes", "episodes"))
+    return Condition(successes, episodes, label or name, note or meaning, wanted_low, Path(folder), tasks, videos)
+
+
+def _rollouts(conditions: list[Condition]) -> dict[str, Any]:
+    """Conditions, videos of the headline (one success per task), and the other videos of each condition."""
+    if not conditions:
+        return {"conditions": []}
+    main, budget = conditions[0], _VideoBudget()
+    solved: dict[str, dict[str, Any]] = {}
+    for video in main.videos:
+        if video["success"]:
+            solved.setdefault(video["task"], video)
+    headline = list(solved.values())[:6]
+    hero = [budget.load(main, video) for video in headline]
+    groups = []
+    for condition in conditions:
+        rest = sorted((video for video in condition.videos if video not in headline), key=lambda video: bool(video["success"]))
+        if condition is not main:
+            rest = _one_task_after_another(rest)[:VIDEOS_PER_CONDITION]
+        if rest:
+            groups.append((condition, [budget.load(condition, video) for video in rest]))
+    tasks = list(dict.fromkeys(task for condition in conditions for task in condition.tasks))
+    return {"conditions": conditions, "tasks": tasks, "hero_films": hero, "film_groups": groups}
+
+
+class _VideoBudget:
+    """Loads videos into the page; once VIDEO_BYTES are used, a still stands for a video."""
+
+    def __init__(self) -> None:
+        self.left = VIDEO_BYTES
+
+    def load(self, condition: Condition, entry: dict[str, Any]) -> Video:
+        """An entry of `videos` in a rollout.json. Raises `DataError` when a file is gone, or lies outside its folder."""
+        path, poster = (_inside(condition.folder, entry[name]) for name in ("path", "poster"))
+        try:
+            still, content = poster.read_bytes(), path.read_bytes() if path.stat().st_size <= self.left else b""
+        except OSError as error:
+            raise DataError(f"{path}: named by rollout.json, but it cannot be read ({error.strerror})") from error
+        self.left -= len(content)
+        video = _data_url(content, "video/mp4") if content else ""
+        return Video(entry["task"], entry["success"], entry["prompt"], path.name, _data_url(still, "image/jpeg"), video)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file that rollout.json names, which must lie in its folder: a page must not carry other files out."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder / 'rollout.json'}: videos: got {name}, expected a file inside {folder}")
+    return path
+
+
+def _one_task_after_another(videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One video of each task in turn, so that a cut leaves all tasks in sight."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for video in videos:
+        seen[video["task"]] += 1
+        turns.append(seen[video["task"]])
+    return [videos[n] for n in np.argsort(turns, kind="stable")]
+
+
+# Open loop.
+
+
+def _open_loop(result: OpenLoopResult | None) -> dict[str, Any]:
+    if result is None:
+        return {"metrics": None}
+    metrics = result.metrics
+    steps = [entry["mae"] or 0.0 for entry in metrics["per_step"]]
+    return {
+        "metrics": metrics,
+        "steps_chart": columns(steps, "step", metrics["baselines"]["mean_action"]["mae"]),
+        "traces": [_trace(trace, metrics["per_dimension"], DIMENSIONS_SHOWN) for trace in result.traces],
+        "hero_trace": _trace(result.traces[0], metrics["per_dimension"], 2) if result.traces else None,
+    }
+
+
+def _trace(trace: Trace, dimensions: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """Charts of predicted chunks over what was recorded, for the `most` dimensions that move most, in their order."""
+    ranges = np.array([row["training_range"] or row["recorded_range"] for row in dimensions])
+    movement = trace.actions.std(axis=0) / np.maximum(1e-9, ranges[:, 1] - ranges[:, 0])
+    charts = []
+    for n in np.sort(np.argsort(-movement, kind="stable")[:most]):
+        chart = chunk_chart(trace.actions[:, n], trace.starts.tolist(), trace.predicted[..., n], tuple(ranges[n]))
+        charts.append((labelled(dimensions[n]["name"], dimensions[n]["unit"]), chart))
+    return {"prompt": trace.prompt, "charts": charts, "dimensions": len(dimensions)}
+
+
+# Training.
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its heading. lines: (CSS class, name) of its legend."""
+
+    title: str
+    svg: Markup
+    lines: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+
+Curves = dict[str, tuple[list[float], list[float]]]  # steps and values by name
+
+
+def _training(run_dir: Path) -> dict[str, Any]:
+    """A run from its metrics.jsonl and config.yaml. Raises `DataError` when they are missing."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    try:
+        config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{run_dir / 'config.yaml'}: cannot be read ({error.strerror}); give the folder of a run") from error
+    curves: Curves = {}
+    for name in sorted({key for row in rows for key in row if "/" in key}):
+        pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+        curves[name] = ([float(step) for step, _ in pairs], [float(value) for _, value in pairs])
+    return {"facts": _training_facts(rows, curves), "charts": list(_training_charts(curves)), "config": config}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a training run") from error
+    rows = []
+    for count, line in enumerate(lines, start=1):
+        try:
+            row = {**json.loads(line)}
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if count < len(lines):
+                raise DataError(f"{path}: line {count}: expected a JSON object with a step; restore the file") from error
+    return rows
+
+
+def _training_facts(rows: list[dict[str, Any]], curves: Curves) -> list[tuple[str, str]]:
+    facts = [("optimiser steps", number(max((row["step"] for row in rows), default=0)))]
+    epochs = [row["epoch"] for row in rows if "epoch" in row]
+    if epochs:
+        facts.append(("epochs", f"{max(epochs):.1f}"))
+    for name, label in [("val/epoch_loss", "best validation loss"), ("val/action_mae", "best action error")]:
+        if name in curves and curves[name][1]:
+            facts.append((label, number(min(curves[name][1]))))
+    if "train/samples_per_s" in curves:
+        facts.append(("samples per second", number(float(np.median(curves["train/samples_per_s"][1])))))
+    return facts
+
+
+def _training_charts(curves: Curves) -> Iterator[Chart]:
+    if "train/batch_loss" in curves:
+        steps, loss = curves["train/batch_loss"]
+        lines = [Line(steps, loss, "c0 raw"), Line(steps, smooth(loss), "c0")]
+        names = [("c0", "training")]
+        if "val/epoch_loss" in curves:
+            lines.append(Line(*curves["val/epoch_loss"], "c1"))
+            names.append(("c1", "validation"))
+        yield Chart("Loss", line_chart(lines, "step", log=True), tuple(names))
+    if "val/action_mae" in curves:
+        chart = line_chart([Line(*curves["val/action_mae"], "c1")], "step", zero=True)
+        yield Chart("Error of sampled actions", chart, (("c1", "validation, real units"),))
+    if "train/lr" in curves:
+        yield Chart("Learning rate", line_chart([Line(*curves["train/lr"], "c2")], "step", zero=True))
+    if "train/samples_per_s" in curves:
+        wait = curves.get("train/data_wait", ([], []))[1]
+        note = f"{percent(float(np.mean(wait)))} of the time was spent waiting for data." if wait else ""
+        chart = line_chart([Line(*curves["train/samples_per_s"], "c3")], "step", zero=True)
+        yield Chart("Samples per second", chart, note=note)
+
+
+# Data.
+
+
+def _data(index: EpisodeIndex) -> dict[str, Any]:
+    """Sizes, pictures and actions of a few episodes, and the instructions of the first files."""
+    layout, meta = index.layout, index.layout.metadata
+    facts = [("episodes", number(len(index))), ("steps", number(index.steps))]
+    if meta.control_hz:
+        facts.append((f"at {number(meta.control_hz)} Hz", duration(index.steps / meta.control_hz)))
+    facts += [
+        ("cameras" if layout.cameras > 1 else "camera", ", ".join(meta.cameras) or number(layout.cameras)),
+        ("state dimensions", number(layout.state_dim)),
+        ("action dimensions", number(layout.action_dim)),
+    ]
+    reader = EpisodeReader(index, min(layout.cameras, CAMERAS_SHOWN), READER_CACHE)
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(EPISODES_SHOWN, len(index))).round().astype(int))
+    prompts: Counter[str] = Counter()
+    for file in range(min(FILES_READ, len(index.paths))):
+        prompts.update(episode_prompts(index, file))
+    common = prompts.most_common(PROMPTS_SHOWN)
+    notes = [f"{len(prompts) - len(common):,} more."] if len(prompts) > len(common) else []
+    notes += [f"Counted in the first {FILES_READ} of {len(index.paths)} files."] if len(index.paths) > FILES_READ else []
+    examples = [_example(index, reader, int(episode)) for episode in chosen]
+    return {"facts": facts, "examples": examples, "instructions": len(prompts), "common": common, "note": " ".join(notes)}
+
+
+def _example(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> dict[str, Any]:
+    """One episode: pictures of each camera, evenly picked, and curves of the first action dimensions."""
+    file, start, length = int(index.file[episode]), int(index.start[episode]), int(index.length[episode])
+    prompt = ""
+    strips: list[list[tuple[int, str]]] = [[] for _ in range(reader.cameras)]
+    for step in np.linspace(0, length - 1, min(FRAMES_SHOWN, length)).round().astype(int):
+        rows, row = reader.group_of(file, start + int(step))
+        prompt = prompt or str(rows.prompt[row].as_py())
+        for camera, column in enumerate(rows.images):
+            picture = ""
+            if column is not None and column.present(row):
+                where = f"{index.paths[file]}: row {start + step}, column {schema.image_column(camera + 1)}"
+                picture = _thumbnail(decode_picture(column, row, where))
+            strips[camera].append((int(step), picture))
+    actions = reader.actions(file, start, start + length)
+    shown = min(actions.shape[1], DIMENSIONS_SHOWN)
+    metadata = index.layout.metadata
+    names = metadata.action_names or [f"action[{n}]" for n in range(shown)]
+    names = [labelled(name, unit) for name, unit in zip_longest(names, metadata.action_units, fillvalue="")]
+    return {
+        "prompt": prompt,
+        "strips": strips,
+        "chart": line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120),
+        "lines": [(f"c{n}", names[n]) for n in range(shown)],
+        "note": f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else "",
+    }
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return _data_url(buffer.getvalue(), "image/jpeg")
