@@ -1,8 +1,16 @@
-"""Policy: raw observation in, raw action chunk out. The one path that evaluation, serving and robots use."""
+"""`Policy`: raw observation in, raw action chunk out. The one path that evaluation, serving and robots use.
+
+A policy is read from a checkpoint of training, from a folder that `paligemma-vla export` wrote (`export/folder.py` says what
+stands where in it), or from such a folder on the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +18,73 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from paligemma_vla import flow, schema
-from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import CheckpointError, DataError
-from paligemma_vla.export.folder import Restored, load_trained, restore
+from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
+from paligemma_vla.errors import CheckpointError, DataError, ModelError, VLAError, first_line
+from paligemma_vla.hub import download_policy
 from paligemma_vla.model.quantize import Weights
+from paligemma_vla.model.vla_model import Arithmetic, VLAModel
+from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.seeding import derive_seed
+from paligemma_vla.storage import is_url, read_json, sha256
+from paligemma_vla.training.checkpoint import DIGEST, RECORD, is_in_shards, load_checkpoint
+
+MODEL_TYPE, FORMAT = "paligemma_vla", 1
+CONFIG, TOKENIZER, PROCESSOR = "config.json", "tokenizer.json", "processor_config.json"
+# What processor_config.json says about images, and config.json therefore does not: its name there -> in `ImageSpec`.
+IMAGE_SETTINGS = {"image_mean": "mean", "image_std": "std", "resample": "resample"}
+AGAIN = "fetch or export it again"
 
 
 class Policy:
     """A trained model with the preprocessing it was trained with.
 
     Made by `from_checkpoint`. `metadata` says what it expects and returns: cameras, dimensions, horizon, control rate, names
-    and units, image orientation, versions. Whatever the model predicts, what it returns are actions as the data has them.
+    and units, image orientation, versions. Whatever the model predicts, `infer` returns actions as the data has them.
     """
 
     def __init__(
-        self, restored: Restored, training: dict[str, Any], versions: dict[str, str], weights: Weights | None = None
+        self, trained: Trained, where: str, device: torch.device | None = None, weights: Weights | None = None
     ) -> None:
-        self.model, self.preprocessor, self.config = restored.model.eval(), restored.preprocessor, restored.config
+        """trained: what `load_trained` read from `where`. device: where the model will answer; None keeps it on the CPU, in
+        float32 as it was trained, for an export. weights: as in `from_checkpoint`."""
+        with _file_errors(where):
+            self.config = config_from_dict(trained.config, where=f"{where}: config")
+            self.preprocessor = Preprocessor.from_dict(trained.preprocessor, where)
+            self.robot = DatasetMetadata.from_json(trained.metadata, where)
+            self.model = _build_model(trained, self.config, self.preprocessor, where, device)
+        if self.config.model.vlm_config.lora is not None:  # merged into the weights
+            self.config = config_from_dict(trained.config, {"model.vlm_config.lora": None})
+        if device is not None:
+            self.model.to_device(device, weights)
+        self.backbone = trained.backbone
         self.device = next(self.model.parameters()).device
-        preprocessor, config, metadata = self.preprocessor, self.config, restored.metadata
-        head = config.model.action_head_config
+        head, robot = self.config.model.action_head_config, self.robot
         self.metadata: dict[str, Any] = {
-            "cameras": [schema.image_key(n + 1) for n in range(config.model.vlm_config.cameras)],
-            "camera_names": list(metadata.cameras),
-            "image_size": preprocessor.image.size,
-            "image_orientation": metadata.image_orientation,
-            "state_dim": preprocessor.state.dimension,
-            "state_names": list(metadata.state_names),
-            "action_dim": preprocessor.action.dimension,
-            "action_names": list(metadata.action_names),
-            "state_units": list(metadata.state_units),
-            "action_units": list(metadata.action_units),
-            "action_convention": metadata.action_convention,
-            "action_representation": metadata.action_representation,
-            "rotation": _rotation(config, metadata),
+            "cameras": [schema.image_key(n + 1) for n in range(self.config.model.vlm_config.cameras)],
+            "camera_names": list(robot.cameras),
+            "image_size": self.preprocessor.image.size,
+            "image_orientation": robot.image_orientation,
+            "state_dim": self.preprocessor.state.dimension,
+            "state_names": list(robot.state_names),
+            "action_dim": self.preprocessor.action.dimension,
+            "action_names": list(robot.action_names),
+            "state_units": list(robot.state_units),
+            "action_units": list(robot.action_units),
+            "action_convention": robot.action_convention,
+            "action_representation": robot.action_representation,
+            "rotation": _rotation(self.config, robot),
             "horizon": head.horizon,
             "num_inference_timesteps": head.num_inference_timesteps,
-            "control_hz": metadata.control_hz,
-            "robot": metadata.robot,
-            "training": training,
+            "control_hz": robot.control_hz,
+            "robot": robot.robot,
+            "training": trained.training,
             "weights": weights or "full",
-            "versions": versions,
+            "versions": trained.versions,
         }
 
     @classmethod
@@ -63,12 +93,9 @@ class Policy:
         hub (`org/name`, `org/name@revision`); it needs nothing else. Uses the averaged weights when the run kept them.
 
         weights: quantise the backbone to `int8` or `int4`; None keeps it as it was trained. Raises `CheckpointError` when it is
-        missing, damaged or nothing of ours, `ModelError` when it cannot be quantised here.
+        missing, damaged or not of this project, `ModelError` when it cannot be quantised here.
         """
-        trained = load_trained(path)
-        restored = restore(trained, path, torch.device(device))
-        restored.model.to_device(torch.device(device), weights)
-        return cls(restored, trained.training, trained.versions, weights)
+        return cls(load_trained(path), str(path), torch.device(device), weights)
 
     def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
         """Answer one observation.
@@ -90,15 +117,14 @@ class Policy:
             raise DataError(f"num_steps: got {num_steps}, expected at least 1 Euler step")
         for observation in observations:
             self._check(observation)
-        present = np.array([[observation.get(name) is not None for name in names] for observation in observations])
+        present = np.array([[observation.get(name) is not None for name in names] for observation in observations])  # (B, N)
         images = [
             torch.from_numpy(np.stack([self._pixels(observation.get(name)) for observation in observations])).to(self.device)
             for name in names
-        ]
+        ]  # N of (B, 3, H, W)
         prompts = [observation["prompt"] for observation in observations]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
         state = np.stack([np.asarray(observation["state"], np.float32) for observation in observations])  # (B, P)
-        noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
         actions = self.model(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
@@ -108,11 +134,11 @@ class Policy:
             further_images=images[2:],
             input_ids=torch.from_numpy(ids),
             image_mask=torch.from_numpy(present),
-            flow_noise=noise,
+            flow_noise=torch.stack([self._noise(seed) for seed in seeds]).to(self.device),
             num_steps=num_steps,
         )
         predicted = actions[..., : self.preprocessor.action.dimension].cpu().numpy()
-        answer = self.preprocessor.decode_actions(predicted, state)
+        answer = self.preprocessor.decode_actions(predicted, state)  # (B, K, A)
         finite = np.isfinite(answer).all(axis=(1, 2))
         if not finite.all():
             raise CheckpointError(
@@ -121,7 +147,7 @@ class Policy:
             )
         return answer
 
-    def _noise(self, seed: int | None) -> torch.Tensor:
+    def _noise(self, seed: int | None) -> Tensor:
         head = self.config.model.action_head_config
         generator = torch.Generator()
         if seed is None:
@@ -139,19 +165,12 @@ class Policy:
         """Raise `DataError` with everything that is wrong about an observation."""
         names, dimension = self.metadata["cameras"], self.metadata["state_dim"]
         faults = []
+        if observation.get(names[0]) is None:
+            faults.append(f"{names[0]}: missing; got {', '.join(observation)}")
         for name in names:
             image = observation.get(name)
-            if image is None:
-                if name == names[0]:
-                    faults.append(f"{name}: missing; got {', '.join(observation)}")
-            elif (
-                not isinstance(image, np.ndarray)
-                or image.dtype != np.uint8
-                or image.ndim != 3
-                or image.shape[2] != 3
-                or image.size == 0
-            ):
-                got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            if image is not None and not _is_image(image):
                 faults.append(f"{name}: got {got}, expected a uint8 array (H, W, 3)")
         try:
             state = np.asarray(observation.get("state", ()))
@@ -164,9 +183,14 @@ class Policy:
             faults.append(f"state: got {state.tolist()}, expected a rotation in it as {rotation}: a length of 0 is none")
         if not isinstance(observation.get("prompt"), str):
             faults.append(f"prompt: got {type(observation.get('prompt')).__name__}, expected a string")
-        faults += [f"{k}: not a camera of this policy; it has {', '.join(names)}" for k in observation if _is_stray(k, names)]
+        unknown = [key for key in observation if key.startswith("image_") and key not in names]
+        faults += [f"{key}: not a camera of this policy; it has {', '.join(names)}" for key in unknown]
         if faults:
-            raise DataError("observation:\n  " + "\n  ".join(faults))
+            raise DataError("\n  ".join(["observation:", *faults]))
+
+
+def _is_image(image: Any) -> bool:
+    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size > 0
 
 
 def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | None:
@@ -177,5 +201,152 @@ def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | 
     return {"representation": metadata.action_rotation, "dimensions": None} if metadata.action_rotation else None
 
 
-def _is_stray(key: str, names: Sequence[str]) -> bool:
-    return key.startswith("image_") and key not in names
+@dataclass(frozen=True)
+class Trained:
+    """What training left, and a policy is made of; plain data but for the weights.
+
+    training: step, epoch, averaged_weights, best_metric (None when nothing was validated). metadata: `DatasetMetadata` as JSON.
+    The other parts are those of a checkpoint.
+    """
+
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    backbone: dict[str, Any]
+    metadata: str
+    versions: dict[str, str]
+    training: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+
+def load_trained(location: str | Path) -> Trained:
+    """Read a checkpoint (`.pth.tar`, path or URL, or a folder of shards), an exported folder, or one on the hub (`org/name`,
+    `org/name@revision`).
+
+    The averaged weights are taken where the run kept them. Raises `CheckpointError` for what is missing or damaged.
+    """
+    here = download_policy(location)
+    if not is_url(here) and Path(here).is_dir() and not is_in_shards(Path(here)):
+        return _read_folder(Path(here))
+    saved = load_checkpoint(here)
+    average = saved["ema"]["average"] if saved["ema"] is not None else {}
+    best = float(saved["best_metric"])
+    training = {
+        "step": saved["step"],
+        "epoch": saved["epoch"],
+        "averaged_weights": saved["ema"] is not None,
+        "best_metric": best if math.isfinite(best) else None,
+    }
+    parts = {name: saved[name] for name in ("config", "preprocessor", "backbone", "metadata", "versions")}
+    return Trained(**parts, training=training, state_dict={**saved["state_dict"], **average})
+
+
+def fingerprint(location: str | Path) -> str | None:
+    """What distinguishes a checkpoint or an export from others: sha256 of the file, or of the file of a folder that holds
+    those of the others. None for a URL, which is fetched only to be read."""
+    if is_url(str(location)):
+        return None
+    here = Path(download_policy(location)).resolve()
+    if here.is_dir():
+        return sha256(here / (RECORD if is_in_shards(here) else CONFIG))
+    beside = here.with_name(f"{here.name}{DIGEST}")
+    words = beside.read_text(encoding="ascii").split() if beside.is_file() else []
+    return words[0] if len(words) == 2 else sha256(here)  # more of them: a kill came in the middle of a save
+
+
+def _build_model(
+    trained: Trained, config: VLAConfig, preprocessor: Preprocessor, where: str, device: torch.device | None
+) -> VLAModel:
+    """The model of `trained`, on the CPU. Adapters are merged into the weights here and nowhere else, so that a checkpoint
+    and its export are one model.
+
+    Matrices are in the type in which `device` computes from the start, so that they are never in memory in float32.
+    """
+    model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
+    model.requires_grad_(False)
+    adapted = config.model.vlm_config.lora is not None
+    if device is None:
+        model.float()  # weights that do not learn are built in bfloat16
+    elif not adapted:  # adapters are added in float32
+        model.cast_for(device)
+    try:
+        model.load_state_dict(trained.state_dict)
+    except RuntimeError as error:
+        _, _, faults = str(error).partition(":")
+        raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
+    if adapted:
+        dtype = torch.float32 if device is None else Arithmetic.on(device.type, model.configured_dtype).dtype
+        model.paligemma_vlm.merge_adapters(dtype)
+    return model.eval()
+
+
+@contextmanager
+def _file_errors(location: str | Path) -> Iterator[None]:
+    """What is read inside comes from files that anybody may have edited: any error is a `CheckpointError`.
+
+    A `ModelError` passes: a class that is not installed here is no damage.
+    """
+    try:
+        yield
+    except (CheckpointError, ModelError):
+        raise
+    except VLAError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # of any kind: an edited file can hold anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{location}: does not describe a policy ({reason}); {AGAIN}") from error
+
+
+def _read_folder(folder: Path) -> Trained:
+    raw = read_config(folder)
+    with _file_errors(folder):
+        shards = _check_files(folder, raw["files"])
+        return Trained(
+            config=raw["configuration"],
+            preprocessor=_preprocessor(folder, raw["preprocessor"]),
+            backbone=raw["backbone"],
+            metadata=json.dumps(raw["metadata"]),
+            versions=dict(raw["versions"]),
+            training={name: raw["training"][name] for name in ("step", "epoch", "averaged_weights", "best_metric")},
+            state_dict={name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()},
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an exported folder; raises `CheckpointError` when that is not what the folder is."""
+    path = folder / CONFIG
+    missing = "a folder that `paligemma-vla export` wrote has one (a run keeps its checkpoints as checkpoints/*.pth.tar)"
+    raw = read_json(path, CheckpointError, AGAIN, missing)
+    if raw.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{path}: got a model of type {raw.get('model_type')!r}, expected '{MODEL_TYPE}': a folder that `paligemma-vla "
+            f"export` wrote; to train from a backbone name it in model.vlm_config.model_name_or_path"
+        )
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: got format {raw.get('format')!r}, expected {FORMAT}; update paligemma-vla, or {AGAIN}")
+    return raw
+
+
+def _check_files(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """Check the sha256 of every file that will be read, and return the names of those with weights.
+
+    A flipped byte in a weight would move a robot otherwise than it learned.
+    """
+    shards = sorted(name for name in expected if name.endswith(".safetensors"))
+    for name in (RUN_STATISTICS, TOKENIZER, PROCESSOR, *shards):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file; {AGAIN}")
+        if sha256(folder / name) != expected[name]:
+            raise CheckpointError(f"{folder / name}: damaged or edited: its sha256 differs from {CONFIG}; {AGAIN}")
+    return shards
+
+
+def _preprocessor(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's description of the preprocessing, gathered from the files of the folder."""
+    images = read_json(folder / PROCESSOR, CheckpointError, AGAIN)["image_processor"]
+    settings = {ours: images[theirs] for theirs, ours in IMAGE_SETTINGS.items()}
+    return {
+        **raw,
+        "prompts": {**raw["prompts"], "tokenizer_json": (folder / TOKENIZER).read_text(encoding="utf-8")},
+        "image": {**raw["image"], **settings, "size": images["size"]["height"]},
+        "statistics": read_json(folder / RUN_STATISTICS, CheckpointError, AGAIN),
+    }

@@ -6,7 +6,6 @@ these functions: it goes into the checkpoint as a dictionary and comes back equa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,7 +17,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.errors import DataError, ModelError, first_line
+from paligemma_vla.errors import DataError, ModelError
+from paligemma_vla.hub import backbone_errors, check_backbone
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
 
 Box = tuple[float, float, float, float]
@@ -183,12 +183,10 @@ def load_prompt_and_image_spec(
     """
     from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor  # heavy: only where a backbone is loaded
 
-    check_reachable(model_name_or_path, revision)
-    try:
+    check_backbone(model_name_or_path, revision)
+    with backbone_errors(model_name_or_path):
         processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
-    except Exception as error:  # of any kind: a folder that is almost right raises KeyError, AttributeError, ...
-        raise ModelError(not_loadable(model_name_or_path, error)) from error
     if not isinstance(processor, PaliGemmaProcessor):
         raise ModelError(
             f"model.vlm_config.model_name_or_path: '{model_name_or_path}' holds a {config.model_type}, expected a PaliGemma; "
@@ -219,44 +217,3 @@ def load_prompt_and_image_spec(
     )
     mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
     return prompts, ImageSpec(side, mean, std, int(images.resample), resize)  # type: ignore[arg-type]
-
-
-def not_loadable(model_name_or_path: str, error: BaseException) -> str:
-    """What to tell a user whose backbone cannot be loaded."""
-    return (
-        f"model.vlm_config.model_name_or_path: cannot load '{model_name_or_path}' ({first_line(error)})\n"
-        "  a local folder must hold config.json, *.safetensors and the processor's files;\n"
-        "  google/paligemma-* is gated: accept its licence on Hugging Face, then run `hf auth login` or set HF_TOKEN;\n"
-        "  without a network, download it elsewhere and give the folder: --model_path_override FOLDER"
-    )
-
-
-def check_reachable(model_name_or_path: str, revision: str | None) -> None:
-    """Raise `ModelError` with the reason and its remedy when a backbone is neither a folder nor to be had from the hub.
-
-    One file is asked for, so that a hub out of reach is given up after half a minute instead of many.
-    """
-    from huggingface_hub import errors, hf_hub_download
-
-    if os.path.isdir(model_name_or_path):
-        return
-    key = f"model.vlm_config.model_name_or_path: '{model_name_or_path}'"
-    log_in = "log in (`hf auth login`, or set HF_TOKEN)"
-    try:
-        hf_hub_download(model_name_or_path, "config.json", revision=revision)
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{key} is gated: accept its licence at https://huggingface.co/{model_name_or_path}, then {log_in} with the same "
-            f"account; or download it elsewhere and give the folder: --model_path_override FOLDER"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(
-            f"model.vlm_config.revision: '{model_name_or_path}' has no revision '{revision}' on the hub"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{key} is neither a folder here nor a model on the hub that you may see; mend the name, or {log_in} if it is "
-            f"private or gated"
-        ) from error
-    except Exception as error:  # of any kind: no network, no folder of that name, a proxy that answers something else
-        raise ModelError(not_loadable(model_name_or_path, error)) from error

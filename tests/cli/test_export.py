@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from paligemma_vla import Policy
-from paligemma_vla.export.folder import fingerprint
+from paligemma_vla.policy import fingerprint
 from support import call
 
 
@@ -92,7 +92,7 @@ def test_export_adds_a_program_on_request(capfd: pytest.CaptureFixture[str], che
     [
         ("--checkpoint_path missing.pth.tar --output_dir {tmp}/o", "missing.pth.tar: no such checkpoint"),
         ("--checkpoint_path org/none --output_dir {tmp}/o", "org/none: no such file or folder here"),
-        ("--checkpoint_path {tmp} --output_dir {tmp}/o", "config.json: not there"),
+        ("--checkpoint_path {tmp} --output_dir {tmp}/o", "config.json: no such file"),
         ("--checkpoint_path {checkpoint} --output_dir {tmp}", "holds notes.txt, which no export wrote"),
         ("--checkpoint_path {checkpoint} --output_dir {tmp}/notes.txt", "notes.txt: a file is there"),
         ("--checkpoint_path {checkpoint} --output_dir {tmp}/notes.txt/x", "Not a directory"),
@@ -187,14 +187,14 @@ def test_export_on_a_full_disk_leaves_nothing(capfd: pytest.CaptureFixture[str],
 def test_figures_of_a_rollout_reach_the_card(tmp_path: Path) -> None:
     """What `rollout` writes is what the card reads; random actions need no checkpoint and belong to none."""
     from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
-    from paligemma_vla.export.measurements import read_measurement
+    from paligemma_vla.export.card import read_measurement
 
     with RolloutPool("metaworld", workers=0, image_size=8) as pool:
         pool.run(RolloutConfig(policy="random", tasks=("drawer-open",), episodes=1, output_dir=tmp_path))
     measurement = read_measurement(tmp_path / "rollout.json")
     assert measurement.checkpoint is None
-    assert measurement.lines[2].startswith(("| drawer-open | 0/1 | 0.00 |", "| drawer-open | 1/1 | 1.00 |"))
-    assert measurement.lines[-1].endswith("policy random; weights full.")
+    assert measurement.rows[0][:3] in (("drawer-open", "0/1", "0.00"), ("drawer-open", "1/1", "1.00"))
+    assert measurement.note.endswith("policy random; weights full.")
 
 
 def test_rollout_takes_an_export_and_quantised_weights(exported: Path, tmp_path: Path) -> None:

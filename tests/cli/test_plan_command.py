@@ -76,10 +76,10 @@ def hub() -> Iterator[str]:
         (
             "google/gated",
             None,
-            ("'google/gated' is gated: accept its licence at https://huggingface.co/google/gated", "HF_TOKEN"),
+            ("'google/gated' (it is gated)", "licence accepted at https://huggingface.co/google/gated", "HF_TOKEN"),
         ),
         ("google/nothing", None, ("neither a folder here nor a model on the hub that you may see", "hf auth login")),
-        ("google/paligemma", "v9", ("model.vlm_config.revision: 'google/paligemma' has no revision 'v9' on the hub",)),
+        ("google/paligemma", "v9", ("'google/paligemma'", "no revision 'v9' of it: model.vlm_config.revision")),
         ("no/such/folder", None, ("cannot load 'no/such/folder'", "a local folder must hold", "--model_path_override FOLDER")),
     ],
 )

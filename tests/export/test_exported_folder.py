@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import CheckpointError
-from paligemma_vla.export import writer
-from paligemma_vla.export.folder import CONFIG, Trained, fingerprint, load_trained, restore
-from paligemma_vla.export.writer import ExportOptions, write_export
+from paligemma_vla.export import folder as export_folder
+from paligemma_vla.export.folder import ExportOptions, write_export
 from paligemma_vla.model import VLAModel
+from paligemma_vla.policy import CONFIG, Trained, fingerprint, load_trained
 from paligemma_vla.storage import sha256
 from support import train_here
 
@@ -42,7 +42,7 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 def write(output: Path, trained: Trained, **options: Any) -> Path:
-    return write_export(output, trained, restore(trained, "test"), ExportOptions(**options))
+    return write_export(output, Policy(trained, "test"), ExportOptions(**options))
 
 
 def observations(count: int) -> list[dict[str, Any]]:
@@ -110,13 +110,6 @@ def test_exported_files_hold_no_pickle_and_each_fact_once(exported: Path) -> Non
     assert all(path.stat().st_mode & 0o044 for path in exported.iterdir())  # as readable as other files
 
 
-def test_exported_parts_of_the_preprocessor_that_are_yet_to_come_travel(
-    trained: Trained, policy: Policy, tmp_path: Path
-) -> None:
-    more = Trained(**{**vars(trained), "preprocessor": {**trained.preprocessor, "yet_to_come": {"kept": [1, 2.5]}}})
-    assert load_trained(write(tmp_path / "more", more)).preprocessor["yet_to_come"] == {"kept": [1, 2.5]}
-
-
 def test_exported_processor_is_that_of_the_backbone(exported: Path, tiny_model_dir: Path, policy: Policy) -> None:
     """transformers reads the folder, and gives the ids and pixels of the backbone's own processor, and ours."""
     from transformers import AutoProcessor, PaliGemmaProcessor
@@ -145,7 +138,7 @@ def test_exported_shards_are_read_as_one(trained: Trained, policy: Policy, expor
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, whole[name]) for name, value in parts.items())
     next(output.glob("model-00002-*")).unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002.*not there; fetch or export it again"):
+    with pytest.raises(CheckpointError, match=r"model-00002.*no such file; fetch or export it again"):
         Policy.from_checkpoint(output)
 
 
@@ -216,7 +209,7 @@ def flipped(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / CONFIG).unlink(), "config.json: not there"),
+        (lambda f: (f / CONFIG).unlink(), "config.json: no such file"),
         (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / CONFIG).write_text("[1]"), "got list, expected a JSON object"),
         (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be read as JSON"),
@@ -239,13 +232,13 @@ def flipped(path: Path) -> None:
         (edited(lambda raw: raw["backbone"].update(text_config="big")), "does not describe a policy"),
         (edited(lambda raw: raw["metadata"].update(control_hz="fast")), "control_hz: got"),
         (edited(lambda raw: raw["training"].pop("step")), "does not describe a policy"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not there"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
         (lambda f: truncated(f / "model.safetensors"), "model.safetensors: damaged or edited"),
         (lambda f: flipped(f / "model.safetensors"), "model.safetensors: damaged or edited"),
         (rewritten("model.safetensors", truncated), "does not describe a policy"),
         (rewritten("model.safetensors", without_a_weight), "action_head.velocity.weight"),
         (rewritten("model.safetensors", with_a_wrong_shape), "action_head.velocity.bias"),
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: not there"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
         (rewritten("tokenizer.json", lambda path: path.write_text("{}")), "does not describe a policy"),
         (rewritten("processor_config.json", lambda path: path.write_text("{}")), "does not describe a policy"),
         (lambda f: (f / "normalization_stats.json").write_text("{}"), "normalization_stats.json: damaged or edited"),
@@ -264,7 +257,7 @@ def test_place_that_is_nothing_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     for place, message in (
-        ("run", r"config\.json: not there.*checkpoints/\*\.pth\.tar"),
+        ("run", r"config\.json: no such file.*checkpoints/\*\.pth\.tar"),
         ("runs/last.pth.tar", "no such checkpoint"),
         ("nothing", "no such checkpoint"),
         ("org/name", "org/name: no such file or folder here, and the Hugging Face hub does not give it"),
@@ -346,7 +339,7 @@ def test_export_that_fails_leaves_what_was_there(
     def full_disk(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "atomic_write", full_disk)
+    monkeypatch.setattr(export_folder, "atomic_write", full_disk)
     with pytest.raises(CheckpointError, match=r"policy: cannot be written \(No space left on device\); free some space"):
         write(folder, trained, dtype="bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == (["policy"] if before else [])
@@ -359,7 +352,7 @@ def test_export_killed_between_its_renames_is_mended_by_the_next(
 ) -> None:
     """The earlier export was set aside, the new one not yet in place; the next call fails, and the earlier one is back."""
     folder.rename(folder.with_name(".policy.export.old"))
-    monkeypatch.setattr(writer, "atomic_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(export_folder, "atomic_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="cannot be written"):
         write(folder, trained)
     assert load_trained(folder).training["step"] == trained.training["step"]

@@ -14,9 +14,9 @@ import yaml
 from paligemma_vla import Policy
 from paligemma_vla.cli.demo import CONDITIONS
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.export.card import is_hub_id, model_card
-from paligemma_vla.export.folder import Trained, load_trained, restore
-from paligemma_vla.export.measurements import Measurement, read_measurement
+from paligemma_vla.export.card import Measurement, model_card, read_measurement
+from paligemma_vla.hub import is_hub_id
+from paligemma_vla.policy import Trained, load_trained
 from support import METADATA
 
 HOSTILE = "a|b `c` <script>alert(1)</script>\n# Heading\n---\n[link](http://x) *bold* @all"
@@ -28,7 +28,7 @@ def trained(checkpoint: Path) -> Trained:
 
 
 def card_of(trained: Trained, dtype: str, measurements: Sequence[Measurement]) -> str:
-    return model_card(trained, restore(trained, "test"), dtype, measurements)
+    return model_card(Policy(trained, "test"), dtype, measurements)
 
 
 def head_and_body(card: str) -> tuple[dict[str, Any], str]:
@@ -156,7 +156,7 @@ def test_card_tells_every_figure_that_was_given(trained: Trained, policy: Policy
     assert "| d\\|y | 0.135 | 0.0692 |" in card
     assert "40 samples of 7 episodes, 10 Euler steps, velocity loss 0.0789; weights int8" in card
     assert "| drawer-open | 18/20 | 0.90 | 0.70 to 0.97 |" in card
-    assert "| wrong\\_prompt | 0.125 |" in card
+    assert "wrong\\_prompt 0.125" in card
     assert "flatter" not in card
 
 
@@ -165,8 +165,7 @@ def test_figures_of_random_actions_belong_to_no_checkpoint(tmp_path: Path) -> No
 
 
 def test_figures_on_training_data_are_called_flattering(tmp_path: Path) -> None:
-    lines = read({**open_loop(), "data": {"training_files": 2}}, tmp_path).lines
-    assert "flatter" in lines[-1]
+    assert "flatter" in read({**open_loop(), "data": {"training_files": 2}}, tmp_path).note
 
 
 @pytest.mark.parametrize(
@@ -194,5 +193,5 @@ def test_file_of_figures_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=name):
             read_measurement(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"no\.json: cannot be read \(No such file"):
+    with pytest.raises(ConfigError, match=r"no\.json: no such file"):
         read_measurement(tmp_path / "no.json")

@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> int:
 
 def checkpoint_facts(path: str, policy: Policy) -> dict[str, Any]:
     """What the checkpoint is: where it came from and how large, besides `Policy.metadata`."""
-    from paligemma_vla.export.folder import fingerprint
     from paligemma_vla.model.quantize import weight_bytes
+    from paligemma_vla.policy import fingerprint
 
     head = policy.config.model.action_head_config
     trained = policy.metadata["training"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from paligemma_vla.errors import ConfigError
 
 if TYPE_CHECKING:
-    from paligemma_vla.export.measurements import Measurement
+    from paligemma_vla.export.card import Measurement
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +42,10 @@ def main(args: argparse.Namespace) -> int:
     """Export, and print where to."""
     if args.private and args.push_to_hub is None:
         raise ConfigError("--private: means something with --push_to_hub ORG/NAME only")
-    from paligemma_vla.export.folder import load_trained, restore
-    from paligemma_vla.export.hub import check_can_push, push
-    from paligemma_vla.export.measurements import read_measurement
-    from paligemma_vla.export.writer import ExportOptions, check_replaceable, write_export
+    from paligemma_vla.export.card import read_measurement
+    from paligemma_vla.export.folder import ExportOptions, check_replaceable, write_export
+    from paligemma_vla.hub import check_can_push, push
+    from paligemma_vla.policy import Policy, load_trained
 
     # What can be refused is refused before gigabytes are read.
     check_replaceable(args.output_dir)
@@ -54,11 +54,10 @@ def main(args: argparse.Namespace) -> int:
     measurements = [read_measurement(path) for path in args.metrics]
     _check_measured(args.metrics, measurements, args.checkpoint_path)
 
-    trained = load_trained(args.checkpoint_path)
-    options = ExportOptions(args.dtype, args.torch_export, measurements)
-    output = write_export(args.output_dir, trained, restore(trained, args.checkpoint_path), options)
+    policy = Policy(load_trained(args.checkpoint_path), args.checkpoint_path)
+    output = write_export(args.output_dir, policy, ExportOptions(args.dtype, args.torch_export, measurements))
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
-    sys.stdout.write(f"{output}: {size:,.1f} MB, step {trained.training['step']:,}\n")
+    sys.stdout.write(f"{output}: {size:,.1f} MB, step {policy.metadata['training']['step']:,}\n")
     if args.push_to_hub is not None:
         sys.stdout.write(f"{push(output, args.push_to_hub, args.private)}\n")
     return 0
@@ -66,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_measured(paths: list[Path], measurements: list[Measurement], checkpoint_path: str) -> None:
     """Raise `ConfigError` for figures of another checkpoint: a card must not praise a policy for what another did."""
-    from paligemma_vla.export.folder import fingerprint
+    from paligemma_vla.policy import fingerprint
 
     if not any(measurement.checkpoint for measurement in measurements):
         return

@@ -32,7 +32,7 @@ from paligemma_vla.evaluation.episode import (
     play,
     write_video,
 )
-from paligemma_vla.export.hub import local_copy
+from paligemma_vla.hub import download_policy
 from paligemma_vla.storage import atomic_write
 from paligemma_vla.workers import WorkerPool
 
@@ -106,7 +106,7 @@ class RolloutPool:
         self.env_name, self.checkpoint_path, self.image_size, self.weights = env, checkpoint_path, image_size, weights
         self._env = make_environment(env, image_size)
         if policy_factory is None and checkpoint_path is not None:
-            policy_factory = partial(load_checkpoint, local_copy(checkpoint_path), weights)
+            policy_factory = partial(load_checkpoint, download_policy(checkpoint_path), weights)
         self._has_policy = policy_factory is not None
         self._pool = WorkerPool(workers, _start_worker, (env, image_size, policy_factory))
 
@@ -216,7 +216,7 @@ def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
 def _fingerprint(path: str | None) -> str | None:
     if path is None:
         return None
-    from paligemma_vla.export.folder import fingerprint  # needs torch, which random actions do not
+    from paligemma_vla.policy import fingerprint  # needs torch, which random actions do not
 
     return fingerprint(path)
 

@@ -1,1 +1,1 @@
-"""A policy as a Hugging Face folder: written, read back, fetched from the hub and put there."""
+"""A policy as a Hugging Face folder, with its model card and `torch.export` programs."""

@@ -1,31 +1,30 @@
-"""The model card: README.md of an exported folder, with the YAML head that the hub reads.
-
-Names, instructions and paths come out of files that others wrote: each is escaped, so that none becomes a heading, a link or
-another column.
-"""
+"""The model card: README.md of an exported folder, with the YAML head that the hub reads and figures of evaluations."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path, PurePath
+from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
-from paligemma_vla.config import VLAConfig
-from paligemma_vla.export.folder import Restored, Trained
-from paligemma_vla.export.markdown import number, table, text
-from paligemma_vla.export.measurements import Measurement
-from paligemma_vla.preprocess import Preprocessor
-from paligemma_vla.schema import DatasetMetadata, image_key
+from paligemma_vla.errors import ConfigError, first_line
+from paligemma_vla.hub import is_hub_id
+from paligemma_vla.policy import Policy
+from paligemma_vla.storage import read_json
 
-FILES_SHOWN = 20
+MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~$&@])")  # characters that Markdown or HTML would take for more than text
 
 
-def model_card(trained: Trained, restored: Restored, dtype: str, measurements: Sequence[Measurement]) -> str:
+def model_card(policy: Policy, dtype: str, measurements: Sequence[Measurement]) -> str:
     """README.md of an export: `dtype` is that of its weights."""
-    config, preprocessor, metadata = restored.config, restored.preprocessor, restored.metadata
-    name, backbone = config.training.experiment_name, config.model.vlm_config.model_name_or_path
+    config, statistics = policy.config, policy.preprocessor.statistics
+    backbone = config.model.vlm_config.model_name_or_path
     head = {
         "license": "gemma",
         "library_name": "paligemma-vla",
@@ -33,140 +32,123 @@ def model_card(trained: Trained, restored: Restored, dtype: str, measurements: S
         **({"base_model": backbone} if is_hub_id(backbone) else {}),
         "tags": ["robotics", "vision-language-action", "flow-matching", "paligemma"],
     }
-    sections = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n",
-        f"# {text(name)}\n",
-        f"A robot policy: pictures, an instruction and the robot's state to its next {config.model.action_head_config.horizon} "
-        f"actions. The backbone {text(backbone)} (PaliGemma) reads pictures and instruction; a flow-matching head turns noise "
-        f"into actions. Trained with PaliGemma-VLA {text(trained.versions['paligemma-vla'])}; weights in {dtype}.\n",
-        _use(config),
-        _interface(config, preprocessor, metadata),
-        _data(preprocessor, metadata),
-        _procedure(config, trained),
-        _metrics(config, trained, measurements),
-        _limits(preprocessor),
-        LICENCE,
-    ]
-    return "\n".join(sections)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a backbone's name is one on the hub, as far as that can be told from here, rather than a folder."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _use(config: VLAConfig) -> str:
-    cameras = ", ".join(f'"{image_key(n + 1)}": image_{n + 1}' for n in range(config.model.vlm_config.cameras))
-    return f"""## Use
-
-```python
-from paligemma_vla import Policy
-policy = Policy.from_checkpoint("this folder, or its id on the hub")
-actions = policy.infer({{{cameras}, "state": state, "prompt": "..."}})["actions"]
-```
-"""
-
-
-def _interface(config: VLAConfig, preprocessor: Preprocessor, metadata: DatasetMetadata) -> str:
-    head, side = config.model.action_head_config, preprocessor.image.size
-    rate = f"{metadata.control_hz:g} a second" if metadata.control_hz else "rate not recorded"
-    rows = []
-    for n in range(config.model.vlm_config.cameras):
-        called = f" '{metadata.cameras[n]}'" if n < len(metadata.cameras) else ""
-        optional = "; may be left out" if n else ""
-        what = f"camera{called}, RGB, {metadata.image_orientation}{optional}"
-        rows.append([image_key(n + 1), what, f"(H, W, 3) uint8, resized to {side} x {side} ({preprocessor.image.resize})"])
-    rows += [
-        ["state", "the robot's state, real units", f"({preprocessor.state.dimension},)"],
-        ["prompt", "the instruction", f"at most {preprocessor.prompts.max_len} tokens"],
-        ["actions (out)", f"a chunk, real units; {rate}", f"({head.horizon}, {preprocessor.action.dimension}) float32"],
-    ]
-    parts = ["## Inputs and outputs\n", *table(("name", "what", "shape"), rows), ""]
-    for title, names, statistics in (
-        ("state", metadata.state_names, preprocessor.statistics.state),
-        ("action", metadata.action_names, preprocessor.statistics.action),
-    ):
-        ranges = zip(statistics.min, statistics.max, strict=True)
-        numbers = [
-            [names[n] if names else f"{title}[{n}]", f"{number(low)} to {number(high)}"] for n, (low, high) in enumerate(ranges)
-        ]
-        parts += [*table((title, "range in training"), numbers), ""]
-    if metadata.action_convention:
-        parts.append(f"What an action means: {text(metadata.action_convention)}.\n")
-    return "\n".join(parts)
-
-
-def _data(preprocessor: Preprocessor, metadata: DatasetMetadata) -> str:
-    statistics = preprocessor.statistics
+    digests = [*statistics.digests, *[""] * len(statistics.datasets)]  # older statistics have none
     names = [PurePath(path).name for path in statistics.datasets]
-    digests = [*statistics.digests, *[""] * len(names)]
-    rows = [[name, digest] for name, digest in zip(names, digests, strict=False)]
-    shown = table(("file", "digest of its contents"), rows[:FILES_SHOWN])
-    more = [f"\n... and {len(rows) - FILES_SHOWN} more files"] if len(rows) > FILES_SHOWN else []
-    extra = [f"- {text(key)}: {text(value)}" for key, value in sorted(metadata.extra.items())]
-    return "\n".join(
-        [
-            "## Training data\n",
-            f"- robot: {text(metadata.robot) or 'not recorded'}",
-            f"- steps in the statistics: {statistics.action.count:,} of {len(names)} files; normalised by "
-            f"{text(preprocessor.normalization)}",
-            *extra,
-            "",
-            *shown,
-            *more,
-            "",
-        ]
+    environment = Environment(autoescape=True, finalize=_escaped, trim_blocks=True, undefined=StrictUndefined)
+    environment.filters["number"] = _number
+    template = environment.from_string(files("paligemma_vla.export").joinpath("card.md.j2").read_text("utf-8"))
+    return template.render(
+        policy=policy,
+        config=config,
+        vlm=config.model.vlm_config,
+        head_config=config.model.action_head_config,
+        robot=policy.robot,
+        image=policy.preprocessor.image,
+        statistics=statistics,
+        training=policy.metadata["training"],
+        head=Markup(yaml.safe_dump(head, sort_keys=False, allow_unicode=True)),
+        files=list(zip(names, digests, strict=False)),
+        settings=_settings(policy),
+        measurements=measurements,
+        dtype=dtype,
     )
 
 
-def _procedure(config: VLAConfig, trained: Trained) -> str:
+def _escaped(value: object) -> Markup:
+    """A value on one line, as text and nothing else."""
+    return value if isinstance(value, Markup) else Markup(MARKDOWN.sub(r"\\\1", " ".join(str(value).split())))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _settings(policy: Policy) -> list[tuple[str, str]]:
+    config, trained = policy.config, policy.metadata["training"]
     vlm, training, optimizer = config.model.vlm_config, config.training, config.optimizer
     frozen = [name for name, yes in (("vision", vlm.freeze_vision_tower), ("language", vlm.freeze_language_model)) if yes]
     stages = ", ".join(f"{stage.train} {stage.steps or 'to the end'}" for stage in training.stages)
-    averaged = "averaged" if trained.training["averaged_weights"] else "not averaged"
-    rows = [
-        ["optimiser steps, epochs", f"{trained.training['step']:,}, {trained.training['epoch']}"],
-        ["batch", f"{config.data.batch_size}"],
-        ["rates (head, backbone)", f"{optimizer.lr:g}, {optimizer.vlm_lr or optimizer.lr:g}; {config.lr_scheduler.type}"],
-        ["weight decay", f"{optimizer.weight_decay:g}"],
-        ["stages", stages or "all at once"],
-        ["frozen", ", ".join(frozen) or "nothing"],
-        ["moving average of the weights", f"{training.ema_decay:g}; these weights are {averaged}"],
-        ["compute type", vlm.dtype],
-        ["augmentation", "on" if config.data.augmentation.enabled else "off"],
-        ["seed", f"{training.seed}"],
+    averaged = "averaged" if trained["averaged_weights"] else "not averaged"
+    return [
+        ("optimiser steps, epochs", f"{trained['step']:,}, {trained['epoch']}"),
+        ("batch", f"{config.data.batch_size}"),
+        ("rates (head, backbone)", f"{optimizer.lr:g}, {optimizer.vlm_lr or optimizer.lr:g}; {config.lr_scheduler.type}"),
+        ("weight decay", f"{optimizer.weight_decay:g}"),
+        ("stages", stages or "all at once"),
+        ("frozen", ", ".join(frozen) or "nothing"),
+        ("moving average of the weights", f"{training.ema_decay:g}; these weights are {averaged}"),
+        ("compute type", vlm.dtype),
+        ("augmentation", "on" if config.data.augmentation.enabled else "off"),
+        ("seed", f"{training.seed}"),
     ]
-    return "\n".join(["## Training procedure\n", *table(("setting", "value"), rows), "", "All settings are in config.json.\n"])
 
 
-def _metrics(config: VLAConfig, trained: Trained, measurements: Sequence[Measurement]) -> str:
-    best = trained.training["best_metric"]
-    told = (
-        f"Best {text(config.training.best_metric)} during training: {number(best)}."
-        if best is not None
-        else "None in training."
+@dataclass(frozen=True)
+class Measurement:
+    """One file of figures for the card. checkpoint: sha256 of what was measured, None where the file does not say."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str
+    checkpoint: str | None
+
+
+def read_measurement(path: Path) -> Measurement:
+    """Read a file of main_eval.py (metrics.json), `rollout` (rollout.json) or the demonstration (demo_summary.json).
+
+    Raises `ConfigError` for any other.
+    """
+    where = f"--metrics {path}"
+    expected = (
+        "metrics.json of main_eval.py, rollout.json of `paligemma-vla rollout`, or demo_summary.json of the demonstration"
     )
-    parts = ["## Metrics\n", f"{told}\n"]
-    for measurement in measurements:
-        parts += [f"### {measurement.title}\n", *measurement.lines, ""]
-    return "\n".join(parts)
+    raw = read_json(path, ConfigError, f"give {expected}", where=where)
+    try:
+        if "velocity_loss" in raw:
+            return _open_loop(raw)
+        return _closed_loop(raw) if "settings" in raw else _demonstration(raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{where}: got other figures ({reason}), expected {expected}") from error
 
 
-def _limits(preprocessor: Preprocessor) -> str:
-    return f"""## Intended use and limits
+def _open_loop(raw: Mapping[str, Any]) -> Measurement:
+    settings, checkpoint, constant = raw["settings"], raw["checkpoint"], raw["baselines"]["mean_action"]
+    figures = [(row["name"], row) for row in raw["per_dimension"]] + [("all", raw), ("always the mean action", constant)]
+    note = (
+        f"{raw['samples']:d} samples of {raw['episodes']:d} episodes, {settings['num_steps']:d} Euler steps, velocity loss "
+        f"{_number(raw['velocity_loss'])}; weights {checkpoint['weights']}, device {settings['device']}."
+    )
+    if raw["data"]["training_files"]:
+        note += " Some of these episodes were in the training data: the figures flatter."
+    rows = [(name, _number(row["mae"]), _number(row["mse"])) for name, row in figures]
+    title = "Open loop: chunks beside recorded actions, in real units"
+    return Measurement(title, ("action", "MAE", "MSE"), rows, note, checkpoint["sha256"])
 
-For research on this robot, with these cameras, this control rate and instructions like those it was trained on. Elsewhere its
-actions mean nothing: the state and action ranges above are all it has seen ({preprocessor.statistics.action.count:,} steps).
 
-It does not know when it fails, recognises neither people nor obstacles, and every answer starts from random noise. Run it
-behind limits on speed, force and workspace, with an emergency stop in reach. Figures measured in a simulator say little about
-a robot.
-"""
+SUCCESSES = ("task", "successes", "rate", "95 % interval (Wilson)")
 
 
-LICENCE = """## Licence
+def _closed_loop(raw: Mapping[str, Any]) -> Measurement:
+    settings = raw["settings"]
+    condition = ", ".join(f"{name} {settings[name]}" for name in ("prompts", "resets", "image", "policy"))
+    note = f"Mean {raw['mean_success']:.3f}; {condition}; weights {settings['weights']}."
+    checkpoint = settings["checkpoint_sha256"] if settings["policy"] == "checkpoint" else None
+    return Measurement(f"Closed loop: success in {settings['env']}", SUCCESSES, _successes(raw["tasks"]), note, checkpoint)
 
-Weights fine-tuned from PaliGemma are a Model Derivative under the [Gemma Terms of Use](https://ai.google.dev/gemma/terms): pass
-these terms on with them, say that they were modified (they were: fine-tuned for robot control), and keep to the [Prohibited Use
-Policy](https://ai.google.dev/gemma/prohibited_use_policy). The code, PaliGemma-VLA, is under Apache-2.0.
-"""
+
+def _demonstration(raw: Mapping[str, Any]) -> Measurement:
+    suffix = "mean_success"
+    means = [f"{name.removesuffix(f'_{suffix}')} {raw[name]:.3f}" for name in raw if name.endswith(suffix)]
+    note = f"Mean success by condition: {', '.join(means)}."
+    return Measurement("Closed loop: the demonstration and its controls", SUCCESSES, _successes(raw["tasks"]), note, None)
+
+
+def _successes(tasks: Mapping[str, Mapping[str, Any]]) -> Sequence[tuple[str, ...]]:
+    rows = []
+    for task, entry in tasks.items():
+        low, high = entry["ci95"]
+        count = f"{entry['successes']:d}/{entry['episodes']:d}"
+        rows.append((task, count, f"{entry['rate']:.2f}", f"{low:.2f} to {high:.2f}"))
+    return rows

@@ -14,8 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, Gemma2Config, GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
 from paligemma_vla.config import VLMConfig
-from paligemma_vla.errors import ModelError
-from paligemma_vla.preprocess import check_reachable, not_loadable
+from paligemma_vla.hub import backbone_errors, check_backbone
 
 VOCABULARY, IMAGE_TOKEN, PATCH = 257_216, 257_152, 14
 NAME = re.compile(r"(?:google/)?paligemma(2?)-(3b|10b|28b)-(?:[\w-]+-)?(224|448|896)(?:-\w+)*")
@@ -79,11 +78,9 @@ def _gemma2(size: str) -> Gemma2Config:
 
 def read_architecture(vlm: VLMConfig) -> dict[str, Any]:
     """`config.json` of the configured backbone as a dictionary. Raises `ModelError` when it cannot be read."""
-    check_reachable(vlm.model_name_or_path, vlm.revision)
-    try:
+    check_backbone(vlm.model_name_or_path, vlm.revision)
+    with backbone_errors(vlm.model_name_or_path):
         return dict(AutoConfig.from_pretrained(vlm.model_name_or_path, revision=vlm.revision).to_dict())
-    except Exception as error:  # of any kind: a folder that is almost right raises KeyError, AttributeError, ...
-        raise ModelError(not_loadable(vlm.model_name_or_path, error)) from error
 
 
 def architecture_to_plan(vlm: VLMConfig) -> tuple[dict[str, Any], bool]:

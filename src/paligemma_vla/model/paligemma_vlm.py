@@ -19,7 +19,8 @@ from transformers.initialization import no_init_weights
 
 from paligemma_vla.config import LoRAConfig, VLMConfig
 from paligemma_vla.errors import ModelError
-from paligemma_vla.preprocess import ImageSpec, PromptEncoder, not_loadable
+from paligemma_vla.hub import backbone_errors
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 
 # What selective recomputation keeps: half of what a layer holds (11.9 of 24.3 GB in the plan of vla_config_ddp.yaml for 16
 # samples; 2.4 where everything is recomputed), and nearly all that it costs to compute.
@@ -185,7 +186,7 @@ def _held_in(config: VLMConfig) -> torch.dtype:
 
 
 def _load(config: VLMConfig) -> PaliGemmaModel:
-    try:
+    with backbone_errors(config.model_name_or_path):
         loaded: Any = PaliGemmaModel.from_pretrained(
             config.model_name_or_path,
             revision=config.revision or "main",
@@ -195,8 +196,6 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # of any kind, SafetensorError among them: see load_prompt_and_image_spec
-        raise ModelError(not_loadable(config.model_name_or_path, error)) from error
     model: PaliGemmaModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     if report["missing_keys"] or report["mismatched_keys"]:
