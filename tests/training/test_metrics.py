@@ -22,7 +22,7 @@ def test_json_lines_are_there_at_once(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "new" / "metrics.jsonl", 0)
     sink.log(1, {"train/batch_loss": 0.5})
     assert json.loads((tmp_path / "new" / "metrics.jsonl").read_text()) == {"step": 1, "train/batch_loss": 0.5}
-    sink.close()
+    sink.file.close()
 
 
 def test_json_lines_resume_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_json_lines_resume_drops_what_came_after_the_checkpoint_and_torn_lines(t
     path.write_text("".join(json.dumps({"step": n, "x": n}) + "\n" for n in (1, 2, 3, 3, 4)) + '{"step": 5, "x"')
     sink = JsonLines(path, 3)
     sink.log(4, {"x": 40})
-    sink.close()
+    sink.file.close()
     assert [(line["step"], line["x"]) for line in map(json.loads, path.read_text().splitlines())] == [
         (1, 1),
         (2, 2),
@@ -42,7 +42,7 @@ def test_json_lines_resume_drops_what_came_after_the_checkpoint_and_torn_lines(t
 
 def test_json_lines_of_a_fresh_run_start_empty(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    JsonLines(tmp_path / "metrics.jsonl", 0).close()
+    JsonLines(tmp_path / "metrics.jsonl", 0).file.close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +34,33 @@ LOSSES_KEPT, LOSSES_NEEDED, SPIKE = 100, 20, 4.0
 SAMPLES_NAMED = 5
 
 
-class Sink(Protocol):
-    def log(self, step: int, metrics: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
+class Tracker:
+    """Where the numbers of a run go; used by rank 0 alone."""
+
+    def __init__(self, config: VLAConfig, start_step: int) -> None:
+        self.lines = JsonLines(config.run_dir / "metrics.jsonl", start_step)
+        self.tensorboard = open_tensorboard(config.run_dir / "tensorboard") if config.training.tensorboard else None
+        self.wandb = start_wandb(config) if config.wandb.enabled else None
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.lines.log(step, metrics)
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.lines.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 class JsonLines:
-    """One object per line. On a resume, lines from after the checkpoint are dropped, so each step stands there once."""
+    """One object per line. A resume drops lines from after its checkpoint, so each step stands there once."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,21 +69,17 @@ class JsonLines:
             kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= start_step]
         atomic_write(path, b"".join(line + b"\n" for line in kept))
         self.path = path
-        # Unbuffered: after a failed write nothing waits to fail again.
-        self.file = path.open("ab", buffering=0)
+        self.file = path.open("ab", buffering=0)  # unbuffered: after a failed write nothing waits to fail again
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        # JSON has no NaN: a figure that is none becomes null.
-        line = json.dumps(_finite({"step": step, **metrics}), allow_nan=False)
+        text = json.dumps({"step": step, **metrics})
+        line = json.dumps(json.loads(text, parse_constant=lambda _: None))  # JSON has no NaN or infinity: they become null
         end = self.file.seek(0, os.SEEK_END)
         try:
             self.file.write(f"{line}\n".encode())
         except OSError as error:  # a full disk must not end the run before its checkpoint could
             self.file.truncate(end)
             logger.error("%s: step %d cannot be written (%s); training goes on", self.path, step, error.strerror)
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def _step_of(line: bytes) -> float:
@@ -75,91 +90,47 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-class Wandb:
-    """Weights & Biases (S10.1): run name `<experiment>_ddp_<timestamp>`, the whole config."""
-
-    def __init__(self, config: VLAConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError('--use_wandb: wandb is not installed; pip install "paligemma-vla[wandb]"') from error
-        stamp = time.strftime("%Y%m%d_%H%M%S")
-        try:
-            self.run = wandb.init(
-                project=config.wandb.project,
-                entity=config.wandb.entity,
-                name=f"{config.training.experiment_name}_ddp_{stamp}",
-                mode=config.wandb.mode,
-                dir=str(config.run_dir),
-                config=config.model_dump(mode="json"),
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                f"--use_wandb: {error}; run `wandb login`, or stay offline with --set wandb.mode=offline"
-            ) from error
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self.run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+def start_wandb(config: VLAConfig) -> Any:
+    """A run of Weights & Biases (S10.1): named `<experiment>_ddp_<timestamp>`, with the whole configuration."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError('--use_wandb: wandb is not installed; pip install "paligemma-vla[wandb]"') from error
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=f"{config.training.experiment_name}_ddp_{time.strftime('%Y%m%d_%H%M%S')}",
+            mode=config.wandb.mode,
+            dir=str(config.run_dir),
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--use_wandb: {error}; run `wandb login`, or stay offline with --set wandb.mode=offline") from error
 
 
-class TensorBoard:
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                'training.tensorboard: tensorboard is not installed; pip install "paligemma-vla[tensorboard]"'
-            ) from error
-        self.writer = SummaryWriter(str(folder))
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
+def open_tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        remedy = 'pip install "paligemma-vla[tensorboard]"'
+        raise ConfigError(f"training.tensorboard: tensorboard is not installed; {remedy}") from error
+    return SummaryWriter(str(folder))
 
 
-class Tracker:
-    """All sinks of a run; used by rank 0 alone."""
+class ProgressOutput:
+    """Standard error for a progress bar. When it cannot be written (full disk, closed terminal) training goes on."""
 
-    def __init__(self, config: VLAConfig, start_step: int) -> None:
-        self.sinks: list[Sink] = [JsonLines(config.run_dir / "metrics.jsonl", start_step)]
-        if config.training.tensorboard:
-            self.sinks.append(TensorBoard(config.run_dir / "tensorboard"))
-        if config.wandb.enabled:
-            self.sinks.append(Wandb(config))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.log(step, metrics)
-
-    def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-
-
-class Quiet(io.TextIOBase):
-    """Standard error for a progress bar: when it leads to a full disk, or nowhere any more, training goes on without it."""
-
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
             sys.stderr.write(text)
-        return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        return sys.stderr.isatty()
-
-    def fileno(self) -> int:
-        return sys.stderr.fileno()
 
 
 class Meter:
@@ -183,14 +154,6 @@ class Meter:
         return values
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @dataclass(frozen=True)
 class Step:
     """One optimiser step: loss over the global batch, gradient norm, its learning rate, seconds waited for data.
@@ -210,9 +173,9 @@ class Step:
 
 
 class LossMonitor:
-    """Tells of steps whose loss or gradient is not finite, and of losses that stand out from the last hundred.
+    """Skipped steps (loss or gradient not finite) and losses that stand out from the last hundred, with their samples.
 
-    Its state is part of a checkpoint, so a resumed run counts and says the same.
+    Its state is part of a checkpoint, so a resumed run counts and warns as one that went through.
     """
 
     def __init__(self, config: VLAConfig, data: Data, distributed: Distributed) -> None:
@@ -222,23 +185,21 @@ class LossMonitor:
 
     def update(self, number: int, step: Step) -> None:
         """Take in optimiser step `number` (from 1). Raises `TrainingError` when too many in a row had to be skipped."""
-        if step.finite:
-            self.in_a_row = 0
-            median = statistics.median(self.recent) if len(self.recent) >= LOSSES_NEEDED else math.inf
-            self.recent.append(step.loss)
-            if step.loss > SPIKE * median > 0:
-                told = "loss %.4g is %.1f times the median of the steps before, worst samples:\n  %s"
-                self._warn(number, told, step.loss, step.loss / median, self._samples_of(number, step))
+        if not step.finite:
+            self.skipped += 1
+            self.in_a_row += 1
+            self._warn(number, step, f"skipped, its loss is {step.loss:.4g}, its gradient's norm {step.norm:.4g}")
+            if self.in_a_row >= self.config.training.max_skipped_steps:
+                raise self.diverged(number)
             return
-        self.skipped += 1
-        self.in_a_row += 1
-        told = "skipped, its loss is %.4g, its gradient's norm %.4g, worst samples:\n  %s"
-        self._warn(number, told, step.loss, step.norm, self._samples_of(number, step))
-        if self.in_a_row >= self.config.training.max_skipped_steps:
-            raise self.diverged(number)
+        self.in_a_row = 0
+        median = statistics.median(self.recent) if len(self.recent) >= LOSSES_NEEDED else math.inf
+        self.recent.append(step.loss)
+        if step.loss > SPIKE * median > 0:
+            self._warn(number, step, f"loss {step.loss:.4g} is {step.loss / median:.1f} times the median of the steps before")
 
     def diverged(self, number: int) -> TrainingError:
-        """The error of a run whose numbers did not come back."""
+        """The error of a run in which no step is finite any more."""
         return TrainingError(
             f"step {number}: NaN or infinity in loss or gradient in {self.in_a_row} steps in a row (at most "
             f"training.max_skipped_steps = {self.config.training.max_skipped_steps}); they were skipped, and nothing was saved "
@@ -260,12 +221,8 @@ class LossMonitor:
             f"({self.config.lr_scheduler.warmup_steps})"
         )
 
-    def _warn(self, number: int, message: str, *values: Any) -> None:
-        if self.distributed.main:
-            logger.warning(f"step %d: {message}", number, *values)
-
-    def _samples_of(self, number: int, step: Step) -> str:
-        """The samples behind a step's loss, on whichever process they were."""
+    def _warn(self, number: int, step: Step, text: str) -> None:
+        """Log what is wrong with a step, and its worst samples, on whichever process they were."""
         positions, samples = self.data.order.batch(number - 1)
         sample_at = dict(zip(positions.tolist(), samples.tolist(), strict=True))
         losses: dict[int, float] = {}
@@ -273,10 +230,11 @@ class LossMonitor:
             valid = batch["action_mask"].any(dim=(1, 2)).tolist()
             values = sample_losses(output, batch["action_mask"].to(output.velocity.device)).tolist()
             for position, counts, loss in zip(batch["position"].tolist(), valid, values, strict=True):
-                if counts:  # a filler stands at the position of another
+                if counts:  # a filler has the position of another sample
                     losses[sample_at[position]] = loss
         merged = {sample: loss for part in self.distributed.all_gather(losses) for sample, loss in part.items()}
-        return name_samples(self.data.train, merged)
+        if self.distributed.main:
+            logger.warning("step %d: %s, worst samples:\n  %s", number, text, name_samples(self.data.train, merged))
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "recent": list(self.recent)}

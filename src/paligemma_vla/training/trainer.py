@@ -36,7 +36,7 @@ from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.distributed import Distributed, new_checkpoint_group
 from paligemma_vla.training.interrupt import StopRequest
-from paligemma_vla.training.metrics import LossMonitor, Meter, Quiet, Step, Tracker
+from paligemma_vla.training.metrics import LossMonitor, Meter, ProgressOutput, Step, Tracker
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.parallel import build_mesh, full_tensor, parallelize
 from paligemma_vla.training.preflight import prepare
@@ -144,7 +144,7 @@ class Trainer:
         validation: dict[str, Any] = {}
         stream = self._stream(stop)
         hidden = not self.distributed.main
-        bar = tqdm(total=stop, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, file=Quiet())
+        bar = tqdm(total=stop, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, file=ProgressOutput())
         meter = Meter(self.config.data.batch_size)
         with StopRequest(self.distributed) as asked, bar, self._explained():
             while self.step < stop and not asked.anywhere():
