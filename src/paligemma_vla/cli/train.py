@@ -8,13 +8,13 @@ import os
 import socket
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import BaseFileLock
 
-from paligemma_vla.cli.arguments import natural
-from paligemma_vla.config import VLAConfig, load_config, own_statistics, parse_assignments
-from paligemma_vla.errors import CheckpointError, ConfigError, VLAError
+from paligemma_vla.cli.arguments import add_config_arguments, configured, natural, positive
+from paligemma_vla.config import VLAConfig, own_statistics
+from paligemma_vla.errors import CheckpointError, VLAError
 from paligemma_vla.storage import is_url
 
 if TYPE_CHECKING:
@@ -25,37 +25,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# flag -> config key
-OVERRIDES = {
-    "epochs": "training.epochs",
-    "batch_size": "data.batch_size",
-    "lr": "optimizer.lr",
-    "experiment_name": "training.experiment_name",
-    "train_data_override": "data.train_parquet_files",
-    "val_data_override": "data.val_parquet_files",
-    "model_path_override": "model.vlm_config.model_name_or_path",
-    "wandb_project_name": "wandb.project",
-    "wandb_entity": "wandb.entity",
-}
+# flag, config key, type, help
+CONFIG_FLAGS = (
+    ("--epochs", "training.epochs", int, None),
+    ("--batch_size", "data.batch_size", int, "total, over all processes and accumulation"),
+    ("--lr", "optimizer.lr", float, None),
+    ("--experiment_name", "training.experiment_name", str, None),
+    ("--train_data_override", "data.train_parquet_files", str, "file, folder, glob or URL of training episodes"),
+    ("--val_data_override", "data.val_parquet_files", str, "file, folder, glob or URL of validation episodes"),
+    ("--model_path_override", "model.vlm_config.model_name_or_path", str, "backbone: hub id or folder"),
+    ("--wandb_project_name", "wandb.project", str, None),
+    ("--wandb_entity", "wandb.entity", str, None),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config_path", required=True, help="YAML configuration")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch_size", type=int, help="total, over all processes and accumulation")
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--experiment_name")
-    parser.add_argument("--train_data_override", help="file, folder, glob or URL of training episodes")
-    parser.add_argument("--val_data_override", help="file, folder, glob or URL of validation episodes")
-    parser.add_argument("--model_path_override", help="backbone: hub id or folder")
+    add_config_arguments(parser)
+    for flag, key, kind, text in CONFIG_FLAGS:
+        parser.add_argument(flag, dest=key, type=kind, help=text, metavar=flag[2:].upper())
     parser.add_argument("--resume_checkpoint", help="path or URL of a checkpoint, or auto: the run's newest that verifies")
     parser.add_argument("--force", action="store_true", help="resume although data or settings differ from the checkpoint's")
     parser.add_argument("--use_wandb", action="store_true")
-    parser.add_argument("--wandb_project_name")
-    parser.add_argument("--wandb_entity")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, e.g. data.num_workers=4")
-    parser.add_argument("--nproc", type=int, help="processes on this machine (default: 1; main_train_ddp.py: one per GPU)")
+    parser.add_argument("--nproc", type=positive, help="processes on this machine (default: 1; main_train_ddp.py: one per GPU)")
     parser.add_argument(
         "--max_restarts", type=natural, default=0, help="start all processes again when one has failed, so often"
     )
@@ -63,27 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resolve_config(args: argparse.Namespace) -> VLAConfig:
     """The configuration file with the flags applied; --set wins."""
-    statistics = own_statistics(args.config_path)
-    overrides: dict[str, Any] = {"data.normalization_stats_path": statistics} if statistics else {}
-    for flag, key in OVERRIDES.items():
-        value = getattr(args, flag)
-        if value is not None:
-            overrides[key] = value
-    if args.resume_checkpoint not in (None, "auto") and args.experiment_name is None:
-        place = args.resume_checkpoint if is_url(args.resume_checkpoint) else str(Path(args.resume_checkpoint).absolute())
-        runs, name, folder, _ = ["", "", "", *place.rsplit("/", 3)][-4:]
+    overrides = {key: value for _, key, _, _ in CONFIG_FLAGS if (value := getattr(args, key)) is not None}
+    checkpoint = args.resume_checkpoint
+    if checkpoint not in (None, "auto") and "training.experiment_name" not in overrides:
+        location = checkpoint if is_url(checkpoint) else str(Path(checkpoint).absolute())
+        runs, name, folder, _ = ["", "", "", *location.rsplit("/", 3)][-4:]
         if folder == "checkpoints":  # a run that is named by its checkpoint goes on in its own folder
             overrides |= {"training.experiment_name": name, "training.checkpoint_dir": runs}
     if args.use_wandb:
         overrides["wandb.enabled"] = True
-    return load_config(args.config_path, {**overrides, **parse_assignments(args.set)})
+    return configured(args, {"data.normalization_stats_path": own_statistics(args.config_path), **overrides})
 
 
 def main(args: argparse.Namespace) -> int:
     """Start here, or in `--nproc` processes, or join the group torchrun started."""
     config = resolve_config(args)
-    if args.nproc is not None and args.nproc < 1:
-        raise ConfigError(f"--nproc: got {args.nproc}, expected at least 1")
     if "LOCAL_RANK" in os.environ or ((args.nproc or 1) == 1 and not args.max_restarts):
         return _train(config, args)
     from paligemma_vla.training.distributed import launch
