@@ -286,7 +286,6 @@ def test_bfloat16_in_shards_stays_near_that_of_one_process(whole: Whole, tmp_pat
 
 
 def test_groups_that_the_processes_do_not_fill_are_refused(session_config: ConfigFactory) -> None:
-    with pytest.raises(
-        ConfigError, match=r"training\.shard_processes: got 2, .*; give one of 1, 3"
-    ):
-        check_shard_groups(session_config(HSDP).training, Distributed(0, 3, torch.device("cpu")))
+    three = Distributed(0, 3, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"training\.shard_processes: got 2, expected a divisor of the 3 .*give one of 1, 3"):
+        check_shard_groups(session_config(HSDP).training, three)
