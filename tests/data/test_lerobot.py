@@ -20,7 +20,7 @@ import lerobot_sets as sets
 from lerobot_sets import LENGTHS, Truth, edit_json, edit_table, write_set
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.doctor import CheckOptions, diagnose
-from paligemma_vla.data.formats.lerobot_meta import Location, Selection
+from paligemma_vla.data.formats.lerobot_meta import Selection
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
 from paligemma_vla.data.reader import Recording, Recordings, iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics
@@ -90,23 +90,26 @@ def test_selection_takes_cameras_by_name_in_the_order_given_and_a_range_of_episo
 @pytest.mark.parametrize(
     ("text", "selection"),
     [
-        ("", Selection()),
-        ("?cameras=wrist", Selection(cameras=("wrist",))),
-        ("?episodes=:5", Selection(episodes=(None, 5))),
-        ("?cameras=a,b&episodes=2:&state=s&action=actions", Selection(("a", "b"), (2, None), "s", "actions")),
+        ("", {}),
+        ("?cameras=wrist", {"cameras": ("wrist",)}),
+        ("?episodes=:5", {"episodes": (None, 5)}),
+        (
+            "?cameras=a,b&episodes=2:&state=s&action=actions",
+            {"cameras": ("a", "b"), "episodes": (2, None), "state": "s", "action": "actions"},
+        ),
     ],
 )
-def test_place_is_written_as_it_is_read(text: str, selection: Selection) -> None:
-    place = Location.parse(f"data/pusht{text}")
-    assert place == Location("data/pusht", selection)
-    assert str(place) == f"data/pusht{text}"
+def test_selection_is_written_as_it_is_read(text: str, selection: dict[str, Any]) -> None:
+    parsed = Selection.parse(f"data/pusht{text}")
+    assert parsed == Selection("data/pusht", **selection)
+    assert str(parsed) == f"data/pusht{text}"
 
 
 def test_tilde_is_the_home_folder(video_set: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(video_set.root.parent))
     name = f"~/{video_set.root.name}"
-    assert Location.parse(name) == Location(str(video_set.root), Selection())
-    assert Location.parse(f"{name}?episodes=1:") == Location(str(video_set.root), Selection(episodes=(1, None)))
+    assert Selection.parse(name) == Selection(str(video_set.root))
+    assert Selection.parse(f"{name}?episodes=1:") == Selection(str(video_set.root), episodes=(1, None))
     assert expand_paths(f"lerobot:{name}", "--input") == expand_paths(video_set.name, "--input")
 
 
@@ -121,7 +124,7 @@ def test_place_without_a_path_is_told_that_a_folder_is_expected(name: str) -> No
     [
         ("cameras=top", r"cameras: got 'top', expected of front, wrist"),
         ("cameras=front,front", "expected different names"),
-        ("camera=front", "got 'camera=front', .*did you mean 'cameras'"),
+        ("camera=front", "got 'camera=front', expected PATH"),
         ("episodes=3", "episodes: got '3', expected FIRST:STOP"),
         ("episodes=2:9", "episodes: got 2:9, expected a range within 0:4"),
         ("episodes=3:3", "episodes: got 3:3, expected a range within 0:4"),
@@ -222,7 +225,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done, an
     "outside": (info(lambda i: i.update(data_path="../{chunk_index}")), "expected a path within the data set"),
     "feature": (
         info(lambda i: i["features"].update(action={"dtype": "float32"})),
-        "features.action: got .*expected dtype",
+        "features.action.shape: got ",
     ),
     "rows": (rows(lambda c: [values.pop() for values in c.values()]), f"{FILE}got 12 rows, expected 13"),
     "episode": (rows(lambda c: c["episode_index"].__setitem__(5, 1)), "row 5, column episode_index: got 1, expected 2"),

@@ -27,7 +27,7 @@ from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.formats import find_format, identify_file, open_file
-from paligemma_vla.data.formats.lerobot_meta import Location, find_root, parse_range
+from paligemma_vla.data.formats.lerobot_meta import Selection, find_root, parse_range
 from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
 from paligemma_vla.data.reader import Recordings, episode_prompts
@@ -230,11 +230,10 @@ def convert(args: argparse.Namespace) -> int:
         raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
     source = args.source or named
     _check_flags(args, source)
-    place = Location.parse(args.input.removeprefix(PREFIX), "--input") if source == LEROBOT else None
-    _check_output(args, None if place is None else find_root(place.path))
-    if place is not None:  # the selection of episodes and cameras belongs to the name of the source
-        chosen = replace(place.selection, **_selected(args))
-        index = EpisodeIndex.build(f"{PREFIX}{replace(place, selection=chosen)}", "--input")
+    selection = Selection.parse(args.input.removeprefix(PREFIX), "--input") if source == LEROBOT else None
+    _check_output(args, None if selection is None else find_root(selection.path))
+    if selection is not None:  # the selection of episodes and cameras belongs to the name of the source
+        index = EpisodeIndex.build(f"{PREFIX}{replace(selection, **_selected(args))}", "--input")
         cameras = tuple(range(index.layout.cameras))
     else:
         index = EpisodeIndex.build(args.input, "--input")

@@ -168,7 +168,7 @@ class VideoWriter:
         self._container.close()
 
     def write(self, image: NDArray[np.uint8], where: str) -> None:
-        """Append a frame (H, W, 3) uint8. Raises `DataError`, beginning with `where`, for a size that does not do."""
+        """Append a frame (H, W, 3) uint8. Raises `DataError`, beginning with `where`, for another size, or an odd one."""
         import av
 
         if self._stream is None:

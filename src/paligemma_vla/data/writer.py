@@ -14,7 +14,6 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import BaseFileLock
 
 from paligemma_vla import schema
 from paligemma_vla.data.formats.parquet import ROWS_PER_GROUP, open_parquet
@@ -53,7 +52,11 @@ class EpisodeWriter:
         self.output_dir, self.metadata, self.prefix = Path(output_dir), metadata, prefix
         self.episodes_per_file = episodes_per_file
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.output_dir / f".{prefix}.lock", f"{self.output_dir}: '{prefix}'")
+        lock = lock_file(self.output_dir / f".{prefix}.lock")
+        if lock is None:
+            being = f"'{prefix}' is being written by another writer"
+            raise DataError(f"{self.output_dir}: {being}; wait for it, or write into another folder")
+        self._lock = lock
         self._journal: pa.OSFile | None = None
         self._stream: pa.RecordBatchStreamWriter | None = None
         self._schema: pa.Schema | None = None
@@ -243,17 +246,6 @@ def stored_schema(path: Path) -> pa.Schema:
     """Schema of a file of episodes; raises `DataError` when it cannot be read."""
     with open_parquet(str(path)) as file:
         return file.schema_arrow
-
-
-def _lock(path: Path, where: str) -> BaseFileLock:
-    """Raises `DataError` when another writer holds the lock."""
-    try:
-        lock = lock_file(path)
-    except OSError as error:
-        raise DataError(f"{where}: this file system has no locks ({error.strerror}); write into a folder on another") from error
-    if lock is None:
-        raise DataError(f"{where} is being written by another writer; wait for it, or write into another folder")
-    return lock
 
 
 def _episodes_in(path: Path) -> int:

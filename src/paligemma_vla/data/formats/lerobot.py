@@ -19,7 +19,7 @@ from PIL import Image
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults
 from paligemma_vla.data.formats import EpisodeFile, Pictures
-from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Location, Metadata, VideoSpans, find_root, load_metadata
+from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Metadata, Selection, VideoSpans, find_root, load_metadata
 from paligemma_vla.data.formats.parquet import ParquetEpisodes, is_list, sample_digest
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
@@ -34,27 +34,27 @@ class LeRobotFormat:
     """See `data.formats.Format`."""
 
     def list_files(self, location: str, where: str) -> list[str]:
-        asked = Location.parse(location, where)
-        metadata = load_metadata(find_root(asked.path))
-        metadata.cameras(asked.selection)
-        wanted = np.unique(metadata.file[metadata.selected(asked.selection)]).tolist()
+        selection = Selection.parse(location, where)
+        metadata = load_metadata(find_root(selection.path))
+        metadata.cameras(selection)
+        wanted = np.unique(metadata.file[metadata.selected(selection)]).tolist()
         paths = [os.path.join(metadata.root, metadata.files[file]) for file in wanted]
-        if os.path.isfile(asked.path):  # one of its files
-            paths = [path for path in paths if os.path.realpath(path) == os.path.realpath(asked.path)]
-        return [str(replace(asked, path=path)) for path in paths]
+        if os.path.isfile(selection.path):  # one of its files
+            paths = [path for path in paths if os.path.realpath(path) == os.path.realpath(selection.path)]
+        return [str(replace(selection, path=path)) for path in paths]
 
     def open(self, name: str, location: str, stream: bool) -> EpisodeFile:
-        return LeRobotFile(name, Location.parse(location), stream)
+        return LeRobotFile(name, Selection.parse(location), stream)
 
     def parts(self, location: str) -> list[str]:
-        asked = Location.parse(location)
-        metadata = load_metadata(find_root(asked.path))
-        others = [os.path.join(metadata.root, name) for name in (*metadata.sources, *_videos(metadata, asked))]
-        return [asked.path, *filter(os.path.exists, others)]  # `survey` reports what is missing
+        selection = Selection.parse(location)
+        metadata = load_metadata(find_root(selection.path))
+        others = [os.path.join(metadata.root, name) for name in (*metadata.sources, *_videos(metadata, selection))]
+        return [selection.path, *filter(os.path.exists, others)]  # `survey` reports what is missing
 
     def selected(self, location: str) -> tuple[str, int | None, int | None]:
-        asked = Location.parse(location)
-        return asked.path, *asked.selection.episodes
+        selection = Selection.parse(location)
+        return selection.path, *selection.episodes
 
 
 FORMAT = LeRobotFormat()
@@ -68,30 +68,30 @@ def _file_number(metadata: Metadata, path: str) -> int:
     return metadata.file_numbers[relative]
 
 
-def _videos(metadata: Metadata, asked: Location) -> list[str]:
+def _videos(metadata: Metadata, selection: Selection) -> list[str]:
     """Videos (relative to the data set) of the selected cameras and episodes of one data file."""
-    here = (metadata.file == _file_number(metadata, asked.path)) & metadata.selected(asked.selection)
-    spans = [metadata.videos[camera.key] for camera in metadata.cameras(asked.selection) if camera.dtype == "video"]
+    here = (metadata.file == _file_number(metadata, selection.path)) & metadata.selected(selection)
+    spans = [metadata.videos[camera.key] for camera in metadata.cameras(selection) if camera.dtype == "video"]
     return [span.files[file] for span in spans for file in np.unique(span.file[here]).tolist()]
 
 
 class LeRobotFile(ParquetEpisodes):
     """One data file of a LeRobot data set, with the videos that belong to it. Raises `FaultError`."""
 
-    def __init__(self, name: str, location: Location, stream: bool) -> None:
-        super().__init__(name, location.path, stream)
-        self.location = location
-        self.metadata = load_metadata(find_root(location.path))
-        self.cameras = self.metadata.cameras(location.selection)
-        self.episodes = np.flatnonzero(self.metadata.file == _file_number(self.metadata, location.path))
+    def __init__(self, name: str, selection: Selection, stream: bool) -> None:
+        super().__init__(name, selection.path, stream)
+        self.selection = selection
+        self.metadata = load_metadata(find_root(selection.path))
+        self.cameras = self.metadata.cameras(selection)
+        self.episodes = np.flatnonzero(self.metadata.file == _file_number(self.metadata, selection.path))
         ends = np.cumsum(self.metadata.length[self.episodes])
         self.starts: Rows = ends - self.metadata.length[self.episodes]
-        unwanted = ~self.metadata.selected(location.selection)[self.episodes]
+        unwanted = ~self.metadata.selected(selection)[self.episodes]
         self.outside = np.stack([self.starts, ends], axis=1)[unwanted]
         if int(ends[-1]) != self.bounds[-1]:
             got = f"got {self.bounds[-1]} rows, expected {ends[-1]}, the lengths of its episodes in {self.metadata.root}/meta"
             raise FaultError(Fault(name, Kind.FLAGS, f"{got}; restore the file, or take it out of the data"))
-        self._numbers = {schema.STATE: location.selection.state, schema.ACTION: location.selection.action}
+        self._numbers = {schema.STATE: selection.state, schema.ACTION: selection.action}
         self._cameras = {schema.image_column(n + 1): camera for n, camera in enumerate(self.cameras)}
         self._success = self._present(*SUCCESS)[:1]
         times = self._present("frame_index", "timestamp")
@@ -112,7 +112,7 @@ class LeRobotFile(ParquetEpisodes):
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         faults = [*self._column_faults(), *self._video_faults()]
-        metadata, selection = self.metadata, self.location.selection
+        metadata, selection = self.metadata, self.selection
         state, action = metadata.vector(selection.state, "state"), metadata.vector(selection.action, "action")
         own = DatasetMetadata()
         try:
@@ -143,7 +143,7 @@ class LeRobotFile(ParquetEpisodes):
                 yield Fault(self.path, Kind.TYPE, f"got type {kind}, expected {expected}; restore the file", column=name)
 
     def _video_faults(self) -> Iterator[Fault]:
-        for name in _videos(self.metadata, self.location):
+        for name in _videos(self.metadata, self.selection):
             path = os.path.join(self.metadata.root, name)
             if not os.path.isfile(path):
                 remedy = "restore it, or choose other cameras (?cameras=...) or episodes (?episodes=...)"
@@ -221,11 +221,11 @@ class LeRobotFile(ParquetEpisodes):
         return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.fps, videos)
 
     def digest(self) -> int:
-        metadata, everything = self.metadata, replace(self.location.selection, episodes=(None, None))
+        metadata, everything = self.metadata, replace(self.selection, episodes=(None, None))
         digest = hashlib.blake2b(super().digest().to_bytes(8, "little"), digest_size=8)
         spans = [metadata.videos[camera.key] for camera in self.cameras if camera.dtype == "video"]
         facts = {
-            "selection": str(everything),
+            "selection": everything.choices,
             "cameras": [camera.key for camera in self.cameras],
             "fps": metadata.fps,
             "tasks": sorted(metadata.tasks.items()),
@@ -234,7 +234,7 @@ class LeRobotFile(ParquetEpisodes):
             "videos": [[span.start[self.episodes].tolist(), span.file[self.episodes].tolist()] for span in spans],
         }
         digest.update(json.dumps(facts).encode())
-        for name in _videos(metadata, replace(self.location, selection=everything)):
+        for name in _videos(metadata, everything):
             path = os.path.join(metadata.root, name)
             if not os.path.isfile(path):
                 digest.update(b"missing")

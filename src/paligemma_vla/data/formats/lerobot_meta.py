@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import json as arrow_json
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paligemma_vla.data.formats import READ_ERRORS
 from paligemma_vla.data.formats.parquet import MAX_DIMENSION
@@ -35,82 +37,64 @@ OLDER = {
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of every row, in every data set
 CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
-SELECTION = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE&action=FEATURE, each of them if wanted"
+EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE&action=FEATURE, each of them if wanted"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is wanted of a data set.
+    """A data set, or one of its data files (`path`), and what is wanted of it.
 
     cameras: names in the order image_1, image_2, ... (None: all of them, as info.json has them). episodes: [first, stop) of
     their numbers, None where it is open. state, action: the features that hold them.
     """
 
+    path: str
     cameras: tuple[str, ...] | None = None
     episodes: tuple[int | None, int | None] = (None, None)
     state: str = "observation.state"
     action: str = "action"
 
     @classmethod
-    def parse(cls, text: str, where: str) -> Self:
-        """Read what follows the question mark. Raises `DataError` that begins with `where`."""
-        parsers: dict[str, Callable[[str, str], object]] = {
-            "cameras": _parse_names,
-            "episodes": parse_range,
-            "state": lambda value, where: value,
-            "action": lambda value, where: value,
-        }
+    def parse(cls, text: str, where: str = "lerobot") -> Self:
+        """Raises `DataError` that begins with `where`. A leading `~` is the home folder, as in a shell."""
+        text = text if os.path.exists(text) else os.path.expanduser(text)
+        if os.path.exists(text):  # a name may hold a question mark
+            return cls(text)
+        path, _, selected = text.rpartition("?") if "?" in text else (text, "", "")
+        if not path:
+            raise DataError(f"{where}: got 'lerobot:{text}', expected a folder after lerobot: as in lerobot:{EXPECTED}")
         values: dict[str, Any] = {}
-        for part in filter(None, text.split("&")):
+        for part in filter(None, selected.split("&")):
             key, _, value = part.partition("=")
-            if key not in parsers or not value or key in values:
-                raise DataError(f"{where}: got '{part}', expected {SELECTION}{closest(key, parsers)}")
-            values[key] = parsers[key](value, where)
-        return cls(**values)
+            if key not in ("cameras", "episodes", "state", "action") or not value or key in values:
+                raise DataError(f"{where}: {text}: got '{part}', expected {EXPECTED}")
+            values[key] = value
+        if "episodes" in values:
+            values["episodes"] = parse_range(values["episodes"], f"{where}: {text}")
+        if "cameras" in values:
+            values["cameras"] = names = tuple(values["cameras"].split(","))
+            if not all(names) or len(set(names)) != len(names):
+                raise DataError(f"{where}: {text}: cameras: got {', '.join(names)}, expected different names")
+        return cls(path, **values)
 
-    def __str__(self) -> str:
-        """As it is written; empty where nothing is selected."""
+    @property
+    def choices(self) -> str:
+        """What is selected, as it is written behind a question mark; empty for everything."""
         first, stop = ("" if number is None else str(number) for number in self.episodes)
         written = {"cameras": ",".join(self.cameras or ()), "episodes": f"{first}:{stop}"}
         written |= {"state": self.state, "action": self.action}
         return "&".join(f"{name}={text}" for name, text in written.items() if getattr(self, name) != getattr(Selection, name))
 
+    def __str__(self) -> str:
+        return f"{self.path}?{self.choices}" if self.choices else self.path
+
 
 def parse_range(text: str, where: str) -> tuple[int | None, int | None]:
     """`FIRST:STOP`, of which either may be missing. Raises `DataError`."""
-    first, colon, stop = text.partition(":")
-    if not colon or not all(number == "" or (number.isascii() and number.isdigit()) for number in (first, stop)):
+    match = re.fullmatch(r"([0-9]*):([0-9]*)", text)
+    if match is None:
         raise DataError(f"{where}: episodes: got '{text}', expected FIRST:STOP, as 0:50 for the first fifty")
-    return int(first) if first else None, int(stop) if stop else None
-
-
-def _parse_names(text: str, where: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if not all(names) or len(set(names)) != len(names):
-        raise DataError(f"{where}: cameras: got '{text}', expected different names with commas between them")
-    return names
-
-
-@dataclass(frozen=True)
-class Location:
-    """path: of the data set's folder, or of one of its data files."""
-
-    path: str
-    selection: Selection
-
-    @classmethod
-    def parse(cls, text: str, where: str = "lerobot") -> Self:
-        """Raises `DataError` that begins with `where`. A leading `~` is the home folder, as in a shell."""
-        text = text if os.path.exists(text) else os.path.expanduser(text)
-        if os.path.exists(text):  # a name may hold a question mark
-            return cls(text, Selection())
-        path, _, selection = text.rpartition("?") if "?" in text else (text, "", "")
-        if not path:
-            raise DataError(f"{where}: got 'lerobot:{text}', expected a folder after lerobot: as in lerobot:{SELECTION}")
-        return cls(path, Selection.parse(selection, f"{where}: {text}"))
-
-    def __str__(self) -> str:
-        return f"{self.path}?{self.selection}" if str(self.selection) else self.path
+    return int(match[1]) if match[1] else None, int(match[2]) if match[2] else None
 
 
 @dataclass(frozen=True)
@@ -222,34 +206,34 @@ def load_metadata(root: str) -> Metadata:
 
 @lru_cache(maxsize=16)
 def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
-    info, names = _read_info(f"{root}/{INFO}"), tuple(name for name, _, _ in stamps)
-    features = _read_features(info, f"{root}/{INFO}")
+    raw, info = _read_info(f"{root}/{INFO}")
+    names, old = tuple(name for name, _, _ in stamps), raw["codebase_version"] == "v2.1"
+    features = {key: _feature(key, feature) for key, feature in info.features.items()}
     cameras = [key for key, feature in features.items() if feature.dtype == "video"]
-    tasks = _read_tasks(f"{root}/meta/tasks.{'jsonl' if info['codebase_version'] == 'v2.1' else 'parquet'}")
-    episodes = _read_episodes(root, info, names, cameras)
+    tasks = _read_tasks(f"{root}/meta/tasks.{'jsonl' if old else 'parquet'}")
+    listed = ["meta/episodes.jsonl"] if old else [name for name in names if name.startswith("meta/episodes/")]
+    episodes = _read_episodes(root, listed, [] if old else ["data", *(f"videos/{key}" for key in cameras)])
     number, length = episodes["episode_index"], episodes["length"]
-    _check_counts(root, info, number, length, tasks)
+    _check_counts(root, raw, number, length, tasks)
 
     def paths(template: str, prefix: str, **values: str) -> list[str]:
         """Of the file of each episode, for rows (prefix `data`) or frames (`videos/KEY`)."""
-        if info["codebase_version"] == "v2.1":
-            fields = {"episode_chunk": number // info.get("chunks_size", 1000), "episode_index": number}
-        else:
-            fields = {name: episodes[f"{prefix}/{name}"] for name in ("chunk_index", "file_index")}
+        fields = {name: episodes[f"{prefix}/{name}"] for name in (() if old else ("chunk_index", "file_index"))}
+        if old:
+            fields = {"episode_chunk": number // info.chunks_size, "episode_index": number}
         rows = zip(*(column.tolist() for column in fields.values()), strict=True)
-        where = f"{root}/{INFO}: {template}"
-        return [_fill(info.get(template) or "", where, **dict(zip(fields, row, strict=True)), **values) for row in rows]
+        where, text = f"{root}/{INFO}: {template}", getattr(info, template) or ""
+        return [_fill(text, where, **dict(zip(fields, row, strict=True)), **values) for row in rows]
 
     def spans(key: str) -> VideoSpans:
         start = episodes.get(f"videos/{key}/from_timestamp", np.zeros(len(number)))
         return VideoSpans(*_distinct(paths("video_path", f"videos/{key}", video_key=key)), start)
 
     files, file = _distinct(paths("data_path", "data"))
-    robot, extra = info.get("robot_type"), info.get("paligemma_vla")
     return Metadata(
         root=root,
-        fps=float(info["fps"]),
-        robot=robot if isinstance(robot, str) else "",
+        fps=info.fps,
+        robot=info.robot_type if isinstance(info.robot_type, str) else "",
         features=features,
         tasks=tasks,
         number=number,
@@ -257,42 +241,49 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
         files=files,
         file=file,
         videos={key: spans(key) for key in cameras},
-        extra=extra if isinstance(extra, dict) else {},
+        extra=info.paligemma_vla if isinstance(info.paligemma_vla, dict) else {},
         sources=names,
     )
 
 
-def _read_info(path: str) -> dict[str, Any]:
-    info = read_json(path, DataError, "restore it")
-    version, features = info.get("codebase_version"), info.get("features")
+class _RawFeature(BaseModel):
+    dtype: str
+    shape: list[int]
+    names: Any = None
+
+
+class _Info(BaseModel):
+    """info.json, as far as it is used."""
+
+    model_config = ConfigDict(strict=True)
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    features: Annotated[dict[str, _RawFeature], Field(min_length=1)]
+    data_path: str
+    video_path: str | None = None
+    chunks_size: Annotated[int, Field(ge=1)] = 1000
+    robot_type: Any = None
+    paligemma_vla: Any = None
+
+
+def _read_info(path: str) -> tuple[dict[str, Any], _Info]:
+    """info.json as it is, and checked. Raises `DataError`."""
+    raw = read_json(path, DataError, "restore it")
+    version = raw.get("codebase_version")
     if version not in VERSIONS:
         command = next((command for old, command in OLDER.items() if str(version).startswith(old)), "see its documentation")
         expected = f"expected one of {', '.join(VERSIONS)}; convert it with LeRobot: {command}"
         raise DataError(f"{path}: codebase_version: got {version}, {expected}")
-    fps: Any = info.get("fps")
-    chunk = info.get("chunks_size", 1)
-    for name, fits, expected in [
-        ("features", isinstance(features, dict) and features, "an object with a feature at least"),
-        ("fps", type(fps) in (int, float) and 0 < fps < float("inf"), "frames per second, more than 0"),
-        ("chunks_size", isinstance(chunk, int) and chunk >= 1, "a whole number of at least 1"),
-        ("data_path", isinstance(info.get("data_path"), str), "a template of paths"),
-        ("video_path", isinstance(info.get("video_path"), str | None), "a template of paths"),
-    ]:
-        if not fits:
-            raise DataError(f"{path}: {name}: got {json.dumps(info.get(name))[:120]}, expected {expected}; restore the file")
-    return info
+    try:
+        return raw, _Info.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        got = f"{'.'.join(map(str, first['loc']))}: got {json.dumps(first['input'])[:120]}"
+        raise DataError(f"{path}: {got}, expected otherwise ({first['msg']}); restore the file") from error
 
 
-def _read_features(info: dict[str, Any], where: str) -> dict[str, Feature]:
-    features = {}
-    for key, raw in info["features"].items():
-        shape = raw.get("shape") if isinstance(raw, dict) else None
-        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape) or not isinstance(raw.get("dtype"), str):
-            got = json.dumps(raw)[:120]
-            raise DataError(f"{where}: features.{key}: got {got}, expected dtype, shape and names; restore the file")
-        names = _dimension_names(raw.get("names"))
-        features[key] = Feature(key, raw["dtype"], tuple(shape), names if [len(names)] == shape else ())
-    return features
+def _feature(key: str, raw: _RawFeature) -> Feature:
+    names = _dimension_names(raw.names)
+    return Feature(key, raw.dtype, tuple(raw.shape), names if [len(names)] == raw.shape else ())
 
 
 def _dimension_names(raw: Any) -> tuple[str, ...]:
@@ -316,15 +307,11 @@ def _read_tasks(path: str) -> dict[int, str]:
     return tasks
 
 
-def _read_episodes(root: str, info: dict[str, Any], names: Sequence[str], cameras: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of the list of episodes, in the order of their numbers: one file in v2.1, any number of files in v3.0."""
+def _read_episodes(root: str, listed: Sequence[str], files: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Columns of the lists of episodes, in the order of their numbers. files: prefixes of the columns that name a file."""
     kinds = dict.fromkeys(("episode_index", "length"), pa.int64())
-    listed = ["meta/episodes.jsonl"]
-    if info["codebase_version"] != "v2.1":
-        files = ["data", *(f"videos/{key}" for key in cameras)]
-        kinds |= {f"{file}/{name}": pa.int64() for file in files for name in ("chunk_index", "file_index")}
-        kinds |= {f"videos/{key}/from_timestamp": pa.float64() for key in cameras}
-        listed = [name for name in names if name.startswith("meta/episodes/")]
+    kinds |= {f"{file}/{name}": pa.int64() for file in files for name in ("chunk_index", "file_index")}
+    kinds |= {f"{file}/from_timestamp": pa.float64() for file in files if file != "data"}
     if not listed:
         raise DataError(f"{root}/meta/episodes: got no Parquet file there, expected chunk-000/file-000.parquet; restore it")
     parts = [_checked_columns(path, _read_table(path, kinds), kinds) for path in (f"{root}/{name}" for name in listed)]
