@@ -98,7 +98,7 @@ def store_units(folder: Path, block_mb: float) -> dict[str, float]:
 
     from paligemma_vla.data import index as index_module
     from paligemma_vla.data.index import EpisodeIndex
-    from paligemma_vla.data.reader import BlockReader, cut_blocks
+    from paligemma_vla.data.reader import EpisodeReader, cut_blocks
 
     index_module.SETTLED_SECONDS = -60.0  # as if the files had been there for long; this process does nothing else
     with Store("plan") as store:
@@ -117,7 +117,7 @@ def store_units(folder: Path, block_mb: float) -> dict[str, float]:
         again, _, _ = counted(lambda: EpisodeIndex.build(place))
         blocks = cut_blocks(index, block_mb * 1e6)
         per_file = len(blocks) // STORED
-        reader = BlockReader(index, blocks, CAMERAS, 2**30)
+        reader = EpisodeReader(index, CAMERAS, 2**30, blocks)
 
         def read(numbers: range) -> None:
             for block in (file * per_file + number for file in range(STORED) for number in numbers):
@@ -187,18 +187,18 @@ def streamed_order_units(path: Path, files: int, batch: int, processes: int, blo
     """The blocks of the whole data set and the streamed order over them: seconds, bytes kept, and a batch."""
     from paligemma_vla.data.loader import AHEAD
     from paligemma_vla.data.order import StreamedOrder
-    from paligemma_vla.data.reader import cut_blocks, pool_bytes
+    from paligemma_vla.data.reader import cut_blocks, streaming_cache_bytes
 
     index = whole_index(path, files)
     seconds, blocks = timed(lambda: cut_blocks(index, block_mb * 1e6))
     made, order = timed(lambda: StreamedOrder([blocks.sizes], None, batch, 0, window))
     first, _ = timed(lambda: order.batch(order.steps_per_epoch // 2))
-    lines = order._line(0, 0)
-    kept = sum(array.nbytes for array in (*order.blocks, *order.starts)) + 2 * sum(array.nbytes for array in lines)
+    lines = order._line(0)
+    kept = sum(array.nbytes for array in order.blocks) + 2 * sum(array.nbytes for array in lines)
     return {
         "blocks": len(blocks),
         "bytes_per_block": (blocks.episodes.nbytes + blocks.samples.nbytes + blocks.nbytes.nbytes) / len(blocks),
-        "pool_blocks": pool_bytes(blocks, -(-batch // processes), window, AHEAD) / float(blocks.nbytes.mean()),
+        "pool_blocks": streaming_cache_bytes(blocks, -(-batch // processes), window, AHEAD) / float(blocks.nbytes.mean()),
         "order_bytes_per_block": kept / len(blocks),
         "order_s_per_block": (2 * seconds + made + first) / len(blocks),  # cut for the order and for the reader
         "streamed_batch_s": drawn(order, processes),

@@ -122,7 +122,7 @@ def test_row_groups_and_batches_are_parts_of_the_columns(data: Data, index: Epis
             groups = range(len(file.bounds) - 1)
             assert every.num_rows == file.bounds[-1]
             for group, (first, stop) in enumerate(pairwise(file.bounds.tolist())):
-                assert file.read(names, group).to_pylist() == every.slice(first, stop - first).to_pylist()
+                assert next(file.read_groups(names, [group])).to_pylist() == every.slice(first, stop - first).to_pylist()
             batches = list(stream.batches(names, groups, 3))
             assert max(batch.num_rows for batch in batches) <= 3
             assert pa.Table.from_batches(batches).to_pylist() == every.to_pylist()

@@ -311,17 +311,6 @@ def test_expand_paths_that_finds_nothing_names_the_key(tmp_path: Path, name: str
         expand_paths(str(tmp_path / name), "data.train_parquet_files")
 
 
-def test_reader_cache_stays_within_its_bound_and_reads_the_same(episode_dir: Path) -> None:
-    index = EpisodeIndex.build(str(episode_dir))
-    small, large = EpisodeReader(index, 1, 1), EpisodeReader(index, 1, 2**30)
-    order = np.random.default_rng(0).permutation(len(index)).tolist() * 2
-    for episode in order:
-        file, start, length = int(index.file[episode]), int(index.start[episode]), int(index.length[episode])
-        np.testing.assert_array_equal(small.actions(file, start, start + length), large.actions(file, start, start + length))
-    assert len(small._groups) == 1
-    assert len(large._groups) == sum(len(index.row_groups(n)) - 1 for n in range(len(index.paths)))
-
-
 def test_schema_that_says_absurdly_long_lists_is_refused_before_any_is_made(tmp_path: Path) -> None:
     write_episodes(tmp_path, lengths=(3,))
     path = tmp_path / "episodes-00000.parquet"
@@ -329,5 +318,5 @@ def test_schema_that_says_absurdly_long_lists_is_refused_before_any_is_made(tmp_
     kind = pa.list_(pa.float32(), 5000)
     states = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(3 * 5000, np.float32)), 5000)
     pq.write_table(table.set_column(table.column_names.index("state"), pa.field("state", kind), states), path)
-    with pytest.raises(DataError, match=r"column state: got lists of 5000 numbers, expected 1 to 4096"):
+    with pytest.raises(DataError, match=r"column state: got lists of more than 4096 numbers"):
         EpisodeIndex.build(str(tmp_path))

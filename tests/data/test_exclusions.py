@@ -119,7 +119,7 @@ def test_file_of_which_no_episode_is_left_disturbs_nothing(tmp_path: Path) -> No
     index = EpisodeIndex.build(str(tmp_path), "x", exclude)
     assert (index.file.tolist(), index.excluded) == ([1, 1, 1], 3)
     assert compute_statistics(str(tmp_path), "x", exclude=exclude).state.count == 8
-    assert not index.holds(0, np.arange(8)).any()
+    assert not index.has_rows(0, np.arange(8)).any()
 
 
 def test_excluded_survives_concatenate_and_split(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import AHEAD, Part, PartSampler, VLADataset, batches, build_loader, run_batches
 from paligemma_vla.data.order import RunSampler, SampleRef, StreamedOrder
-from paligemma_vla.data.reader import BlockReader, Blocks, cut_blocks, pool_bytes
+from paligemma_vla.data.reader import Blocks, EpisodeReader, cut_blocks, streaming_cache_bytes
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import Preprocessor
 from support import identical, write_episodes
@@ -41,7 +41,7 @@ def order_of(blocks: Blocks, batch: int = 16) -> StreamedOrder:
 def dataset_of(folder: Path, preprocessor: Preprocessor, config: VLAConfig, pool: int = 2**30) -> tuple[VLADataset, Blocks]:
     index = EpisodeIndex.build(str(folder))
     blocks = cut_blocks(index, SMALL)
-    return VLADataset(index, preprocessor, config, True, BlockReader(index, blocks, 2, pool)), blocks
+    return VLADataset(index, preprocessor, config, True, EpisodeReader(index, 2, pool, blocks)), blocks
 
 
 def test_batches_are_the_same_bits_for_any_number_of_workers_and_those_of_the_other_reader(
@@ -113,14 +113,14 @@ def reading_threads() -> list[threading.Thread]:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each block is read; none may be read when it is needed and not before."""
     count: Counter[int] = Counter()
-    read = BlockReader._read
+    read = EpisodeReader._read
 
-    def noted(reader: BlockReader, block: int) -> Any:
+    def noted(reader: EpisodeReader, block: int) -> Any:
         assert threading.current_thread() in reading_threads()
         count[block] += 1
         return read(reader, block)
 
-    monkeypatch.setattr(BlockReader, "_read", noted)
+    monkeypatch.setattr(EpisodeReader, "_read", noted)
     return count
 
 
@@ -134,14 +134,14 @@ def test_each_block_is_read_once_in_a_pass_and_again_where_two_slots_share_it(
     assert len(blocks) > 60
     order = StreamedOrder([blocks.sizes], None, 8, 0, 2)
     config = tiny_config({"data.num_workers": 0}, cameras=2)
-    room = pool_bytes(blocks, 2, 2, AHEAD)
+    room = streaming_cache_bytes(blocks, 2, 2, AHEAD)
     assert room < 0.3 * blocks.nbytes.sum()
     steps = range(order.steps_per_epoch)
     for rank in range(4):
         slots = [order.batch(step)[1][2 * rank : 2 * rank + 2] for step in steps]
         needed = {block for samples in slots for block in blocks.of_samples(samples).tolist()}
         before = Counter(fetched)
-        data = VLADataset(index, preprocessor, config, True, BlockReader(index, blocks, 2, room))
+        data = VLADataset(index, preprocessor, config, True, EpisodeReader(index, 2, room, blocks))
         for _ in run_batches(data, RunSampler(order, 0, len(steps), rank, 4, 1), config, pin_memory=False):
             assert len(reading_threads()) == 4
         assert not reading_threads()

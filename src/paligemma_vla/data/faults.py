@@ -89,6 +89,15 @@ class Unusable(Exception):
         return Fault(file, self.kind, self.text, row, column)
 
 
+@contextmanager
+def located(file: str, row: int, column: str) -> Iterator[None]:
+    """Turn `Unusable` into a `FaultError` that names file, row and column."""
+    try:
+        yield
+    except Unusable as error:
+        raise FaultError(error.at(file, row, column)) from error
+
+
 def raise_first(faults: Iterable[Fault]) -> None:
     """Raise `FaultError` for the first fault, if there is one."""
     for fault in faults:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -579,11 +580,17 @@ class EpisodeIndex:
             digest.update(array.astype(kind).tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def row_offsets(self) -> Rows:
+        """Number of rows in the files before each, and in all (F + 1,)."""
+        offsets: Rows = np.concatenate([[0], np.cumsum(self.groups[self.group_offsets[1:] - 1])])
+        return offsets
+
     def row_groups(self, file: int) -> Rows:
         """First row of each row group of a file, and its number of rows at the end."""
         return self.groups[self.group_offsets[file] : self.group_offsets[file + 1]]
 
-    def holds(self, file: int, rows: Rows) -> NDArray[np.bool_]:
+    def has_rows(self, file: int, rows: Rows) -> NDArray[np.bool_]:
         """Which rows of a file belong to an episode of this index."""
         first, stop = np.searchsorted(self.file, [file, file + 1])
         starts, lengths = self.start[first:stop], self.length[first:stop]

@@ -1,4 +1,4 @@
-"""VLADataset: every time step of every episode is a sample; samples to batches; batches through worker processes."""
+"""VLADataset: every time step of every episode is a sample; samples to batches; batches through loader processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
 from multiprocessing import forkserver
@@ -15,18 +14,19 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from paligemma_vla import flow, schema
 from paligemma_vla.action_settings import resolve_actions
-from paligemma_vla.config import AugmentationConfig, VLAConfig
-from paligemma_vla.data.faults import FaultError, Unusable, check_prompt, layout_misfits, missing_image, no_rotation, prompt_of
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.faults import FaultError, check_prompt, layout_misfits, located, missing_image, no_rotation, prompt_of
 from paligemma_vla.data.formats import Pictures
 from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.order import RunSampler, SampleRef
-from paligemma_vla.data.reader import BlockReader, Blocks, EpisodeReader, RowReader
+from paligemma_vla.data.reader import Blocks, EpisodeReader
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
@@ -34,64 +34,9 @@ from paligemma_vla.schema import Layout
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.workers import end_with
 
-
-def start_loader(
-    dataset: Dataset[Any], sampler: Iterable[Any], config: VLAConfig, collate: Callable[[Any], Any], pin_memory: bool
-) -> DataLoader[Any]:
-    """A torch DataLoader over whatever `sampler` has for `dataset.__getitems__`.
-
-    Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
-    """
-    workers = config.data.num_workers
-    if workers:
-        _start_forkserver()
-    return DataLoader(
-        dataset,
-        batch_sampler=_AsSampler(sampler),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory and config.data.pin_memory,
-        prefetch_factor=config.data.prefetch_factor if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=partial(_prepare_worker, os.getpid()),
-        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
-        generator=torch.Generator(),
-    )
-
-
-class _AsSampler(Sampler[Any]):
-    def __init__(self, source: Iterable[Any]) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-
-def _start_forkserver() -> None:
-    """Start the process that workers are forked from, deaf to SIGTERM (to SIGINT it is anyway): were it gone, its workers
-    would be taken for dead. It ends with this process."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # only the main thread may change what a signal does; started from here, it is as torch leaves it
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a program that is started inherits
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _prepare_worker(trainer: int, worker: int) -> None:
-    torch.set_num_threads(1)
-    # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    end_with(trainer)  # torch watches the parent of a worker, but that is only what workers are forked from
-
-
-Batch = dict[str, Any]
+AHEAD = 16  # optimiser steps between reading a block and its need
 MISFIT = "data and configuration do not fit"
+Batch = dict[str, Any]
 
 
 class Item(TypedDict, total=False):
@@ -110,41 +55,6 @@ class Item(TypedDict, total=False):
     position: int
 
 
-@dataclass(frozen=True)
-class SampleOptions:
-    """What a sample is made of; taken from the configuration by `from_config`.
-
-    augmentation: None in evaluation. stream: name of the random stream, so that validation draws apart from training.
-    """
-
-    cameras: int
-    horizon: int
-    per_action_dim: int
-    flow_samples: int
-    max_seq_len: int
-    seed: int
-    augmentation: AugmentationConfig | None
-    stream: str
-    pad_action_dim: bool
-    cache_bytes: int
-
-    @classmethod
-    def from_config(cls, config: VLAConfig, training: bool) -> SampleOptions:
-        head, data = config.model.action_head_config, config.data
-        return cls(
-            cameras=config.model.vlm_config.cameras,
-            horizon=head.horizon,
-            per_action_dim=head.per_action_dim,
-            flow_samples=head.num_flow_samples,
-            max_seq_len=data.max_seq_len,
-            seed=config.training.seed,
-            augmentation=data.augmentation if training and data.augmentation.enabled else None,
-            stream="training" if training else "validation",
-            pad_action_dim=data.pad_action_dim,
-            cache_bytes=data.cache_mb * 2**20,
-        )
-
-
 class VLADataset(Dataset[Item]):
     """Samples of a set of episode files (S2.1).
 
@@ -153,8 +63,8 @@ class VLADataset(Dataset[Item]):
     `action_mask` False there (D7).
 
     parquet_files: file, folder, glob, list, or an `EpisodeIndex`. processor: hub id or folder of the backbone, or a
-    `Preprocessor`. reader: where rows come from; None: an `EpisodeReader`. Raises `DataError` or `ModelError` when they do
-    not fit the configuration.
+    `Preprocessor`. training: with augmentation, and random draws of their own. reader: of the rows; None: in random order.
+    Raises `DataError` or `ModelError` when they do not fit the configuration.
     """
 
     def __init__(
@@ -163,15 +73,16 @@ class VLADataset(Dataset[Item]):
         processor: str | Preprocessor,
         config: VLAConfig,
         training: bool = False,
-        reader: RowReader | None = None,
+        reader: EpisodeReader | None = None,
     ) -> None:
         self.index = parquet_files if isinstance(parquet_files, EpisodeIndex) else EpisodeIndex.build(parquet_files)
         self.preprocessor = processor if isinstance(processor, Preprocessor) else build_preprocessor(config, processor)
-        self.options = SampleOptions.from_config(config, training)
+        self.config, self.stream = config, "training" if training else "validation"
+        self.augmentation = config.data.augmentation if training and config.data.augmentation.enabled else None
         check_fit(self.index, self.preprocessor.statistics, config)
         if self.preprocessor is not processor:
             check_actions(self.index.layout, self.preprocessor.statistics, config)
-        self.reader = reader or EpisodeReader(self.index, self.options.cameras, self.options.cache_bytes)
+        self.reader = reader or EpisodeReader(self.index, config.model.vlm_config.cameras, config.data.cache_mb * 2**20)
         self._ends = np.cumsum(self.index.length, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -190,92 +101,84 @@ class VLADataset(Dataset[Item]):
         return f"{self.index.paths[self.index.file[episode]]}: row {self.index.start[episode] + step}"
 
     def __getitem__(self, ref: int | SampleRef) -> Item:
-        """One sample; an int stands at the position of the same number."""
+        """One sample; an int is at the position of the same number."""
         ref = ref if isinstance(ref, tuple) else SampleRef(ref, ref)
-        options, pre = self.options, self.preprocessor
+        head, seed, preprocessor = self.config.model.action_head_config, self.config.training.seed, self.preprocessor
         episode, step = self.locate(ref.sample)
         file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
-        rows, place = self.reader.group_of(file, row)
-        path = self.index.paths[file]
-        try:
-            prompt = prompt_of(rows.prompt, place)
-            check_prompt(prompt, pre.prompts)
-        except Unusable as error:
-            raise FaultError(error.at(path, row, schema.PROMPT)) from error
-        images, present = self._images(rows.images, place, (path, row), ref)
-        input_ids, attention_mask = pre.prompts.encode([prompt], present[None])
-        action, action_mask = self._chunk((path, row), file, int(self.index.length[episode]) - step, rows.state[place])
-        generator = torch.Generator().manual_seed(derive_seed(options.seed, f"{options.stream} flow", ref.position))
-        chunk = (options.horizon, options.per_action_dim)
+        where = self.index.paths[file], row
+        group, number = self.reader.group_of(file, row)
+        with located(*where, schema.PROMPT):
+            prompt = prompt_of(group.prompt, number)
+            check_prompt(prompt, preprocessor.prompts)
+        images, present = self._images(group.images, number, where, ref.position)
+        input_ids, attention_mask = preprocessor.prompts.encode([prompt], present[None])
+        recorded, real = read_chunk(self.reader, episode, step, head.horizon)
+        values = preprocessor.encode_actions(recorded, group.state[number])
+        if not np.isfinite(values).all():
+            raise FaultError(no_rotation().at(*where, schema.ACTION))
+        action = np.zeros((head.horizon, head.per_action_dim), np.float32)
+        action_mask = np.zeros((head.horizon, head.per_action_dim), bool)
+        action[:, : values.shape[1]] = values
+        action_mask[real, : values.shape[1]] = ref.valid
+        generator = torch.Generator().manual_seed(derive_seed(seed, f"{self.stream} flow", ref.position))
         item: dict[str, Any] = {
             **{schema.image_key(n + 1): torch.from_numpy(image) for n, image in enumerate(images)},
             "image_mask": torch.from_numpy(present),
             "raw_prompt_text": prompt,
             "input_ids": torch.from_numpy(input_ids[0]),
             "vlm_attention_mask": torch.from_numpy(attention_mask[0]),
-            "state": torch.from_numpy(pre.state.normalize(rows.state[place])),
+            "state": torch.from_numpy(preprocessor.state.normalize(group.state[number])),
             "action": torch.from_numpy(action.reshape(-1)),
-            "action_mask": torch.from_numpy(action_mask & ref.valid),
-            "flow_time": flow.draw_time((options.flow_samples,), generator),
-            "flow_noise": flow.draw_noise((options.flow_samples, *chunk), generator),
+            "action_mask": torch.from_numpy(action_mask),
+            "flow_time": flow.draw_time((head.num_flow_samples,), generator),
+            "flow_noise": flow.draw_noise((head.num_flow_samples, *action.shape), generator),
             "position": ref.position,
         }
         return item  # type: ignore[return-value]
 
     def __getitems__(self, refs: list[SampleRef]) -> list[Item] | VLAError:
-        """A micro-batch, called by torch's fetcher. An error a user should read is returned, not raised: raised in a worker
-        it would reach the user wrapped in two tracebacks."""
+        """A micro-batch, called by torch's fetcher. An error that a user should read is returned, not raised: raised in a
+        worker it would come wrapped in two tracebacks."""
         try:
             return [self[ref] for ref in refs]
         except VLAError as error:
             return error
 
     def _images(
-        self, columns: Sequence[Pictures | None], place: int, source: tuple[str, int], ref: SampleRef
-    ) -> tuple[list[Any], Any]:
+        self, columns: Sequence[Pictures | None], number: int, where: tuple[str, int], position: int
+    ) -> tuple[list[NDArray[np.uint8]], NDArray[np.bool_]]:
         """Images of one row, (3, H, W) uint8 per camera, and which cameras are present (N,)."""
-        spec, augmentation = self.preprocessor.image, self.options.augmentation
-        present = np.array([column is not None and column.present(place) for column in columns])
+        spec, augmentation = self.preprocessor.image, self.augmentation
+        present = np.array([column is not None and column.present(number) for column in columns])
         if not present[0]:
-            raise FaultError(missing_image().at(*source, schema.image_column(1)))
-        rng = None
-        if augmentation is not None:
-            rng = np.random.default_rng(derive_seed(self.options.seed, "augmentation", ref.position))
+            raise FaultError(missing_image().at(*where, schema.image_column(1)))
+        rng = np.random.default_rng(derive_seed(self.config.training.seed, "augmentation", position))
         images = []
         for camera, column in enumerate(columns):
             if column is None or not present[camera]:
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
                 continue
-            name = schema.image_column(camera + 1)
-            try:
-                image = column.decode(place)
-            except Unusable as error:
-                raise FaultError(error.at(*source, name)) from error
-            if augmentation is None or rng is None:
+            with located(*where, schema.image_column(camera + 1)):
+                image = column.decode(number)
+            if augmentation is None:
                 images.append(spec.apply(image))
             else:
                 fitted = spec.fit(image, random_crop(augmentation.crop_scale, rng))
                 images.append(to_pixels(jitter_colour(fitted, augmentation, rng)))
         return images, present
 
-    def _chunk(self, source: tuple[str, int], file: int, remaining: int, state: Any) -> tuple[Any, Any]:
-        """What the model is to predict (K, A) from a row on, normalised, and which of it is real (K, A).
 
-        source: path and row. state: (P,) there, in real units.
-        """
-        horizon, width = self.options.horizon, self.options.per_action_dim
-        row = source[1]
-        real = min(horizon, remaining)
-        recorded = self.reader.actions(file, row, row + real)
-        padded = recorded[np.minimum(np.arange(horizon), real - 1)]
-        values = self.preprocessor.encode_actions(padded, state)
-        if not np.isfinite(values).all():
-            raise FaultError(no_rotation().at(*source, schema.ACTION))
-        action = np.zeros((horizon, width), np.float32)
-        mask = np.zeros((horizon, width), bool)
-        action[:, : values.shape[1]] = values
-        mask[:real, : values.shape[1]] = True
-        return action, mask
+def read_chunk(reader: EpisodeReader, episode: int, step: int, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The recorded actions of the next `horizon` steps (K, A), and which of them the episode has (K,).
+
+    Past the episode's end its last action is repeated.
+    """
+    index = reader.index
+    row, real = int(index.start[episode]) + step, min(horizon, int(index.length[episode]) - step)
+    actions = reader.actions(int(index.file[episode]), row, row + real)
+    steps = np.arange(horizon)
+    return actions[np.minimum(steps, real - 1)], steps < real
 
 
 def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config: VLAConfig) -> None:
@@ -325,16 +228,16 @@ class Collator:
         self.prompts = prompts
 
     def __call__(self, items: list[Item] | VLAError) -> Batch | VLAError:
-        return items if isinstance(items, VLAError) else self.lay_out(stack(items))
+        return items if isinstance(items, VLAError) else self.add_tokens(_stack(items))
 
-    def lay_out(self, batch: Batch) -> Batch:
+    def add_tokens(self, batch: Batch) -> Batch:
         """A stacked batch with its prompts as tokens."""
         ids, mask = self.prompts.encode(batch["raw_prompt_text"], batch["image_mask"].numpy())
         return {**batch, "input_ids": torch.from_numpy(ids), "vlm_attention_mask": torch.from_numpy(mask)}
 
 
-def stack(items: list[Item]) -> Batch:
-    """What a batch holds of its items one by one: all but the tokens."""
+def _stack(items: list[Item]) -> Batch:
+    """A batch but for its tokens, which depend on the longest of its prompts."""
     batch: Batch = {}
     for key, value in items[0].items():
         if isinstance(value, Tensor) and key not in ("input_ids", "vlm_attention_mask"):
@@ -348,7 +251,8 @@ def build_loader(
     dataset: VLADataset, sampler: Iterable[list[SampleRef]], config: VLAConfig, pin_memory: bool
 ) -> DataLoader[Any]:
     """A torch DataLoader over micro-batches; iterate it through `batches`, which raises what a worker met."""
-    return start_loader(dataset, sampler, config, Collator(dataset.preprocessor.prompts), pin_memory)
+    collate = Collator(dataset.preprocessor.prompts)
+    return _start_loader(dataset, sampler, config, collate, pin_memory and config.data.pin_memory)
 
 
 def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:
@@ -359,19 +263,26 @@ def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:
         yield batch
 
 
-AHEAD = 16  # optimiser steps
+def run_batches(dataset: VLADataset, sampler: RunSampler, config: VLAConfig, pin_memory: bool) -> Iterator[Batch]:
+    """Micro-batches of a run, in random order or streamed as its reader is."""
+    loader = build_loader if dataset.reader.blocks is None else _streamed_batches
+    return batches(loader(dataset, sampler, config, pin_memory))
 
 
 class Part(NamedTuple):
-    """Work for one worker: its slots of a micro-batch (none, perhaps, of a small last one), and the blocks it is to read ahead
-    for those that follow, the soonest first."""
+    """Work for one worker of a streamed run: its slots of a micro-batch (none, perhaps, of a small last one), and the blocks to
+    read ahead for those that follow, the soonest first."""
 
     refs: list[SampleRef]
     ahead: list[int]
 
 
 class PartSampler:
-    """The micro-batches of a `RunSampler`, each as `parts` parts in the order of its slots."""
+    """The micro-batches of a `RunSampler`, each cut between the same slots into `parts` parts, in the order of its slots.
+
+    Torch hands one piece of work after the other to its workers in turn. So each slot is read by the same worker from
+    beginning to end, and each block is read by few of them.
+    """
 
     def __init__(self, run: RunSampler, parts: int, blocks: Blocks) -> None:
         self.run, self.parts, self.blocks = run, parts, blocks
@@ -398,59 +309,89 @@ class PartSampler:
 
 
 class _Parts(Dataset[Any]):
-    """A data set as `Part`s."""
+    """A data set that is asked for `Part`s."""
 
-    def __init__(self, dataset: VLADataset, reader: BlockReader) -> None:
-        self.dataset, self.reader = dataset, reader
+    def __init__(self, dataset: VLADataset) -> None:
+        self.dataset = dataset
 
     def __getitems__(self, part: Part) -> list[Item] | VLAError:
-        self.reader.prefetch(part.ahead)
+        self.dataset.reader.prefetch(part.ahead)
         return self.dataset.__getitems__(part.refs)
 
 
-class StreamLoader:
-    """Whole micro-batches out of the parts that workers make; iterate it through `batches`, as any loader."""
-
-    def __init__(
-        self, dataset: VLADataset, reader: BlockReader, sampler: RunSampler, config: VLAConfig, pin_memory: bool
-    ) -> None:
-        self.reader, self.parts = reader, max(1, config.data.num_workers)
-        self.pin_memory = pin_memory and config.data.pin_memory
-        self.collator = Collator(dataset.preprocessor.prompts)
-        parts = PartSampler(sampler, self.parts, reader.blocks)
-        self.loader: DataLoader[Any] = start_loader(_Parts(dataset, reader), parts, config, _stack_part, pin_memory=False)
-
-    def __iter__(self) -> Iterator[Batch | VLAError]:
-        stream = iter(self.loader)
-        try:
-            while pieces := list(islice(stream, self.parts)):
-                yield self._together(pieces)
-        finally:
-            self.reader.close()
-
-    def _together(self, pieces: list[Batch | VLAError | None]) -> Batch | VLAError:
-        parts: list[Batch] = []
-        for piece in pieces:
-            if isinstance(piece, VLAError):
-                return piece
-            if piece is not None:
-                parts.append(piece)
-        batch: Batch = {}
-        for key, value in parts[0].items():
-            values = [part[key] for part in parts]
-            batch[key] = torch.cat(values) if isinstance(value, torch.Tensor) else list(chain.from_iterable(values))
-        batch = self.collator.lay_out(batch)
-        if self.pin_memory:
-            return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        return batch
-
-
-def run_batches(dataset: VLADataset, sampler: RunSampler, config: VLAConfig, pin_memory: bool) -> Iterator[Batch]:
-    """Micro-batches of a run, in the way that its data is read."""
-    if isinstance(dataset.reader, BlockReader):
-        return batches(StreamLoader(dataset, dataset.reader, sampler, config, pin_memory))
-    return batches(build_loader(dataset, sampler, config, pin_memory))
+def _streamed_batches(
+    dataset: VLADataset, sampler: RunSampler, config: VLAConfig, pin_memory: bool
+) -> Iterator[Batch | VLAError]:
+    """Micro-batches out of the parts that workers make: bit for bit what one process alone would make."""
+    parts, collator = max(1, config.data.num_workers), Collator(dataset.preprocessor.prompts)
+    assert dataset.reader.blocks is not None
+    sampled = PartSampler(sampler, parts, dataset.reader.blocks)
+    stream = iter(_start_loader(_Parts(dataset), sampled, config, _stack_part, pin_memory=False))
+    try:
+        while pieces := list(islice(stream, parts)):
+            error = next((piece for piece in pieces if isinstance(piece, VLAError)), None)
+            yield error or _pin(collator.add_tokens(_join(pieces)), pin_memory and config.data.pin_memory)
+    finally:
+        dataset.reader.close()
 
 
 def _stack_part(items: list[Item] | VLAError) -> Batch | VLAError | None:
-    return items if isinstance(items, VLAError) else stack(items) if items else None
+    return items if isinstance(items, VLAError) else _stack(items) if items else None
+
+
+def _join(pieces: list[Batch | None]) -> Batch:
+    """Stacked parts as one batch; a part without a slot is None."""
+    parts = [part for part in pieces if part is not None]
+    batch: Batch = {}
+    for key, value in parts[0].items():
+        values = [part[key] for part in parts]
+        batch[key] = torch.cat(values) if isinstance(value, Tensor) else list(chain.from_iterable(values))
+    return batch
+
+
+def _pin(batch: Batch, pin_memory: bool) -> Batch:
+    return {key: value.pin_memory() if pin_memory and isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _start_loader(
+    dataset: Dataset[Any], sampler: Iterable[Any], config: VLAConfig, collate: Callable[[Any], Any], pin_memory: bool
+) -> DataLoader[Any]:
+    """A torch DataLoader over whatever `sampler` has for `dataset.__getitems__`.
+
+    Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
+    """
+    workers = config.data.num_workers
+    if workers:
+        _start_forkserver()
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=config.data.prefetch_factor if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=partial(_prepare_worker, os.getpid()),
+        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
+        generator=torch.Generator(),
+    )
+
+
+def _start_forkserver() -> None:
+    """Start the process that workers are forked from; it ends with this one. It ignores SIGTERM (and SIGINT anyway): workers
+    whose parent is gone count as dead."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may change what a signal does; started from here, it is as torch leaves it
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a program that is started inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepare_worker(trainer: int, worker: int) -> None:
+    torch.set_num_threads(1)
+    # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with(trainer)  # torch watches the parent of a worker, but that is only what workers are forked from

@@ -21,7 +21,7 @@ from paligemma_vla.data.formats import find_format
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
 from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
-from paligemma_vla.data.reader import BlockReader, cut_blocks, pool_bytes
+from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
 from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.architectures import read_architecture
@@ -100,7 +100,7 @@ def prepare(
         assert statistics is not None
         preprocessor = Preprocessor(prompts, image, statistics, config.data.normalization)
     _log_actions(config, preprocessor, train)
-    reader = build_block_reader(train, config, distributed.world_size) if config.data.streamed else None
+    reader = build_streaming_reader(train, config, distributed.world_size) if config.data.streamed else None
     data = Data(
         VLADataset(train, preprocessor, config, training=True, reader=reader),
         None if validation is None else VLADataset(validation, preprocessor, config),
@@ -187,13 +187,13 @@ def build_order(sources: Sequence[EpisodeIndex], config: VLAConfig) -> Order:
     return StreamedOrder(blocks, weights, data.batch_size, config.training.seed, data.stream_window)
 
 
-def build_block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> BlockReader:
+def build_streaming_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -> EpisodeReader:
     """A reader with memory for the blocks that one loader process needs at a time."""
     data = config.data
     blocks = cut_blocks(index, data.stream_block_mb * 1e6)
     parts = config.training.gradient_accumulation_steps
     slots = parts * math.ceil(math.ceil(data.batch_size / (processes * parts)) / max(1, data.num_workers))
-    room = pool_bytes(blocks, slots, data.stream_window, AHEAD)
+    room = streaming_cache_bytes(blocks, slots, data.stream_window, AHEAD)
     size = blocks.nbytes.mean()
     logger.info(
         "data is streamed in %d blocks of %.3g MB; a loader process keeps up to %.3g MB", len(blocks), size / 1e6, room / 1e6
@@ -205,7 +205,7 @@ def build_block_reader(index: EpisodeIndex, config: VLAConfig, processes: int) -
             len(blocks),
             data.batch_size,
         )
-    return BlockReader(index, blocks, config.model.vlm_config.cameras, room)
+    return EpisodeReader(index, config.model.vlm_config.cameras, room, blocks)
 
 
 def check_processes(config: VLAConfig, distributed: Distributed) -> None:

@@ -83,8 +83,15 @@ class EpisodeFile(ABC):
         """What the columns hold, and every fault of them; dimensions that a fault hides are 0."""
 
     @abstractmethod
-    def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
-        """Columns of one row group, or of all. Raises what is in `READ_ERRORS`, or `FaultError`."""
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows. Raises what is in `READ_ERRORS`, or `FaultError`."""
+
+    @abstractmethod
+    def read_groups(self, columns: Sequence[str], groups: Sequence[int]) -> Iterator[pa.Table]:
+        """Columns of some row groups, a table for each. Raises as `read`, at the group that cannot be read.
+
+        Of a file that was opened with `ranges`, near groups are fetched together, and several threads may read at once.
+        """
 
     @abstractmethod
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
@@ -183,12 +190,16 @@ def foreign_format(folder: str) -> str | None:
     return next((name for name, mark in MARKS.items() if os.path.isfile(os.path.join(folder, mark))), None)
 
 
-def open_file(name: str, stream: bool = False) -> EpisodeFile:
-    """Open a file of episodes of any format. Raises `FaultError` when it cannot be read."""
+def open_file(name: str, stream: bool = False, ranges: bool = False) -> EpisodeFile:
+    """Open a file of episodes of any format. Raises `FaultError` when it cannot be read.
+
+    stream: large row groups are read piece by piece. ranges: what a read needs is fetched in few large requests, as it always
+    is behind a URL; for this project's own format.
+    """
     from paligemma_vla.data.formats.parquet import ParquetEpisodes
 
     _, form, location = find_format(name)
-    return ParquetEpisodes(name, name, stream) if form is None else form.open(name, location, stream)
+    return ParquetEpisodes(name, name, stream, ranges) if form is None else form.open(name, location, stream)
 
 
 def identify_file(name: str) -> Identity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -50,25 +51,37 @@ class EncodedPictures(Pictures):
 class ParquetEpisodes(EpisodeFile):
     """A file as docs/data_format.md describes it. Raises `FaultError` when it is not Parquet or is cut short.
 
-    Behind a URL it is read by ranges: what a call needs of it is fetched in as few requests as possible. A format whose
+    Behind a URL, and with `ranges`, what a call needs of it is fetched in as few requests as possible. A format whose
     Parquet files have other columns overrides `_stored_columns` and `_translate`.
     """
 
-    def __init__(self, name: str, location: str, stream: bool = False) -> None:
-        self.path, self._location = name, location
-        self._remote: CachedSource | None = None
-        if is_url(location):
+    def __init__(self, name: str, location: str, stream: bool = False, ranges: bool = False) -> None:
+        self.path, self._location, self._stream = name, location, stream
+        self._source: CachedSource | None = None
+        if ranges or is_url(location):
             with file_faults(name):
-                self._remote = CachedSource(open_source(location))
-        self.identity = RecentIdentity(name, self._remote.identity if self._remote else None)
-        self._file = open_parquet(location, stream, self._remote)
-        self.bounds = group_bounds(self._file)
+                self._source = CachedSource(open_source(location))
+        self.identity = RecentIdentity(name, self._source.identity if self._source else None)
+        file = open_parquet(location, stream, self._source)
+        self.bounds = group_bounds(file)
         self.outside = np.empty((0, 2), np.int64)
-        self.nbytes = FOOTER_UNFOLDS * int(self._file.metadata.serialized_size)
-        self.columns = self._file.schema_arrow.names
-        cameras = range(1, count_cameras(self._file.schema_arrow) + 1)
+        if self._source is None:
+            self._file = file
+            self.nbytes = FOOTER_UNFOLDS * int(file.metadata.serialized_size)
+        else:  # of many open files the footers are kept as they are stored
+            self.nbytes = int(file.metadata.serialized_size) + FOOTER_TAIL
+            self._footer = self._source.read_at(self._source.size - self.nbytes, self.nbytes)
+        self.columns = file.schema_arrow.names
+        cameras = range(1, count_cameras(file.schema_arrow) + 1)
         known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS, *map(schema.image_column, cameras)}
         self.unused = [column for column in self.columns if column not in known]
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return open_parquet(self._location, self._stream, self._source, self._metadata())
+
+    def _metadata(self) -> pq.FileMetaData:
+        return pq.read_metadata(pa.BufferReader(self._footer))
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         path, arrow = self.path, self._file.schema_arrow
@@ -91,14 +104,25 @@ class ParquetEpisodes(EpisodeFile):
         faults += [Fault(path, Kind.METADATA, f"{text}; {METADATA_REMEDY}") for text in misfits]
         return Layout(count_cameras(arrow), dimensions[schema.STATE], dimensions[schema.ACTION], metadata), faults
 
-    def read(self, columns: Sequence[str], group: int | None = None) -> pa.Table:
-        groups = range(len(self.bounds) - 1) if group is None else [group]
-        stored = self._expect(columns, groups)
-        table = self._file.read_row_groups(list(groups), columns=stored, use_threads=False)
-        if self._remote is not None:
-            self._remote.expect(())  # what was cached is in the table
-        first = 0 if group is None else int(self.bounds[group])
-        return self._translate(columns, table, np.arange(first, first + table.num_rows))
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        stored = self._expect(columns, range(len(self.bounds) - 1))
+        table = self._file.read(columns=stored, use_threads=False)
+        if self._source is not None:
+            self._source.expect(())  # what was cached is in the table
+        return self._translate(columns, table, np.arange(self.bounds[-1]))
+
+    def read_groups(self, columns: Sequence[str], groups: Sequence[int]) -> Iterator[pa.Table]:
+        stored = self._stored_columns(columns)
+        if self._source is None:
+            file = self._file
+        else:  # with a cache and a parser of its own, so that several threads can read
+            self._source.expect(())
+            source, metadata = CachedSource(self._source.source), self._metadata()
+            source.expect(column_ranges(metadata, stored, groups))
+            file = open_parquet(self._location, source=source, metadata=metadata)
+        for group in groups:
+            table = file.read_row_group(group, columns=stored, use_threads=False)
+            yield self._translate(columns, table, np.arange(*self.bounds[group : group + 2]))
 
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
         stored = self._expect(columns, groups)
@@ -111,8 +135,8 @@ class ParquetEpisodes(EpisodeFile):
     def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> list[str]:
         """Announce what will be read; returns the columns of the file that hold it."""
         stored = self._stored_columns(columns)
-        if self._remote is not None:
-            self._remote.expect(column_ranges(self._file.metadata, stored, groups))
+        if self._source is not None:
+            self._source.expect(column_ranges(self._file.metadata, stored, groups))
         return stored
 
     def _stored_columns(self, columns: Sequence[str]) -> list[str]:
@@ -127,8 +151,8 @@ class ParquetEpisodes(EpisodeFile):
         return EncodedPictures(column)
 
     def digest(self) -> int:
-        if self._remote is not None:
-            return file_digest(self._remote, self._file.metadata)
+        if self._source is not None:
+            return file_digest(self._source, self._file.metadata)
         with file_faults(self.path), open_source(self._location) as source:
             return file_digest(source, self._file.metadata)
 
@@ -136,9 +160,10 @@ class ParquetEpisodes(EpisodeFile):
         return flag_rows(self._file.metadata, self.bounds)
 
     def close(self) -> None:
-        self._file.close()
-        if self._remote is not None:
-            self._remote.close()
+        if self._source is None:
+            self._file.close()
+        else:
+            self._source.close()
 
 
 def open_parquet(
