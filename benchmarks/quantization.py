@@ -23,8 +23,7 @@ from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import VLADataset
-from paligemma_vla.evaluation.open_loop import predict
-from paligemma_vla.evaluation.samples import Samples
+from paligemma_vla.evaluation.open_loop import Samples, predict
 from paligemma_vla.model.quantize import KINDS, quantize, weight_bytes
 
 ROUNDS, COMPARED = 200, 256

@@ -25,8 +25,7 @@ from paligemma_vla.data.loader import Collator, VLADataset
 from paligemma_vla.data.statistics import compute_statistics, model_numbers
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError, VLAError
-from paligemma_vla.evaluation.open_loop import OpenLoopConfig, evaluate
-from paligemma_vla.evaluation.samples import check_same_robot
+from paligemma_vla.evaluation.open_loop import OpenLoopConfig, check_same_robot, evaluate
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode

@@ -265,9 +265,9 @@ def test_figures_flatter_wherever_the_training_files_lie_now(policy: Policy, two
     moved = tmp_path / "moved"
     shutil.copytree(two_camera_dir, moved)
     index = EpisodeIndex.build(str(moved))
-    assert open_loop._training_files(index, policy) == len(index.paths)
+    assert open_loop.count_training_files(index, policy) == len(index.paths)
     write_episodes(tmp_path / "others", cameras=2, seed=77)
-    assert open_loop._training_files(EpisodeIndex.build(str(tmp_path / "others")), policy) == 0
+    assert open_loop.count_training_files(EpisodeIndex.build(str(tmp_path / "others")), policy) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,31 +8,35 @@ noise is a function of (seed, sample), so figures do not depend on the batch siz
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from paligemma_vla import schema
+from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, batches
 from paligemma_vla.data.order import SampleRef, ValidationSampler
-from paligemma_vla.errors import ConfigError, VLAError
-from paligemma_vla.evaluation.predictions import PredictionWriter
-from paligemma_vla.evaluation.samples import Floats, Sample, Samples, check_same_robot
+from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
+from paligemma_vla.schema import Observation
 from paligemma_vla.seeding import derive_seed
+from paligemma_vla.storage import atomic_file
 
 EULER_STEPS = (1, 2, 5, 10, 20, 50)
 LATENCY_CALLS, LATENCY_SECONDS = 10, 2.0
-logger = logging.getLogger(__name__)
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,128 @@ class OpenLoopResult:
     traces: tuple[Trace, ...]
 
 
+def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: OpenLoopConfig | None = None) -> OpenLoopResult:
+    """Compare `policy` with the episodes of `data` (file, folder, glob, list or index).
+
+    Raises `DataError` when data and checkpoint do not fit, naming every field that differs.
+    """
+    config = config or OpenLoopConfig()
+    began = time.perf_counter()
+    index = data if isinstance(data, EpisodeIndex) else EpisodeIndex.build(data, "--eval_data_path")
+    check_same_robot(index, policy)
+    samples = Samples(VLADataset(index, policy.preprocessor, policy.config), policy)
+    try:
+        table, velocity_loss, chosen = _errors(policy, samples, config)
+        euler = _euler_table(policy, samples, config)
+        traces = tuple(_traces(policy, samples, config))
+    except torch.OutOfMemoryError as error:
+        raise VLAError(f"out of memory with --batch_size {config.batch_size}: reduce it, or use --device cpu") from error
+    metrics = {
+        **_figures(policy, table),
+        "velocity_loss": velocity_loss,
+        "euler_steps": euler,
+        "samples": chosen,
+        "samples_available": index.steps,
+        "episodes": len(index),
+        "settings": {
+            "num_steps": config.num_steps or policy.metadata["num_inference_timesteps"],
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "device": str(policy.device),
+        },
+        "data": {"paths": list(index.paths), "training_files": count_training_files(index, policy)},
+        "wall_s": round(time.perf_counter() - began, 2),
+    }
+    return OpenLoopResult(metrics, traces)
+
+
+def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
+    """Raise `DataError` with every way in which data and checkpoint are of different robots, cameras or rates."""
+    layout, expected = index.layout, schema.described_layout(policy.metadata)
+    faults = [f"{name}: {text}" for name, text in schema.robot_differences(layout, expected, expected.cameras).items()]
+    if layout.cameras < expected.cameras:
+        wanted = f"got {layout.cameras}, the checkpoint takes {expected.cameras}"
+        faults.append(f"cameras: {wanted}; add columns (null where one is absent)")
+    if faults:
+        remedy = "evaluate on episodes of the robot that the checkpoint was trained for"
+        raise DataError("\n  ".join([f"{index.paths[0]}: data and checkpoint do not fit; {remedy}", *faults]))
+
+
+def count_training_files(index: EpisodeIndex, policy: Policy) -> int:
+    """How many of the evaluated files the checkpoint's statistics were computed from: those figures flatter.
+
+    Files are the same by content, wherever they lie (older statistics know names only), unless other episodes of them were
+    selected.
+    """
+    statistics = policy.preprocessor.statistics
+    known = statistics.digests or tuple(map(real_name, statistics.datasets))
+    trained = list(zip(known, statistics.datasets, strict=True))
+    evaluated = map(hex_digest, index.digests.tolist()) if statistics.digests else map(real_name, index.paths)
+    return sum(
+        any(same == key and share_episodes(path, name) for key, name in trained)
+        for same, path in zip(evaluated, index.paths, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step of an episode: what the policy sees, and the chunk that followed.
+
+    actions (K, A) in real units, the last one repeated past the episode's end; mask (K,) is False there.
+    """
+
+    index: int
+    episode: int
+    step: int
+    observation: Observation
+    actions: Floats
+    mask: NDArray[np.bool_]
+
+
+class Samples:
+    """Steps of episodes as a robot would present them, read from the files behind a `VLADataset`."""
+
+    def __init__(self, dataset: VLADataset, policy: Policy) -> None:
+        self.dataset, self.index = dataset, dataset.index
+        self.cameras, self.horizon = len(policy.metadata["cameras"]), int(policy.metadata["horizon"])
+
+    def batches(self, count: int, batch_size: int) -> Iterator[tuple[list[SampleRef], list[Sample]]]:
+        """So many steps, evenly spread over the data."""
+        for refs in ValidationSampler(len(self.dataset), count, batch_size, 0, 1):
+            yield refs, [self.read(ref.sample) for ref in refs]
+
+    def read(self, sample: int) -> Sample:
+        """Decode one step. Raises `DataError` naming file, row and column."""
+        episode, step = self.dataset.locate(sample)
+        file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
+        rows, number = self.dataset.reader.group_of(file, row)
+        observation: dict[str, Any] = {"state": rows.state[number], "prompt": rows.prompt[number].as_py()}
+        for camera, column in enumerate(rows.images[: self.cameras], start=1):
+            if column is not None and column.present(number):
+                where = f"{self.index.paths[file]}: row {row}, column {schema.image_column(camera)}"
+                observation[schema.image_key(camera)] = np.asarray(decode_picture(column, number, where))
+        real = min(self.horizon, int(self.index.length[episode]) - step)
+        actions = self._actions(file, row, row + real)
+        padded = np.concatenate([actions, np.repeat(actions[-1:], self.horizon - real, axis=0)])
+        mask = np.arange(self.horizon) < real
+        return Sample(sample, episode, step, observation, padded, mask)  # type: ignore[arg-type]
+
+    def actions(self, episode: int) -> Floats:
+        """All actions (L, A) of an episode."""
+        start = int(self.index.start[episode])
+        return self._actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
+
+    def _actions(self, file: int, start: int, stop: int) -> Floats:
+        """Actions of some rows, with rotations written as the policy writes them, so that the two can be compared."""
+        return self.dataset.preprocessor.actions.canonical(self.dataset.reader.actions(file, start, stop))
+
+
+def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
+    """Chunks (B, K, A) in real units."""
+    seeds = [derive_seed(seed, "open loop", sample.index) for sample in samples]
+    return policy.infer_batch([sample.observation for sample in samples], seeds, num_steps)
+
+
 class ErrorSums:
     """Sums of absolute and squared errors per horizon step and dimension, over the valid steps only; the range of the true."""
 
@@ -113,78 +239,34 @@ class ErrorSums:
         return table
 
 
-def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
-    """Chunks (B, K, A) in real units."""
-    seeds = [derive_seed(seed, "open loop", sample.index) for sample in samples]
-    return policy.infer_batch([sample.observation for sample in samples], seeds, num_steps)
-
-
-def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: OpenLoopConfig | None = None) -> OpenLoopResult:
-    """Compare `policy` with the episodes of `data` (file, folder, glob, list or index).
-
-    Raises `DataError` when data and checkpoint do not fit, naming every field that differs.
-    """
-    config = config or OpenLoopConfig()
-    began = time.perf_counter()
-    index = data if isinstance(data, EpisodeIndex) else EpisodeIndex.build(data, "--eval_data_path")
-    check_same_robot(index, policy)
-    dataset = VLADataset(index, policy.preprocessor, policy.config)
-    samples = Samples(dataset, policy)
-    with _explained(config):
-        table, velocity_loss, chosen = _errors(policy, samples, config)
-        euler = _euler_table(policy, samples, config)
-        traces = tuple(_traces(policy, samples, config))
-    metrics = {
-        **_figures(policy, table),
-        "velocity_loss": velocity_loss,
-        "euler_steps": euler,
-        "samples": chosen,
-        "samples_available": len(dataset),
-        "episodes": len(index),
-        "settings": {
-            "num_steps": config.num_steps or policy.metadata["num_inference_timesteps"],
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "device": str(policy.device),
-        },
-        "data": {"paths": list(index.paths), "training_files": _training_files(index, policy)},
-        "wall_s": round(time.perf_counter() - began, 2),
-    }
-    return OpenLoopResult(metrics, traces)
-
-
-@contextlib.contextmanager
-def _explained(config: OpenLoopConfig) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise VLAError(f"out of memory with --batch_size {config.batch_size}: reduce it, or use --device cpu") from error
-
-
 def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[dict[str, ErrorSums], float, int]:
     """The pass over the data: error sums of the policy and of the baselines, the velocity loss, the number of samples."""
-    dimension, horizon = int(policy.metadata["action_dim"]), samples.horizon
-    table = {name: ErrorSums(horizon, dimension) for name in ("policy", "mean_action", "zero_action")}
-    plan = ValidationSampler(len(samples.dataset), config.max_samples or len(samples.dataset), config.batch_size, 0, 1)
-    chosen = sum(len(batch) for batch in plan.batches)
-    loss = np.zeros(2)
+    dimension, available = int(policy.metadata["action_dim"]), len(samples.dataset)
+    table = {name: ErrorSums(samples.horizon, dimension) for name in ("policy", "mean_action", "zero_action")}
+    wanted = min(config.max_samples or available, available)
+    loss, count = np.zeros(2), 0
     with contextlib.ExitStack() as stack:
-        writer = None
+        write = None
         if config.predictions_path is not None:
-            writer = stack.enter_context(PredictionWriter(config.predictions_path, horizon, policy.metadata["action_names"]))
-        bar = stack.enter_context(tqdm(total=chosen, desc="open loop", unit="sample", disable=None))
-        for refs in plan:
-            batch = [samples.read(ref.sample) for ref in refs]
+            names = policy.metadata["action_names"]
+            write = stack.enter_context(prediction_file(config.predictions_path, samples.horizon, dimension, names))
+        bar = stack.enter_context(tqdm(total=wanted, desc="open loop", unit="sample", disable=None))
+        for refs, batch in samples.batches(wanted, config.batch_size):
             loss += _velocity_loss(policy, samples.dataset, refs)
             predicted = predict(policy, batch, config.seed, config.num_steps)
-            true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
             guesses = {"policy": predicted, "mean_action": _mean_action(policy, batch), "zero_action": np.zeros(dimension)}
             for name, guess in guesses.items():
-                table[name].add(guess, true, mask)
-            if writer is not None:
-                writer.write(batch, predicted)
+                table[name].add(guess, *_recorded(batch))
+            if write is not None:
+                write(batch, predicted)
+            count += len(batch)
             bar.update(len(batch))
-    return table, float(loss[0] / loss[1]), chosen
+    return table, float(loss[0] / loss[1]), count
+
+
+def _recorded(batch: Sequence[Sample]) -> tuple[Floats, NDArray[np.bool_]]:
+    """True chunks (B, K, A) and their mask (B, K)."""
+    return np.stack([sample.actions for sample in batch]), np.stack([sample.mask for sample in batch])
 
 
 def _mean_action(policy: Policy, batch: Sequence[Sample]) -> NDArray[Any]:
@@ -244,22 +326,19 @@ def _euler_table(policy: Policy, samples: Samples, config: OpenLoopConfig) -> li
     used = config.num_steps or policy.metadata["num_inference_timesteps"]
     counts = sorted({*EULER_STEPS, used})
     wanted = min(config.euler_samples, config.max_samples or config.euler_samples)
-    plan = ValidationSampler(len(samples.dataset), wanted, config.batch_size, 0, 1)
     errors = {n: ErrorSums(samples.horizon, int(policy.metadata["action_dim"])) for n in counts}
     change, seconds, seen = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0), 0
     first: list[Sample] = []
-    for refs in tqdm(plan, "Euler steps", unit="batch", disable=None):
-        batch = [samples.read(ref.sample) for ref in refs]
+    for _, batch in tqdm(samples.batches(wanted, config.batch_size), "Euler steps", unit="batch", disable=None):
         if not first:
             first = batch[:1]
             predict(policy, batch, config.seed, 1)  # the first call pays for allocation and kernels
-        true, mask = np.stack([s.actions for s in batch]), np.stack([s.mask for s in batch])
         predicted = {}
         for n in counts:
             began = time.perf_counter()
             predicted[n] = predict(policy, batch, config.seed, n)
             seconds[n] += time.perf_counter() - began
-            errors[n].add(predicted[n], true, mask)
+            errors[n].add(predicted[n], *_recorded(batch))
         for n in counts:
             change[n] += float(np.abs(predicted[n] - predicted[counts[-1]]).mean(axis=(1, 2)).sum())
         seen += len(batch)
@@ -290,27 +369,44 @@ def _latency(policy: Policy, sample: Sequence[Sample], num_steps: int) -> float:
 
 def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterator[Trace]:
     """Whole episodes, spread over the data, with a chunk predicted at every `horizon`-th step."""
-    episodes = len(samples.index)
-    for episode in np.unique(np.linspace(0, episodes - 1, min(config.episodes_shown, episodes)).round().astype(int)):
-        actions = samples.actions(int(episode))
-        starts = np.arange(0, len(actions), samples.horizon)
-        steps = [samples.read(int(samples.first[episode] + start)) for start in starts]
+    length = samples.index.length
+    first = np.cumsum(length, dtype=np.int64) - length  # sample at which each episode begins
+    shown = min(config.episodes_shown, len(length))
+    for episode in np.unique(np.linspace(0, len(length) - 1, shown).round().astype(int)):
+        starts = np.arange(0, length[episode], samples.horizon, dtype=np.int64)
+        steps = [samples.read(int(first[episode] + start)) for start in starts]
         parts = [steps[n : n + config.batch_size] for n in range(0, len(steps), config.batch_size)]
         predicted = np.concatenate([predict(policy, part, config.seed, config.num_steps) for part in parts])
-        yield Trace(int(episode), steps[0].observation["prompt"], actions, starts, predicted)
+        yield Trace(int(episode), steps[0].observation["prompt"], samples.actions(int(episode)), starts, predicted)
 
 
-def _training_files(index: EpisodeIndex, policy: Policy) -> int:
-    """How many of the evaluated files the checkpoint's statistics were computed from: those figures flatter.
+@contextlib.contextmanager
+def prediction_file(
+    path: Path, horizon: int, dimension: int, action_names: Sequence[str]
+) -> Iterator[Callable[[Sequence[Sample], Floats], None]]:
+    """Write samples and their predicted chunks (B, K, A) to a Parquet file; an error in the block leaves none.
 
-    Files are the same by content, wherever they lie (older statistics know names only), unless other episodes of them were
-    selected.
+    Columns: episode, step (int32); predicted, true (K lists of A float32, real units); mask (K bool, False past the
+    episode's end, where `true` repeats the last action); prompt.
     """
-    statistics = policy.preprocessor.statistics
-    known = statistics.digests or tuple(map(real_name, statistics.datasets))
-    trained = list(zip(known, statistics.datasets, strict=True))
-    evaluated = map(hex_digest, index.digests.tolist()) if statistics.digests else map(real_name, index.paths)
-    return sum(
-        any(same == key and share_episodes(path, name) for key, name in trained)
-        for same, path in zip(evaluated, index.paths, strict=True)
-    )
+    chunk = pa.list_(pa.list_(pa.float32(), dimension), horizon)
+    columns = [("episode", pa.int32()), ("step", pa.int32()), ("predicted", chunk), ("true", chunk)]
+    columns += [("mask", pa.list_(pa.bool_(), horizon)), ("prompt", pa.string())]
+    columns_schema = pa.schema(columns, metadata={"action_names": json.dumps(list(action_names))})
+
+    def lists(values: NDArray[Any]) -> pa.Array:
+        """(B, K) or (B, K, A) as lists of a fixed size."""
+        array = pa.array(values.reshape(-1))
+        for size in values.shape[:0:-1]:
+            array = pa.FixedSizeListArray.from_arrays(array, size)
+        return array
+
+    with atomic_file(path) as file, pq.ParquetWriter(file, columns_schema, compression="ZSTD") as writer:
+
+        def write(samples: Sequence[Sample], predicted: Floats) -> None:
+            true, valid = _recorded(samples)
+            arrays = [[s.episode for s in samples], [s.step for s in samples], lists(predicted), lists(true), lists(valid)]
+            arrays.append([s.observation["prompt"] for s in samples])
+            writer.write_table(pa.table(arrays, schema=columns_schema))
+
+        yield write
