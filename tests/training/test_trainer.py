@@ -525,7 +525,7 @@ def test_step_that_is_not_finite_is_skipped_counted_and_named(
     config = session_config(common)
     with caplog.at_level(logging.WARNING):
         trainer = train_here(config)
-    assert (trainer.total_steps, trainer.watch.skipped) == (12, 2)  # once an epoch
+    assert (trainer.total_steps, trainer.monitor.skipped) == (12, 2)  # once an epoch
     skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert len(skipped) == 2
     for message in skipped:

@@ -95,7 +95,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, self.total_steps, steps_per_epoch, vlm_start)
         decay = config.training.ema_decay
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
-        self.watch = LossMonitor(config, self.data, distributed)
+        self.monitor = LossMonitor(config, self.data, distributed)
         self.best_metric, self.stale = float("inf"), 0
         self.group = new_checkpoint_group(distributed)
         self.sharded = ShardedWriter(self.group) if config.training.saves_shards else None
@@ -115,10 +115,8 @@ class Trainer:
             first += stage.steps or 0
         if self.distributed.main and stages and stages[-1][0] >= self.total_steps:
             logger.warning(
-                "training.stages: the last stage would begin after step %d, but the run ends with step %d; shorten the stages "
-                "before it, or raise training.epochs or max_steps",
-                stages[-1][0],
-                self.total_steps,
+                f"training.stages: the last stage would begin after step {stages[-1][0]}, but the run ends with step "
+                f"{self.total_steps}; shorten the stages before it, or raise training.epochs or max_steps"
             )
         return stages or [(0, "all")]
 
@@ -152,7 +150,7 @@ class Trainer:
                 taken = self._train_step(stream)
                 self.step += 1
                 meter.add(taken.wait)
-                self.watch.update(self.step, taken)
+                self.monitor.update(self.step, taken)
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
                 if self.step % settings.log_interval == 0 or self.step == self.total_steps:
@@ -190,26 +188,19 @@ class Trainer:
             logger.warning("stopped by %s before the first step; nothing was saved", reason)
             return
         several = self.distributed.world_size > 1
+        saved, config = (self.config.run_location(name) for name in (f"checkpoints/{self._checkpoint_name()}", "config.yaml"))
+        command = "python main_train_ddp.py" if several else "paligemma-vla train"
         logger.warning(
-            "stopped by %s after step %d of %d; saved as %s; go on with\n  %s --config_path %s --resume_checkpoint auto%s",
-            reason,
-            self.step,
-            self.total_steps,
-            self.config.run_location(f"checkpoints/{self._checkpoint_name()}"),
-            "python main_train_ddp.py" if several else "paligemma-vla train",
-            shlex.quote(self.config.run_location("config.yaml")),
-            " (and the same processes)" if several else "",
+            f"stopped by {reason} after step {self.step} of {self.total_steps}; saved as {saved}; go on with\n"
+            f"  {command} --config_path {shlex.quote(config)} --resume_checkpoint auto"
+            + (" (and the same processes)" if several else "")
         )
 
     def _stream(self, stop: int) -> Iterator[Batch]:
-        sampler = RunSampler(
-            self.data.order,
-            self.step,
-            stop,
-            self.distributed.rank,
-            self.distributed.world_size,
-            self.config.training.gradient_accumulation_steps,
-        )
+        """This process's micro-batches from the current step on."""
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        accumulation = self.config.training.gradient_accumulation_steps
+        sampler = RunSampler(self.data.order, self.step, stop, rank, world_size, accumulation)
         return run_batches(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
 
     def _enter_stage(self) -> None:
@@ -276,10 +267,9 @@ class Trainer:
             self.stale += 1
             if metric is not None and self.stale == STALE_VALIDATIONS:
                 logger.warning(
-                    "%s has not fallen in %d validations; validation runs the training objective on fixed noise, so this is "
-                    "the model: lower optimizer.lr, add data or augmentation, or stop here (docs/troubleshooting.md)",
-                    self.config.training.best_metric,
-                    STALE_VALIDATIONS,
+                    f"{self.config.training.best_metric} has not fallen in {self.stale} validations; validation runs the "
+                    f"training objective on fixed noise, so this is the model: lower optimizer.lr, add data or augmentation, "
+                    f"or stop here (docs/troubleshooting.md)"
                 )
             return False
         self.best_metric, self.stale = float(metric), 0
@@ -290,25 +280,23 @@ class Trainer:
 
         last: no later save will follow. See `_tolerate_failure` for one that fails.
         """
-        if self.watch.in_a_row > 1 and not improved:
+        if self.monitor.in_a_row > 1 and not improved:
             # The weights may be useless: older checkpoints must not be pruned for them.
             if last:
-                raise self.watch.diverged(self.step)
+                raise self.monitor.diverged(self.step)
             return
-        self.watch.check_weights(self.step, self.model)
+        self.monitor.check_weights(self.step, self.model)
         path = self.config.run_dir / "checkpoints" / self._checkpoint_name()
+        complete = partial(self._complete, path, improved)
         self._finish_saving(last=False)
         with self._tolerate_failure(last):
             if self.sharded is not None:
-                self.sharded.save(path, self._payload(), partial(self._complete, path, improved))
+                self.sharded.save(path, self._payload(), complete)
             else:
                 payload = gather_tensors(self._payload(), keep=self.distributed.main)
-                self.distributed.on_main(partial(self._write, path, payload, improved))
+                self.distributed.on_main(partial(ckpt.save_checkpoint, path, payload))
+                self.distributed.on_main(complete)
         self.saved_step = self.step
-
-    def _write(self, path: Path, payload: dict[str, Any], improved: bool) -> None:
-        ckpt.save_checkpoint(path, payload)
-        self._complete(path, improved)
 
     def _finish_saving(self, last: bool) -> None:
         """Wait for the sharded checkpoint that is being written."""
@@ -344,7 +332,6 @@ class Trainer:
         ckpt.prune_checkpoints(path.parent, keep_last)
 
     def _payload(self) -> dict[str, Any]:
-        layout = self.data.train.index.layout
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -356,12 +343,12 @@ class Trainer:
             "rng": {"torch": torch.get_rng_state()},
             "threads": torch.get_num_threads(),
             "stale": self.stale,
-            "watch": self.watch.state_dict(),
+            "watch": self.monitor.state_dict(),
             "data": self.data.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "preprocessor": self.preprocessor.to_dict(),
             "backbone": json.loads(json.dumps(self.model.paligemma_vlm.backbone_dict(), default=str)),
-            "metadata": layout.metadata.to_json(),
+            "metadata": self.data.train.index.layout.metadata.to_json(),
             "versions": versions(),
         }
 
@@ -389,7 +376,7 @@ class Trainer:
             if saved["ema"] is not None:
                 self.ema.load_state_dict(saved["ema"])
         torch.set_rng_state(saved["rng"]["torch"].cpu())
-        self.watch.load_state_dict(saved["watch"])
+        self.monitor.load_state_dict(saved["watch"])
         self.step, self.stale = operator.index(saved["step"]), operator.index(saved["stale"])
         self.best_metric = float(saved["best_metric"])
         self.saved_step = self.step
@@ -397,42 +384,28 @@ class Trainer:
         threads = torch.get_num_threads()
         if saved.get("threads", threads) != threads:
             logger.warning(
-                "%s was written by a process of %d threads, this one has %d: sums are rounded differently, so the run goes on "
-                "but not bit for bit; OMP_NUM_THREADS=%d keeps the number",
-                where,
-                saved["threads"],
-                threads,
-                saved["threads"],
+                f"{where} was written by a process of {saved['threads']} threads, this one has {threads}: sums are rounded "
+                f"differently, so the run goes on but not bit for bit; OMP_NUM_THREADS={saved['threads']} keeps the number"
             )
 
     def _describe(self, stop: int) -> None:
         """Log what is trained on what, and for how long."""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
-        train, validation = self.data.train.index, self.data.validation.index if self.data.validation else None
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]) / 1e6
+        train, order = self.data.train.index, self.data.order
+        validation = self.data.validation.index if self.data.validation is not None else None
         # A validation set that is split off counts the episodes that were left out again.
         own = validation if self.config.data.val_parquet_files is not None else None
         excluded = train.excluded + (own.excluded if own else 0)
         logger.info(
-            "%s: %.1f M parameters, %.1f M learn; %d training episodes (%d steps), %d validation episodes%s",
-            self.config.training.experiment_name,
-            parameters / 1e6,
-            learning / 1e6,
-            len(train),
-            train.steps,
-            len(validation) if validation else 0,
-            f"; {excluded} episodes (or whole files) left out" if self.config.data.exclude_episodes else "",
+            f"{self.config.training.experiment_name}: {parameters:.1f} M parameters, {learning:.1f} M learn; {len(train)} "
+            f"training episodes ({train.steps} steps), {len(validation) if validation else 0} validation episodes"
+            + (f"; {excluded} episodes (or whole files) left out" if self.config.data.exclude_episodes else "")
         )
         logger.info(
-            "optimiser steps %d to %d of %d, %d per epoch, total batch %d on %d process(es), %s%s",
-            self.step,
-            stop,
-            self.total_steps,
-            self.data.order.steps_per_epoch,
-            self.config.data.batch_size,
-            self.distributed.world_size,
-            self.distributed.device,
-            "; nothing is left to train: raise training.epochs or max_steps to go on" if self.step >= stop else "",
+            f"optimiser steps {self.step} to {stop} of {self.total_steps}, {order.steps_per_epoch} per epoch, total batch "
+            f"{order.batch_size} on {self.distributed.world_size} process(es), {self.distributed.device}"
+            + ("; nothing is left to train: raise training.epochs or max_steps to go on" if self.step >= stop else "")
         )
 
     def _log_step(self, taken: Step, meter: Meter, bar: Any) -> None:
@@ -441,7 +414,7 @@ class Trainer:
         metrics = {
             "epoch": self.step / self.data.order.steps_per_epoch,
             "train/lr": taken.rate,
-            "train/skipped_steps": self.watch.skipped,
+            "train/skipped_steps": self.monitor.skipped,
             **meter.read(),
         }
         if taken.finite:
