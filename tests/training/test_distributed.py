@@ -243,34 +243,6 @@ def test_what_gloo_says_of_a_peer_that_is_gone_is_known(text: str) -> None:
         raise RuntimeError("size mismatch")
 
 
-def test_machines_of_unlike_size_are_told_before_anything_is_loaded(
-    zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path
-) -> None:
-    """Each would choose other groups, and wait for the others."""
-    config = tiny_config({"training.parallel": "hsdp"})
-    (path := tmp_path / "c.yaml").write_text(config.to_yaml())
-    shared = {**GROUP, "MASTER_PORT": str(get_free_port()), "LOCAL_RANK": "0"}
-    command = ["train", "--config_path", str(path), "--device", "cpu"]
-    ranks = [
-        zygote.start(command, tmp_path, {**shared, "RANK": str(rank), "LOCAL_WORLD_SIZE": str(2 - rank)}) for rank in range(2)
-    ]
-    for result in [rank.wait(60) for rank in ranks]:
-        assert result.status == 2, result.stderr
-        assert "training.shard_processes: got null, expected a number: the machines have 1 to 2 processes each" in result.stderr
-
-
-def test_checkpoint_that_one_rank_finds_damaged_is_told_by_all(
-    zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, checkpoint: Path
-) -> None:
-    damaged = tmp_path / "damaged.pth.tar"
-    damaged.write_bytes(checkpoint.read_bytes()[:-1000])
-    ranks = start_ranks(zygote, tiny_config(), 2, tmp_path, "--resume_checkpoint", str(damaged))
-    for result in [rank.wait(60) for rank in ranks]:
-        assert result.status == 2
-        assert "damaged.pth.tar: cannot be read" in result.stderr
-        assert "internal error" not in result.stderr
-
-
 def test_restart_goes_on_with_its_own_run_alone(
     tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch, trained_run: Path
 ) -> None:

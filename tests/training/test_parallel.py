@@ -285,7 +285,18 @@ def test_bfloat16_in_shards_stays_near_that_of_one_process(whole: Whole, tmp_pat
     assert {tensor.dtype for tensor in last(runs[1])["state_dict"].values()} == {torch.float32}
 
 
-def test_groups_that_the_processes_do_not_fill_are_refused(session_config: ConfigFactory) -> None:
-    three = Distributed(0, 3, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"training\.shard_processes: got 2, expected a divisor of the 3 .*give one of 1, 3"):
-        check_shard_groups(session_config(HSDP).training, three)
+class Uneven(Distributed):
+    """A process of a run whose machines have two processes and one."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(2, "got 2, expected a divisor of the 3 processes; give one of 1, 3"), (None, "the machines have 1")],
+)
+def test_groups_that_the_processes_do_not_fill_are_refused(session_config: ConfigFactory, size: int | None, words: str) -> None:
+    config = session_config({**HSDP, "training.shard_processes": size})
+    with pytest.raises(ConfigError, match=rf"training\.shard_processes: .*{words}"):
+        check_shard_groups(config.training, Uneven(0, 3, torch.device("cpu")))
