@@ -122,7 +122,7 @@ def test_run_that_goes_on_from_an_older_checkpoint_moves_the_later_ones_aside_th
     """Killed before its first save, `auto` must go on from the older one, not from what was given up."""
     run, folder = copied_bucket
     shutil.copy(folder / "checkpoint_epoch_2.pth.tar", folder / "model_best.pth.tar")
-    run.take_over(run.fetch_checkpoint("checkpoint_step_9.pth.tar"), 10)
+    run.take_over(run.fetch_checkpoint("checkpoint_step_9.pth.tar").name, 10)
     (aside,) = folder.glob("after_step_10.*")
     assert {path.name.removeprefix("checkpoint_") for path in aside.iterdir()} == {
         *("step_13.pth.tar", "step_13.pth.tar.sha256", "epoch_2.pth.tar", "epoch_2.pth.tar.sha256", "model_best.pth.tar")

@@ -170,7 +170,9 @@ def test_a_weighted_streamed_run_of_an_older_order_is_refused(tiny_config: Confi
     saved["config"] = config.model_dump(mode="json")
     order = StreamedOrder([np.array([9]), np.array([9])], [3.0, 1.0], 4, 0, 2)
     now = {**saved["data"], "order": order.version}
-    with pytest.raises(CheckpointError, match=r"data\.train_parquet_files: got the order None .*'streamed by weight, 2'"):
+    with pytest.raises(
+        CheckpointError, match=r"weighted sources are streamed\): None in the checkpoint, 'streamed by weight, 2' now"
+    ):
         check_same_run(saved, config, now, "x")
     saved["data"] = now
     check_same_run(saved, config, now, "x")

@@ -17,11 +17,11 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -425,7 +425,7 @@ def set_aside_later(resumed: Path, step: int) -> None:
     """
     folder = resumed.parent
     if later := [name for name, other in read_steps(folder).items() if step < other < float("inf")]:
-        aside = folder / after_step(step)
+        aside = folder / f"after_step_{step}.{time_stamp()}"
         aside.mkdir()
         for name in later:
             for part in (folder / name, _digest_path(folder / name)):
@@ -437,9 +437,9 @@ def set_aside_later(resumed: Path, step: int) -> None:
             link_checkpoint(resumed.resolve(), name)
 
 
-def after_step(step: int) -> str:
-    """The name of a folder for what a run saved after `step`."""
-    return f"after_step_{step}.{time.strftime('%Y%m%d-%H%M%S')}"
+def time_stamp() -> str:
+    """Part of the name of something that is moved aside."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,7 +9,6 @@ metrics.jsonl, logs/, checkpoints/, report.html
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import platform
@@ -17,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
@@ -75,20 +74,18 @@ def begin_run(
     run_dir = config.run_dir
     lock = _lock(run_dir)
     checkpoints = run_dir / CHECKPOINTS
-    here = Path(resumed) if resumed is not None and Path(resumed).resolve().parent == checkpoints.resolve() else None
-    goes_on = here is not None or str(resumed).rpartition("/")[0] == config.run_location(CHECKPOINTS)
+    found = Path(resumed or "").resolve()
+    folders = found.parent, str(resumed).rpartition("/")[0]
+    goes_on = resumed is not None and (folders[0] == checkpoints.resolve() or folders[1] == config.run_location(CHECKPOINTS))
     if remote is not None:
-        if goes_on:
-            remote.take_over(here, step)
-        else:
-            remote.move_aside()
+        remote.take_over(found.name, step) if goes_on else remote.move_aside()
     elif not goes_on and (checkpoints.exists() or (run_dir / METRICS).exists()):
         _move_aside(run_dir)
     for folder in (run_dir / "logs", checkpoints):
         folder.mkdir(parents=True, exist_ok=True)
     ckpt.remove_leftovers(checkpoints)
-    if here is not None:
-        ckpt.set_aside_later(here, step)
+    if goes_on and found.exists():
+        ckpt.set_aside_later(found, step)
     data.train.preprocessor.statistics.save(run_dir / RUN_STATISTICS)
     # Its own copy: the file it came from may be computed anew.
     own = config.data.model_copy(update={"normalization_stats_path": config.run_location(RUN_STATISTICS)})
@@ -119,9 +116,7 @@ def end_run(lock: BaseFileLock) -> None:
 
 
 def _move_aside(run_dir: Path) -> None:
-    stamp = f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-    later = (f"{stamp}-{number}" for number in itertools.count(2))
-    aside = next(run_dir.with_name(name) for name in itertools.chain([stamp], later) if not run_dir.with_name(name).exists())
+    aside = run_dir.with_name(f"{run_dir.name}.{ckpt.time_stamp()}")
     saved = any(ckpt.is_numbered(path.name) for path in (run_dir / CHECKPOINTS).glob("*"))
     run_dir.rename(aside)
     hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"
@@ -197,28 +192,18 @@ def warn_of_other_data(config_path: Path, data: Data) -> None:
 def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Mapping[str, str | None], where: str) -> None:
     """Raise `CheckpointError` with every difference that would make a resume silently another run."""
     old = config_from_dict(saved["config"], where=f"{where}: config")
-    before, now = _settings(old), _settings(config)
+    before, now = _settings(old, saved["data"]), _settings(config, fingerprint)
+    if _is_other_backbone(saved, old.model.vlm_config, config.model.vlm_config):
+        names = (each.model.vlm_config.model_name_or_path for each in (old, config))
+        before["model.vlm_config.model_name_or_path"], now["model.vlm_config.model_name_or_path"] = names
+    if _are_other_statistics(saved, config):
+        before["data.normalization_stats_path"] = "the statistics"
+        now["data.normalization_stats_path"] = f"other statistics ({config.data.normalization_stats_path})"
     differences = [
         f"{key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-        for key in sorted((before.keys() | now.keys()) - NOT_COMPARED)
+        for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    for name, key in (("training", "train_parquet_files"), ("validation", "val_parquet_files")):
-        if saved["data"][name] != fingerprint[name]:
-            first, second = (str(digest)[:12] for digest in (saved["data"][name], fingerprint[name]))
-            differences.append(f"data.{key}: other {name} episodes ({first} in the checkpoint, {second} now)")
-    if saved["data"].get("order") != fingerprint.get("order"):
-        differences.append(
-            f"data.train_parquet_files: got the order {saved['data'].get('order')!r} in the checkpoint, expected "
-            f"{fingerprint.get('order')!r}: weighted sources come in another order when they are streamed by this version"
-        )
-    if _is_other_backbone(saved, old.model.vlm_config, config.model.vlm_config):
-        differences.append(
-            f"model.vlm_config.model_name_or_path: {old.model.vlm_config.model_name_or_path} in the checkpoint, "
-            f"{config.model.vlm_config.model_name_or_path} now, which is of other sizes or cannot be read"
-        )
-    if _are_other_statistics(saved, config):
-        differences.append(f"data.normalization_stats_path: {config.data.normalization_stats_path} holds other statistics")
     if differences:
         remedy = (
             f"{where}: this would be another run; take back what differs (the checkpoint's own configuration is config.yaml of "
@@ -227,13 +212,15 @@ def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Map
         raise CheckpointError("\n  ".join([remedy, *differences]))
 
 
-def _settings(config: VLAConfig) -> dict[str, Any]:
-    """Dotted keys of a configuration, with the way of reading that null stands for; another order is another run."""
+def _settings(config: VLAConfig, fingerprint: Mapping[str, str | None]) -> dict[str, Any]:
+    """What a resume may not change: dotted keys, with the way of reading that null stands for, and the data itself."""
     settings = _flatten(config.model_dump(mode="json"))
     settings["data.reading"] = "streamed" if config.data.streamed else "random"
     if not config.data.streamed:
         del settings["data.stream_block_mb"], settings["data.stream_window"]
-    return settings
+    episodes = {f"data.{name}_parquet_files": fingerprint[key] for name, key in (("train", "training"), ("val", "validation"))}
+    order = {"data.train_parquet_files (the order in which weighted sources are streamed)": fingerprint.get("order")}
+    return {key: value for key, value in settings.items() if key not in NOT_COMPARED} | episodes | order
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -300,30 +287,27 @@ class RemoteRun:
             self._fetch(digest)
         return self._fetch(f"{CHECKPOINTS}/{name}")
 
-    def take_over(self, resumed: Path | None, step: int) -> None:
-        """Go on with the run from `step`: what it had saved later is moved aside, as on a disk, and its records are fetched.
-
-        resumed: its checkpoint in the working copy, if it was fetched there; no other one stays.
-        """
+    def take_over(self, resumed: str, step: int) -> None:
+        """Go on with the run from the checkpoint `resumed`: fetch its records, and the best; move later checkpoints aside."""
         for path in (self.local / CHECKPOINTS).glob("*"):
-            if resumed is None or not path.name.startswith(resumed.name):
+            if not path.name.startswith(resumed):
                 ckpt.remove(path)
         names, best = self._names(), f"{CHECKPOINTS}/{ckpt.BEST}"
         steps = self._read_steps(names) | ({ckpt.BEST: self._read_step(ckpt.BEST)} if best in names else {})
         later = {f"{CHECKPOINTS}/{name}" for name in steps if step < steps[name] < float("inf")}
-        aside = f"{self.root}/{CHECKPOINTS}/{ckpt.after_step(step)}"
+        aside = f"{CHECKPOINTS}/after_step_{step}.{ckpt.time_stamp()}"
         for name in names:
             if name.removesuffix(ckpt.DIGEST) in later:
-                self._move(name, f"{aside}/{Path(name).name}")
+                self._move(name, f"{self.root}/{aside}/{Path(name).name}")
             elif name == best or not name.startswith(f"{CHECKPOINTS}/"):
                 self._fetch(name)
         if later:
-            logger.info("the run goes on from step %d: its later checkpoints were moved to %s", step, aside)
+            logger.info("the run goes on from step %d: its later checkpoints were moved to %s/%s", step, self.url, aside)
 
     def move_aside(self) -> None:
         """Make room for a run that starts."""
         shutil.rmtree(self.local, ignore_errors=True)
-        aside = f"{self.root}.{time.strftime('%Y%m%d-%H%M%S')}"
+        aside = f"{self.root}.{ckpt.time_stamp()}"
         if names := self._names():
             for name in names:
                 self._move(name, f"{aside}/{name}")
@@ -349,19 +333,17 @@ class RemoteRun:
     def _copy(self, path: Path, name: str) -> None:
         target = f"{self.root}/{name}"
         if path.is_symlink():  # a store has no links: a copy there, not a second transfer
-            copy = partial(self.system.cp_file, f"{self.root}/{CHECKPOINTS}/{path.resolve().name}", target)
+            self._write(target, partial(self.system.cp_file, f"{self.root}/{CHECKPOINTS}/{path.resolve().name}", target))
         else:
-            self._make_folder(target)
-            copy = partial(self.system.put_file, str(path), target)
-        retry(f"{self.url}/{name}", copy)
+            self._write(target, partial(self.system.put_file, str(path), target))
 
     def _move(self, name: str, target: str) -> None:
-        self._make_folder(target)
-        retry(self.url, partial(self.system.mv, f"{self.root}/{name}", target))
+        self._write(target, partial(self.system.mv, f"{self.root}/{name}", target))
 
-    def _make_folder(self, file: str) -> None:
-        """The folder that `file` is to lie in; stores have none, disks do."""
-        retry(self.url, lambda: self.system.makedirs(file.rpartition("/")[0], exist_ok=True))
+    def _write(self, target: str, action: Callable[[], Any]) -> None:
+        """Run `action`, which makes the file `target`; on disks, unlike in stores, its folder has to be there."""
+        retry(self.url, lambda: self.system.makedirs(target.rpartition("/")[0], exist_ok=True), target)
+        retry(self.url, action, target)
 
     def _names(self) -> list[str]:
         """Names of all files there, relative to the run's folder."""
