@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from paligemma_vla.action_settings import resolve_actions
-from paligemma_vla.actions import ABSOLUTE, ActionTransform
+from paligemma_vla.actions import ABSOLUTE, ActionTransform, resolve_actions
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.schema import ROTATIONS, DatasetMetadata
@@ -363,7 +362,7 @@ def test_resolve_tells_everything_that_cannot_be(
         ({"dimensions": []}, "dimensions: got"),
         ({"dimensions": [0, -1]}, "dimensions.1: got -1, expected: a dimension: its number"),
         ({"dimensions": [1.5, 0]}, "dimensions.0: got 1.5, expected: a dimension: its number"),
-        ({"rotation": {**EULER, "dimensions": [1, 2]}}, "rotation.dimensions: got 2, expected 3, as many as euler_xyz takes"),
+        ({"rotation": {**EULER, "dimensions": [1, 2]}}, "rotation.dimensions: got 2, expected 3 for euler_xyz"),
         ({"rotation": {**EULER, "represention": "x"}}, "rotation.represention: unknown key; did you mean 'representation'?"),
         ({"rotation": {"representation": "matrix", "dimensions": [1]}}, "rotation.representation: got 'matrix'"),
     ],

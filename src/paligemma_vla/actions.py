@@ -12,13 +12,15 @@ from R to R' it is R^-1 R', written as the rotation it came from. Everything is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.errors import DataError
+from paligemma_vla.config import Dimension, VLAConfig
+from paligemma_vla.errors import ConfigError, DataError, closest
 from paligemma_vla.schema import ROTATIONS, DatasetMetadata
 
 if TYPE_CHECKING:
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Wide = NDArray[np.float64]
+Numbers = tuple[int, ...]
 
 LONGEST_HORIZON = 1024  # as in the configuration
 SHORTEST = 1e-8  # below this length a vector has no direction
+DEGREES = ("deg", "degree", "degrees", "°")
 # No rotation, in each representation: what stands in for numbers that are none.
 IDENTITY: dict[str, tuple[float, ...]] = {
     "euler_xyz": (0, 0, 0),
@@ -50,10 +54,10 @@ class ActionTransform:
     """
 
     representation: str = "absolute"
-    dimensions: tuple[int, ...] = ()
-    state_dimensions: tuple[int, ...] = ()
+    dimensions: Numbers = ()
+    state_dimensions: Numbers = ()
     rotation: str = ""
-    rotation_dimensions: tuple[int, ...] = ()
+    rotation_dimensions: Numbers = ()
     horizon: int = 0
 
     @property
@@ -70,14 +74,15 @@ class ActionTransform:
             return actions
         encoded = actions.astype(np.float32)
         recorded, start = actions.astype(np.float64), state.astype(np.float64)[..., None, :]
-        for columns, state_columns in self._plain():
-            target = recorded[..., columns]
-            encoded[..., columns] = target - self._references(target, start[..., state_columns])
+        columns, state_columns = self._subtracted()
+        target = recorded[..., columns]
+        encoded[..., columns] = target - self._references(target, start[..., state_columns])
         for columns, state_columns in self._rotations():
             after = recorded[..., columns]
             before = self._references(after, start[..., state_columns])
             turned = _rotation(before, self.rotation).inv() * _rotation(after, self.rotation)
-            encoded[..., columns] = _numbers(turned, self.rotation, _usable(before, after, self.rotation))
+            usable = _is_rotation(before, self.rotation) & _is_rotation(after, self.rotation)
+            encoded[..., columns] = _numbers(turned, self.rotation, usable)
         return encoded
 
     def decode(self, predicted: Floats, state: Floats) -> Floats:
@@ -89,11 +94,11 @@ class ActionTransform:
             return predicted
         decoded = predicted.astype(np.float32)
         wide, start = predicted.astype(np.float64), state.astype(np.float64)[..., None, :]
-        for columns, state_columns in self._plain():
-            steps = wide[..., columns]
-            if self.representation == "delta":
-                steps = steps.cumsum(axis=-2)
-            decoded[..., columns] = start[..., state_columns] + steps
+        columns, state_columns = self._subtracted()
+        steps = wide[..., columns]
+        if self.representation == "delta":
+            steps = steps.cumsum(axis=-2)
+        decoded[..., columns] = start[..., state_columns] + steps
         for columns, state_columns in self._rotations():
             decoded[..., columns] = self._turn(start[..., state_columns], wide[..., columns])
         return decoded
@@ -119,29 +124,28 @@ class ActionTransform:
 
     def _turn(self, start: Wide, turns: Wide) -> Wide:
         """Rotations (..., K, n) that turns lead to from the state's (..., 1, n)."""
-        usable = _usable(start, turns, self.rotation)
+        usable = _is_rotation(start, self.rotation) & _is_rotation(turns, self.rotation)
+        pose = _rotation(start, self.rotation)
         if self.representation == "chunk_relative":
-            return _numbers(_rotation(start, self.rotation) * _rotation(turns, self.rotation), self.rotation, usable)
+            return _numbers(pose * _rotation(turns, self.rotation), self.rotation, usable)
         usable = np.logical_and.accumulate(usable, axis=-1)  # what follows an impossible turn is lost as well
-        place, places = _rotation(start, self.rotation), []
+        poses = []
         for k in range(turns.shape[-2]):
-            place = place * _rotation(turns[..., k : k + 1, :], self.rotation)
-            places.append(_numbers(place, self.rotation, usable[..., k : k + 1]))
-        return np.concatenate(places, axis=-2)
+            pose = pose * _rotation(turns[..., k : k + 1, :], self.rotation)
+            poses.append(_numbers(pose, self.rotation, usable[..., k : k + 1]))
+        return np.concatenate(poses, axis=-2)
 
-    def _plain(self) -> list[tuple[list[int], list[int]]]:
+    def _subtracted(self) -> tuple[list[int], list[int]]:
         """Columns of the action that are subtracted, and those of the state that they start from."""
         pairs = [pair for pair in self._pairs() if pair[0] not in self.rotation_dimensions]
-        return [([d for d, _ in pairs], [s for _, s in pairs])] if pairs else []
+        return [d for d, _ in pairs], [s for _, s in pairs]
 
-    def _rotations(self) -> list[tuple[list[int], list[int]]]:
+    def _rotations(self) -> Iterator[tuple[list[int], list[int]]]:
         """The same of each rotation."""
-        if not self.rotation:
-            return []
-        start, width = dict(self._pairs()), ROTATIONS[self.rotation]
-        starts = range(0, len(self.rotation_dimensions), width)
-        each = [list(self.rotation_dimensions[first : first + width]) for first in starts]
-        return [(columns, [start[d] for d in columns]) for columns in each]
+        start, width = dict(self._pairs()), ROTATIONS.get(self.rotation, 1)
+        for first in range(0, len(self.rotation_dimensions), width):
+            columns = list(self.rotation_dimensions[first : first + width])
+            yield columns, [start[d] for d in columns]
 
     def _pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.dimensions, self.state_dimensions, strict=True))
@@ -155,15 +159,15 @@ class ActionTransform:
         """What `to_dict` gave, of data of these dimensions; raises `DataError` for anything else."""
         try:
             values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
-            made = cls(**values)
-            sound = made._is_sound(state_dim, action_dim)
+            transform = cls(**values)
+            consistent = transform._is_consistent(state_dim, action_dim)
         except (AttributeError, TypeError):
-            sound = False
-        if not sound:
+            consistent = False
+        if not consistent:
             raise DataError(f"{where}: got {str(raw)[:80]}, expected how actions are represented; compute the statistics again")
-        return made
+        return transform
 
-    def _is_sound(self, state_dim: int, action_dim: int) -> bool:
+    def _is_consistent(self, state_dim: int, action_dim: int) -> bool:
         numbers = [(number, action_dim) for number in self.dimensions]
         numbers += [*((number, state_dim) for number in self.state_dimensions), (self.horizon, LONGEST_HORIZON + 1)]
         return (
@@ -178,7 +182,7 @@ class ActionTransform:
 
     def describe(self, metadata: DatasetMetadata) -> str:
         """In words: `delta in chunks of 8: x from hand_x, y from hand_y`."""
-        pairs = [f"{called(d, metadata.action_names)} from {called(s, metadata.state_names)}" for d, s in self._pairs()]
+        pairs = [f"{_name(d, metadata.action_names)} from {_name(s, metadata.state_names)}" for d, s in self._pairs()]
         rotation = f"; rotation as {self.rotation}" if self.rotation else ""
         chunks = f" in chunks of {self.horizon}: " if self.converts else ""
         return f"{self.representation}{chunks}{', '.join(pairs)}{rotation}"
@@ -187,17 +191,13 @@ class ActionTransform:
 ABSOLUTE = ActionTransform()
 
 
-def called(number: int, names: tuple[str, ...]) -> str:
+def _name(number: int, names: tuple[str, ...]) -> str:
     """A dimension's name, or its number where it has none."""
     return names[number] if number < len(names) else f"[{number}]"
 
 
-def _usable(before: Wide, after: Wide, kind: str) -> NDArray[np.bool_]:
-    """Where both of (..., n) are numbers of a rotation (...)."""
-    return _is_rotation(before, kind) & _is_rotation(after, kind)
-
-
 def _is_rotation(values: Wide, kind: str) -> NDArray[np.bool_]:
+    """Which of (..., n) are numbers of a rotation (...)."""
     usable: NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=-1))
     if kind.startswith("quaternion"):
         usable = usable & (np.linalg.norm(values, axis=-1) > SHORTEST)
@@ -207,7 +207,7 @@ def _is_rotation(values: Wide, kind: str) -> NDArray[np.bool_]:
 
 
 def _rotation(values: Wide, kind: str) -> Rotation:
-    """Numbers (..., n) as rotations, one after the other; those that are none as no rotation at all."""
+    """Numbers (..., n) as rotations; those that are none as no rotation at all."""
     from scipy.spatial.transform import Rotation  # slow to import, and most runs have no use for it
 
     values = np.where(_is_rotation(values, kind)[..., None], values, IDENTITY[kind])
@@ -240,3 +240,127 @@ def _numbers(rotation: Rotation, kind: str, usable: NDArray[np.bool_]) -> Wide:
     else:
         numbers = rotation.as_quat(canonical=True, scalar_first=kind == "quaternion_wxyz")
     return np.where(usable[..., None], numbers, np.nan)
+
+
+def resolve_actions(config: VLAConfig, metadata: DatasetMetadata, state_dim: int, action_dim: int) -> ActionTransform:
+    """What `data.actions` means for data of these dimensions. Raises `ConfigError` with everything that it cannot mean."""
+    settings = config.data.actions
+    action = _Column("action", metadata.action_names, metadata.action_units, action_dim)
+    state = _Column("state", metadata.state_names, metadata.state_units, state_dim)
+    faults: list[str] = []
+    rotation, turned = "", Numbers()
+    if settings.rotation is not None:
+        rotation, recorded = settings.rotation.representation, metadata.action_rotation
+        if recorded and recorded != rotation:
+            faults.append(f"rotation.representation: got {rotation}, expected {recorded} as the data says")
+        turned = action.numbers(settings.rotation.dimensions, "rotation.dimensions", faults)
+    elif metadata.action_rotation and settings.representation != "absolute":
+        held = f"the data's actions hold a rotation as {metadata.action_rotation}, which cannot be subtracted"
+        faults.append(f"rotation: got null, but {held}; name its dimensions")
+    transform = ABSOLUTE
+    if settings.representation != "absolute":
+        if metadata.action_representation == "delta":
+            got = f"representation: got {settings.representation}, but the data's actions are deltas already"
+            faults.append(f"{got}; take absolute, which leaves them as recorded")
+        dimensions = _converted(settings.dimensions, action, faults)
+        starts = _starts(settings.state_dimensions, dimensions, action, state, faults)
+        left = [action.name(number) for number in turned if number not in dimensions]
+        if 0 < len(left) < len(turned):
+            whole = "a rotation is converted as a whole, or not at all"
+            faults.append(f"rotation.dimensions: {', '.join(left)} are not among those converted; {whole}")
+        faults += _unit_faults(zip(dimensions, starts, strict=False), action, state, turned if rotation in ANGLES else ())
+        if left:  # named, and left as recorded
+            rotation, turned = "", ()
+        horizon = config.model.action_head_config.horizon
+        transform = ActionTransform(settings.representation, dimensions, starts, rotation, turned, horizon)
+    if faults:
+        raise ConfigError("\n".join(f"data.actions.{fault}" for fault in faults))
+    return transform
+
+
+def matched_by_number(config: VLAConfig, metadata: DatasetMetadata) -> bool:
+    """Whether actions and state have names and share none, so that only their numbers say what belongs together."""
+    names = set(metadata.action_names), set(metadata.state_names)
+    return config.data.actions.state_dimensions is None and all(names) and not names[0] & names[1]
+
+
+ANGLES = ("euler_xyz", "rotvec")
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Names and units of the dimensions of `state` or `action`, where the data has them."""
+
+    title: str
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    size: int
+
+    def name(self, number: int) -> str:
+        return _name(number, self.names)
+
+    def unit(self, number: int) -> str:
+        return self.units[number] if number < len(self.units) else ""
+
+    def numbers(self, given: tuple[Dimension, ...], key: str, faults: list[str]) -> Numbers:
+        """Dimensions given by number or name, as numbers."""
+        numbers = []
+        for entry in given:
+            if isinstance(entry, int) and entry >= self.size:
+                held = f"the data has {self.size} {self.title} dimensions"
+                faults.append(f"{key}: got {entry}, expected at most {self.size - 1}: {held}")
+            elif isinstance(entry, str) and self.names.count(entry) != 1:
+                remedy = closest(entry, self.names) or "; it names none: give numbers (0 is the first)"
+                what = "the name of several" if entry in self.names else "none of the data's"
+                faults.append(f"{key}: got '{entry}', {what} {self.title} dimensions{remedy}")
+            else:
+                numbers.append(entry if isinstance(entry, int) else self.names.index(entry))
+        if len(set(numbers)) < len(numbers):
+            faults.append(f"{key}: got {list(given)}, expected each dimension once")
+        return tuple(numbers)
+
+
+def _converted(given: tuple[Dimension, ...] | None, action: _Column, faults: list[str]) -> Numbers:
+    """Dimensions of an action that are converted: those given, else all that are not named after a gripper."""
+    if given is not None:
+        return action.numbers(given, "dimensions", faults)
+    if len(action.names) != action.size:
+        got = f"got null, but the data does not name its {action.size} action dimensions"
+        faults.append(f"dimensions: {got}; list the numbers of those to convert (0 is the first), without the gripper's")
+        return ()
+    found = tuple(number for number, name in enumerate(action.names) if "gripper" not in name.casefold())
+    if not found:
+        faults.append(f"dimensions: got null, but all of {', '.join(action.names)} are a gripper's; list those to convert")
+    return found
+
+
+def _starts(
+    given: tuple[Dimension, ...] | None, dimensions: Numbers, action: _Column, state: _Column, faults: list[str]
+) -> Numbers:
+    """For each converted dimension the one of the state that it starts from: of the same name, else of the same number."""
+    key = "state_dimensions"
+    if given is not None:
+        return state.numbers(given, key, faults)
+    names = [action.name(number) for number in dimensions]
+    missing = [name for name in names if state.names.count(name) != 1]
+    if not missing:
+        return tuple(state.names.index(name) for name in names)
+    if len(missing) < len(names):
+        got = f"got null, but the state has no dimension (or several) of the name {', '.join(missing)}, only the others'"
+        faults.append(f"{key}: {got}; it has {', '.join(state.names)}: list them")
+        return ()
+    if beyond := [f"{number} ({action.name(number)})" for number in dimensions if number >= state.size]:
+        got = f"got null, but the state has {state.size} numbers, none for dimension {', '.join(beyond)} of an action"
+        faults.append(f"{key}: {got}; list them, or leave it out of data.actions.dimensions")
+    return dimensions
+
+
+def _unit_faults(pairs: Iterator[tuple[int, int]], action: _Column, state: _Column, angles: Numbers) -> Iterator[str]:
+    """Units that differ between an action and what it starts from, and angles in degrees."""
+    for number, start in pairs:
+        unit, other = action.unit(number), state.unit(start)
+        if unit and other and unit != other:
+            differ = f"action {action.name(number)} is in {unit}, state {state.name(start)} in {other}"
+            yield f"state_dimensions: {differ}; list dimensions of one unit, or leave it out of dimensions"
+        if number in angles and unit in DEGREES:
+            yield f"rotation: action {action.name(number)} is in {unit}, expected rad; convert the data"

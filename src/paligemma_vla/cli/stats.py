@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_vla.action_settings import resolve_actions
-from paligemma_vla.actions import ActionTransform
+from paligemma_vla.actions import ActionTransform, resolve_actions
 from paligemma_vla.cli.arguments import add_config_arguments, configured
 from paligemma_vla.config import VLAConfig, source_paths
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, load_exclusions

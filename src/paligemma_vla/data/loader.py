@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from paligemma_vla import flow, schema
-from paligemma_vla.action_settings import resolve_actions
+from paligemma_vla.actions import resolve_actions
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.faults import FaultError, check_prompt, layout_misfits, located, missing_image, no_rotation, prompt_of
 from paligemma_vla.data.formats import Pictures

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
-from paligemma_vla.action_settings import taken_by_number
+from paligemma_vla.actions import matched_by_number
 from paligemma_vla.config import DataSource, VLAConfig, source_paths
 from paligemma_vla.data.formats import find_format
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
@@ -286,7 +286,7 @@ def _log_actions(config: VLAConfig, preprocessor: Preprocessor, train: EpisodeIn
         return
     metadata = train.layout.metadata
     logger.info("actions as %s; the rest as recorded", preprocessor.actions.describe(metadata))
-    if taken_by_number(config, metadata):
+    if matched_by_number(config, metadata):
         logger.warning(
             "data.actions.state_dimensions: no converted action has a name of the state's, so each was taken from the "
             "number of the state in its own place; list them if that is another quantity"
