@@ -22,7 +22,6 @@ from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, 
 from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
 from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
-from paligemma_vla.data.statistics import model_numbers
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.architectures import read_architecture
 from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
@@ -220,9 +219,8 @@ def check_processes(config: VLAConfig, distributed: Distributed) -> None:
     if batch_size % parts:
         # Exact all the same: the loss is the mean over the global batch, however it is divided.
         logger.info(
-            "data.batch_size: %d is no multiple of processes * gradient_accumulation_steps = %d; some wait for others",
-            batch_size,
-            parts,
+            f"data.batch_size: {batch_size} is no multiple of processes * gradient_accumulation_steps = {parts}; some wait for "
+            f"others"
         )
 
 
@@ -253,6 +251,8 @@ def check_reading(train: EpisodeIndex, config: VLAConfig) -> None:
 
 def check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
     """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
+    from paligemma_vla.data.statistics import model_numbers  # a run that goes on has no use for it
+
     known_files = set(statistics.digests)
     others = sum(hex_digest(digest) not in known_files for digest in index.digests.tolist())
     if others:
