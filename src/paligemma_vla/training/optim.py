@@ -97,12 +97,12 @@ class ExponentialMovingAverage:
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Within the block the model carries the averaged weights."""
         current = dict(model.named_parameters())
-        kept = {name: current[name].detach().clone() for name in self.average}
+        saved = {name: current[name].detach().clone() for name in self.average}
         self._copy(current, self.average)
         try:
             yield
         finally:
-            self._copy(current, kept)
+            self._copy(current, saved)
 
     @staticmethod
     def _copy(parameters: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:

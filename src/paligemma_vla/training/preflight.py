@@ -109,7 +109,7 @@ def prepare(
 
 
 def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[EpisodeIndex], EpisodeIndex | None]:
-    """`index_sources` for all processes. One of them asks a store about its files: hundreds would ask it too often.
+    """`index_sources` for all processes. Files behind URLs are listed by one of them: hundreds would overload a store.
 
     Disks are read on each machine: its files may be copies with dates of their own.
     """
@@ -145,7 +145,7 @@ def _configured_sources(config: VLAConfig) -> list[str | DataSource]:
 
 
 def _without(train: EpisodeIndex, held_out: Sequence[EpisodeIndex], number: int) -> EpisodeIndex:
-    """Source `number` without episodes that another one holds out: it may be a subset of that one, with a weight of its own."""
+    """Source `number` without episodes that another holds out: it may be a subset of that one, with a weight of its own."""
     shared = _shared_episodes(train, [*held_out[:number], *held_out[number + 1 :]])
     if shared.all():
         raise DataError(

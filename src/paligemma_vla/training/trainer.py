@@ -1,6 +1,6 @@
 """The one training loop, for one process or many.
 
-A step: take this process's micro-batches, count the valid label elements of the whole global batch, and for each micro-batch
+A step: take this process's micro-batches, count the valid label elements of the global batch, and for each micro-batch
 forward, sum of squared errors / that count, backward; then clip, AdamW step, scheduler step, moving average (S4.3, D7).
 """
 
@@ -144,8 +144,8 @@ class Trainer:
         hidden = not self.distributed.main
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, file=ProgressOutput())
         meter = Meter(self.config.data.batch_size)
-        with StopRequest(self.distributed) as asked, bar, self._explained():
-            while self.step < stop and not asked.anywhere():
+        with StopRequest(self.distributed) as request, bar, self._explained():
+            while self.step < stop and not request.anywhere():
                 self._enter_stage()
                 taken = self._train_step(stream)
                 self.step += 1
@@ -177,8 +177,8 @@ class Trainer:
         self.parallel.release()
         gc.collect()
         if self.step < stop:
-            self._log_how_to_go_on(asked.name)
-            asked.deliver()
+            self._log_how_to_go_on(request.name)
+            request.deliver()
         return validation
 
     def _log_how_to_go_on(self, reason: str) -> None:

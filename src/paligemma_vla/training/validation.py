@@ -25,21 +25,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed: Distributed) -> dict[str, Any]:
-    """Metrics over the same samples with the same (t, noise) every time, shared out among the processes.
+    """Metrics over the same samples with the same (t, noise) every time, divided among the processes.
 
     `val/epoch_loss`: masked mean of the training objective. `val/action_mae`: mean absolute error of sampled actions in real
-    units, also per dimension and per step of the horizon (null where no label reaches).
+    units, also per dimension and per step of the horizon (null for a step that no label reaches).
     """
     settings, device = config.training, distributed.device
     head = config.model.action_head_config
     sums = torch.zeros(2, device=device)
     errors = torch.zeros(2, head.horizon, head.per_action_dim, device=device)
     model.eval()
-    for batch in _share(data, settings.val_max_samples, config, distributed):
+    for batch in _batches(data, settings.val_max_samples, config, distributed):
         output: FlowOutput = model(**arguments_from_batch(batch))
         sums += torch.stack([output.loss_sum, output.valid_count])
     if settings.val_action_samples:
-        for batch in _share(data, settings.val_action_samples, config, distributed):
+        for batch in _batches(data, settings.val_action_samples, config, distributed):
             errors += _action_errors(model, batch, data.preprocessor)
     sums, errors = distributed.all_reduce(sums), distributed.all_reduce(errors)
     metrics: dict[str, Any] = {"val/epoch_loss": (sums[0] / sums[1]).item()}
@@ -51,13 +51,13 @@ def validate(model: nn.Module, data: VLADataset, config: VLAConfig, distributed:
     return metrics
 
 
-def _share(data: VLADataset, samples: int, config: VLAConfig, distributed: Distributed) -> Iterator[Batch]:
-    """This process's batches of `samples` samples that are spread evenly over the set, on its device."""
+def _batches(data: VLADataset, samples: int, config: VLAConfig, distributed: Distributed) -> Iterator[Batch]:
+    """This process's batches, on its device, of `samples` samples spread evenly over the set."""
     size = max(1, config.data.batch_size // distributed.world_size)
     sampler = ValidationSampler(len(data), samples, size, distributed.rank, distributed.world_size)
-    # Validation sets are small and read often: loading in place beats starting workers each time.
-    in_place = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-    for batch in batches(build_loader(data, sampler, in_place, pin_memory=False)):
+    # Validation sets are small and read often: starting workers each time would take longer than they save.
+    no_workers = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    for batch in batches(build_loader(data, sampler, no_workers, pin_memory=False)):
         yield to_device(batch, distributed.device)
 
 
