@@ -155,15 +155,6 @@ def test_check_against_a_configuration_and_what_does_not_fit_it(
     assert "expected at most data.prompt_max_len = 32" in out
 
 
-def test_check_of_prompts_that_change_can_be_told_that_they_may(capfd: pytest.CaptureFixture[str], data: Path) -> None:
-    change(data / "episodes-00000.parquet", "prompt", range(3, 6), "another word")
-    _, out, _ = call(capfd, "data", "check", data)
-    assert "row 3, column prompt: got 'another word', expected " in out
-    assert "two episodes glued?" in out
-    _, out, _ = call(capfd, "data", "check", data, "--allow_prompt_changes")
-    assert "glued" not in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,9 @@
-"""What we write, read by the real `LeRobotDataset`; skipped where lerobot, or a video decoder it can use, is not installed."""
+"""What the real library writes, read by us, and the other way round; skipped where the one or the other is not there."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,35 @@ import pytest
 
 from lerobot_sets import CAMERAS, LENGTHS, write_set
 from paligemma_vla.cli.main import main
-from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.doctor import CheckOptions, diagnose
+from paligemma_vla.data.index import EpisodeIndex, expand_paths
 from paligemma_vla.data.reader import Recordings
 
-pytest.importorskip(
-    "lerobot", reason="the lerobot package is not installed (pip install lerobot, in an environment of its own)"
-)
+SETS = Path(os.environ.get("LEROBOT_SETS", Path(__file__).parents[3] / "shared" / "lerobot_sets"))
+# Written by lerobot 0.6.1 (v3.0: images, AV1, H.264, HEVC, merged sets) and 0.3.3 (v2.1): episodes, steps, selection.
+WRITTEN = {
+    "one_img": (4, 68, ""),
+    "three_av1": (6, 133, ""),
+    "h264_480": (4, 195, ""),
+    "hevc_g30": (3, 128, ""),
+    "depth_img": (2, 22, "?cameras=rgb"),  # beside a depth camera in TIFF
+    "lang": (3, 60, ""),
+    "merged": (12, 243, ""),
+    "v21_img": (3, 55, ""),
+    "v21_vid": (4, 85, ""),
+}
 
 
+@pytest.mark.skipif(not SETS.is_dir(), reason=f"no data sets of the real library in {SETS} (LEROBOT_SETS)")
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_row_and_frame_of_the_real_library_is_read(name: str) -> None:
+    episodes, steps, selection = WRITTEN[name]
+    diagnosis = diagnose(expand_paths(f"lerobot:{SETS / name}{selection}", "test"), CheckOptions(), lambda size: None)
+    assert diagnosis.faults == []
+    assert (diagnosis.episodes, diagnosis.steps) == (episodes, steps)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lerobot") is None, reason="the lerobot package is not installed")
 @pytest.mark.parametrize("images", ["parquet", "video"])
 def test_real_lerobot_reads_what_we_write(images: str, tmp_path: Path) -> None:
     from lerobot.datasets.lerobot_dataset import CODEBASE_VERSION, LeRobotDataset
