@@ -12,14 +12,8 @@ import torch
 
 from paligemma_vla.config import config_from_dict
 from paligemma_vla.errors import CheckpointError
-from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.checkpoint import load_checkpoint, save_checkpoint
-
-PAYLOAD: dict[str, Any] = dict.fromkeys((*ckpt.SPEC_KEYS, *ckpt.RESUME_KEYS), 0)
-
-
-def payload(epoch: int) -> dict[str, Any]:
-    return {**PAYLOAD, "epoch": epoch, "state_dict": {"w": torch.full((1000,), float(epoch))}}
+from support import checkpoint_payload
 
 
 def test_checkpoint_of_a_run_has_the_specifications_keys_and_needs_no_pickle(trained_run: Path) -> None:
@@ -76,29 +70,17 @@ def test_missing_checkpoint_lists_its_neighbours(trained_run: Path) -> None:
         load_checkpoint("no/such/folder/x.pth.tar")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 not a zip", None])
-def test_file_that_is_no_checkpoint_is_refused(trained_run: Path, tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "x.pth.tar"
-    whole = (trained_run / "checkpoints" / "checkpoint_epoch_2.pth.tar").read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(CheckpointError, match=r"x\.pth\.tar"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {**PAYLOAD, "optimizer": None}])
-def test_foreign_checkpoint_names_what_it_lacks(tmp_path: Path, content: Any) -> None:
-    path = tmp_path / "x.pth.tar"
-    if isinstance(content, dict) and "optimizer" in content:
-        del content["optimizer"]
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"missing .*optimizer"):
-        load_checkpoint(path)
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
+def test_foreign_file_names_what_it_lacks(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.pth.tar")
+    with pytest.raises(CheckpointError, match=r"x\.pth\.tar: missing .*optimizer"):
+        load_checkpoint(tmp_path / "x.pth.tar")
 
 
 @pytest.mark.parametrize("step", ["save", "fsync", "first rename", "last rename"])
 def test_save_that_is_interrupted_leaves_the_old_file_good(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pth.tar"
-    save_checkpoint(path, payload(1))
+    save_checkpoint(path, checkpoint_payload(1))
     rename = Path.replace
 
     def dies(*_: Any, **__: Any) -> None:
@@ -115,11 +97,11 @@ def test_save_that_is_interrupted_leaves_the_old_file_good(tmp_path: Path, step:
     }
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"no space .*checkpoints before it are intact"):
         patch.setattr(*patches[step])
-        save_checkpoint(path, payload(2))
-    assert load_checkpoint(path)["epoch"] == 1
+        save_checkpoint(path, checkpoint_payload(2))
+    assert load_checkpoint(path)["step"] == 1
     assert not list(tmp_path.glob(".*"))
-    save_checkpoint(path, payload(3))
-    assert load_checkpoint(path)["epoch"] == 3
+    save_checkpoint(path, checkpoint_payload(3))
+    assert load_checkpoint(path)["step"] == 3
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(path)

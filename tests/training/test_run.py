@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +17,10 @@ from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.normalization import DatasetStatistics
-from paligemma_vla.training.checkpoint import load_checkpoint, newest_checkpoint
-from paligemma_vla.training.run import git_state
-from ranks import ALONE
+from paligemma_vla.storage import lock_file
+from paligemma_vla.training.checkpoint import load_checkpoint
+from paligemma_vla.training.run import git_state, read_starts
 from support import identical, read_metrics, write_episodes
-from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
 
@@ -37,6 +34,7 @@ def started(config: VLAConfig, folder: Path, *flags: str) -> int:
 def test_run_folder_repeats_the_run_although_its_statistics_file_is_gone(
     tiny_config: ConfigFactory, statistics_path: Path, tmp_path: Path
 ) -> None:
+    """Also when it was moved: then its own statistics are not where its configuration says either."""
     mine = shutil.copy(statistics_path, tmp_path / "stats.json")
     config = tiny_config({"data.normalization_stats_path": str(mine)}, cameras=2)
     assert started(config, tmp_path) == 0
@@ -45,12 +43,12 @@ def test_run_folder_repeats_the_run_although_its_statistics_file_is_gone(
     assert saved.data.model_copy(update={"normalization_stats_path": str(mine)}) == config.data
     assert saved.model_copy(update={"data": config.data}) == config
 
-    assert main(["train", "--config_path", str(config.run_dir / "config.yaml"), "--device", "cpu"]) == 0
-    (aside,) = config.run_dir.parent.glob("run.*")
-    first, second = (load_checkpoint(folder / "checkpoints" / "last.pth.tar") for folder in (aside, config.run_dir))
+    moved = config.run_dir.rename(tmp_path / "elsewhere")
+    assert main(["train", "--config_path", str(moved / "config.yaml"), "--device", "cpu"]) == 0
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.pth.tar") for folder in (moved, config.run_dir))
     for key in ("state_dict", "optimizer", "ema", "lr_scheduler", "preprocessor", "data"):
         assert identical(first[key], second[key]), key
-    assert read_metrics(aside) == read_metrics(config.run_dir)
+    assert read_metrics(moved) == read_metrics(config.run_dir)
 
 
 def test_run_folder_records_what_each_start_depended_on(tiny_config: ConfigFactory, tmp_path: Path) -> None:
@@ -140,33 +138,19 @@ def test_file_that_changes_during_training_stops_the_run(
     assert identical(first["state_dict"], second["state_dict"])
 
 
-def test_two_starts_of_one_run_at_once_are_refused(tiny_config: ConfigFactory, tmp_path: Path, zygote: Zygote) -> None:
-    config = tiny_config({"training.epochs": 50})
-    path = tmp_path / "c.yaml"
-    path.write_text(config.to_yaml())
-    argv = ["train", "--config_path", str(path), "--device", "cpu"]
-    first = zygote.start(argv, tmp_path)
-    deadline = time.monotonic() + 60
-    while not (config.run_dir / "checkpoints" / "last.pth.tar").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    for flags in ([], ["--resume_checkpoint", "auto"]):
-        second = zygote.run([*argv, *flags], tmp_path)
-        assert second.status == 2
-        assert f"{config.run_dir} is being trained by another process" in second.stderr
-    assert [path.name for path in config.run_dir.parent.iterdir() if not path.name.startswith(".")] == ["run"]
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait(60)
-    assert zygote.run([*argv, "--resume_checkpoint", "auto", "--set", "training.epochs=1"], tmp_path).status == 0
-
-
-def test_run_that_was_moved_repeats_with_its_own_statistics(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    config = tiny_config({"training.max_steps": 3, "data.allow_other_statistics": True})
+def test_two_starts_of_one_run_at_once_are_refused(
+    tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config({"training.max_steps": 2})
     assert started(config, tmp_path) == 0
-    moved = config.run_dir.rename(tmp_path / "elsewhere")
-    assert main(["train", "--config_path", str(moved / "config.yaml"), "--device", "cpu"]) == 0
-    first, second = (load_checkpoint(folder / "checkpoints" / "last.pth.tar") for folder in (moved, config.run_dir))
-    assert identical(first["state_dict"], second["state_dict"])
+    lock = lock_file(config.run_dir.with_name(".run.lock"))
+    assert lock is not None
+    for flags in ([], ["--resume_checkpoint", "auto"]):
+        assert started(config, tmp_path, *flags) == 2
+        assert f"{config.run_dir} is being trained by another process" in capfd.readouterr().err
+    assert [path.name for path in config.run_dir.parent.iterdir() if not path.name.startswith(".")] == ["run"]
+    lock.release()
+    assert started(config, tmp_path) == 0
 
 
 def test_resume_into_the_folder_of_another_run_moves_that_one_aside(tiny_config: ConfigFactory, tmp_path: Path) -> None:
@@ -203,24 +187,9 @@ def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tiny_config: 
     assert read_metrics(config.run_dir) == lines
 
 
-def test_auto_takes_the_furthest_whatever_the_dates_are(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    config = tiny_config({"training.epochs": 3})
-    assert started(config, tmp_path) == 0
-    for age, name in enumerate(("checkpoint_epoch_3", "checkpoint_epoch_2", "checkpoint_epoch_1")):
-        os.utime(config.run_dir / "checkpoints" / f"{name}.pth.tar", (age, age))
-    found = newest_checkpoint(config.run_dir / "checkpoints", ALONE)
-    assert found is not None
-    assert found.name == "checkpoint_epoch_3.pth.tar"
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json"])
-@pytest.mark.parametrize("content", [b"\xff\xfe\n5\n", b'{"step": "x"}\n[1]', b'{"starts": [{}]}', b"[" * 100_000])
-def test_damaged_records_do_not_keep_a_run_from_going_on(
-    tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes
-) -> None:
-    config = tiny_config({"training.stop_after_step": 2})
-    assert started(config, tmp_path) == 0
-    (config.run_dir / name).write_bytes(content)
-    assert started(tiny_config({"training.max_steps": 3}), tmp_path, "--resume_checkpoint", "auto") == 0
-    assert main(["train", "--config_path", str(config.run_dir / "config.yaml"), "--device", "cpu"]) == 0
-    assert "Traceback" not in capfd.readouterr().err
+@pytest.mark.parametrize("content", [b"\xff\xfe\n5\n", b'{"starts": [{}]}', b"[" * 100_000])
+def test_damaged_record_of_starts_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
+    assert read_starts(tmp_path) == []
+    (tmp_path / "environment.json").write_bytes(content)
+    assert read_starts(tmp_path) == []
+    assert "environment.json: cannot be read" in caplog.text

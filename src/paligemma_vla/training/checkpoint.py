@@ -58,7 +58,10 @@ def save_checkpoint(path: Path, payload: Mapping[str, Any]) -> None:
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            _serialize(payload, file)
+            try:
+                torch.save(payload, file)
+            except RuntimeError as error:  # torch's own, where a full disk raised an `OSError`
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             file.flush()
             line = f"{sha256(file.name)}  {path.name}\n"
             # Until the rename both digests are right: after a kill in between the file, old or new, verifies.
@@ -66,14 +69,6 @@ def save_checkpoint(path: Path, payload: Mapping[str, Any]) -> None:
             atomic_write(_digest_path(path), old + line)
         atomic_write(_digest_path(path), line)
         sync_folder(path.parent)
-
-
-def _serialize(payload: Mapping[str, Any], file: Any) -> None:
-    """Raises `OSError` on a full disk: torch would hide it behind an error of its own."""
-    try:
-        torch.save(payload, file)
-    except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @contextmanager
@@ -86,10 +81,6 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or first_line(error)}); the checkpoints before it are intact; free "
             f"some space, or keep fewer (training.keep_last)"
         ) from error
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def load_checkpoint(location: str | Path, keys: Sequence[str] = POLICY_KEYS) -> dict[str, Any]:
@@ -145,15 +136,20 @@ def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
         raise CheckpointError(f"{path}: no such checkpoint" + (f"; there are: {', '.join(others)}" if others else ""))
     with _reading(path):
         if path.is_dir():
-            ShardsBackend.verify(path, part, parts)
+            _verify_shards(path, part, parts)
         elif part == 0:
-            FileBackend.verify(path)
+            _verify_file(path)
 
 
 def read_checkpoint(path: Path, tensors: Sequence[str] = ()) -> dict[str, Any]:
     """The payload, unverified. tensors: parts that must have their tensors, not placeholders. Raises as `verify_checkpoint`."""
     with _reading(path):
-        return ShardsBackend.read(path, tensors) if path.is_dir() else FileBackend.read(path)
+        # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
+        return _read_shards(path, tensors) if path.is_dir() else _load(path, mmap=True)
+
+
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
 
 
 @contextmanager
@@ -171,55 +167,38 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{text}; is it a complete checkpoint?") from error
 
 
-class FileBackend:
-    """Checkpoints that are one file."""
-
-    @staticmethod
-    def verify(path: Path) -> None:
-        """Without its sha256 (copied alone, or under another name) a file is verified by the checksums inside it."""
-        digests = _digests(path)
-        if not digests:
-            _check_archive(path)
-        elif sha256(path) not in digests.split():
-            raise CheckpointError(f"{path}: damaged: its sha256 differs from {path.name}{DIGEST}; use an older checkpoint")
-
-    @staticmethod
-    def read(path: Path) -> dict[str, Any]:
-        # Mapped: what is not asked for (the optimiser, for a policy) is never read, and nothing is in memory twice.
-        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+def _verify_file(path: Path) -> None:
+    """Without its sha256 (copied alone, or under another name) a file is verified by the checksums inside it."""
+    digests = _digests(path)
+    if not digests:
+        _check_archive(path)
+    elif sha256(path) not in digests.split():
+        raise CheckpointError(f"{path}: damaged: its sha256 differs from {path.name}{DIGEST}; use an older checkpoint")
 
 
-class ShardsBackend:
-    """Checkpoints that are a folder of shards."""
+def _verify_shards(folder: Path, part: int, parts: int) -> None:
+    """Rank 0 verifies the record, each process its part of the shards."""
+    if part == 0:
+        _check_archive(folder / RECORD)
+    digests = _load(folder / RECORD)[DIGESTS]
+    present = {shard.name for shard in folder.glob("*.safetensors")}
+    if different := sorted(digests.keys() ^ present):  # all that are present would be read
+        what = "is not one of the shards that were written" if different[0] in present else "is missing"
+        raise CheckpointError(f"{folder}: {different[0]} {what}; copy it again, or use an older checkpoint")
+    for name, digest in sorted(digests.items())[part::parts]:
+        if sha256(folder / name) != digest:
+            raise CheckpointError(f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint")
 
-    @classmethod
-    def verify(cls, folder: Path, part: int, parts: int) -> None:
-        if part == 0:
-            _check_archive(folder / RECORD)
-        digests = cls._open(folder)[DIGESTS]
-        present = {shard.name for shard in folder.glob("*.safetensors")}
-        if different := sorted(digests.keys() ^ present):  # all that are present would be read
-            what = "is not one of the shards that were written" if different[0] in present else "is missing"
-            raise CheckpointError(f"{folder}: {different[0]} {what}; copy it again, or use an older checkpoint")
-        for name, digest in sorted(digests.items())[part::parts]:
-            if sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name}: damaged: its sha256 differs from {RECORD}; use an older checkpoint")
 
-    @classmethod
-    def read(cls, folder: Path, tensors: Sequence[str]) -> dict[str, Any]:
-        record = cls._open(folder)
-        del record[DIGESTS]
-        wanted = {
-            value["tensor"]: torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]))
-            for value in placeholders({part: record.get(part) for part in tensors})
-        }
-        if wanted:
-            read_tensors(folder, wanted)
-        return fill(record, wanted)
-
-    @staticmethod
-    def _open(folder: Path) -> dict[str, Any]:
-        return cast(dict[str, Any], torch.load(folder / RECORD, map_location="cpu", weights_only=True))
+def _read_shards(folder: Path, tensors: Sequence[str]) -> dict[str, Any]:
+    record = _load(folder / RECORD)
+    del record[DIGESTS]
+    wanted = {
+        value["tensor"]: torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]))
+        for value in placeholders({part: record.get(part) for part in tensors})
+    }
+    read_tensors(folder, wanted)
+    return fill(record, wanted)
 
 
 def is_in_shards(path: Path) -> bool:
@@ -267,6 +246,8 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], group: Any = None) -> 
 
     group: the process group of all that read, None for one process alone.
     """
+    if not wanted:
+        return
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -305,10 +286,11 @@ def link_checkpoint(target: Path, name: str) -> None:
     """Point `name` (`LAST` or `BEST`) beside `target` at it, atomically. One of the other kind to another checkpoint goes."""
     here, other = (SUFFIX, SHARDS_SUFFIX) if target.suffix != SHARDS_SUFFIX else (SHARDS_SUFFIX, SUFFIX)
     link, old = target.with_name(_with_suffix(name, here)), target.with_name(_with_suffix(name, other))
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     with _writing(link):
-        _temporary(link).unlink(missing_ok=True)
-        _temporary(link).symlink_to(target.name)
-        _temporary(link).replace(link)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        temporary.replace(link)
         if old.resolve().name != _with_suffix(target.name, other):
             old.unlink(missing_ok=True)
 

@@ -159,13 +159,12 @@ def read_shards(
         if like is None or like.shape != shape:
             like = torch.empty(shape)
         wanted[key] = torch.zeros_like(like, dtype=dtype)
-    if wanted:
-        try:
-            read_tensors(folder, wanted, group)
-        except CheckpointError as error:
-            if error.__cause__ is not None and is_communication(error.__cause__):  # of which the checkpoint knows nothing
-                raise error.__cause__ from None
-            raise
+    try:
+        read_tensors(folder, wanted, group)
+    except CheckpointError as error:
+        if error.__cause__ is not None and is_communication(error.__cause__):  # of which the checkpoint knows nothing
+            raise error.__cause__ from None
+        raise
     return fill(record, wanted)
 
 
