@@ -71,7 +71,7 @@ def table(folder: Path, task: str):
 
 def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
     spy = Spy(env)
-    episode = demonstrate(spy, replace(config, noise_share=1.0), "faucet-open", 0).episode
+    episode = demonstrate(spy, replace(config, noise_share=1.0), "faucet-open", 0)[0]
     clean, executed = np.stack(spy.clean), np.stack(spy.executed)
     np.testing.assert_array_equal(episode.action, clean)
     assert np.abs(clean).max() <= 1 and np.abs(executed).max() <= 1
@@ -86,10 +86,10 @@ def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
 @pytest.mark.parametrize("task", ["drawer-open", "faucet-close"])
 def test_demonstrate_in_absolute_control_is_the_same_demonstration(env, config, task):
     """The robot moves alike; the recorded targets are where the recorded deltas would have led it."""
-    delta = demonstrate(env, replace(config, noise_share=1.0), task, 1).episode
+    delta = demonstrate(env, replace(config, noise_share=1.0), task, 1)[0]
     env.use_control("absolute")
     spy = Led(env)
-    absolute = demonstrate(spy, replace(config, noise_share=1.0, control="absolute"), task, 1).episode
+    absolute = demonstrate(spy, replace(config, noise_share=1.0, control="absolute"), task, 1)[0]
     np.testing.assert_allclose(absolute.state, delta.state, atol=1e-4)
     assert absolute.prompt == delta.prompt
     np.testing.assert_array_equal(absolute.action[:, 3], delta.action[:, 3])
@@ -118,7 +118,7 @@ class Led(Spy):
 def test_replaying_recorded_targets_reproduces_the_episode_exactly(env, config):
     env.use_control("absolute")
     spy = Spy(env)
-    episode = demonstrate(spy, replace(config, noise_share=0.0, control="absolute"), "drawer-open", 1).episode
+    episode = demonstrate(spy, replace(config, noise_share=0.0, control="absolute"), "drawer-open", 1)[0]
     options = dict(spy.resets[-1])
     seen = [env.reset("drawer-open", options.pop("seed"), **options)["state"]]
     success = False
@@ -163,7 +163,7 @@ def test_correlated_noise_has_the_memory_and_scale_it_was_given(config):
 def test_demonstrate_records_eight_steps_after_success(env, config):
     counts = []
     for after in (0, 8):
-        episode = demonstrate(env, replace(config, noise_share=0.0, steps_after_success=after), "faucet-close", 0).episode
+        episode = demonstrate(env, replace(config, noise_share=0.0, steps_after_success=after), "faucet-close", 0)[0]
         assert episode.length == len(episode.images[0]) == len(episode.state)
         assert episode.is_terminal
         counts.append(episode.length)
@@ -172,8 +172,8 @@ def test_demonstrate_records_eight_steps_after_success(env, config):
 
 def test_demonstrate_retries_a_failed_attempt_with_another_start(env, config, monkeypatch):
     spy = Spy(env, fail=1)
-    demonstration = demonstrate(spy, config, "drawer-close", 0)
-    assert demonstration.attempts == 2
+    _, attempts = demonstrate(spy, config, "drawer-close", 0)
+    assert attempts == 2
     assert spy.resets[0]["seed"] != spy.resets[1]["seed"]
     monkeypatch.setattr("paligemma_vla.evaluation.collect.MAX_ATTEMPTS", 1)
     with pytest.raises(SimulatorError, match="'drawer-close': its expert failed 1 times"):
@@ -182,7 +182,7 @@ def test_demonstrate_retries_a_failed_attempt_with_another_start(env, config, mo
 
 def test_demonstrate_starts_half_away_and_some_done(env, config):
     spy = Spy(env)
-    lengths = [demonstrate(spy, config, "drawer-close", index).episode.length for index in (0, 1, 9, 10, 11)]
+    lengths = [demonstrate(spy, config, "drawer-close", index)[0].length for index in (0, 1, 9, 10, 11)]
     assert [r["start_away"] for r in spy.resets] == [False, True, True, False, True]
     assert [r["start_done"] for r in spy.resets] == [False, False, False, True, True]
     assert min(lengths[3:]) >= config.done_steps
@@ -228,7 +228,7 @@ def test_collect_refuses_a_folder_with_other_settings(config):
 
 
 def test_collect_another_seed_gives_other_episodes(env, config):
-    first, again, other = (demonstrate(env, replace(config, seed=s), "faucet-open", 0).episode for s in (1, 1, 2))
+    first, again, other = (demonstrate(env, replace(config, seed=s), "faucet-open", 0)[0] for s in (1, 1, 2))
     np.testing.assert_array_equal(first.action, again.action)
     assert first.images == again.images and first.prompt == again.prompt
     assert not np.array_equal(first.state[:20], other.state[:20]) or first.images != other.images

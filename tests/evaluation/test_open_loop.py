@@ -22,7 +22,7 @@ from paligemma_vla.cli.main import script
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex, share_episodes
 from paligemma_vla.data.writer import EpisodeWriter
-from paligemma_vla.errors import CheckpointError, ConfigError, DataError
+from paligemma_vla.errors import CheckpointError, DataError
 from paligemma_vla.evaluation import open_loop
 from paligemma_vla.evaluation.open_loop import EULER_STEPS, ErrorSums, OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.normalization import DatasetStatistics
@@ -210,12 +210,6 @@ def test_policy_that_diverged_is_named_not_averaged(checkpoint: Path, two_camera
         next(iter(broken.model.action_head.parameters())).fill_(float("nan"))
     with pytest.raises(CheckpointError, match="are not finite: the training run diverged"):
         evaluate(broken, str(two_camera_dir))
-
-
-@pytest.mark.parametrize("name", ["batch_size", "max_samples", "num_steps", "euler_samples"])
-def test_settings_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"--{name}: got 0, expected at least 1"):
-        OpenLoopConfig(**{name: 0})
 
 
 def test_command_writes_metrics_and_report(checkpoint: Path, two_camera_dir: Path, tmp_path: Path, capsys: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation import report as module
@@ -91,13 +93,13 @@ def write_run(folder: Path, config: str = "training:\n  seed: 0\n") -> Path:
     return folder
 
 
-def write_data(folder: Path, prompt: str = "open the drawer") -> Path:
+def write_data(folder: Path, prompt: str) -> EpisodeIndex:
     rng = np.random.default_rng(0)
     with EpisodeWriter(folder, METADATA) as writer:
         for length in (5, 1, 12):
             episode = make_episode(rng, length, cameras=2)
-            writer.write(type(episode)(episode.images, episode.state, episode.action, prompt))
-    return folder
+            writer.write(replace(episode, prompt=prompt))
+    return EpisodeIndex.build(str(folder))
 
 
 def make_evaluation(prompt: str = "open the drawer", name: str = "dx") -> OpenLoopResult:
@@ -147,7 +149,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Report:
         evaluation=make_evaluation(HOSTILE, HOSTILE),
         rollouts=[
             (HOSTILE, HOSTILE, write_rollout(folder / "own", tasks, prompt=HOSTILE)),
-            ("", "", write_rollout(folder / "opposite", tasks, {"prompts": "opposite"}, HOSTILE)),
+            ("reverse", "a control", write_rollout(folder / "opposite", tasks, {"prompts": "opposite"}, HOSTILE)),
         ],
         facts={HOSTILE: HOSTILE, "versions": {"torch": HOSTILE}, "wall_s": {HOSTILE: 61.0, "training": 5.0}},
     )
@@ -202,19 +204,19 @@ def test_headline_is_the_rate_of_the_first_condition_with_its_wilson_interval(tm
 def test_table_has_a_cell_per_task_and_condition_and_marks_controls(tmp_path: Path) -> None:
     own = write_rollout(tmp_path / "own", {"drawer-open": (9, 10), "drawer-close": (7, 10)})
     grey = write_rollout(tmp_path / "grey", {"drawer-open": (1, 10)}, {"image": "grey"})
-    page = Page(render(Report("t", rollouts=[("", "", own), ("", "", grey)])))
+    page = Page(render(Report("t", rollouts=[("own", "", own), ("grey", "", grey)])))
     low, high = wilson_interval(1, 10)
     assert {"class": "bar", "width": "10.00", "height": "10", "rx": "0.6"} in page.all("rect")
     assert (f"{100 * low:.2f}", f"{100 * high:.2f}") in [(line["x1"], line["x2"]) for line in page.all("line")]
     cells = [attributes["data-label"] for attributes in page.all("td") if "data-label" in attributes]
-    assert cells == ["Right instruction", "Grey image"] * 3
+    assert cells == ["own", "grey"] * 3
     assert all(text in page.text for text in ("9/10", "7/10", "1/10", "16/20", "—", "should be low"))
     assert sum(attributes.get("class") == "rate low" for attributes in page.all("svg")) == 3  # card, one task, all tasks
 
 
 def test_every_film_is_inside_the_page_once(tmp_path: Path) -> None:
     folder = write_rollout(tmp_path / "own", {"drawer-open": (1, 2), "drawer-close": (2, 2)})
-    films = Page(render(Report("t", rollouts=[("", "", folder)]))).all("video")
+    films = Page(render(Report("t", rollouts=[("own", "", folder)]))).all("video")
     inside = sorted(base64.b64decode(film["src"].removeprefix("data:video/mp4;base64,")) for film in films)
     assert inside == sorted(path.read_bytes() for path in (folder / "videos").glob("*.mp4"))
     assert all({"autoplay", "muted", "loop", "playsinline", "controls"} <= film.keys() for film in films)
@@ -223,7 +225,7 @@ def test_every_film_is_inside_the_page_once(tmp_path: Path) -> None:
 def test_stills_stand_for_films_beyond_the_page_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_rollout(tmp_path / "own", {"drawer-open": (2, 2), "drawer-close": (2, 2)})
     monkeypatch.setattr(module, "VIDEO_BYTES", len(FILM) + 20)
-    page = Page(render(Report("t", rollouts=[("", "", folder)])))
+    page = Page(render(Report("t", rollouts=[("own", "", folder)])))
     assert (len(page.all("video")), len(page.all("img"))) == (1, 1)
 
 
@@ -234,7 +236,7 @@ def test_files_outside_the_rollout_folder_are_not_carried_out(tmp_path: Path) ->
     raw["videos"][0]["poster"] = "../secret"
     (folder / "rollout.json").write_text(json.dumps(raw))
     with pytest.raises(DataError, match=r"got \.\./secret, expected a file inside"):
-        render(Report("t", rollouts=[("", "", folder)]))
+        render(Report("t", rollouts=[("own", "", folder)]))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"settings": {}}', '{"settings": {}, "tasks": {}}'])
@@ -242,7 +244,7 @@ def test_results_that_cannot_be_read_are_named(tmp_path: Path, content: str | No
     if content is not None:
         (tmp_path / "rollout.json").write_text(content)
     with pytest.raises(DataError, match=r"rollout\.json: "):
-        render(Report("t", rollouts=[("", "", tmp_path)]))
+        render(Report("t", rollouts=[("own", "", tmp_path)]))
 
 
 def test_metrics_cut_short_by_a_kill_are_shown_but_damaged_ones_are_not(tmp_path: Path) -> None:

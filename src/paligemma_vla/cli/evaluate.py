@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paligemma_vla import versions
-from paligemma_vla.cli.arguments import add_policy_arguments, from_flags
+from paligemma_vla.cli.arguments import add_policy_arguments, from_flags, natural, positive
 from paligemma_vla.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, type=Path, metavar="O", help="for metrics.json and report.html")
     parser.add_argument("--save_predictions", action="store_true", help="also write predictions.parquet")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-    parser.add_argument("--max_samples", type=int, metavar="N", help="steps to compare, evenly spread (default: all)")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="observations at a time (default: %(default)s)")
-    parser.add_argument("--num_steps", type=int, metavar="N", help="Euler steps (default: the checkpoint's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise that actions start from (default: %(default)s)")
+    parser.add_argument("--max_samples", type=positive, metavar="N", help="steps to compare, evenly spread (default: all)")
+    parser.add_argument(
+        "--batch_size", type=positive, default=64, metavar="B", help="observations at a time (default: %(default)s)"
+    )
+    parser.add_argument("--num_steps", type=positive, metavar="N", help="Euler steps (default: the checkpoint's)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise that actions start from (default: %(default)s)")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -76,14 +76,6 @@ class CollectConfig:
 
 
 @dataclass(frozen=True)
-class Demonstration:
-    """An episode and how many attempts it took until the expert succeeded."""
-
-    episode: Episode
-    attempts: int
-
-
-@dataclass(frozen=True)
 class CollectSummary:
     """What a call of `collect` added. expert_success: kept episodes per attempt, for each task."""
 
@@ -116,10 +108,9 @@ def collect(config: CollectConfig) -> CollectSummary:
                 progress.update(min(there, config.episodes))
                 attempts = 0
                 jobs = ((config, task, index) for index in range(there, config.episodes))
-                for demonstration in pool.map(_work, jobs):
-                    writer.write(demonstration.episode)
-                    attempts += demonstration.attempts
-                    episodes, frames = episodes + 1, frames + demonstration.episode.length
+                for episode, tries in pool.map(_work, jobs):
+                    writer.write(episode)
+                    episodes, frames, attempts = episodes + 1, frames + episode.length, attempts + tries
                     progress.update()
             if attempts:
                 rates[task] = (config.episodes - there) / attempts
@@ -128,8 +119,8 @@ def collect(config: CollectConfig) -> CollectSummary:
     return summary
 
 
-def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) -> Demonstration:
-    """Let the expert solve `task` once more: episode number `index`, attempt after attempt until one succeeds."""
+def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) -> tuple[Episode, int]:
+    """Let the expert solve `task`: episode number `index`, and after how many attempts the first one succeeded."""
     # Two in a row start done, so that one of them starts away from home and one does not.
     done = config.done_every > 0 and (index // 2) % config.done_every == config.done_every - 1
     start_done, start_away = done and env.can_start_done(task), index % 2 == 1
@@ -141,7 +132,7 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
         steps = range(config.done_steps if start_done else 0, env.max_steps(task))
         recorded = _follow_expert(env, config, first, steps, rng)
         if recorded is not None:
-            return Demonstration(_episode(env, *recorded, prompt), attempt + 1)
+            return _episode(env, *recorded, prompt), attempt + 1
     raise SimulatorError(f"{config.env} task '{task}': its expert failed {MAX_ATTEMPTS} times in a row at episode {index}")
 
 
@@ -211,6 +202,6 @@ def _environment(name: str, image_size: int, control: Control) -> Environment:
     return env
 
 
-def _work(job: tuple[CollectConfig, str, int]) -> Demonstration:
+def _work(job: tuple[CollectConfig, str, int]) -> tuple[Episode, int]:
     config, task, index = job
     return demonstrate(_environment(config.env, config.image_size, config.control), config, task, index)

@@ -27,7 +27,7 @@ from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, batches
 from paligemma_vla.data.order import SampleRef, ValidationSampler
-from paligemma_vla.errors import ConfigError, DataError, VLAError
+from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
 from paligemma_vla.schema import Observation
@@ -55,12 +55,6 @@ class OpenLoopConfig:
     euler_samples: int = 256
     episodes_shown: int = 3
     predictions_path: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in [("batch_size", 1), ("max_samples", 1), ("num_steps", 1), ("seed", 0), ("euler_samples", 1)]:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name}: got {value}, expected at least {least}")
 
 
 @dataclass(frozen=True)

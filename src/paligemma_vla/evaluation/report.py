@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 VIDEO_BYTES = 3_600_000  # of .mp4 in one page; base64 makes a third more of it
 VIDEOS_PER_CONDITION = 6
+CONTROLS = (("policy", "random"), ("image", "grey"), ("prompts", "opposite"))  # settings under which success is a bad sign
 EPISODES_SHOWN, FRAMES_SHOWN, FRAME_PIXELS = 4, 8, 128
 DIMENSIONS_SHOWN, CAMERAS_SHOWN, PROMPTS_SHOWN, FILES_READ = 8, 3, 16, 64
 READER_CACHE = 64 * 2**20
@@ -46,15 +47,15 @@ READER_CACHE = 64 * 2**20
 class Report:
     """What the page shows.
 
-    run_dir: of a training run (config.yaml, metrics.jsonl).   dataset: episodes, or where they are.
-    rollouts: (label, note, folder with rollout.json and videos/), the main condition first; an empty label or note is
-    filled in from the condition's settings.   facts: by name; a mapping named `wall_s` becomes a bar of stages.
+    run_dir: of a training run (config.yaml, metrics.jsonl).
+    rollouts: (label, what the condition controls for, folder with rollout.json and videos/), the main condition first.
+    facts: by name; a mapping named `wall_s` becomes a bar of stages.
     """
 
     title: str
     subtitle: str = ""
     run_dir: Path | None = None
-    dataset: EpisodeIndex | str | Path | None = None
+    dataset: EpisodeIndex | None = None
     evaluation: OpenLoopResult | None = None
     rollouts: Sequence[tuple[str, str, Path]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -70,16 +71,13 @@ def write_report(output: Path, report: Report) -> Path:
 
 def render(report: Report) -> str:
     """The page as text."""
-    index = report.dataset
-    if index is not None and not isinstance(index, EpisodeIndex):
-        index = EpisodeIndex.build(str(index), "report")
     template, style = _template()
     return template.render(
         title=report.title,
         subtitle=report.subtitle,
         style=style,
         facts=report.facts,
-        data=None if index is None else _data(index),
+        data=None if report.dataset is None else _data(report.dataset),
         training=None if report.run_dir is None else _training(report.run_dir),
         **_rollouts([read_condition(*entry) for entry in report.rollouts]),
         **_open_loop(report.evaluation),
@@ -134,31 +132,6 @@ def _data_url(data: bytes, kind: str) -> str:
 
 # Closed loop.
 
-# settings of a rollout -> its name, what it controls for, and whether one hopes for a low rate; the first that fits counts
-CONDITIONS: tuple[tuple[dict[str, str], str, str, bool], ...] = (
-    ({"policy": "random"}, "Random actions", "Uniformly random actions: what luck alone reaches.", True),
-    ({"image": "grey"}, "Grey image", "Every picture replaced by plain grey: what is reached without looking.", True),
-    (
-        {"prompts": "opposite"},
-        "Opposite instruction",
-        "Told to do the reverse: success here would mean that the words are ignored.",
-        True,
-    ),
-    (
-        {"prompts": "unseen"},
-        "Unseen wording",
-        "Phrases that no demonstration used: words understood, not sentences learnt by heart.",
-        False,
-    ),
-    (
-        {"resets": "stock"},
-        "Stock resets",
-        "The simulator's own start positions, not the demonstrations': does the skill carry over?",
-        False,
-    ),
-    ({}, "Right instruction", "The task's own instruction, from starting points that training has not seen.", False),
-)
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -178,7 +151,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Condition(Counts):
-    """One rollout.json. `videos` as there; wanted_low: a control, where success would be a bad sign."""
+    """One rollout.json. `videos` as there; wanted_low: a control, where success is a bad sign."""
 
     label: str
     note: str
@@ -188,36 +161,22 @@ class Condition(Counts):
     videos: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Video:
-    """A video of the page. still, video: `data:` addresses; video is empty when a still picture stands for it."""
-
-    task: str
-    success: bool
-    prompt: str
-    name: str
-    still: str
-    video: str
-
-
 def read_condition(label: str, note: str, folder: Path) -> Condition:
-    """Read `folder/rollout.json`; its settings give an empty label or note. Raises `DataError`."""
+    """Read `folder/rollout.json`. Raises `DataError`."""
     path = Path(folder) / "rollout.json"
     remedy = "give the folder of a `paligemma-vla rollout`, or run it again"
     raw = read_json(path, DataError, remedy)
     try:
         settings, videos = raw["settings"], list(raw.get("videos", []))
         tasks = {task: Counts(int(entry["successes"]), int(entry["episodes"])) for task, entry in raw["tasks"].items()}
-        found = next(entry for entry in CONDITIONS if entry[0].items() <= settings.items())
+        wanted_low = any(settings.get(name) == value for name, value in CONTROLS)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: not a result of `paligemma-vla rollout` ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: not a result of `paligemma-vla rollout` ({reason}); {remedy}") from error
     if not tasks or any(not counts.episodes for counts in tasks.values()):
         raise DataError(f"{path}: got no episodes, expected at least one of each task; {remedy}")
-    _, name, meaning, wanted_low = found
     successes, episodes = (sum(getattr(counts, key) for counts in tasks.values()) for key in ("successes", "episodes"))
-    return Condition(successes, episodes, label or name, note or meaning, wanted_low, Path(folder), tasks, videos)
+    return Condition(successes, episodes, label, note, wanted_low, Path(folder), tasks, videos)
 
 
 def _rollouts(conditions: list[Condition]) -> dict[str, Any]:
@@ -248,8 +207,8 @@ class _VideoBudget:
     def __init__(self) -> None:
         self.left = VIDEO_BYTES
 
-    def load(self, condition: Condition, entry: dict[str, Any]) -> Video:
-        """An entry of `videos` in a rollout.json. Raises `DataError` when a file is gone, or lies outside its folder."""
+    def load(self, condition: Condition, entry: dict[str, Any]) -> dict[str, Any]:
+        """An entry of `videos` in a rollout.json, with `data:` addresses. Raises `DataError` for a file that is not there."""
         path, poster = (_inside(condition.folder, entry[name]) for name in ("path", "poster"))
         try:
             still, content = poster.read_bytes(), path.read_bytes() if path.stat().st_size <= self.left else b""
@@ -257,7 +216,7 @@ class _VideoBudget:
             raise DataError(f"{path}: named by rollout.json, but it cannot be read ({error.strerror})") from error
         self.left -= len(content)
         video = _data_url(content, "video/mp4") if content else ""
-        return Video(entry["task"], entry["success"], entry["prompt"], path.name, _data_url(still, "image/jpeg"), video)
+        return {**entry, "name": path.name, "still": _data_url(still, "image/jpeg"), "video": video}
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -308,16 +267,6 @@ def _trace(trace: Trace, dimensions: list[dict[str, Any]], most: int) -> dict[st
 # Training.
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart with its heading. lines: (CSS class, name) of its legend."""
-
-    title: str
-    svg: Markup
-    lines: tuple[tuple[str, str], ...] = ()
-    note: str = ""
-
-
 Curves = dict[str, tuple[list[float], list[float]]]  # steps and values by name
 
 
@@ -365,7 +314,7 @@ def _training_facts(rows: list[dict[str, Any]], curves: Curves) -> list[tuple[st
     return facts
 
 
-def _training_charts(curves: Curves) -> Iterator[Chart]:
+def _training_charts(curves: Curves) -> Iterator[dict[str, Any]]:
     if "train/batch_loss" in curves:
         steps, loss = curves["train/batch_loss"]
         lines = [Line(steps, loss, "c0 raw"), Line(steps, smooth(loss), "c0")]
@@ -373,17 +322,17 @@ def _training_charts(curves: Curves) -> Iterator[Chart]:
         if "val/epoch_loss" in curves:
             lines.append(Line(*curves["val/epoch_loss"], "c1"))
             names.append(("c1", "validation"))
-        yield Chart("Loss", line_chart(lines, "step", log=True), tuple(names))
-    if "val/action_mae" in curves:
-        chart = line_chart([Line(*curves["val/action_mae"], "c1")], "step", zero=True)
-        yield Chart("Error of sampled actions", chart, (("c1", "validation, real units"),))
-    if "train/lr" in curves:
-        yield Chart("Learning rate", line_chart([Line(*curves["train/lr"], "c2")], "step", zero=True))
-    if "train/samples_per_s" in curves:
-        wait = curves.get("train/data_wait", ([], []))[1]
-        note = f"{percent(float(np.mean(wait)))} of the time was spent waiting for data." if wait else ""
-        chart = line_chart([Line(*curves["train/samples_per_s"], "c3")], "step", zero=True)
-        yield Chart("Samples per second", chart, note=note)
+        yield {"title": "Loss", "svg": line_chart(lines, "step", log=True), "lines": names, "note": ""}
+    wait = curves.get("train/data_wait", ([], []))[1]
+    waited = f"{percent(float(np.mean(wait)))} of the time was spent waiting for data." if wait else ""
+    for name, style, title, names, note in [
+        ("val/action_mae", "c1", "Error of sampled actions", [("c1", "validation, real units")], ""),
+        ("train/lr", "c2", "Learning rate", [], ""),
+        ("train/samples_per_s", "c3", "Samples per second", [], waited),
+    ]:
+        if name in curves:
+            chart = line_chart([Line(*curves[name], style)], "step", zero=True)
+            yield {"title": title, "svg": chart, "lines": names, "note": note}
 
 
 # Data.

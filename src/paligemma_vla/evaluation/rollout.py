@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,9 @@ class RolloutPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.close()
         self._env.close()
-        _end_worker()
+        for worker in _this_worker:  # with `workers=0`
+            worker.env.close()
+        _this_worker.clear()
 
     def run(self, config: RolloutConfig) -> RolloutResult:
         """Play one condition; episode k of a task is the same for any number of workers or tasks."""
@@ -138,7 +140,16 @@ class RolloutPool:
                 recorded[f"{kind}_{count[kind]}"] = outcome
             outcomes.append(replace(outcome, snapshots=[]))
         videos = self._write_videos(recorded, config.output_dir) if config.output_dir else []
-        result = self._result(config, tasks, outcomes, videos, time.monotonic() - started)
+        by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task]) for task in tasks}
+        names = ("task", "index", "seed", "prompt", "success", "steps")
+        result = RolloutResult(
+            settings=self._settings(config, tasks),
+            tasks=by_task,
+            mean_success=float(np.mean([entry["rate"] for entry in by_task.values()])),
+            episodes=[{name: getattr(outcome, name) for name in names} for outcome in outcomes],
+            videos=videos,
+            wall_s=round(time.monotonic() - started, 2),
+        )
         if config.output_dir is not None:
             atomic_write(config.output_dir / "rollout.json", result.to_json())
         log.info("%s: mean success %.3f, %.0f s", label, result.mean_success, result.wall_s)
@@ -156,30 +167,20 @@ class RolloutPool:
         return tasks
 
     def _write_videos(self, recorded: dict[str, EpisodeOutcome], folder: Path) -> list[dict[str, Any]]:
-        paths = {name: Path("videos") / f"{name}.mp4" for name in recorded}
-        for _ in self._pool.map(_video_job, [(outcome, folder / paths[name]) for name, outcome in recorded.items()]):
-            pass
+        paths = [Path("videos") / f"{name}.mp4" for name in recorded]
+        jobs = [(folder / path, outcome) for path, outcome in zip(paths, recorded.values(), strict=True)]
+        list(self._pool.map(_video_job, jobs))
         return [
             {
-                "task": outcome.task,
-                "success": outcome.success,
-                "prompt": outcome.prompt,
-                "path": paths[name].as_posix(),
-                "poster": paths[name].with_suffix(".jpg").as_posix(),
+                **{name: getattr(outcome, name) for name in ("task", "success", "prompt")},
+                "path": path.as_posix(),
+                "poster": path.with_suffix(".jpg").as_posix(),
             }
-            for name, outcome in recorded.items()
+            for path, outcome in zip(paths, recorded.values(), strict=True)
         ]
 
-    def _result(
-        self,
-        config: RolloutConfig,
-        tasks: tuple[str, ...],
-        outcomes: list[EpisodeOutcome],
-        videos: list[dict[str, Any]],
-        seconds: float,
-    ) -> RolloutResult:
-        by_task = {task: _task_result([o for o in outcomes if o.task == task]) for task in tasks}
-        settings = asdict(config) | {
+    def _settings(self, config: RolloutConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
+        return asdict(config) | {
             "tasks": list(tasks),
             "output_dir": str(config.output_dir) if config.output_dir else None,
             "env": self.env_name,
@@ -190,15 +191,6 @@ class RolloutPool:
             "weights": self.weights or "full",
             "versions": dict(_versions()),
         }
-        names = ("task", "index", "seed", "prompt", "success", "steps")
-        return RolloutResult(
-            settings=settings,
-            tasks=by_task,
-            mean_success=float(np.mean([entry["rate"] for entry in by_task.values()])),
-            episodes=[{name: getattr(outcome, name) for name in names} for outcome in outcomes],
-            videos=videos,
-            wall_s=round(seconds, 2),
-        )
 
 
 def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
@@ -232,62 +224,47 @@ def _versions() -> Iterator[tuple[str, str]]:
 # What a worker process does: it keeps one simulator and one policy from job to job.
 
 
-@dataclass
 class _Worker:
-    """How to build the simulator and the policy of a worker process, and both once they are built."""
+    """One simulator and one policy. The first job that needs them builds them, where an error can be reported."""
 
-    env_name: str
-    image_size: int
-    factory: PolicyFactory | None
-    env: Environment | None = None
-    policy: ActingPolicy | None = None
+    def __init__(self, env_name: str, image_size: int, factory: PolicyFactory | None) -> None:
+        self.env_name, self.image_size, self.factory = env_name, image_size, factory
 
-    def environment(self) -> Environment:
-        if self.env is None:
-            self.env = make_environment(self.env_name, self.image_size)
-        return self.env
+    @cached_property
+    def env(self) -> Environment:
+        return make_environment(self.env_name, self.image_size)
 
-    def load_policy(self) -> ActingPolicy | None:
-        if self.policy is None and self.factory is not None:
-            env = self.environment()
-            policy = self.factory(env)
-            if control := policy.metadata.get("action_representation"):
-                env.use_control(control)
-            check_compatible(policy.metadata, env.spec)
-            self.policy = policy
-        return self.policy
+    @cached_property
+    def policy(self) -> ActingPolicy | None:
+        if self.factory is None:
+            return None
+        policy = self.factory(self.env)
+        if control := policy.metadata.get("action_representation"):
+            self.env.use_control(control)
+        check_compatible(policy.metadata, self.env.spec)
+        return policy
 
 
 _this_worker: list[_Worker] = []  # one in a worker process; none in the process that started the pool
 
 
 def _start_worker(env_name: str, image_size: int, factory: PolicyFactory | None) -> None:
-    """Note what this worker is for; the first job builds it, where an error can be reported."""
     _this_worker[:] = [_Worker(env_name, image_size, factory)]
-
-
-def _end_worker() -> None:
-    """End of a pool in this process (`workers=0`)."""
-    for worker in _this_worker:
-        if worker.env is not None:
-            worker.env.close()
-    _this_worker.clear()
 
 
 def _play_job(job: tuple[str, int, Condition, bool]) -> EpisodeOutcome:
     """Play one episode: (task, number, condition, whether to take snapshots for a video)."""
     (worker,) = _this_worker
     task, index, condition, record = job
-    # Random actions, too, are of the policy's kind of control, whichever condition is played first.
-    policy = worker.load_policy()
-    return play(worker.environment(), policy, task, index, condition, record)
+    # The policy first: random actions, too, are of its kind of control, whichever condition is played first.
+    policy = worker.policy
+    return play(worker.env, policy, task, index, condition, record)
 
 
-def _video_job(job: tuple[EpisodeOutcome, Path]) -> None:
-    """Write the video of an episode to a path."""
+def _video_job(job: tuple[Path, EpisodeOutcome]) -> None:
     (worker,) = _this_worker
-    outcome, path = job
-    write_video(path, worker.environment(), outcome)
+    path, outcome = job
+    write_video(path, worker.env, outcome)
 
 
 def load_checkpoint(path: str, weights: Weights | None, env: Environment) -> ActingPolicy:
