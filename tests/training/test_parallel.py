@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig, config_from_dict
@@ -22,7 +18,7 @@ from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.parallel import check_shard_groups
 from ranks import assert_same_curve, last, start_ranks, train_on
 from support import identical, read_metrics, write_episodes
-from zygote import LIGHT, Zygote
+from zygote import Zygote
 
 ConfigFactory = Callable[..., VLAConfig]
 STEPS = 20
@@ -226,40 +222,6 @@ def test_what_saves_memory_changes_nothing(whole: Whole, brief: VLAConfig, tmp_p
     config = whole.another(f"saving_{'_'.join(map(str, changes.values()))}", often)
     train_on(whole.zygote, config, 2, tmp_path)
     assert_same_curve(config, brief)
-
-
-BUILDS_IN_TURN = """
-import dataclasses, sys, time
-from paligemma_vla.cli.main import main
-from paligemma_vla.training import preflight, trainer
-plan_run = preflight.plan_run
-preflight.plan_run = lambda *given: dataclasses.replace(plan_run(*given), one_at_a_time=True)
-parallelize = trainer.parallelize
-VLAModel = trainer.VLAModel
-trainer.VLAModel = lambda *given: (print(time.monotonic()), VLAModel(*given))[1]
-trainer.parallelize = lambda *given: (parallelize(*given), time.sleep(0.5), print(time.monotonic()))[0]
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.long
-def test_models_are_built_in_turn_where_memory_asks_for_it(whole: Whole, tmp_path: Path) -> None:
-    runs = [whole.another(f"in_turn_{number}", {**BRIEF, **FSDP}) for number in range(2)]
-    (path := tmp_path / "in_turn.yaml").write_text(runs[0].to_yaml())
-    command = [sys.executable, "-c", BUILDS_IN_TURN, "train", "--config_path", str(path), "--device", "cpu"]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, **LIGHT, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    times = [[float(line) for line in rank.communicate(timeout=120)[0].split()] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    (_, first_built), (second_begun, _) = times
-    assert first_built < second_begun
-    train_on(whole.zygote, runs[1], 2, tmp_path)
-    assert identical(last(runs[0])["state_dict"], last(runs[1])["state_dict"])
 
 
 def test_adapters_learn_the_same_in_shards(whole: Whole, tmp_path: Path) -> None:

@@ -354,22 +354,17 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any], where: str) -> None:
         """Restore everything from a checkpoint; raise `CheckpointError` for one of another model."""
-        options = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
-        base_rates = list(self.scheduler.base_lrs)
+        settings = [dict(group) for group in self.optimizer.param_groups]
         saved = read_shards(Path(where), saved, self.model, self.optimizer, self.group)
         try:
             restore_model(self.model, saved["state_dict"])
             restore_optimizer(self.optimizer, saved["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{where}: does not fit this model ({first_line(error)})") from error
-        self.scheduler.load_state_dict(saved["lr_scheduler"])
         # The configuration of now counts: a longer run has another schedule, a forced resume other rates.
-        self.scheduler.base_lrs = base_rates
-        for group, option, base, factor in zip(
-            self.optimizer.param_groups, options, base_rates, self.scheduler.lr_lambdas, strict=True
-        ):
-            group.update(option)
-            group["lr"] = base * factor(self.scheduler.last_epoch)
+        self.scheduler.load_state_dict({**saved["lr_scheduler"], "base_lrs": self.scheduler.base_lrs})
+        for group, own, factor in zip(self.optimizer.param_groups, settings, self.scheduler.lr_lambdas, strict=True):
+            group.update(own, lr=own["initial_lr"] * factor(self.scheduler.last_epoch))
         if self.ema is not None:
             # A forced resume may begin to average: then from the restored weights.
             self.ema = ExponentialMovingAverage(self.model, self.ema.decay)
