@@ -416,7 +416,7 @@ def test_comparison_finds(change: Callable[[Episode], Episode], lossless: bool, 
         with EpisodeWriter(tmp_path / name, METADATA) as writer:
             writer.write(written)
     source, result = (Recordings(EpisodeIndex.build(str(tmp_path / name)), range(2)) for name in ("a", "b"))
-    assert compare_episode(source.read(0), source.read(0), lossless).identical == 10
+    assert compare_episode(source.read(0), source.read(0), lossless) == (10, [])
     with pytest.raises(DataError, match=message):
         compare_episode(source.read(0), result.read(0), lossless)
 

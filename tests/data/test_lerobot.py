@@ -68,8 +68,6 @@ def test_decoders_keep_no_more_videos_open_than_they_may(truth: Truth) -> None:
     for path in videos * 2:
         decoders.frame(str(path), 0.1, 0.05)
         assert list(decoders._open) == [str(path)]
-    decoders.close()
-    assert not decoders._open
 
 
 def test_selection_takes_cameras_by_name_in_the_order_given_and_a_range_of_episodes(truth: Truth) -> None:

@@ -248,7 +248,7 @@ def convert(args: argparse.Namespace) -> int:
     if compared is None:
         sys.stdout.write(f"{args.output_dir}: is there already, converted and verified; nothing was done\n")
     else:
-        sys.stdout.write(f"verified: {compared}\n{conversion.form.location(args.output_dir)}\n")
+        sys.stdout.write(f"verified: {compared}\n{conversion.form.prefix}{args.output_dir}\n")
     return 0
 
 

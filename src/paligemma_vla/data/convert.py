@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 
@@ -38,15 +38,18 @@ logger = logging.getLogger(__name__)
 
 
 class OutputFormat(Protocol):
-    """A format to write: `NativeOutput` below, `formats.lerobot_writer.LeRobotOutput`. It is pickled for worker processes."""
+    """A format to write: `NativeOutput` below, `formats.lerobot_writer.LeRobotOutput`. A dataclass of all that decides what is
+    written; it is pickled for worker processes.
+
+    name: of the format. prefix: before a folder, in the name that it is read by.
+    """
+
+    name: ClassVar[str]
+    prefix: ClassVar[str]
 
     @property
     def lossless(self) -> bool:
         """True if pixels must come out as they went in."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that decides what is written, as plain data."""
 
     def shards(self, lengths: Sequence[int]) -> list[range]:
         """The episodes of each shard, given the length of every episode."""
@@ -58,19 +61,15 @@ class OutputFormat(Protocol):
         """Write a shard; when this is killed, it is not complete. first: number of its first episode and step."""
 
     def finish(self, folder: Path, shards: int) -> None:
-        """What is left to do when all shards are complete."""
-
-    def location(self, folder: Path) -> str:
-        """The name that the result is read by."""
-
-    def clean(self, folder: Path) -> None:
-        """Remove what only an unfinished conversion needs."""
+        """What is left to do when all shards are complete. Hidden folders are removed after it."""
 
 
 @dataclass(frozen=True)
 class NativeOutput:
     """Episode files, by `EpisodeWriter`. Frames of videos become PNG, or JPEG of `quality`; encoded images stay as they are."""
 
+    name: ClassVar = "native"
+    prefix: ClassVar = ""
     metadata: DatasetMetadata
     image_format: str
     quality: int
@@ -78,10 +77,6 @@ class NativeOutput:
     @property
     def lossless(self) -> bool:
         return self.image_format == "png"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"format": "native", **asdict(self)}
 
     def shards(self, lengths: Sequence[int]) -> list[range]:
         return [range(n, min(n + NATIVE_EPISODES, len(lengths))) for n in range(0, len(lengths), NATIVE_EPISODES)]
@@ -101,12 +96,6 @@ class NativeOutput:
 
     def finish(self, folder: Path, shards: int) -> None:
         """Nothing: each file describes itself."""
-
-    def location(self, folder: Path) -> str:
-        return str(folder)
-
-    def clean(self, folder: Path) -> None:
-        """Nothing: a shard's folder is gone when it is complete."""
 
     def _path(self, folder: Path, shard: int) -> Path:
         return folder / f"episodes-{shard:05d}.parquet"
@@ -156,7 +145,8 @@ class Conversion:
     def record(self) -> dict[str, Any]:
         """What a resumed conversion must agree in, and what stays with its result."""
         source = {"fingerprint": self.index.fingerprint, "episodes": len(self.index), "cameras": self.cameras}
-        record: dict[str, Any] = json.loads(json.dumps({"version": VERSION, "source": source, "target": self.form.settings}))
+        target = {"format": self.form.name, **asdict(cast(Any, self.form))}
+        record: dict[str, Any] = json.loads(json.dumps({"version": VERSION, "source": source, "target": target}))
         return record
 
     def recorded(self, folder: Path) -> bool:
@@ -168,7 +158,7 @@ class Conversion:
 
     def result(self, folder: Path) -> EpisodeIndex:
         """The index of the result in a folder. Raises `DataError` when it has other episodes than the source."""
-        result = EpisodeIndex.build(self.form.location(folder), str(folder))
+        result = EpisodeIndex.build(f"{self.form.prefix}{folder}", str(folder))
         got, expected = result.length.tolist(), self.index.length.tolist()
         if got != expected:
             counts = f"got {len(got)} episodes of {sum(got)} steps, expected {len(expected)} of {sum(expected)}"
@@ -176,15 +166,15 @@ class Conversion:
         return result
 
 
-def convert(conversion: Conversion, workers: int, progress: Progress) -> Comparison | None:
-    """Convert, verify, publish; returns what was compared, None when the output was there already, complete.
+def convert(conversion: Conversion, workers: int, progress: Progress) -> str | None:
+    """Convert, verify, publish; returns what was compared, in words, None when the output was there already, complete.
 
     progress: called with the number of time steps, each counted once when written and once when compared. workers:
     processes; 0 does it all in this one. Raises `DataError`: for an output that is something else, for a source that cannot be
     read, and for a result that differs from it.
     """
     if _is_done(conversion):
-        conversion.form.clean(conversion.output)
+        _remove_hidden(conversion.output)
         return None
     pool = WorkerPool(workers, _prepare, (conversion,))
     with _workspace(conversion) as folder, progress(2 * conversion.index.steps) as bar, pool:
@@ -197,12 +187,29 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> Compari
             bar.update(steps)
         conversion.form.finish(folder, len(conversion.shards))
         conversion.result(folder)
-        comparison = Comparison()
-        for part in pool.map(_verify, range(len(conversion.shards))):
-            comparison += part
-            bar.update(part.steps)
-    conversion.form.clean(conversion.output)
-    return comparison
+        identical, ratios = 0, list[float]()
+        for shard, (same, compared) in enumerate(pool.map(_verify, range(len(conversion.shards)))):
+            identical, ratios = identical + same, ratios + compared
+            bar.update(conversion.steps(shard))
+    _remove_hidden(conversion.output)
+    return _summary(conversion.index, identical, ratios)
+
+
+def _remove_hidden(folder: Path) -> None:
+    """Remove what only an unfinished conversion needs."""
+    for path in folder.glob(".*/"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _summary(index: EpisodeIndex, identical: int, ratios: Sequence[float]) -> str:
+    """What was compared: images whose bytes are the same, and the signal-to-noise ratios of those that were decoded."""
+    parts = [f"{len(index)} episodes, {index.steps} steps; state, action, instructions and flags are equal"]
+    if identical:
+        parts.append(f"{identical} images have the same bytes")
+    if ratios:
+        worst = f"PSNR {min(ratios):.1f} dB or better (at least {LEAST_PSNR:g})"
+        parts.append(f"{len(ratios)} frames were compared, {'every pixel is equal' if min(ratios) == float('inf') else worst}")
+    return "; ".join(parts)
 
 
 def _is_done(conversion: Conversion) -> bool:
@@ -283,64 +290,45 @@ def _write(shard: int) -> int:
     return conversion.steps(shard)
 
 
-def _verify(shard: int) -> Comparison:
+def _verify(shard: int) -> tuple[int, list[float]]:
+    """As `compare_episode`, of a shard's episodes together."""
     worker = _worker[0]
-    lossless, found = worker.conversion.form.lossless, Comparison()
+    identical, ratios = 0, list[float]()
     for episode in worker.conversion.shards[shard]:
-        found += compare_episode(worker.source.read(episode), worker.result.read(episode), lossless)
-    return found
+        source, result = worker.source.read(episode), worker.result.read(episode)
+        same, compared = compare_episode(source, result, worker.conversion.form.lossless)
+        identical, ratios = identical + same, ratios + compared
+    return identical, ratios
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What was compared and found the same. identical: images whose bytes are equal. sampled: images that were decoded.
-
-    worst: least peak signal-to-noise ratio of those, in dB; infinite when all pixels were equal.
-    """
-
-    episodes: int = 0
-    steps: int = 0
-    identical: int = 0
-    sampled: int = 0
-    worst: float = float("inf")
-
-    def __add__(self, other: Comparison) -> Comparison:
-        counted = ("episodes", "steps", "identical", "sampled")
-        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
-        return Comparison(**counts, worst=min(self.worst, other.worst))
-
-    def __str__(self) -> str:
-        counts = f"{self.episodes} episodes, {self.steps} steps; state, action, instructions and flags are equal"
-        images = [f"{self.identical} images have the same bytes"] if self.identical else []
-        if self.sampled and self.worst == float("inf"):
-            images.append(f"{self.sampled} frames were compared, every pixel is equal")
-        elif self.sampled:
-            images.append(f"{self.sampled} frames were compared, PSNR {self.worst:.1f} dB or better (at least {LEAST_PSNR:g})")
-        return "; ".join([counts, *images])
-
-
-def compare_episode(source: Recording, result: Recording, lossless: bool) -> Comparison:
+def compare_episode(source: Recording, result: Recording, lossless: bool) -> tuple[int, list[float]]:
     """Compare an episode of a result with its source: numbers, instructions and flags exactly, images exactly or within a
-    codec's loss. Raises `DataError` with the first difference."""
+    codec's loss. Returns the number of images with the same bytes, and the peak signal-to-noise ratio, in dB, of others.
+
+    Raises `DataError` with the first difference.
+    """
     difference = f"{result.where()}: differs from {source.where()}: %s; delete the result and convert again"
     for name in ("length", "state", "action", "prompts", "is_terminal"):
         got, expected = getattr(result, name), getattr(source, name)
         if (got.tobytes() != expected.tobytes()) if isinstance(got, np.ndarray) else (got != expected):
             raise DataError(difference % f"{name}: got {str(got)[:80]}, expected {str(expected)[:80]}")
-    found = Comparison(episodes=1, steps=source.length)
+    identical, ratios = 0, list[float]()
     for camera, (expected, got) in enumerate(zip(source.images, result.images, strict=True)):
         try:
-            found += _compare_camera(expected, got, lossless)
+            same, compared = _compare_camera(expected, got, lossless)
         except _DifferenceError as error:
             raise DataError(difference % f"camera {camera + 1}, {error}") from error
-    return found
+        identical, ratios = identical + same, ratios + compared
+    return identical, ratios
 
 
 class _DifferenceError(Exception):
     """Two images that should be the same."""
 
 
-def _compare_camera(source: Sequence[Picture | None], result: Sequence[Picture | None], lossless: bool) -> Comparison:
+def _compare_camera(
+    source: Sequence[Picture | None], result: Sequence[Picture | None], lossless: bool
+) -> tuple[int, list[float]]:
     different = []
     for step, (expected, got) in enumerate(zip(source, result, strict=True)):
         if (expected is None) != (got is None):
@@ -349,8 +337,7 @@ def _compare_camera(source: Sequence[Picture | None], result: Sequence[Picture |
             different.append(step)
     chosen = np.unique(np.linspace(0, len(different) - 1, min(SAMPLED, len(different))).round().astype(int))
     ratios = [_compare_frame(source, result, different[n], lossless) for n in chosen]
-    identical = sum(picture is not None for picture in source) - len(different)
-    return Comparison(identical=identical, sampled=len(ratios), worst=min(ratios, default=float("inf")))
+    return sum(picture is not None for picture in source) - len(different), ratios
 
 
 def _compare_frame(source: Sequence[Picture | None], result: Sequence[Picture | None], step: int, lossless: bool) -> float:

@@ -49,31 +49,26 @@ class VideoDecoders:
             video = self._video(path)
             frame = video.nearest(time, tolerance)
         except (FFmpegError, OSError, ValueError, EOFError) as error:
-            self.forget(path)
+            self._close(path)
             raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({first_line(error)}); {REMEDY}") from error
         if frame is None:
             last = "" if video.current is None else f", the last one before is at {_time(video.current):.3f} s"
-            self.forget(path)
+            self._close(path)
             text = f"{path}: got no frame within {tolerance:.3f} s of {time:.3f} s{last}; {REMEDY}"
             raise Unusable(Kind.FRAME, text)
         return Image.fromarray(frame.to_ndarray(format="rgb24"))
 
-    def forget(self, path: str) -> None:
-        """Close a video."""
+    def _close(self, path: str) -> None:
         video = self._open.pop(path, None)
         if video is not None:
             video.container.close()
-
-    def close(self) -> None:
-        for path in list(self._open):
-            self.forget(path)
 
     def _video(self, path: str) -> _Video:
         video = self._open.get(path)
         if video is None:
             video = self._open[path] = _Video(path)
             if len(self._open) > self.limit:
-                self.forget(next(iter(self._open)))
+                self._close(next(iter(self._open)))
         else:
             self._open.move_to_end(path)
         return video

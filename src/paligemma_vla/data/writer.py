@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -140,20 +141,9 @@ class EpisodeWriter:
         facts = {schema.EPISODES_KEY: str(len(batches)).encode(), schema.CONTENT_KEY: content_digest(batches).encode()}
         shard_schema = batches[0].schema.with_metadata({**batches[0].schema.metadata, **facts})
         images = [name for name in shard_schema.names if name.startswith("image_")]
-        plain = [name for name in shard_schema.names if name not in images]
-        with atomic_file(self._shard_path) as file:
-            writer = pq.ParquetWriter(
-                file,
-                shard_schema,
-                # Image bytes are compressed already; statistics over them would only swell the footer.
-                compression={**dict.fromkeys(images, "NONE"), **dict.fromkeys(parquet_leaves(shard_schema, plain), "ZSTD")},
-                use_dictionary=[schema.PROMPT],
-                write_statistics=parquet_leaves(shard_schema, plain),
-                write_page_checksum=True,
-            )
-            with writer:
-                for batch in batches:
-                    writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROWS_PER_GROUP)
+        with atomic_file(self._shard_path) as file, parquet_writer(file, shard_schema, images, "ZSTD", schema.PROMPT) as writer:
+            for batch in batches:
+                writer.write_table(pa.Table.from_batches([batch]), row_group_size=ROWS_PER_GROUP)
         self._journal_path.unlink(missing_ok=True)
         self._shard += 1
 
@@ -255,9 +245,20 @@ def _episodes_in(path: Path) -> int:
     return int(metadata[schema.EPISODES_KEY])
 
 
-def parquet_leaves(arrow: pa.Schema, names: list[str]) -> list[str]:
-    """Parquet's own column paths: a list column's numbers sit at `<name>.list.element`."""
-    return [f"{name}.list.element" if pa.types.is_fixed_size_list(arrow.field(name).type) else name for name in names]
+def parquet_writer(file: IO[bytes], arrow: pa.Schema, images: list[str], codec: str, repetitive: str) -> pq.ParquetWriter:
+    """A writer of rows with images. images: columns of encoded images, which are compressed already; statistics over them
+    would only swell the footer. repetitive: the column whose values repeat."""
+    inner = {field.name: ".list.element" for field in arrow if pa.types.is_fixed_size_list(field.type)}
+    inner |= {field.name: ".bytes" for field in arrow if pa.types.is_struct(field.type)}
+    leaves = {f"{name}{inner.get(name, '')}": name in images for name in arrow.names}  # Parquet's own column paths
+    return pq.ParquetWriter(
+        file,
+        arrow,
+        compression={leaf: "NONE" if is_image else codec for leaf, is_image in leaves.items()},
+        use_dictionary=[repetitive],
+        write_statistics=[leaf for leaf, is_image in leaves.items() if not is_image],
+        write_page_checksum=True,
+    )
 
 
 def _columns(shard_schema: pa.Schema) -> str:

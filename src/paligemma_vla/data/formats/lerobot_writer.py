@@ -11,12 +11,11 @@ quantiles are left out: it averages those of episodes, which is no quantile of t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.reader import Recording
 from paligemma_vla.data.video import VideoWriter
-from paligemma_vla.data.writer import parquet_leaves
+from paligemma_vla.data.writer import parquet_writer
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import Layout
 from paligemma_vla.storage import atomic_file, atomic_write
@@ -60,6 +59,8 @@ class LeRobotOutput:
     in the order of their numbers.
     """
 
+    name: ClassVar = "lerobot"
+    prefix: ClassVar = "lerobot:"
     version: str
     video: bool
     codec: str
@@ -71,10 +72,6 @@ class LeRobotOutput:
     @property
     def lossless(self) -> bool:
         return not self.video
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"format": "lerobot", **asdict(self)}
 
     def shards(self, lengths: Sequence[int]) -> list[range]:
         most, shards, first, steps = VIDEO_STEPS if self.video else IMAGE_STEPS, [], 0, 0
@@ -110,12 +107,6 @@ class LeRobotOutput:
         merged = {key: _merge_stats([entry["stats"][key] for entry in entries]) for key in entries[0]["stats"]}
         for name, content in (("stats", merged), ("info", self.info([entry["length"] for entry in entries], sizes))):
             atomic_write(folder / "meta" / f"{name}.json", json.dumps(content, indent=4, ensure_ascii=False) + "\n")
-
-    def location(self, folder: Path) -> str:
-        return f"lerobot:{folder}"
-
-    def clean(self, folder: Path) -> None:
-        shutil.rmtree(folder / NOTES, ignore_errors=True)
 
     @property
     def camera_keys(self) -> list[str]:
@@ -204,7 +195,8 @@ class LeRobotOutput:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 return stack.enter_context(atomic_file(path))
 
-            table = stack.enter_context(self._parquet_writer(create("data_path")))
+            stored = [] if self.video else self.camera_keys
+            table = stack.enter_context(parquet_writer(create("data_path"), self.schema(), stored, "SNAPPY", "task_index"))
             files = [create("video_path", video_key=key) for key in self.camera_keys] if self.video else []
             videos = [stack.enter_context(VideoWriter(file, self.codec, self.fps, self.crf)) for file in files]
             for recording in recordings:
@@ -257,19 +249,6 @@ class LeRobotOutput:
             "index": step + steps,
             "task_index": np.array([self.tasks.index(prompt) for prompt in recording.prompts]),
         }
-
-    def _parquet_writer(self, file: IO[bytes]) -> pq.ParquetWriter:
-        schema = self.schema()
-        images = [] if self.video else self.camera_keys
-        plain = parquet_leaves(schema, [name for name in schema.names if name not in images])
-        return pq.ParquetWriter(
-            file,
-            schema,
-            compression={**{f"{name}.bytes": "NONE" for name in images}, **dict.fromkeys(plain, "SNAPPY")},
-            write_statistics=plain,
-            use_dictionary=["task_index"],
-            write_page_checksum=True,
-        )
 
     def _table(self, columns: dict[str, NDArray[Any]], images: dict[str, list[bytes]]) -> pa.Table:
         arrays, schema = [], self.schema()
