@@ -14,12 +14,13 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import math
 import os
 import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -305,16 +306,9 @@ def _with_suffix(name: str, suffix: str) -> str:
     return name.removesuffix(SUFFIX).removesuffix(SHARDS_SUFFIX) + suffix
 
 
-def is_numbered(name: str) -> bool:
-    """Whether a name is that of a checkpoint, not of a link or anything else."""
-    return name.startswith("checkpoint_") and name.endswith((SUFFIX, SHARDS_SUFFIX))
-
-
-def read_steps(folder: Path) -> dict[str, float]:
-    """The checkpoints of a run by name, and their steps: infinite for those that do not tell it."""
-    with _reading(folder):
-        names = os.listdir(folder) if folder.exists() else []
-    return {name: read_step(folder / name) for name in names if is_numbered(name)}
+def numbered(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are checkpoints: not links, digests or anything else."""
+    return [name for name in names if name.startswith("checkpoint_") and name.endswith((SUFFIX, SHARDS_SUFFIX))]
 
 
 def read_step(location: str | Path) -> float:
@@ -325,25 +319,31 @@ def read_step(location: str | Path) -> float:
     try:
         if is_url(str(location)):
             with open_source(location) as source:
-                return float(
-                    torch.load(io.BufferedReader(ByteFile(source), 2**16), map_location="meta", weights_only=True)["step"]
-                )
-        record = Path(location, RECORD) if Path(location).is_dir() else location
-        return float(torch.load(record, map_location="meta", weights_only=True, mmap=True)["step"])
+                saved = torch.load(io.BufferedReader(ByteFile(source), 2**16), map_location="meta", weights_only=True)
+        else:
+            record = Path(location, RECORD) if Path(location).is_dir() else location
+            saved = torch.load(record, map_location="meta", weights_only=True, mmap=True)
+        return float(saved["step"])
     except VLAError:
         raise
     except Exception:  # of any kind: a damaged file can hold anything, and whoever loads it says so
-        return float("inf")
+        return math.inf
 
 
-def newest_first(steps: Mapping[str, float]) -> list[str]:
-    """Names of checkpoints, the highest step first. Those that do not tell it lead, so that `first_valid` reports them."""
-    return sorted(steps, key=lambda name: (steps[name], name), reverse=True)
+def newest_first(names: Iterable[str], step_of: Callable[[str], float]) -> list[str]:
+    """Checkpoints by their step, the highest first. Those that do not tell it lead, so that `first_valid` reports them."""
+    return sorted(names, key=lambda name: (step_of(name), name), reverse=True)
 
 
 def newest_checkpoint(folder: Path, together: Distributed | None = None) -> Path | None:
     """The newest checkpoint of a run that verifies, the same on every process; what is passed over is logged."""
-    names = together.broadcast(lambda: newest_first(read_steps(folder))) if together else newest_first(read_steps(folder))
+
+    def sort() -> list[str]:
+        with _reading(folder):
+            names = os.listdir(folder) if folder.exists() else []
+        return newest_first(numbered(names), lambda name: read_step(folder / name))
+
+    names = together.broadcast(sort) if together else sort()
     return first_valid((folder / name for name in names), together)
 
 
@@ -384,19 +384,21 @@ def _verify_to_resume(path: Path, together: Distributed | None) -> None:
 
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:
     """Remove what is neither linked nor to be kept; see `superfluous`."""
-    for name in superfluous(read_steps(folder), linked_checkpoints(folder), keep_last):
+    names = numbered(os.listdir(folder))
+    for name in superfluous(names, lambda name: read_step(folder / name), linked_checkpoints(folder), keep_last):
         remove(folder / name)
 
 
-def superfluous(steps: Mapping[str, float], linked: Set[str], keep_last: int | None) -> list[str]:
+def superfluous(names: list[str], step_of: Callable[[str], float], linked: Set[str], keep_last: int | None) -> list[str]:
     """Which checkpoints go: neither linked nor of the newest `keep_last`; None keeps those of epochs.
 
     What cannot be read is not one of the newest, and not ours to remove.
     """
     if keep_last is None:
-        unkept = [name for name in steps if not name.startswith("checkpoint_epoch_")]
+        unkept = [name for name in names if not name.startswith("checkpoint_epoch_")]
     else:
-        unkept = [name for name in newest_first(steps) if steps[name] < float("inf")][keep_last:]
+        steps = {name: step for name in names if (step := step_of(name)) < math.inf}
+        unkept = newest_first(steps, steps.__getitem__)[keep_last:]
     return [name for name in unkept if name not in linked]
 
 
@@ -406,7 +408,7 @@ def set_aside_later(resumed: Path, step: int) -> None:
     resumed: that older one. Links that lose their target point at it.
     """
     folder = resumed.parent
-    if later := [name for name, other in read_steps(folder).items() if step < other < float("inf")]:
+    if later := [name for name in numbered(os.listdir(folder)) if step < read_step(folder / name) < math.inf]:
         aside = folder / f"after_step_{step}.{time_stamp()}"
         aside.mkdir()
         for name in later:

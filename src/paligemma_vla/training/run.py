@@ -80,7 +80,8 @@ def begin_run(
     if remote is not None:
         remote.take_over(found.name, step) if goes_on else remote.move_aside()
     elif not goes_on and (checkpoints.exists() or (run_dir / METRICS).exists()):
-        _move_aside(run_dir)
+        run_dir.rename(aside := run_dir.with_name(f"{run_dir.name}.{ckpt.time_stamp()}"))
+        logger.info("%s held an earlier run; it was moved to %s (--resume_checkpoint auto goes on with a run)", run_dir, aside)
     for folder in (run_dir / "logs", checkpoints):
         folder.mkdir(parents=True, exist_ok=True)
     ckpt.remove_leftovers(checkpoints)
@@ -113,14 +114,6 @@ def end_run(lock: BaseFileLock) -> None:
     """Let others train under this name."""
     Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
-
-
-def _move_aside(run_dir: Path) -> None:
-    aside = run_dir.with_name(f"{run_dir.name}.{ckpt.time_stamp()}")
-    saved = any(ckpt.is_numbered(path.name) for path in (run_dir / CHECKPOINTS).glob("*"))
-    run_dir.rename(aside)
-    hint = " (--resume_checkpoint auto goes on with a run)" if saved else ", which holds no checkpoint"
-    logger.info("%s held an earlier run; it was moved to %s%s", run_dir, aside, hint)
 
 
 def describe_start(data: Data, distributed: Distributed, step: int) -> dict[str, Any]:
@@ -278,7 +271,8 @@ class RemoteRun:
 
     def newest_checkpoint(self) -> Path | None:
         """Fetch the newest checkpoint that verifies; what is passed over is logged."""
-        return ckpt.first_valid(map(self.fetch_checkpoint, ckpt.newest_first(self._read_steps(self._names()))))
+        names = ckpt.newest_first(self._numbered(self._names()), self._read_step)
+        return ckpt.first_valid(map(self.fetch_checkpoint, names))
 
     def fetch_checkpoint(self, name: str) -> Path:
         """Copy a checkpoint, and its digest where it has one, to this machine."""
@@ -293,8 +287,8 @@ class RemoteRun:
             if not path.name.startswith(resumed):
                 ckpt.remove(path)
         names, best = self._names(), f"{CHECKPOINTS}/{ckpt.BEST}"
-        steps = self._read_steps(names) | ({ckpt.BEST: self._read_step(ckpt.BEST)} if best in names else {})
-        later = {f"{CHECKPOINTS}/{name}" for name in steps if step < steps[name] < float("inf")}
+        checkpoints = [*self._numbered(names), *([ckpt.BEST] if best in names else [])]
+        later = {f"{CHECKPOINTS}/{name}" for name in checkpoints if step < self._read_step(name) < float("inf")}
         aside = f"{CHECKPOINTS}/after_step_{step}.{ckpt.time_stamp()}"
         for name in names:
             if name.removesuffix(ckpt.DIGEST) in later:
@@ -325,7 +319,7 @@ class RemoteRun:
                 self._steps.pop(path.name, None)
         names = self._names()
         linked = ckpt.linked_checkpoints(self.local / CHECKPOINTS)
-        for name in ckpt.superfluous(self._read_steps(names), linked, keep_last):
+        for name in ckpt.superfluous(self._numbered(names), self._read_step, linked, keep_last):
             for file in (f"{CHECKPOINTS}/{name}", f"{CHECKPOINTS}/{name}{ckpt.DIGEST}"):
                 if file in names:
                     retry(self.url, partial(self.system.rm_file, f"{self.root}/{file}"))
@@ -350,10 +344,9 @@ class RemoteRun:
         self.system.invalidate_cache()
         return list(list_files(self.url))
 
-    def _read_steps(self, names: list[str]) -> dict[str, float]:
-        """The checkpoints among files there, by their names alone, and their steps."""
-        found = (name.removeprefix(f"{CHECKPOINTS}/") for name in names)
-        return {name: self._read_step(name) for name in found if ckpt.is_numbered(name)}
+    def _numbered(self, names: list[str]) -> list[str]:
+        """The checkpoints among the files there, by their names alone."""
+        return ckpt.numbered(name.removeprefix(f"{CHECKPOINTS}/") for name in names)
 
     def _read_step(self, name: str) -> float:
         if name not in self._steps:
