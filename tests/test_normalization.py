@@ -144,34 +144,33 @@ def _set(*keys: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "place"),
     [
-        (_set("version", value=99), "version 1"),
-        (_set("state", value=[1, 2]), "state: got list"),
-        (_set("action", value={"min": [0.0]}), "action: missing max, mean"),
+        (_set("version", value=99), "version"),
+        (_set("state", value=[1, 2]), "state"),
+        (_set("action", value={"min": [0.0]}), "action: max"),
         (_set("state", "min", value=[1.0]), "state: .*one length"),
-        (_set("state", "max", value="high"), "state: "),
-        (_set("action", "std", value=[float("nan"), 1.0]), "action: .*finite"),
-        (_set("action", "count", value="many"), "action: "),
+        (_set("state", "max", value="high"), "state: max"),
+        (_set("action", "std", value=[float("nan"), 1.0]), "action: std: 0: got nan"),
         (_set("action", "count", value=float("inf")), "action: count: got inf"),
-        (_set("action", "count", value=-5), "action: count: got -5, expected a whole number above 0"),
+        (_set("action", "count", value=-5), "action: count: got -5"),
         (_set("action", "count", value=True), "action: count: got True"),
-        (_set("action", "min", value=[0.0, True]), "action: min, dimension 1: got True"),
-        (_set("action", "min", value=["0", 0.0]), "action: min, dimension 0: got '0'"),
-        (_set("action", "max", value=[10**400, 10.0]), "action: max, dimension 0: got 1000+, expected a finite float32"),
-        (_set("action", "max", value=[1e300, 10.0]), r"action: max, dimension 0: got 1e\+300"),
+        (_set("action", "min", value=[0.0, True]), "action: min: 1: got True"),
+        (_set("action", "min", value=["0", 0.0]), "action: min: 0: got '0'"),
+        (_set("action", "max", value=[1e300, 10.0]), r"action: max: 0: got 1e\+300"),
         (_set("action", "min", value=[-50.0, 5e3]), "action: q01, dimension 1: got .*, expected at least min = 5000;"),
         (_set("action", "q99", value=[-50.0, 1.0]), "action: q99, dimension 0: got -50, expected at least q01 = "),
         (_set("action", "mean", value=[0.1, 1e6]), r"action: max, dimension 1: got .*, expected at least mean = 1e\+06;"),
-        (_set("action", "std", value=[1.0, -1e-30]), "action: std, dimension 1: got -1e-30, expected at least 0;"),
+        (_set("action", "std", value=[1.0, -1e-30]), "action: std: 1: got -1e-30"),
+        (_set("digests", value=[1]), "digests: 0: got 1"),
     ],
 )
-def test_statistics_file_faults_name_file_and_section(tmp_path: Path, change: Any, message: str) -> None:
+def test_statistics_file_faults_name_file_and_section(tmp_path: Path, change: Any, place: str) -> None:
     path = tmp_path / "s.json"
     raw = dataset_statistics().to_dict()
     change(raw)
     path.write_text(json.dumps(raw))
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=place) as caught:
         DatasetStatistics.load(path)
     assert str(caught.value).startswith(str(path))
 

@@ -47,7 +47,7 @@ def test_metadata_leaves_unknown_fields_aside() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"[1]", b"3", b"null", b'"robot"', b"{", b"[" * 100_000])
 def test_metadata_that_is_no_object_is_refused(text: bytes) -> None:
-    with pytest.raises(DataError, match=r"^x\.parquet: not a JSON object of dataset metadata"):
+    with pytest.raises(DataError, match=r"^x\.parquet: got "):
         DatasetMetadata.from_json(text, "x.parquet")
 
 
@@ -74,5 +74,5 @@ def test_metadata_that_is_no_object_is_refused(text: bytes) -> None:
     ],
 )
 def test_metadata_of_another_type_names_the_field(name: str, value: object) -> None:
-    with pytest.raises(DataError, match=rf"^x\.parquet: {name}\b.*: got "):
+    with pytest.raises(DataError, match=rf"^x\.parquet: {name}: (.+: )?got "):
         DatasetMetadata.from_json(json.dumps({name: value}), "x.parquet")

@@ -12,21 +12,22 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.schema import first_fault
 from paligemma_vla.storage import atomic_write, read_json
 
 VERSION = 1
 LOW, HIGH = 0.01, 0.99
-ORDER = (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max"), ("0", "std"))
+ORDER = (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max"))
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 ROUNDING = 1e-6  # relative; a mean of equal numbers may lie a little beside them
 AGAIN = "compute the statistics again"
@@ -49,50 +50,44 @@ class Statistics:
     def to_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name).tolist() for name in FIELDS}, "count": self.count}
 
-    @classmethod
-    def from_dict(cls, raw: Any, where: str) -> Statistics:
-        if not isinstance(raw, Mapping):
-            raise DataError(f"{where}: got {type(raw).__name__}, expected an object with {', '.join(FIELDS)}, count")
-        missing = [name for name in (*FIELDS, "count") if name not in raw]
-        if missing:
-            raise DataError(f"{where}: missing {', '.join(missing)}; {AGAIN}")
-        arrays = {name: _numbers(raw[name], f"{where}: {name}") for name in FIELDS}
+
+Numbers = list[Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, strict=True)]]
+
+
+class _ColumnFile(BaseModel):
+    """JSON of `Statistics`."""
+
+    min: Numbers
+    max: Numbers
+    mean: Numbers
+    std: list[Annotated[float, Field(ge=0, le=FLOAT32_MAX, strict=True)]]
+    q01: Numbers
+    q99: Numbers
+    count: Annotated[int, Field(gt=0, strict=True)]
+
+    def statistics(self, where: str) -> Statistics:
+        """Raises `DataError` for numbers that are no statistics of any data."""
+        arrays = {name: np.array(getattr(self, name), np.float64) for name in FIELDS}
         lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) != 1:
-            raise DataError(f"{where}: got {_brief(lengths)}, expected lists of one length; {AGAIN}")
-        count = raw["count"]
-        if type(count) is not int or count <= 0:
-            raise DataError(f"{where}: count: got {_brief(count)}, expected a whole number above 0; {AGAIN}")
-        _check_order(arrays, where)
-        return cls(**arrays, count=count)
+            raise DataError(f"{where}: got {lengths}, expected lists of one length; {AGAIN}")
+        slack = ROUNDING * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
+        for low, high in ORDER:
+            for n in np.flatnonzero(arrays[high] < arrays[low] - slack):
+                got = f"got {arrays[high][n]:g}, expected at least {low} = {arrays[low][n]:g}"
+                raise DataError(f"{where}: {high}, dimension {n}: {got}; {AGAIN}")
+        return Statistics(**arrays, count=self.count)
 
 
-def _numbers(raw: Any, where: str) -> NDArray[np.float64]:
-    """A list of numbers that float32 can hold."""
-    if not isinstance(raw, list | tuple):
-        raise DataError(f"{where}: got {_brief(raw)}, expected a list of numbers; {AGAIN}")
-    for dimension, value in enumerate(raw):
-        # Compared as it is: a whole number of JSON may have hundreds of digits, more than a float can hold.
-        if type(value) not in (int, float) or not abs(value) <= FLOAT32_MAX:
-            remedy = f"expected a finite float32; {AGAIN}"
-            raise DataError(f"{where}, dimension {dimension}: got {_brief(value)}, {remedy}")
-    return np.array(raw, np.float64)
+class _File(BaseModel):
+    """JSON of `DatasetStatistics`."""
 
-
-def _check_order(arrays: Mapping[str, NDArray[np.float64]], where: str) -> None:
-    """Raise `DataError` for numbers that are no statistics of any data."""
-    bounds = {**arrays, "0": np.zeros_like(arrays["std"])}
-    slack = ROUNDING * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
-    for low, high in ORDER:
-        least = bounds[low] if low == "0" else bounds[low] - slack
-        for dimension in np.flatnonzero(arrays[high] < least):
-            expected = low if low == "0" else f"{low} = {arrays[low][dimension]:g}"
-            got = f"got {arrays[high][dimension]:g}, expected at least {expected}"
-            raise DataError(f"{where}: {high}, dimension {dimension}: {got}; {AGAIN}")
-
-
-def _brief(value: Any) -> str:
-    return repr(value)[:60]
+    version: Literal[1]
+    state: _ColumnFile
+    action: _ColumnFile
+    datasets: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    actions: Any = Field(default_factory=ABSOLUTE.to_dict)  # as all were before there was a choice
 
 
 class Accumulator:
@@ -217,16 +212,13 @@ class DatasetStatistics:
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> DatasetStatistics:
-        if not isinstance(raw, Mapping) or raw.get("version") != VERSION:
-            got = f"version {raw.get('version')!r}" if isinstance(raw, Mapping) else type(raw).__name__
-            raise DataError(f"{where}: got {got}, expected statistics of version {VERSION}; compute them again")
-        state = Statistics.from_dict(raw.get("state"), f"{where}: state")
-        action = Statistics.from_dict(raw.get("action"), f"{where}: action")
-        actions = ABSOLUTE  # as all were before there was a choice
-        if "actions" in raw:
-            actions = ActionTransform.from_dict(raw["actions"], f"{where}: actions", len(state.min), len(action.min))
-        files, digests = (_texts(raw.get(name, ()), f"{where}: {name}") for name in ("datasets", "digests"))
-        return cls(state, action, files, digests, actions)
+        try:
+            file = _File.model_validate(raw)
+        except ValidationError as error:
+            raise DataError(f"{where}: {first_fault(error)}; {AGAIN}") from error
+        state, action = file.state.statistics(f"{where}: state"), file.action.statistics(f"{where}: action")
+        actions = ActionTransform.from_dict(file.actions, f"{where}: actions", len(state.min), len(action.min))
+        return cls(state, action, file.datasets, file.digests, actions)
 
 
 def recompute(path: str | Path) -> str:
@@ -236,12 +228,6 @@ def recompute(path: str | Path) -> str:
 
 def _command(path: str | Path) -> str:
     return f"paligemma-vla stats --config_path CONFIG --output_path {path} (with the --set of the training)"
-
-
-def _texts(raw: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(raw, list | tuple) or not all(isinstance(text, str) for text in raw):
-        raise DataError(f"{where}: expected a list of strings; {AGAIN}")
-    return tuple(raw)
 
 
 class Normalizer:

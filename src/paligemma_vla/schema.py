@@ -133,10 +133,14 @@ class DatasetMetadata:
         try:
             return _metadata_reader().validate_json(text, strict=True)
         except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            field = ".".join(map(str, fault["loc"]))
-            got = f"{field}: got {fault['input']!r:.80}: " if field else "not a JSON object of dataset metadata: "
-            raise DataError(f"{where}: {got}{fault['msg']}") from error
+            raise DataError(f"{where}: {first_fault(error)}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first of pydantic's faults: field, got, expected."""
+    fault = error.errors(include_url=False)[0]
+    field = "".join(f"{part}: " for part in fault["loc"])
+    return f"{field}got {fault['input']!r:.60}: {fault['msg']}"
 
 
 @lru_cache
