@@ -28,7 +28,7 @@ class CheckpointError(VLAError):
 
 
 class UnreadableCheckpointError(CheckpointError):
-    """A checkpoint that this machine cannot read just now; it may be whole."""
+    """A checkpoint that this machine cannot read just now; it may be intact."""
 
 
 class ModelError(VLAError):
@@ -48,15 +48,15 @@ class TrainingError(VLAError):
 
 
 class CommunicationError(TrainingError):
-    """Another process is gone or does not answer: what stops a run is there, not here."""
+    """Another process is gone or does not answer: the reason is there, not here."""
 
 
 class StorageError(VLAError):
-    """A place behind a URL that cannot be reached, or bytes that cannot be had."""
+    """A location behind a URL that cannot be reached, or bytes that cannot be read."""
 
 
 class UnreachableError(StorageError):
-    """A place that still could not be reached after many attempts."""
+    """A location that could still not be reached after many attempts."""
 
 
 class Terminated(BaseException):
@@ -64,7 +64,7 @@ class Terminated(BaseException):
 
 
 class Faults:
-    """Collects the errors of checks that do not depend on each other, so that a user meets all of them at once."""
+    """Collects the errors of independent checks, so that a user meets all of them at once."""
 
     def __init__(self) -> None:
         self.errors: list[VLAError] = []
@@ -79,16 +79,15 @@ class Faults:
 
     def raise_all(self, where: str) -> None:
         """Raise what was collected: one error as it is, several as one `ConfigError`."""
-        different = {str(error): error for error in self.errors}  # one file may hold training and validation
-        if len(different) == 1:
+        texts = dict.fromkeys(map(str, self.errors))  # one file may hold training and validation
+        if len(texts) == 1:
             raise self.errors[0]
-        if different:
-            lines = "\n".join(different).splitlines()
-            raise ConfigError("\n  ".join([f"{where}: {len(different)} faults", *lines]))
+        if texts:
+            raise ConfigError("\n  ".join([f"{where}: {len(texts)} faults", *"\n".join(texts).splitlines()]))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line; its kind when it says nothing."""
+    """The message of a library's error in one line; its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -64,24 +64,18 @@ class Policy:
         self.backbone = trained.backbone
         self.device = next(self.model.parameters()).device
         head, robot = self.config.model.action_head_config, self.robot
+        described = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(robot).items()}
+        camera_names, _, _ = described.pop("cameras"), described.pop("action_rotation"), described.pop("extra")
         self.metadata: dict[str, Any] = {
+            **described,  # robot, names and units, image_orientation, control_hz, what an action means
             "cameras": [schema.image_key(n + 1) for n in range(self.config.model.vlm_config.cameras)],
-            "camera_names": list(robot.cameras),
+            "camera_names": camera_names,
             "image_size": self.preprocessor.image.size,
-            "image_orientation": robot.image_orientation,
             "state_dim": self.preprocessor.state.dimension,
-            "state_names": list(robot.state_names),
             "action_dim": self.preprocessor.action.dimension,
-            "action_names": list(robot.action_names),
-            "state_units": list(robot.state_units),
-            "action_units": list(robot.action_units),
-            "action_convention": robot.action_convention,
-            "action_representation": robot.action_representation,
             "rotation": _rotation(self.config, robot),
             "horizon": head.horizon,
             "num_inference_timesteps": head.num_inference_timesteps,
-            "control_hz": robot.control_hz,
-            "robot": robot.robot,
             "training": trained.training,
             "weights": weights or "full",
             "versions": trained.versions,

@@ -194,26 +194,16 @@ def load_prompt_and_image_spec(
         )
     tokenizer, images = processor.tokenizer, processor.image_processor
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    if image_id != config.image_token_id:
-        raise ModelError(
-            f"{model_name_or_path}: the processor's <image> is token {image_id}, the config's image token is "
-            f"{config.image_token_id}; processor and weights do not belong together"
-        )
     side = images.size["height"]
     tokens = (side // config.vision_config.patch_size) ** 2
-    if side != config.vision_config.image_size or tokens != images.image_seq_length:
+    got = image_id, side, images.image_seq_length
+    expected = config.image_token_id, config.vision_config.image_size, tokens
+    if got != expected:
         raise ModelError(
-            f"{model_name_or_path}: the processor makes {side} px images of {images.image_seq_length} tokens, the vision "
-            f"tower takes {config.vision_config.image_size} px of {tokens}; processor and weights do not belong together"
+            f"{model_name_or_path}: the processor has (<image> token, image size, tokens per image) = {got}, the model "
+            f"{expected}; processor and weights do not belong together"
         )
-    prompts = PromptEncoder(
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.bos_token_id,
-        tokenizer.pad_token_id,
-        image_id,
-        tokens,
-        max_len,
-        overflow,
-    )
+    text, bos, pad = tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.pad_token_id
+    prompts = PromptEncoder(text, bos, pad, image_id, tokens, max_len, overflow)
     mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
     return prompts, ImageSpec(side, mean, std, int(images.resample), resize)  # type: ignore[arg-type]

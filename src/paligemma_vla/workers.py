@@ -1,5 +1,4 @@
-"""Jobs in parallel processes: results come back in the order of the jobs, a failure comes back as an error; processes that end
-with another one."""
+"""Jobs in parallel processes: results in the order of the jobs, failures as errors; and processes that end with another one."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,7 +18,7 @@ from paligemma_vla.errors import VLAError, WorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-WATCH_SECONDS = 2.0
+POLL_SECONDS = 2.0
 JOBS_AHEAD = 4  # jobs per worker that may be finished but not fetched yet; bounds memory
 
 
@@ -29,7 +27,7 @@ class WorkerPool:
 
     Workers are spawned, not forked: graphics contexts and thread pools do not survive a fork. `workers=0` runs the jobs in
     this process, one after the other, for debugging. prepare(*arguments) runs once in each worker before its first job; it
-    should only note what the jobs need, since an error there cannot be told from a crash.
+    should only note what the jobs need, since an error there looks like a crash.
     """
 
     def __init__(self, workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> None:
@@ -51,7 +49,7 @@ class WorkerPool:
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield `function(job)` for each job, in order. Raises what the function raised, naming the job unless it is a
-        `VLAError`; a worker that died (killed, out of memory) raises `WorkerError` instead of being waited for."""
+        `VLAError`; a worker that died (killed, out of memory) raises `WorkerError`."""
         if self._executor is None:
             yield from (function(job) for job in jobs)
             return
@@ -64,7 +62,13 @@ class WorkerPool:
                 if not waiting:
                     return
                 job, future = waiting.popleft()
-                yield _result(job, future)
+                try:
+                    yield future.result()
+                except (VLAError, BrokenProcessPool, GeneratorExit):
+                    raise
+                except Exception as error:  # of any kind
+                    error.add_note(f"in a worker process, on {job}")
+                    raise
         except BrokenProcessPool as error:
             raise WorkerError(
                 "a worker process died without an error message; if the machine ran out of memory, use fewer --workers"
@@ -78,38 +82,23 @@ class WorkerPool:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """First call in a worker. A parent that is killed cannot stop its workers, which would wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with(parent.pid)
+    if prepare is not None:
+        prepare(*arguments)
+
+
 def end_with(process: int) -> None:
-    """End this process, within seconds, when another one of this machine has gone: killed, that one could not stop it."""
+    """End this process within seconds of the end of another one on this machine."""
 
     def watch() -> None:
         with contextlib.suppress(ProcessLookupError):
             while True:
                 os.kill(process, 0)
-                time.sleep(WATCH_SECONDS)
+                time.sleep(POLL_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """First thing in a worker. Watch the parent: killed, it cannot tell its workers, which would wait for jobs for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    if prepare is not None:
-        prepare(*arguments)
-
-
-def _result(job: Any, future: Future[Result]) -> Result:
-    try:
-        return future.result()
-    except (VLAError, BrokenProcessPool):
-        raise
-    except Exception as error:  # of any kind: it goes on, only told which job met it
-        error.add_note(f"in a worker process, on {job}")
-        raise

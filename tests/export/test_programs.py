@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from paligemma_vla import Policy, flow
 from paligemma_vla.config import ActionHeadConfig
 from paligemma_vla.errors import ModelError
-from paligemma_vla.export.programs import PROGRAMS, STEPS, export_sampler
+from paligemma_vla.export.programs import STEPS, export_program, save_program
 from paligemma_vla.model import FlowmatchingActionHead
 from support import ACTION_DIM, HORIZON, STATE_DIM, randomize
 
@@ -31,7 +32,7 @@ def head_config(policy: Policy, steps: int, **changes: object) -> ActionHeadConf
 @pytest.fixture(scope="module")
 def sampler_path(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("program")
-    PROGRAMS["sampler"].save(folder, policy.model, policy.preprocessor, head_config(policy, 3))
+    save_program(folder, "sampler", policy.model, policy.preprocessor, head_config(policy, 3))
     return folder / "sampler.pt2"
 
 
@@ -58,7 +59,8 @@ def test_sampler_program_without_state(policy: Policy) -> None:
         action_head = randomize(FlowmatchingActionHead(head_config(policy, 2, use_state_input=False), 32, STATE_DIM))
         paligemma_vlm = policy.model.paligemma_vlm
 
-    program = export_sampler(Stateless, policy.preprocessor, head_config(policy, 2, use_state_input=False)).module()  # type: ignore[arg-type]
+    stateless: Any = Stateless
+    program = export_program("sampler", stateless, policy.preprocessor, head_config(policy, 2, use_state_input=False)).module()
     for batch, tokens in SHAPES:
         context, mask = torch.randn(batch, tokens, 32), torch.rand(batch, tokens) > 0.4
         mask[:, 0] = True
@@ -70,7 +72,7 @@ def test_sampler_program_without_state(policy: Policy) -> None:
 @torch.no_grad()
 def test_model_program_equals_the_model(policy: Policy, tmp_path: Path) -> None:
     """Tokens and pictures to actions, one camera absent here and there, padded and not."""
-    PROGRAMS["model"].save(tmp_path, policy.model, policy.preprocessor, head_config(policy, 1))
+    save_program(tmp_path, "model", policy.model, policy.preprocessor, head_config(policy, 1))
     program, steps = loaded(tmp_path / "model.pt2")
     assert steps == 1
     torch.manual_seed(0)
@@ -107,4 +109,4 @@ def test_head_that_cannot_be_traced_is_a_model_error(policy: Policy) -> None:
         action_head, paligemma_vlm = Looping(), policy.model.paligemma_vlm
 
     with pytest.raises(ModelError, match=r"torch\.export: SamplerProgram cannot be traced"):
-        export_sampler(Model, policy.preprocessor, head_config(policy, 2))  # type: ignore[arg-type]
+        export_program("sampler", Model, policy.preprocessor, head_config(policy, 2))  # type: ignore[arg-type]

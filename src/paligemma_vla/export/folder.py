@@ -31,7 +31,7 @@ from paligemma_vla import versions
 from paligemma_vla.config import RUN_STATISTICS
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.export.card import Measurement, model_card
-from paligemma_vla.export.programs import PROGRAMS
+from paligemma_vla.export.programs import save_program
 from paligemma_vla.policy import CONFIG, FORMAT, IMAGE_SETTINGS, MODEL_TYPE, TOKENIZER, Policy, read_config
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 from paligemma_vla.storage import atomic_write, sha256
@@ -51,7 +51,7 @@ class ExportOptions:
     """How to export.
 
     dtype: of the weights in the file; a policy computes as its configuration says, whatever they were stored in.
-    program: name in `PROGRAMS` of what to add as a `torch.export` program, None for nothing. measurements: for the model card.
+    program: `sampler` or `model`, to add as a `torch.export` program. measurements: for the model card.
     shard: largest file of weights, as huggingface_hub understands it.
     """
 
@@ -75,7 +75,7 @@ def write_export(output: Path, policy: Policy, options: ExportOptions) -> Path:
         _write_processor(folder, policy.preprocessor.prompts, policy.preprocessor.image)
         if options.program is not None:
             head = policy.config.model.action_head_config
-            PROGRAMS[options.program].save(folder, policy.model, policy.preprocessor, head)
+            save_program(folder, options.program, policy.model, policy.preprocessor, head)
         (folder / CARD).write_text(model_card(policy, options.dtype, options.measurements), encoding="utf-8")
         # Last: a folder without it is no export.
         atomic_write(folder / CONFIG, f"{json.dumps(_config(folder, policy, options.dtype), indent=2)}\n")

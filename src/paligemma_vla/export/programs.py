@@ -1,4 +1,4 @@
-"""`torch.export` programs of a policy's model: graphs that need torch to run, and nothing of ours.
+"""`torch.export` programs of a policy's model: graphs that need torch to run, and nothing of this package.
 
 Both compute in float32, whatever the configuration's compute type, and hold their number of Euler steps: the loop is unrolled.
 They take and give normalised numbers; tokens, pixels and units stay with `Preprocessor`.
@@ -6,8 +6,6 @@ They take and give normalised numbers; tokens, pixels and units stay with `Prepr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,7 @@ from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.preprocess import Preprocessor
 
-STEPS = "num_steps"
-Inputs = tuple[Tensor | None, ...]
+STEPS = "num_steps"  # extra file of a program: its Euler steps
 
 
 class SamplerProgram(nn.Module):
@@ -54,54 +51,36 @@ class ModelProgram(nn.Module):
         return actions
 
 
-def export_sampler(model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
-    """The whole sampler as a program for any B and T, with the Euler steps that `head` says.
+def export_program(kind: str, model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
+    """The whole `sampler`, for any B and T, or the `model` with its backbone, for any B, T and number of images.
 
-    model: on the CPU, where the program will compute. head: `model.action_head_config`. Raises
-    `ModelError` for a head that cannot be traced.
+    model: on the CPU, where the program will compute. head: `model.action_head_config`, whose Euler steps are unrolled.
+    Raises `ModelError` for a model that cannot be traced.
     """
-    context = torch.rand(2, 5, model.paligemma_vlm.hidden_size)
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    return _export(SamplerProgram(model, head.num_inference_timesteps), (context, mask, *_state_and_noise(preprocessor, head)))
-
-
-def export_model(model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> ExportedProgram:
-    """Backbone and sampler as one program, for any B, T and number of images. Raises `ModelError` as `export_sampler`."""
-    prompts, side = preprocessor.prompts, preprocessor.image.size
-    # Three images in two rows of different length: sizes that happened to agree would be taken for one.
-    present = np.array([[True, True], [True, False]])
-    ids, mask = prompts.encode(["open the drawer slowly", "push"], present)
-    images = torch.zeros(3, 3, side, side, dtype=torch.uint8)
-    tokens = (torch.from_numpy(ids), torch.from_numpy(mask))
-    return _export(ModelProgram(model, head.num_inference_timesteps), (images, *tokens, *_state_and_noise(preprocessor, head)))
-
-
-def _state_and_noise(preprocessor: Preprocessor, head: ActionHeadConfig) -> Inputs:
     state = torch.rand(2, preprocessor.state.dimension) if head.use_state_input else None
-    return state, flow.draw_noise((2, head.horizon, head.per_action_dim))
-
-
-def _export(program: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """Sizes that differ between inputs stay open; those that a model fixes are found to be fixed."""
+    noise = flow.draw_noise((2, head.horizon, head.per_action_dim))
+    program: nn.Module
+    inputs: tuple[Tensor | None, ...]
+    if kind == "sampler":
+        program = SamplerProgram(model, head.num_inference_timesteps)
+        context = torch.rand(2, 5, model.paligemma_vlm.hidden_size)
+        inputs = context, torch.ones(2, 5, dtype=torch.bool), state, noise
+    else:
+        program = ModelProgram(model, head.num_inference_timesteps)
+        # Three images in two rows of different length: sizes that happened to agree would be taken for one.
+        present = np.array([[True, True], [True, False]])
+        ids, mask = preprocessor.prompts.encode(["open the drawer slowly", "push"], present)
+        images = torch.zeros(3, 3, preprocessor.image.size, preprocessor.image.size, dtype=torch.uint8)
+        inputs = images, torch.from_numpy(ids), torch.from_numpy(mask), state, noise
+    # Sizes that differ between inputs stay open; those that a model fixes are found to be fixed.
     sizes = tuple(None if value is None else dict.fromkeys(range(2), Dim.AUTO) for value in inputs)
     try:
-        exported = torch.export.export(program.eval(), inputs, dynamic_shapes=sizes, strict=False)
+        return torch.export.export(program.eval(), inputs, dynamic_shapes=sizes, strict=False)
     except Exception as error:  # of any kind: what cannot be traced fails in many ways
         raise ModelError(f"torch.export: {type(program).__name__} cannot be traced ({first_line(error)})") from error
-    return exported
 
 
-@dataclass(frozen=True)
-class Program:
-    """A kind of program: the file it is written to, and how it is made."""
-
-    file: str
-    make: Callable[[VLAModel, Preprocessor, ActionHeadConfig], ExportedProgram]
-
-    def save(self, folder: Path, model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> None:
-        """Export into `folder`; the file tells its number of Euler steps as the extra file `num_steps`."""
-        program = self.make(model, preprocessor, head)
-        torch.export.save(program, folder / self.file, extra_files={STEPS: str(head.num_inference_timesteps)})
-
-
-PROGRAMS = {"sampler": Program("sampler.pt2", export_sampler), "model": Program("model.pt2", export_model)}
+def save_program(folder: Path, kind: str, model: VLAModel, preprocessor: Preprocessor, head: ActionHeadConfig) -> None:
+    """Write `sampler.pt2` or `model.pt2` into `folder`."""
+    program = export_program(kind, model, preprocessor, head)
+    torch.export.save(program, folder / f"{kind}.pt2", extra_files={STEPS: str(head.num_inference_timesteps)})
