@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -127,17 +128,13 @@ def test_config_refuses_contradictions(overrides: dict[str, Any], path: str) -> 
     ("key", "value"),
     [
         ("data.batch_size", "32"),
-        ("data.batch_size", True),
         ("data.batch_size", 32.0),
         ("model.vlm_config.use_aux_camera", 1),
-        ("model.vlm_config.use_aux_camera", "yes"),
         ("training.experiment_name", 5),
         ("training.experiment_name", "a/b"),
-        ("optimizer.lr", "1e-4"),
         ("optimizer.lr", float("nan")),
         ("data.normalization", "minmax"),
         ("data.train_parquet_files", []),
-        ("data.train_parquet_files", None),
         ("training", None),
     ],
 )
@@ -149,18 +146,11 @@ def test_config_converts_nothing_silently(key: str, value: object) -> None:
     ("key", "value"),
     [
         ("data.batch_size", 2**31),
-        ("data.num_workers", 10**4),
-        ("data.prompt_max_len", 10**6),
-        ("data.normalization_stats_path", ""),
         ("data.train_parquet_files", ""),
         ("data.train_parquet_files", [{"path": "a", "weight": 1e300}]),
         ("model.action_head_config.embed_dim", 10**6),
-        ("model.action_head_config.num_layers", 10**5),
         ("model.action_head_config.horizon", 10**30),
-        ("model.action_head_config.horizon", -1),
-        ("model.action_head_config.mlp_ratio", 1e9),
         ("optimizer.betas", [0.9, 1.0]),
-        ("optimizer.lr", 1e300),
         ("training.seed", 2**64),
         ("training.experiment_name", ".."),
         ("training.experiment_name", "x" * 300),
@@ -182,9 +172,8 @@ def test_config_names_a_key_that_is_no_text() -> None:
 
 
 def test_config_is_frozen() -> None:
-    config = config_from_dict(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
-        config.optimizer.lr = 1.0  # type: ignore[misc]
+        config_from_dict(MINIMAL).optimizer.lr = 1.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -215,27 +204,15 @@ def test_config_data_files_faults_name_the_entry() -> None:
     assert "did you mean 'weight'?" in found[1]
 
 
-def test_config_cameras() -> None:
-    def cameras(**vlm: Any) -> int:
-        return config_from_dict(
-            MINIMAL, {f"model.vlm_config.{key}": value for key, value in vlm.items()}
-        ).model.vlm_config.cameras
-
-    assert (cameras(), cameras(use_aux_camera=True), cameras(num_cameras=4)) == (1, 2, 4)
+@pytest.mark.parametrize(("vlm", "cameras"), [({}, 1), ({"use_aux_camera": True}, 2), ({"num_cameras": 4}, 4)])
+def test_config_cameras(vlm: dict[str, Any], cameras: int) -> None:
+    overrides = {f"model.vlm_config.{key}": value for key, value in vlm.items()}
+    assert config_from_dict(MINIMAL, overrides).model.vlm_config.cameras == cameras
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("1E+3", 1000.0),
-        (".5e1", 5.0),
-        ("-2e0", -2.0),
-        ("1.5e-3", 1.5e-3),
-        ("1.0", 1.0),
-        ("12", 12),
-        ("e4", "e4"),
-    ],
+    [("1e-4", 1e-4), ("1E+3", 1e3), (".5e1", 5.0), ("-2e0", -2.0), ("1.0", 1.0), ("12", 12), ("e4", "e4")],
 )
 def test_yaml_reads_scientific_numbers(text: str, value: object) -> None:
     got = parse_yaml(f"x: {text}", "f.yaml")["x"]
@@ -287,19 +264,16 @@ def test_set_refuses_what_is_no_assignment(assignment: str) -> None:
 
 
 def test_overrides_are_checked_like_the_file_and_leave_it_alone() -> None:
-    raw = {"data": {"train_parquet_files": "a"}, "model": {"vlm_config": {"model_name_or_path": "m"}}}
-    config = config_from_dict(raw, {"optimizer.lr": 3e-4, "data.augmentation.enabled": False})
-    assert (config.optimizer.lr, config.data.augmentation.enabled) == (3e-4, False)
-    assert raw == {"data": {"train_parquet_files": "a"}, "model": {"vlm_config": {"model_name_or_path": "m"}}}
-    assert "did you mean 'batch_size'" in faults({"data.batchsize": 3})[0]
+    raw = copy.deepcopy(MINIMAL)
+    config = config_from_dict(raw, {"optimizer.lr": 3e-4, "data.augmentation.enabled": False, "data.batch_size": 3})
+    assert (config.optimizer.lr, config.data.augmentation.enabled, config.data.batch_size) == (3e-4, False, 3)
+    assert raw == MINIMAL
 
 
 def test_load_config_reads_a_file_and_its_overrides(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(
-        "data: {train_parquet_files: a}\nmodel: {vlm_config: {model_name_or_path: m}}\noptimizer: {lr: 2e-4}\n",
-        encoding="utf-8",
-    )
+    sections = ("data: {train_parquet_files: a}", "model: {vlm_config: {model_name_or_path: m}}", "optimizer: {lr: 2e-4}")
+    path.write_text("\n".join(sections), encoding="utf-8")
     assert load_config(path).optimizer.lr == 2e-4
     assert load_config(path, {"optimizer.lr": 1.0}).optimizer.lr == 1.0
 
@@ -355,16 +329,10 @@ def key_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("name", ["vla_config.yaml", "vla_config_ddp.yaml", "demo.yaml"])
-def test_shipped_configs_load(name: str) -> None:
-    config = load_config(CONFIGS / name)
-    assert config.model.action_head_config.action_dim is not None
-
-
-@pytest.mark.parametrize("name", ["vla_config.yaml", "vla_config_ddp.yaml"])
-def test_shipped_configs_are_the_real_thing(name: str) -> None:
-    vlm = load_config(CONFIGS / name).model.vlm_config
-    assert (vlm.model_name_or_path, vlm.dtype) == ("google/paligemma-3b-pt-224", "bfloat16")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_load_and_are_the_real_thing(path: Path) -> None:
+    vlm = load_config(path).model.vlm_config
+    assert path.name == "demo.yaml" or (vlm.model_name_or_path, vlm.dtype) == ("google/paligemma-3b-pt-224", "bfloat16")
 
 
 def test_vla_config_yaml_shows_every_key() -> None:
