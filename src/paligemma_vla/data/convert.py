@@ -27,7 +27,7 @@ from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
 
-RECORD, LOCK = ".conversion.json", ".lock"
+RECORD, LOCK, WORK = ".conversion.json", ".lock", ".shard"
 VERSION = 1
 NATIVE_EPISODES = 16  # of a file: few enough that a small data set keeps several processes busy
 SAMPLED = 4  # images of an episode and camera that are decoded and compared, when their bytes are not the same
@@ -61,7 +61,7 @@ class OutputFormat(Protocol):
         """Write a shard; when this is killed, it is not complete. first: number of its first episode and step."""
 
     def finish(self, folder: Path, shards: int) -> None:
-        """What is left to do when all shards are complete. Hidden folders are removed after it."""
+        """What is left to do when all shards are complete. Folders `.shard*` are removed after it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class NativeOutput:
         return self._path(folder, shard).is_file()
 
     def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterator[Recording]) -> None:
-        own = folder / f".shard-{shard:05d}"
+        own = folder / f"{WORK}-{shard:05d}"
         shutil.rmtree(own, ignore_errors=True)
         with EpisodeWriter(own, self.metadata, episodes_per_file=NATIVE_EPISODES) as writer:
             for recording in recordings:
@@ -174,7 +174,7 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> str | N
     read, and for a result that differs from it.
     """
     if _is_done(conversion):
-        _remove_hidden(conversion.output)
+        _remove_work(conversion.output)
         return None
     pool = WorkerPool(workers, _prepare, (conversion,))
     with _workspace(conversion) as folder, progress(2 * conversion.index.steps) as bar, pool:
@@ -191,13 +191,13 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> str | N
         for shard, (same, compared) in enumerate(pool.map(_verify, range(len(conversion.shards)))):
             identical, ratios = identical + same, ratios + compared
             bar.update(conversion.steps(shard))
-    _remove_hidden(conversion.output)
+    _remove_work(conversion.output)
     return _summary(conversion.index, identical, ratios)
 
 
-def _remove_hidden(folder: Path) -> None:
+def _remove_work(folder: Path) -> None:
     """Remove what only an unfinished conversion needs."""
-    for path in folder.glob(".*/"):
+    for path in folder.glob(f"{WORK}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -167,8 +167,8 @@ def _compare(report: FileReport, first: FileReport | None) -> FileReport:
     """Add what contradicts the first file that can be used."""
     if report.layout is None or first is None or first.layout is None:
         return report
-    odd = tuple(robot_faults(report.path, report.layout, first.path, first.layout))
-    return replace(report, faults=(*odd, *report.faults), layout=None) if odd else report
+    found = tuple(robot_faults(report.path, report.layout, first.path, first.layout))
+    return replace(report, faults=(*found, *report.faults), layout=None) if found else report
 
 
 def _check_file(path: str, options: CheckOptions, progress: Progress) -> FileReport:

@@ -63,8 +63,8 @@ class Fault:
     rows: int = 1
 
     def __str__(self) -> str:
-        place = [f"{name} {value}" for name, value in (("row", self.row), ("column", self.column)) if value is not None]
-        return ": ".join([self.file, *([", ".join(place)] if place else []), self.text])
+        where = [f"{name} {value}" for name, value in (("row", self.row), ("column", self.column)) if value is not None]
+        return ": ".join([self.file, *([", ".join(where)] if where else []), self.text])
 
 
 class FaultError(DataError):
@@ -79,7 +79,7 @@ class FaultError(DataError):
 
 
 class Unusable(Exception):
-    """A value that cannot be used; whoever knows its place makes a `Fault` of it."""
+    """A value that cannot be used; `located` makes a `FaultError` of it, which names file, row and column."""
 
     def __init__(self, kind: Kind, text: str) -> None:
         super().__init__(text)
@@ -109,30 +109,30 @@ def to_matrix(column: pa.Array, dimension: int) -> NDArray[np.float32]:
     lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is reported as a fault
         flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    whole = lengths == dimension
-    if whole.all():
+    fits = lengths == dimension
+    if fits.all():
         return flat.reshape(-1, dimension)  # type: ignore[no-any-return]
     values = np.full((len(column), dimension), np.nan, np.float32)
     ends = np.cumsum(np.maximum(lengths, 0))
-    values[whole] = flat[(ends - dimension)[whole, None] + np.arange(dimension)]
+    values[fits] = flat[(ends - dimension)[fits, None] + np.arange(dimension)]
     return values
 
 
 def number_faults(path: str, name: str, column: pa.Array, values: NDArray[np.float32], rows: Rows) -> Iterator[Fault]:
-    """Rows of a list column that are null, of another length, or hold what is not a finite float32.
+    """Rows of a list column that are null, of another length, or not all finite float32.
 
     values (R, dimension): `to_matrix` of the column. rows (R,): their numbers in the file.
     """
-    for place in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
-        entry, dimension = column[place].as_py(), values.shape[1]
+    for slot in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+        entry, dimension = column[slot].as_py(), values.shape[1]
         kind = Kind.LENGTH
         if entry is None or len(entry) != dimension:
             text = f"got {'null' if entry is None else f'{len(entry)} numbers'}, expected {dimension} numbers"
         else:
-            kind, item = Kind.NUMBER, int(np.flatnonzero(~np.isfinite(values[place]))[0])
-            got = values[place, item] if entry[item] is None else entry[item]
+            kind, item = Kind.NUMBER, int(np.flatnonzero(~np.isfinite(values[slot]))[0])
+            got = values[slot, item] if entry[item] is None else entry[item]
             text = f"dimension {item} is {got}, expected a finite float32"
-        yield Fault(path, kind, f"{text}; mend it, or {LEAVE_OUT}", int(rows[place]), name)
+        yield Fault(path, kind, f"{text}; mend it, or {LEAVE_OUT}", int(rows[slot]), name)
 
 
 def missing_image() -> Unusable:
@@ -147,10 +147,10 @@ def no_rotation() -> Unusable:
     return Unusable(Kind.NUMBER, f"{text}; mend it, or {LEAVE_OUT}")
 
 
-def prompt_of(column: pa.Array, place: int) -> str:
+def prompt_of(column: pa.Array, row: int) -> str:
     """An instruction; raises `Unusable` when it is null, empty or no text."""
     try:
-        prompt: Any = column[place].as_py()
+        prompt: Any = column[row].as_py()
     except UnicodeDecodeError as error:
         raise Unusable(Kind.PROMPT, f"got bytes that are not UTF-8, expected an instruction; {LEAVE_OUT}") from error
     if prompt is None or not prompt.strip():

@@ -53,7 +53,7 @@ def encode_image(image: Image.Image, kind: str, quality: int = 95) -> bytes:
 
 
 def random_crop(scale: float, rng: np.random.Generator) -> Box:
-    """A box of `scale` times the image's sides at a random place; all four numbers are shares of the sides."""
+    """A box of `scale` times the image's sides at a random position; all four numbers are shares of the sides."""
     left, top = rng.random(2) * (1 - scale)
     return left, top, left + scale, top + scale
 

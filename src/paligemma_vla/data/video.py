@@ -106,7 +106,7 @@ class _Video:
         return self._forward(time, tolerance)
 
     def _is_next(self, time: float, tolerance: float) -> bool:
-        """Whether the wanted frame is the current one or one of the next two, so that going on is cheaper than seeking."""
+        """True if the wanted frame is the current one or one of the next two: decoding on is cheaper than seeking."""
         return self.current is not None and -EXACT <= time - _time(self.current) <= 4 * tolerance
 
     def _forward(self, time: float, tolerance: float) -> av.VideoFrame | None:

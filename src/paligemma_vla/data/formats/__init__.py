@@ -59,7 +59,7 @@ def decode_picture(pictures: Pictures, row: int, where: str) -> Image.Image:
 class EpisodeFile(ABC):
     """One open file of episodes, as rows with the columns of S1.1.
 
-    path: its name in the index. columns: names of those it has. unused: what it holds besides, in the format's own names.
+    path: its name in the index. columns: names of those it has. unused: what else is in it, in the format's own names.
     bounds: first row of each row group, and the number of rows (G + 1,). outside: row ranges [first, stop) that were not
     selected (X, 2). nbytes: memory that it takes while it is open. identity: see `RecentIdentity`.
     """

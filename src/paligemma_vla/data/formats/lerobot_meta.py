@@ -335,7 +335,7 @@ def _read_table(path: str, kinds: dict[str, pa.DataType], everything: bool = Fal
 
 
 def _checked_columns(path: str, table: pa.Table, kinds: dict[str, pa.DataType]) -> dict[str, NDArray[Any]]:
-    """Columns of a table as arrays. Raises `DataError` for one that is missing or holds what it cannot be used with."""
+    """Columns of a table as arrays. Raises `DataError` for one that is missing or has unusable values."""
     columns: dict[str, NDArray[Any]] = {}
     for name, kind in kinds.items():
         expected = f"{'text' if kind == pa.string() else f'numbers from 0 to {LARGEST - 1}'} in every row; restore the file"

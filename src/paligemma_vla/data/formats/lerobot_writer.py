@@ -32,7 +32,7 @@ from paligemma_vla.storage import atomic_file, atomic_write
 
 VIDEO_STEPS, IMAGE_STEPS = 5000, 2000  # of a file of v3.0, about
 CHUNK = 1000  # files per folder
-NOTES = ".shards"
+NOTES = ".shards"  # removed by `data.convert` when the conversion is done
 STATE, ACTION, SUCCESS = "observation.state", "action", "next.success"
 PATHS = {
     "v2.1": {
@@ -145,7 +145,7 @@ class LeRobotOutput:
         return pa.schema(fields, metadata={b"huggingface": json.dumps({"info": {"features": noted}}).encode()})
 
     def info(self, lengths: list[int], sizes: dict[str, Size]) -> dict[str, Any]:
-        """info.json. What LeRobot has no place for is under `paligemma_vla`."""
+        """info.json. What LeRobot has no key for is under `paligemma_vla`."""
         metadata, episodes = self.layout.metadata, len(lengths)
         counts = {"total_episodes": episodes, "total_frames": sum(lengths), "total_tasks": len(self.tasks)}
         if self.version == "v2.1":
@@ -221,7 +221,7 @@ class LeRobotOutput:
             for step, picture in enumerate(pictures):
                 where = f"{recording.where(step)}: camera {key}"
                 if picture is None:
-                    text = "got no image, expected one: LeRobot has no place for an absent one"
+                    text = "got no image, expected one: LeRobot cannot leave one out"
                     raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
                 if self.video or step in sampled or step == 0:
                     pixels = np.asarray(picture.decode())
