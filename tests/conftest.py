@@ -27,6 +27,17 @@ from zygote import Zygote
 
 torch.set_num_threads(1)
 ConfigFactory = Callable[..., VLAConfig]
+LONGEST_FIRST = ("integration", "training", "evaluation", "cli", "export")  # folders
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start long modules first: one that began last would leave the other test processes idle."""
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,27 +17,29 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_lerobot" / "finetune
 
 
 @pytest.mark.timeout(600)
-def test_example_goes_from_a_lerobot_dataset_to_a_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_example_goes_from_a_lerobot_dataset_to_a_policy(tmp_path: Path, learns: bool) -> None:
+    demonstrations, steps, episodes = (16, 300, 5) if learns else (3, 10, 1)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "WORK": "work",
-        "DEMONSTRATIONS": "16",
-        "STEPS": "300",
-        "EPISODES": "5",
+        "DEMONSTRATIONS": str(demonstrations),
+        "STEPS": str(steps),
+        "EPISODES": str(episodes),
     }
     done = subprocess.run([SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     work = tmp_path / "work"
     info = json.loads((work / "lerobot" / "meta" / "info.json").read_text())
-    assert (info["codebase_version"], info["total_episodes"], info["total_tasks"] > 1) == ("v3.0", 32, True)
+    assert (info["codebase_version"], info["total_episodes"], info["total_tasks"] > 1) == ("v3.0", 2 * demonstrations, True)
     assert list((work / "lerobot" / "videos").rglob("*.mp4"))
     rollout = json.loads((work / "closed_loop" / "rollout.json").read_text())
     rates = {task: entry["rate"] for task, entry in rollout["tasks"].items()}
     assert set(rates) == {"drawer-open", "drawer-close"}
     # Loose: twenty times fewer demonstrations and steps than the demonstration. Random actions reach 0.02.
-    assert sum(rates.values()) / 2 >= 0.3
+    assert not learns or sum(rates.values()) / 2 >= 0.3
     assert (work / "open_loop" / "report.html").is_file()
     observation = {"image_1": np.zeros((64, 64, 3), np.uint8), "state": np.zeros(4), "prompt": "open the drawer"}
     exported = Policy.from_checkpoint(work / "policy").infer(observation, seed=0)["actions"]

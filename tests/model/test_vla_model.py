@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import ConfigFactory
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, Collator, VLADataset
 from paligemma_vla.errors import ModelError
 from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch
 from support import randomize
-
-ConfigFactory = Callable[..., VLAConfig]
 
 
 def make_model(config: VLAConfig) -> VLAModel:
@@ -43,12 +41,18 @@ def batch(two_camera_dataset: VLADataset) -> Batch:
 
 
 @torch.no_grad()
-def test_forward_of_raw_prompts_equals_the_loaders_ids(model: VLAModel, batch: Batch) -> None:
+def test_inputs_in_other_forms_give_the_same_answer(model: VLAModel, batch: Batch) -> None:
+    """Raw prompts instead of the loader's ids; chunks instead of flat actions; windows of which the last frame is used."""
     arguments = arguments_from_batch(batch)
     output = model(**arguments)
-    raw = model(**{**arguments, "input_ids": None, "vlm_attention_mask_batch": None})
-    torch.testing.assert_close(raw.velocity, output.velocity, atol=1e-6, rtol=0)
     assert output.valid_count == 2 * batch["action_mask"].sum()
+    raw = model(**arguments | {"input_ids": None, "vlm_attention_mask_batch": None})
+    torch.testing.assert_close(raw.velocity, output.velocity, atol=1e-6, rtol=0)
+    windows = {
+        f"image_{n}_batch": torch.stack([torch.zeros_like(batch[f"image_{n}"]), batch[f"image_{n}"]], dim=1) for n in (1, 2)
+    }  # (B, S, C, H, W)
+    for other in ({"actions_gt_seq": batch["action"].view(4, 4, 2)}, windows):
+        assert torch.equal(model(**arguments | other).velocity, output.velocity)
 
 
 @torch.no_grad()
@@ -90,29 +94,11 @@ def test_forward_without_actions_is_the_heads_sample_on_the_context(model: VLAMo
 
 
 @torch.no_grad()
-def test_images_in_windows_use_their_last_frame(model: VLAModel, batch: Batch) -> None:
-    arguments = arguments_from_batch(batch)
-    expected = model(**arguments).velocity
-    windows = {
-        name: torch.stack([torch.zeros_like(images), torch.full_like(images, 200), images], dim=1)  # (B, S, C, H, W)
-        for name, images in (("image_1_batch", batch["image_1"]), ("image_2_batch", batch["image_2"]))
-    }
-    assert torch.equal(model(**{**arguments, **windows}).velocity, expected)
-
-
-@torch.no_grad()
 def test_one_camera_equals_two_with_the_second_absent(session_config: ConfigFactory, model: VLAModel, batch: Batch) -> None:
     absent = arguments_from_batch({**batch, "image_mask": torch.tensor([[True, False]] * 4)})
     two = model(**{**absent, "input_ids": None, "vlm_attention_mask_batch": None})
     one = model(**{**absent, "input_ids": None, "vlm_attention_mask_batch": None, "image_2_batch": None, "image_mask": None})
     torch.testing.assert_close(two.velocity, one.velocity, atol=2e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_actions_may_be_flat_or_chunked(model: VLAModel, batch: Batch) -> None:
-    arguments = arguments_from_batch(batch)
-    chunked = model(**{**arguments, "actions_gt_seq": batch["action"].view(4, 4, 2)})
-    assert torch.equal(chunked.velocity, model(**arguments).velocity)
 
 
 @torch.no_grad()
@@ -162,25 +148,17 @@ def test_detached_context_gives_the_backbone_no_gradient(session_config: ConfigF
         assert (parameter.grad is not None) is ours, name
 
 
-def test_stages_free_and_freeze_the_backbone(model: VLAModel) -> None:
-    def learns() -> set[str]:
-        return {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-
-    assert learns() == {"paligemma_vlm", "action_head"}
-    model.set_stage("head")
-    assert learns() == {"action_head"}
-    model.set_stage("all")
-    assert learns() == {"paligemma_vlm", "action_head"}
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_frozen_backbone_keeps_no_graph(session_config: ConfigFactory, batch: Batch) -> None:
-    model = make_model(session_config(cameras=2)).train()
-    model.set_stage("head")
+def test_stages_free_and_freeze_the_backbone(model: VLAModel, batch: Batch) -> None:
+    """A frozen one keeps no graph."""
     contexts: list[torch.Tensor] = []
-    model.paligemma_vlm.register_forward_hook(lambda module, args, output: contexts.append(output[0]))
-    model(**arguments_from_batch(batch))
-    assert not contexts[0].requires_grad
+    hook = model.paligemma_vlm.register_forward_hook(lambda module, args, output: contexts.append(output[0]))
+    for stage, learning in (("head", {"action_head"}), ("all", {"action_head", "paligemma_vlm"})):
+        model.set_stage(stage)
+        assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == learning
+        model(**arguments_from_batch(batch))
+    hook.remove()
+    assert [context.requires_grad for context in contexts] == [False, True]
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_bfloat16_learns_with_activation_checkpointing(

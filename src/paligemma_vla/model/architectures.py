@@ -18,61 +18,41 @@ from paligemma_vla.hub import backbone_errors, check_backbone
 
 VOCABULARY, IMAGE_TOKEN, PATCH = 257_216, 257_152, 14
 NAME = re.compile(r"(?:google/)?paligemma(2?)-(3b|10b|28b)-(?:[\w-]+-)?(224|448|896)(?:-\w+)*")
-# (hidden_size, intermediate_size, layers, heads, key-value heads, head_dim, query_pre_attn_scalar)
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "query_pre_attn_scalar",  # of Gemma 2 alone
+)
+GEMMA = {"3b": (2048, 16384, 18, 8, 1, 256)}
 GEMMA2 = {
     "3b": (2304, 9216, 26, 8, 4, 256, 256),
     "10b": (3584, 14336, 42, 16, 8, 256, 256),
     "28b": (4608, 36864, 46, 32, 16, 128, 144),
 }
+VISION: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
 
 def known_architecture(name: str) -> PaliGemmaConfig | None:
     """The architecture behind a name such as `google/paligemma2-3b-pt-224`; None for any other."""
     match = NAME.fullmatch(name)
-    if match is None or (not match[1] and match[2] != "3b"):
+    if match is None:
         return None
-    text = _gemma2(match[2]) if match[1] else _gemma()
+    family, published = (Gemma2Config, GEMMA2) if match[1] else (GemmaConfig, GEMMA)
+    if match[2] not in published:
+        return None
+    sizes: dict[str, Any] = dict(zip(SIZES, published[match[2]], strict=False))
+    text = family(**sizes, vocab_size=VOCABULARY)
+    return paligemma_config(text, IMAGE_TOKEN, image_size=int(match[3]), patch_size=PATCH, **VISION)
+
+
+def paligemma_config(text: GemmaConfig | Gemma2Config, image_token: int, **vision: Any) -> PaliGemmaConfig:
+    """A PaliGemma of a text model and a SigLIP of the sizes `vision`."""
     return PaliGemmaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=int(match[3]),
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
         text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        vocab_size=VOCABULARY,
+        image_token_index=image_token,
+        vocab_size=text.vocab_size,
         projection_dim=text.hidden_size,
         hidden_size=text.hidden_size,
-    )
-
-
-def _gemma() -> GemmaConfig:
-    return GemmaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=2048,
-        intermediate_size=16384,
-        num_hidden_layers=18,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        head_dim=256,
-    )
-
-
-def _gemma2(size: str) -> Gemma2Config:
-    hidden, intermediate, layers, heads, key_value_heads, head_dim, scalar = GEMMA2[size]
-    return Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head_dim,
-        query_pre_attn_scalar=scalar,
     )
 
 

@@ -22,8 +22,8 @@ from paligemma_vla.errors import ModelError
 from paligemma_vla.hub import backbone_errors
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 
-# What selective recomputation keeps: half of what a layer holds (11.9 of 24.3 GB in the plan of vla_config_ddp.yaml for 16
-# samples; 2.4 where everything is recomputed), and nearly all that it costs to compute.
+# What selective recomputation keeps: half of a layer's activations (11.9 of 24.3 GB in the plan of vla_config_ddp.yaml for 16
+# samples; 2.4 where everything is recomputed), and nearly all that is slow to compute.
 MATRIX_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
 
 
@@ -31,7 +31,7 @@ class PaliGemmaVLM(nn.Module):
     """SigLIP and Gemma as one encoder: images + prompts -> (B, T, E).
 
     config: `model.vlm_config`. prompts, image: how the checkpoint wants its inputs. backbone_config: build this architecture
-    without weights (they come from a checkpoint of ours) instead of loading `model_name_or_path`.
+    without weights (a checkpoint's follow) instead of loading `model_name_or_path`.
     Raises `ModelError` when the model cannot be loaded.
     """
 
@@ -45,7 +45,7 @@ class PaliGemmaVLM(nn.Module):
         self.config, self.prompts = config, prompts
         self.backbone = _load(config) if backbone_config is None else _build(config, backbone_config)
         for module in self.backbone.modules():
-            if isinstance(module, nn.Embedding):  # held in bfloat16 it would make the sums of the layers bfloat16 too
+            if isinstance(module, nn.Embedding):  # a table in bfloat16 would make the layers' sums bfloat16 too
                 module.register_forward_hook(_in_float32)
         if config.lora is not None:
             _add_adapters(self.backbone, config, config.lora)
@@ -53,12 +53,12 @@ class PaliGemmaVLM(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
         self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
         if config.activation_checkpointing:
-            how: dict[str, Any] = {"use_reentrant": False}
+            options: dict[str, Any] = {"use_reentrant": False}
             if config.activation_checkpointing == "selective":
-                how["context_fn"] = partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)
+                options["context_fn"] = partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS)
             with warnings.catch_warnings():  # 5.23 prefers a new name, which 5.17 does not know yet
                 warnings.simplefilter("ignore", FutureWarning)
-                self.backbone.gradient_checkpointing_enable(how)
+                self.backbone.gradient_checkpointing_enable(options)
 
     @property
     def hidden_size(self) -> int:
@@ -72,7 +72,8 @@ class PaliGemmaVLM(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that `freeze_vision_tower` and `freeze_language_model` leave free; with `lora` those of the adapters."""
         if self.config.lora is not None:
-            return [p for adapter in self._adapters() for p in adapter.parameters()]
+            adapters = [adapter for _, layer in _adapted(self.backbone) for adapter in (layer.lora_A, layer.lora_B)]
+            return [p for adapter in adapters for p in adapter.parameters()]
         frozen: set[nn.Parameter] = set()
         if self.config.freeze_vision_tower:
             frozen.update(p for module in self.vision_modules for p in module.parameters())
@@ -80,19 +81,12 @@ class PaliGemmaVLM(nn.Module):
             frozen.update(self.backbone.language_model.parameters())
         return [p for p in self.backbone.parameters() if p not in frozen]
 
-    def _adapters(self) -> Iterator[nn.Module]:
-        for _, layer in _adapted(self.backbone):
-            yield from (layer.lora_A, layer.lora_B)
-
-    def merge_adapters(self, hold: torch.dtype = torch.float32) -> None:
-        """Fold the adapters into the weights beside them, in float32: from now on this is a backbone without adapters.
-
-        hold: type in which the sums are kept.
-        """
+    def merge_adapters(self, dtype: torch.dtype = torch.float32) -> None:
+        """Add the adapters to the weights beside them, in float32, and keep the sums in `dtype`: a plain backbone remains."""
         for name, layer in list(_adapted(self.backbone)):
             base = layer.get_base_layer().float()
             layer.merge()
-            self.backbone.set_submodule(name, base.to(hold))
+            self.backbone.set_submodule(name, base.to(dtype))
         self.config = self.config.model_copy(update={"lora": None})
 
     def forward(
@@ -179,7 +173,7 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
             part.float()  # peft takes the type of the weights beside, which may be bfloat16
 
 
-def _held_in(config: VLMConfig) -> torch.dtype:
+def _weights_dtype(config: VLMConfig) -> torch.dtype:
     """Type to load weights in: float32 for masters that the optimiser updates, the compute type when none of them learns."""
     frozen = config.lora is not None or (config.freeze_vision_tower and config.freeze_language_model)
     return getattr(torch, config.dtype) if frozen else torch.float32
@@ -190,7 +184,7 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
         loaded: Any = PaliGemmaModel.from_pretrained(
             config.model_name_or_path,
             revision=config.revision or "main",
-            dtype=_held_in(config),
+            dtype=_weights_dtype(config),
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
@@ -212,5 +206,5 @@ def _build(config: VLMConfig, backbone_config: dict[str, Any]) -> PaliGemmaModel
     with no_init_weights():
         model = PaliGemmaModel(architecture)
     for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
-        parameter.data = parameter.data.to(_held_in(config))
+        parameter.data = parameter.data.to(_weights_dtype(config))
     return model

@@ -45,45 +45,35 @@ def quantize(module: nn.Module, kind: Weights, device: torch.device) -> None:
         import torchao  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            f"weights {kind}: torchao is not installed ({first_line(error)}); pip install 'paligemma-vla[quantization]'"
+            f"weights {kind}: torchao is missing ({first_line(error)}); pip install 'paligemma-vla[quantization]'"
         ) from error
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             packed = kind == "int4" and layer.in_features % GROUP == 0 and layer.out_features % ROWS == 0
             try:
-                made = _int4(layer, device) if packed else _int8(layer, device)
-            except Exception as error:  # of any kind: what a kernel is missing, torchao tells in many ways
+                module.set_submodule(name, _quantized(layer, packed, device))
+            except Exception as error:  # of any kind: torchao has many for a missing kernel
                 raise ModelError(
                     f"weights {kind}: {name} cannot be quantised for {device} ({first_line(error)}); int8 computes "
                     f"everywhere, int4 on a CPU or a CUDA GPU of compute capability 8.0 or more"
                 ) from error
-            module.set_submodule(name, made)
 
 
-def _int8(layer: nn.Linear, device: torch.device) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def _quantized(layer: nn.Linear, packed: bool, device: torch.device) -> nn.Module:
+    """The layer with int8 weights, or packed: with int4 weights, two in a byte, as the device's kernel wants them."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    quantize_(layer, Int8WeightOnlyConfig(version=2), device=device)
-    return layer
-
-
-def _int4(layer: nn.Linear, device: torch.device) -> nn.Module:
-    from torchao.quantization import quantize_
-
-    layer = layer.to(device, torch.bfloat16)
-    quantize_(layer, _int4_config(device))
-    return InBfloat16(layer)
-
-
-def _int4_config(device: torch.device) -> Any:
-    """Two weights in a byte: torchao packs them as each device's kernel wants them."""
+    if not packed:
+        quantize_(layer, Int8WeightOnlyConfig(version=2), device=device)
+        return layer
+    settings: Any = {"group_size": GROUP, "set_inductor_config": False}
     if device.type == "cpu":
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-
-        return PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
-    from torchao.quantization import Int4WeightOnlyConfig
-
-    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig as Config
+    else:
+        Config, settings["int4_packing_format"] = Int4WeightOnlyConfig, "tile_packed_to_4d"
+    layer = layer.to(device, torch.bfloat16)
+    quantize_(layer, Config(**settings))
+    return InBfloat16(layer)
 
 
 def weight_bytes(module: nn.Module) -> int:

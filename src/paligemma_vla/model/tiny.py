@@ -20,9 +20,10 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
-    SiglipVisionConfig,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from paligemma_vla.model.architectures import paligemma_config
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 CORPUS = """
@@ -78,38 +79,25 @@ def train_tokenizer(vocabulary: int, size: int = 0) -> GemmaTokenizer:
 def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -> Path:
     """Write config, random weights and processor into `output_dir`; returns it. The same spec gives the same weights."""
     spec = spec or TinySpec()
-
-    def architecture(processor: PaliGemmaProcessor) -> PaliGemmaConfig:
-        vocabulary = len(processor.tokenizer)
-        text: dict[str, Any] = {
-            "hidden_size": spec.width,
-            "intermediate_size": 4 * spec.width,
-            "num_hidden_layers": spec.text_layers,
-            "num_attention_heads": spec.heads,
-            "num_key_value_heads": 1,
-            "head_dim": spec.width // spec.heads,
-            "vocab_size": vocabulary,
-        }
-        return PaliGemmaConfig(
-            vision_config=SiglipVisionConfig(
-                hidden_size=spec.width,
-                intermediate_size=4 * spec.width,
-                num_hidden_layers=spec.vision_layers,
-                num_attention_heads=spec.heads,
-                image_size=spec.image_size,
-                patch_size=spec.patch_size,
-                vision_use_head=False,
-            ),
-            text_config=Gemma2Config(**text, query_pre_attn_scalar=spec.width) if spec.second else GemmaConfig(**text),
-            image_token_index=processor.image_token_id,
-            vocab_size=vocabulary,
-            projection_dim=spec.width,
-            hidden_size=spec.width,
-        )
-
     processor = make_processor(spec.image_size, spec.patch_size, train_tokenizer(spec.vocabulary))
-    # The processor has just added <image> and some 1,150 loc/seg tokens: only now is the vocabulary's size known.
-    return write_paligemma(output_dir, architecture(processor), processor, spec.seed)
+    shared = {"hidden_size": spec.width, "intermediate_size": 4 * spec.width, "num_attention_heads": spec.heads}
+    text: dict[str, Any] = {
+        **shared,
+        "num_hidden_layers": spec.text_layers,
+        "num_key_value_heads": 1,
+        "head_dim": spec.width // spec.heads,
+        # The processor has just added <image> and some 1,150 loc/seg tokens: only now is the vocabulary's size known.
+        "vocab_size": len(processor.tokenizer),
+    }
+    architecture = paligemma_config(
+        Gemma2Config(**text, query_pre_attn_scalar=spec.width) if spec.second else GemmaConfig(**text),
+        processor.image_token_id,
+        num_hidden_layers=spec.vision_layers,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        **shared,
+    )
+    return write_paligemma(output_dir, architecture, processor, spec.seed)
 
 
 def make_processor(image_size: int, patch_size: int, tokenizer: GemmaTokenizer) -> PaliGemmaProcessor:

@@ -23,10 +23,7 @@ AUTOCAST = (nn.Linear, nn.Conv2d)  # modules whose weights autocast turns into t
 
 
 def resolve_class(path: str, key: str, promised: str) -> Any:
-    """The class behind `package.module:Class`; raises `ModelError` naming the config key.
-
-    promised: the method by which such a class is told from any other.
-    """
+    """The module class behind `package.module:Class`, which has the method `promised`; raises `ModelError` with the key."""
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -35,16 +32,6 @@ def resolve_class(path: str, key: str, promised: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, promised)):
         raise ModelError(f"{key}: got '{path}', expected a torch.nn.Module with {promised}(); docs/architecture.md says more")
     return found
-
-
-def resolve_backbone(config: VLAConfig) -> Any:
-    """The class of the backbone; raises `ModelError`."""
-    return resolve_class(config.model.vlm_config.backbone, "model.vlm_config.backbone", "trainable_parameters")
-
-
-def resolve_head(config: VLAConfig) -> Any:
-    """The class of the action head; raises `ModelError`."""
-    return resolve_class(config.model.action_head_config.head, "model.action_head_config.head", "get_action")
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,7 @@ class Arithmetic:
     @contextlib.contextmanager
     def applied(self, device_type: str, recomputes: bool) -> Iterator[None]:
         """Autocast. recomputes: backward repeats forward passes."""
-        # A pass that backward repeats must find the same kernel there, outside of this context: so none is chosen.
+        # Backward repeats the pass outside of this context and must find the same kernel there, so none is chosen.
         plain = self.plain_attention and not recomputes
         kernel = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
         with torch.autocast(device_type, torch.bfloat16, enabled=self.dtype is torch.bfloat16), kernel:
@@ -91,7 +78,8 @@ class VLAModel(nn.Module):
         vlm, head = config.model.vlm_config, config.model.action_head_config
         if prompts is None or image is None:
             prompts, image = configured_prompt_and_image_spec(config)
-        backbone, action_head = resolve_backbone(config), resolve_head(config)
+        backbone = resolve_class(vlm.backbone, "model.vlm_config.backbone", "trainable_parameters")
+        action_head = resolve_class(head.head, "model.action_head_config.head", "get_action")
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
         self.recomputes = bool(vlm.activation_checkpointing)
@@ -101,10 +89,10 @@ class VLAModel(nn.Module):
         self.set_stage("all")
 
     def to_device(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
-        """Move to `device`, and hold what does not learn as `device` computes: half the memory, and the same products.
+        """Move to `device`, frozen matrices in the type that it computes in: half the memory, the same products.
 
-        Call it when it is known what learns (`set_stage`, `requires_grad_`). weights: quantise the backbone, which must have no
-        adapters, and no longer learns then; raises `ModelError` where that cannot be.
+        Choose what learns before (`set_stage`, `requires_grad_`). weights: quantise the backbone, which must have no adapters
+        and no longer learns; raises `ModelError` where that is impossible.
         """
         self.cast_for(device)
         if weights is not None:
@@ -112,7 +100,7 @@ class VLAModel(nn.Module):
         return self.to(device)
 
     def cast_for(self, device: torch.device) -> None:
-        """Turn matrices that do not learn to the type that `device` computes in, everything else to float32."""
+        """Cast matrices that do not learn to the type that `device` computes in, everything else to float32."""
         self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
         for module in self.modules():
             matrices = isinstance(module, (*AUTOCAST, nn.Embedding))
@@ -123,7 +111,7 @@ class VLAModel(nn.Module):
     def set_stage(self, train: str) -> None:
         """Choose what learns: `head` alone, or `all` that the configuration does not freeze."""
         free: set[nn.Parameter] = set()
-        # A detached context gives the backbone no gradient: saying so keeps every trainable parameter in use (D9).
+        # A detached context gives the backbone no gradient. DDP needs a gradient for each parameter that learns (D9).
         if train == "all" and not self.detach_context:
             free = set(self.paligemma_vlm.trainable_parameters())
         for parameter in self.paligemma_vlm.parameters():
@@ -187,15 +175,8 @@ class VLAModel(nn.Module):
         Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
         """
         with self.arithmetic.applied(image_1_batch.device.type, self.recomputes):
-            context, mask = self._context(
-                image_1_batch,
-                raw_prompt_texts_batch,
-                vlm_attention_mask_batch,
-                image_2_batch,
-                further_images,
-                input_ids,
-                image_mask,
-            )
+            inputs = (image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch)
+            context, mask = self._context(*inputs, further_images, input_ids, image_mask)
             if actions_gt_seq is None:
                 noise = None if flow_noise is None else flow_noise[:, 0]
                 actions: Tensor = self.action_head.get_action(context, state_batch, mask, noise, num_steps)
