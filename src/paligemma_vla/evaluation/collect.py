@@ -70,7 +70,7 @@ class CollectConfig:
     def settings(self) -> str:
         """Everything that decides what an episode holds, as one line; stored with the episodes."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")}
-        if self.control == "delta":  # as it was before there was a choice: those folders can still be gone on with
+        if self.control == "delta":  # so that folders collected before there was a choice can be continued
             del kept["control"]
         return repr({**kept, "revision": REVISION})
 
@@ -104,16 +104,16 @@ def collect(config: CollectConfig) -> CollectSummary:
         for task in tasks:
             _refuse_other_settings(config, task)
             with EpisodeWriter(config.output_dir, metadata, prefix=task) as writer:
-                there = writer.episodes_written
-                progress.update(min(there, config.episodes))
+                stored = writer.episodes_written
+                progress.update(min(stored, config.episodes))
                 attempts = 0
-                jobs = ((config, task, index) for index in range(there, config.episodes))
+                jobs = ((config, task, index) for index in range(stored, config.episodes))
                 for episode, tries in pool.map(_work, jobs):
                     writer.write(episode)
                     episodes, frames, attempts = episodes + 1, frames + episode.length, attempts + tries
                     progress.update()
             if attempts:
-                rates[task] = (config.episodes - there) / attempts
+                rates[task] = (config.episodes - stored) / attempts
     summary = CollectSummary(episodes, frames, rates, time.monotonic() - started)
     log.info("%d episodes, %d frames in %.1f s; expert success %s", episodes, frames, summary.seconds, rates)
     return summary
