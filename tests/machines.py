@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.config import VLAConfig
 from ranks import last
 from support import identical, read_metrics
 
@@ -32,7 +31,7 @@ EXACT = ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "watch", "step
 
 @dataclass
 class Node:
-    """One machine of a job: a torchrun agent and what it starts, which end with the block.
+    """One machine of a job: a torchrun agent and what it starts, which end with the block. Its log is in `folder`.
 
     plain: as most are started on one machine, `torchrun --max-restarts N main_train_ddp.py ...`, with nothing said about where
     the ranks meet or what they go on from. host, meeting_address, port: whether this one keeps the rendezvous, and where it
@@ -40,8 +39,8 @@ class Node:
     then becomes it.
     """
 
-    config: Path
-    output: Path
+    config: VLAConfig
+    folder: Path
     nodes: str = "1"
     restarts: int = 100
     port: int = 0
@@ -60,18 +59,20 @@ class Node:
             *("--local-addr", self.address),
             f"--rdzv-conf=is_host={int(self.host)},join_timeout=120,last_call_timeout=1",
         ]
+        path = self.folder / f"{self.config.training.experiment_name}.yaml"
+        path.write_text(self.config.to_yaml(), encoding="utf-8")
         command = [
             *self.inside,
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks)),
             *("--max-restarts", str(self.restarts)),
             *(["--master-port", str(self.port)] if self.plain else meeting),
-            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(self.config), "--device", "cpu"),
+            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(path), "--device", "cpu"),
             *([] if self.plain else ["--resume_checkpoint", "auto"]),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         if not self.plain:
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        with open(self.output, "ab") as log:
+        with open(path.with_suffix(".log"), "ab") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
         return self
 
@@ -80,6 +81,11 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self.process.wait()
+
+    @property
+    def log(self) -> str:
+        """What this machine, and others of its run, have printed."""
+        return (self.folder / f"{self.config.training.experiment_name}.log").read_text()
 
     @property
     def ended(self) -> bool:
@@ -95,9 +101,9 @@ class Node:
     def wait_for_ranks(self) -> None:
         wait_for(lambda: self.ended or len(self.processes()) == self.ranks)
 
-    def wait_for_step(self, config: VLAConfig, step: int) -> None:
+    def wait_for_step(self, step: int) -> None:
         """Until a checkpoint of that step or a later one is there, or the run is over."""
-        wait_for(lambda: self.ended or saved_step(config) >= step)
+        wait_for(lambda: self.ended or saved_step(self.config) >= step)
 
 
 def saved_step(config: VLAConfig) -> int:
@@ -112,21 +118,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run of two ranks that nothing happened to, and how to start the like of it."""
-
-    config: VLAConfig
-    folder: Path
-
-    def another(self, name: str, changes: dict[str, Any] | None = None) -> tuple[VLAConfig, Path]:
-        """Its configuration under another name, and the file with it."""
-        config = config_from_dict(self.config.model_dump(mode="json"), {**(changes or {}), "training.experiment_name": name})
-        path = self.folder / f"{name}.yaml"
-        path.write_text(config.to_yaml(), encoding="utf-8")
-        return config, path
 
 
 def assert_same(config: VLAConfig, expected: VLAConfig) -> None:

@@ -3,6 +3,7 @@ however many they are."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.training.checkpoint import LAST, load_checkpoint
 from paligemma_vla.training.distributed import Distributed
 from support import distance, identical, read_metrics
@@ -52,6 +53,22 @@ def train_on(zygote: Zygote, config: VLAConfig, world_size: int, folder: Path, *
     for rank, result in enumerate(results):
         assert result.status == 0, f"rank {rank}: {result.stderr}"
     return results
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that others are compared with. folder: for files of their configurations, and logs."""
+
+    config: VLAConfig
+    folder: Path
+    zygote: Zygote
+
+    def another(self, name: str, changes: dict[str, Any] | None = None) -> VLAConfig:
+        """Its configuration, changed and under another name."""
+        return config_from_dict(self.config.model_dump(mode="json"), {**(changes or {}), "training.experiment_name": name})
+
+    def train(self, config: VLAConfig, world_size: int, *flags: str) -> list[Result]:
+        return train_on(self.zygote, config, world_size, self.folder, *flags)
 
 
 def last(config: VLAConfig) -> dict[str, Any]:

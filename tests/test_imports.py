@@ -23,3 +23,7 @@ def test_import_of_the_policy_loads_neither_training_nor_a_simulator() -> None:
     training = {name for name in names if name.startswith("paligemma_vla.training")}
     assert training == {"paligemma_vla.training", "paligemma_vla.training.checkpoint"}
     assert not names & {"paligemma_vla.data", "paligemma_vla.evaluation", "paligemma_vla.export", "metaworld", "mujoco", "av"}
+
+
+def test_import_of_the_trainer_loads_few_modules() -> None:
+    assert len([name for name in loaded("paligemma_vla.training.trainer") if name.startswith("paligemma_vla")]) <= 42

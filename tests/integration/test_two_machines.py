@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from machines import LENGTHS, SETTINGS, Node, Undisturbed, assert_same
+from machines import LENGTHS, SETTINGS, Node, assert_same
 from paligemma_vla.config import VLAConfig
-from ranks import assert_same_curve, train_on
+from ranks import Reference, assert_same_curve, train_on
 from support import write_episodes
 from zygote import Zygote
 
@@ -78,25 +78,25 @@ def networks() -> Iterator[list[Namespace]]:
 
 
 @pytest.fixture(scope="module")
-def alone(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def alone(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("two_machines")
     write_episodes(folder / "data", lengths=LENGTHS)
     changes = {"data.train_parquet_files": str(folder / "data"), "training.epochs": 12, "training.experiment_name": "alone"}
     config = session_config({**SETTINGS, **changes})
     train_on(zygote, config, 1, folder)
-    return Undisturbed(config, folder)
+    return Reference(config, folder, zygote)
 
 
 @contextlib.contextmanager
-def two_machines(networks: list[Namespace], path: Path, log: Path) -> Iterator[list[Node]]:
+def two_machines(networks: list[Namespace], config: VLAConfig, folder: Path) -> Iterator[list[Node]]:
     """An agent with two ranks in each network."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 Node(
-                    path,
-                    log,
+                    config,
+                    folder,
                     nodes="2",
                     port=PORT,
                     host=number == 0,
@@ -110,34 +110,32 @@ def two_machines(networks: list[Namespace], path: Path, log: Path) -> Iterator[l
         ]
 
 
-def finish(nodes: list[Node], log: Path) -> None:
+def finish(nodes: list[Node]) -> None:
     codes = [node.process.wait(300) for node in nodes]
-    assert codes == [0, 0], log.read_text()[-5000:]
+    assert codes == [0, 0], nodes[0].log[-5000:]
 
 
 @pytest.fixture(scope="module")
-def together(alone: Undisturbed, networks: list[Namespace]) -> VLAConfig:
+def together(alone: Reference, networks: list[Namespace]) -> VLAConfig:
     """The run of `alone` on two machines."""
-    config, path = alone.another("together")
-    log = alone.folder / "together.log"
-    with two_machines(networks, path, log) as nodes:
-        finish(nodes, log)
-    assert "on 4 process(es)" in log.read_text()
+    config = alone.another("together")
+    with two_machines(networks, config, alone.folder) as nodes:
+        finish(nodes)
+    assert "on 4 process(es)" in nodes[0].log
     return config
 
 
-def test_two_machines_compute_what_one_process_does(alone: Undisturbed, together: VLAConfig) -> None:
+def test_two_machines_compute_what_one_process_does(alone: Reference, together: VLAConfig) -> None:
     assert_same_curve(together, alone.config)
 
 
 def test_rank_killed_on_the_second_machine_changes_no_bit(
-    alone: Undisturbed, together: VLAConfig, networks: list[Namespace]
+    alone: Reference, together: VLAConfig, networks: list[Namespace]
 ) -> None:
-    config, path = alone.another("killed")
-    log = alone.folder / "killed.log"
-    with two_machines(networks, path, log) as nodes:
-        nodes[1].wait_for_step(config, 10)
+    config = alone.another("killed")
+    with two_machines(networks, config, alone.folder) as nodes:
+        nodes[1].wait_for_step(10)
         os.kill(nodes[1].processes()[1], signal.SIGKILL)
-        finish(nodes, log)
-    assert "resumed " in log.read_text()
+        finish(nodes)
+    assert "resumed " in nodes[0].log
     assert_same(config, together)
