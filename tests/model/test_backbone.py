@@ -150,14 +150,6 @@ def test_three_cameras_mixed(vlm: PaliGemmaVLM) -> None:
     assert (together[1] - real(vlm, [cameras[1][1:], cameras[0][1:]], PROMPTS[1:2])[0]).abs().max() > 1e-4
 
 
-def test_raw_prompts_equal_input_ids(vlm: PaliGemmaVLM) -> None:
-    present = torch.tensor([[True, True], [True, False], [True, True]])
-    ids, mask = (torch.from_numpy(array) for array in vlm.prompts.encode(PROMPTS, present.numpy()))
-    cameras = [pictures(3), pictures(3, seed=1)]
-    raw = real(vlm, cameras, PROMPTS, image_mask=present)
-    assert_same(raw, real(vlm, cameras, ["not", "looked", "at"], ids, mask, present), 0)
-
-
 def test_uint8_pictures_equal_normalised_float_ones(vlm: PaliGemmaVLM, tiny_model_dir: Path) -> None:
     _, spec = load_prompt_and_image_spec(str(tiny_model_dir), None, 64, "error", "stretch")
     images = pictures(3)
@@ -207,19 +199,6 @@ def test_damaged_weights_are_refused(copy: Path, session_config: ConfigFactory, 
         torch.save(tensors, copy / "pytorch_model.bin")
     with pytest.raises(ModelError, match=message):
         build_from(copy, session_config)
-
-
-@pytest.mark.parametrize("vision", [False, True])
-@pytest.mark.parametrize("language", [False, True])
-def test_freezing_frees_exactly_the_rest(session_config: ConfigFactory, vision: bool, language: bool) -> None:
-    vlm = build(
-        session_config({"model.vlm_config.freeze_vision_tower": vision, "model.vlm_config.freeze_language_model": language})
-    )
-    free = set(vlm.trainable_parameters())
-    for name, parameter in vlm.backbone.named_parameters():
-        in_vision = name.startswith(("vision_tower.", "multi_modal_projector."))
-        assert in_vision or name.startswith("language_model.")
-        assert (parameter in free) is not (vision if in_vision else language), name
 
 
 def test_activation_checkpointing_recomputes_and_changes_no_gradient(session_config: ConfigFactory) -> None:

@@ -94,14 +94,6 @@ def test_forward_without_actions_is_the_heads_sample_on_the_context(model: VLAMo
 
 
 @torch.no_grad()
-def test_one_camera_equals_two_with_the_second_absent(session_config: ConfigFactory, model: VLAModel, batch: Batch) -> None:
-    absent = arguments_from_batch({**batch, "image_mask": torch.tensor([[True, False]] * 4)})
-    two = model(**{**absent, "input_ids": None, "vlm_attention_mask_batch": None})
-    one = model(**{**absent, "input_ids": None, "vlm_attention_mask_batch": None, "image_2_batch": None, "image_mask": None})
-    torch.testing.assert_close(two.velocity, one.velocity, atol=2e-5, rtol=0)
-
-
-@torch.no_grad()
 def test_answer_does_not_depend_on_who_else_is_in_the_batch(
     model: VLAModel, batch: Batch, two_camera_dataset: VLADataset
 ) -> None:
@@ -196,21 +188,16 @@ def test_bfloat16_computes_in_bfloat16_on_float32_masters(
 
 
 @pytest.mark.parametrize(
-    ("key", "path", "message"),
+    ("key", "path"),
     [
-        ("model.vlm_config.backbone", "no.such.module:Class", "model.vlm_config.backbone: cannot find"),
-        ("model.action_head_config.head", "paligemma_vla.flow:NoSuchHead", "model.action_head_config.head: cannot find"),
-        ("model.action_head_config.head", "..:Head", "model.action_head_config.head: cannot find"),
-        (
-            "model.vlm_config.backbone",
-            "os:system",
-            r"backbone: got 'os:system', expected a torch\.nn\.Module with trainable",
-        ),
-        ("model.action_head_config.head", "torch.nn:Linear", r"head: got 'torch\.nn:Linear', expected .* with get_action\(\)"),
+        ("model.vlm_config.backbone", "no.such.module:Class"),
+        ("model.vlm_config.backbone", "os:system"),
+        ("model.action_head_config.head", "..:Head"),
+        ("model.action_head_config.head", "torch.nn:Linear"),
     ],
 )
-def test_class_that_cannot_be_found_names_the_key(session_config: ConfigFactory, key: str, path: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+def test_class_that_cannot_be_used_names_the_key(session_config: ConfigFactory, key: str, path: str) -> None:
+    with pytest.raises(ModelError, match=f"{key}: .*{path}"):
         VLAModel(session_config({key: path}))
 
 
