@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -12,8 +15,20 @@ import numpy as np
 import pytest
 
 from paligemma_vla import storage
-from paligemma_vla.errors import StorageError, UnreachableError
-from paligemma_vla.storage import MARKS, ByteSource, fetch, open_source, read_file
+from paligemma_vla.errors import DataError, StorageError, UnreachableError
+from paligemma_vla.storage import (
+    MARKS,
+    ByteFile,
+    ByteSource,
+    CachedSource,
+    atomic_file,
+    atomic_write,
+    fetch,
+    lock_file,
+    open_source,
+    read_file,
+    read_json,
+)
 from store import Faults, Store
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
@@ -149,3 +164,120 @@ def test_whole_files_are_fetched_through_the_same_patience(store: Store, quick: 
         assert fetch(url, tmp_path / "copy").read_bytes() == CONTENT
         assert read_file(url) == CONTENT
         assert read_file(url, 10) == CONTENT[:10]
+
+
+class Counted(ByteSource):
+    """Bytes in memory, and the ranges that were asked for."""
+
+    def __init__(self, content: bytes) -> None:
+        self.location, self.size, self.identity = "memory", len(content), (len(content), 0, 0)
+        self.content = content
+        self.asked: list[tuple[int, int]] = []
+
+    def _read(self, offset: int, count: int) -> bytes:
+        self.asked.append((offset, offset + count))
+        return self.content[offset : offset + count]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits in the proportions of the real ones."""
+    for name, value in {"GAP_BYTES": 8, "REQUEST_BYTES": 64, "CACHE_BYTES": 256, "TAIL_BYTES": 16}.items():
+        monkeypatch.setattr(storage, name, value)
+
+
+def test_whatever_is_announced_every_read_gives_the_files_bytes(small: None) -> None:
+    rng = np.random.default_rng(0)
+    content = rng.integers(0, 256, 1000, dtype=np.uint8).tobytes()
+    for _ in range(200):
+        held = CachedSource(Counted(content))
+        starts = rng.integers(-20, 1020, rng.integers(0, 30))
+        held.expect((int(start), int(start + rng.integers(0, 150))) for start in starts)
+        for _ in range(10):
+            offset = int(rng.integers(0, 1000))
+            count = int(rng.integers(0, 1001 - offset))
+            assert held.read_at(offset, count) == content[offset : offset + count]
+
+
+def requests(content: bytes, ranges: Iterable[tuple[int, int]], reads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    source = Counted(content)
+    held = CachedSource(source)
+    held.expect(ranges)
+    for start, stop in reads:
+        held.read_at(start, stop - start)
+    return source.asked
+
+
+def test_near_ranges_are_one_request_and_far_ones_are_not(small: None) -> None:
+    content = bytes(1000)
+    near, far = [(100, 110), (118, 130)], [(100, 110), (119, 130)]
+    assert requests(content, near, near) == [(100, 130)]
+    assert requests(content, far, far) == far
+    assert requests(content, near, reversed(near)) == [(100, 130)]
+    several = [(n, n + 10) for n in range(0, 200, 10)]
+    assert requests(content, several, several) == [(0, 60), (60, 120), (120, 180), (180, 200)]
+    assert requests(content, [(0, 150)], [(0, 10), (10, 70), (140, 150)]) == [(0, 64), (64, 128), (128, 150)]
+    assert requests(content, [], [(984, 1000), (5, 7)]) == [(984, 1000), (5, 7)]
+
+
+def test_columns_read_one_after_the_other_fetch_their_row_groups_once(small: None) -> None:
+    """As Parquet's reader does; what lies between two columns is not kept, or there would be no room."""
+    state = [(n, n + 4) for n in range(0, 960, 48)]
+    action = [(n + 6, n + 10) for n in range(0, 960, 48)]
+    asked = requests(bytes(1000), state + action, state + action)
+    assert asked == [(n, n + 10) for n in range(0, 960, 48)]
+
+
+def test_python_file_reads_and_seeks_like_a_file() -> None:
+    file, source = io.BytesIO(CONTENT), Counted(CONTENT)
+    with io.BufferedReader(ByteFile(source), 512) as ours:
+        for whence, offset, count in ((0, 100, 20), (1, -10, 700), (2, -30, 20), (2, -5, -1), (0, 0, 3)):
+            assert ours.seek(offset, whence) == file.seek(offset, whence)
+            assert ours.read(count) == file.read(count)
+            assert ours.tell() == file.tell()
+
+
+def test_atomic_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    atomic_write(path, "old")
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
+        file.write(b"half of the new")
+        file.flush()
+        assert path.read_text() == "old"
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old"
+    atomic_write(path, b"new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_json_that_is_missing_or_damaged_is_one_error(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="key: .*; restore it" if content is not None else "key: no such file; write it"):
+        read_json(path, DataError, "restore it", missing="write it", where="key")
+
+
+def test_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    code = (
+        "import sys; from pathlib import Path; from paligemma_vla.storage import lock_file; print(lock_file(Path(sys.argv[1])))"
+    )
+
+    def in_another_process() -> str:
+        return subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout.strip()
+
+    lock = lock_file(path)
+    assert lock is not None and in_another_process() == "None"
+    path.unlink()  # as its holder does before it ends
+    again = lock_file(path)
+    assert again is not None
+    lock.release()
+    assert in_another_process() == "None"
+    again.release()
+    assert in_another_process() != "None"

@@ -19,6 +19,7 @@ from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
 from paligemma_vla.evaluation.episode import Condition, caption, check_compatible, play
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
+from paligemma_vla.export.card import read_measurement
 from paligemma_vla.schema import DatasetMetadata
 
 
@@ -234,5 +235,7 @@ def test_command_line_writes_rollout_json(tmp_path, capsys):
     assert "faucet-open" in capsys.readouterr().out
     written = json.loads((tmp_path / "rollout.json").read_text())
     assert written["settings"]["resets"] == "stock" and written["settings"]["seed"] == 2
+    on_the_card = read_measurement(tmp_path / "rollout.json")
+    assert on_the_card.checkpoint is None and on_the_card.rows[0][0] == "faucet-open"
     with pytest.raises(SystemExit):
         parser.parse_args([*arguments, "--prompts", "wrong"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import CheckpointError
-from paligemma_vla.export import folder as export_folder
 from paligemma_vla.export.folder import ExportOptions, write_export
 from paligemma_vla.model import VLAModel
 from paligemma_vla.policy import CONFIG, Trained, fingerprint, load_trained
@@ -190,12 +190,6 @@ def without_a_weight(path: Path) -> None:
     save_file(weights, path)
 
 
-def with_a_wrong_shape(path: Path) -> None:
-    weights = load_file(path)
-    weights["action_head.velocity.bias"] = torch.zeros(1)
-    save_file(weights, path)
-
-
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -210,38 +204,21 @@ def flipped(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: (f / CONFIG).unlink(), "config.json: no such file"),
-        (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
-        (lambda f: (f / CONFIG).write_text("[1]"), "got list, expected a JSON object"),
-        (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be read as JSON"),
         (lambda f: (f / CONFIG).write_text('{"model_type": "paligemma"}'), "got a model of type 'paligemma', expected"),
-        (lambda f: (f / CONFIG).write_text('{"model_type": "paligemma_vla"}'), "got format None, expected 1"),
         (edited(lambda raw: raw.update(format=99)), "got format 99, expected 1"),
-        (edited(lambda raw: raw.pop("files")), "does not describe a policy"),
         (edited(lambda raw: raw.update(files=["x"])), "does not describe a policy"),
-        (edited(lambda raw: raw["files"].clear()), "does not describe a policy"),
-        (edited(lambda raw: raw.pop("preprocessor")), "does not describe a policy"),
         (edited(lambda raw: raw["preprocessor"].pop("prompts")), "does not describe a policy"),
-        (edited(lambda raw: raw["preprocessor"]["prompts"].update(no_such=1)), "does not describe a policy"),
-        (edited(lambda raw: raw["configuration"]["model"].pop("vlm_config")), "model.vlm_config: missing"),
         (edited(lambda raw: raw["configuration"]["data"].update(state_dimm=3)), "state_dimm: unknown key"),
-        (edited(lambda raw: raw["configuration"]["data"].update(state_dim=5)), "size mismatch"),
-        (
-            edited(lambda raw: raw["backbone"]["text_config"].update(hidden_size=48)),
-            "do not fit: size mismatch",
-        ),
+        (edited(lambda raw: raw["configuration"]["data"].update(state_dim=5)), "do not fit: size mismatch"),
         (edited(lambda raw: raw["backbone"].update(text_config="big")), "does not describe a policy"),
         (edited(lambda raw: raw["metadata"].update(control_hz="fast")), "control_hz: got"),
         (edited(lambda raw: raw["training"].pop("step")), "does not describe a policy"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
-        (lambda f: truncated(f / "model.safetensors"), "model.safetensors: damaged or edited"),
         (lambda f: flipped(f / "model.safetensors"), "model.safetensors: damaged or edited"),
         (rewritten("model.safetensors", truncated), "does not describe a policy"),
         (rewritten("model.safetensors", without_a_weight), "action_head.velocity.weight"),
-        (rewritten("model.safetensors", with_a_wrong_shape), "action_head.velocity.bias"),
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
         (rewritten("tokenizer.json", lambda path: path.write_text("{}")), "does not describe a policy"),
         (rewritten("processor_config.json", lambda path: path.write_text("{}")), "does not describe a policy"),
-        (lambda f: (f / "normalization_stats.json").write_text("{}"), "normalization_stats.json: damaged or edited"),
         (rewritten("normalization_stats.json", lambda path: path.write_text("{}")), "version: got"),
     ],
 )
@@ -292,30 +269,25 @@ def test_policy_on_the_hub_is_read_from_its_snapshot(
 
 
 @pytest.mark.parametrize(
-    "names",
-    [("notes.txt",), ("config.json", "notes.txt"), ("model.safetensors",), (".git", "config.json")],
+    ("names", "config"),
+    [
+        (("notes.txt",), ""),
+        (("config.json", "notes.txt"), '{"model_type": "paligemma_vla", "format": 1}'),
+        (("model.safetensors",), ""),
+        (("config.json",), '{"model_type": "paligemma"}'),
+    ],
 )
 def test_export_does_not_replace_what_it_did_not_write(
-    trained: Trained, policy: Policy, tmp_path: Path, names: tuple[str, ...]
+    trained: Trained, tmp_path: Path, names: tuple[str, ...], config: str
 ) -> None:
     output = tmp_path / "mine"
     output.mkdir()
     for name in names:
-        (output / name).write_text('{"model_type": "paligemma_vla", "format": 1}')
-    with pytest.raises(CheckpointError, match="which no export wrote; give another --output_dir"):
+        (output / name).write_text(config)
+    with pytest.raises(CheckpointError, match=r"which no export wrote|got a model of type 'paligemma'"):
         write(output, trained)
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_export_does_not_replace_a_backbone_or_a_file(trained: Trained, policy: Policy, tmp_path: Path) -> None:
-    backbone = tmp_path / "backbone"
-    backbone.mkdir()
-    (backbone / "config.json").write_text('{"model_type": "paligemma"}')
-    with pytest.raises(CheckpointError, match="got a model of type 'paligemma'"):
-        write(backbone, trained)
-    with pytest.raises(CheckpointError, match="a file is there, expected a folder"):
-        write(backbone / "config.json", trained)
 
 
 def test_export_replaces_an_earlier_one_and_leaves_nothing_beside(
@@ -329,33 +301,24 @@ def test_export_replaces_an_earlier_one_and_leaves_nothing_beside(
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_export_that_fails_leaves_what_was_there(
-    trained: Trained, policy: Policy, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
-) -> None:
-    if not before:
+@pytest.mark.parametrize("before", ["nothing", "an export", "an export that was set aside"])
+def test_export_that_fails_leaves_what_was_there(trained: Trained, folder: Path, tmp_path: Path, before: str) -> None:
+    """A kill between the two renames leaves the earlier export set aside; the next call brings it back, even if it fails."""
+    if before == "nothing":
         shutil.rmtree(folder)
+    elif before == "an export that was set aside":
+        folder.rename(folder.with_name(".policy.export.old"))
 
-    def full_disk(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(export_folder, "atomic_write", full_disk)
-    with pytest.raises(CheckpointError, match=r"policy: cannot be written \(No space left on device\); free some space"):
-        write(folder, trained, dtype="bfloat16")
-    assert [path.name for path in tmp_path.iterdir()] == (["policy"] if before else [])
-    if before:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # files may grow as little as a full disk lets them
+    try:
+        with pytest.raises(CheckpointError, match=r"policy: cannot be written \("):
+            write(folder, trained, dtype="bfloat16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if before == "nothing" else ["policy"])
+    if before != "nothing":
         assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
-
-
-def test_export_killed_between_its_renames_is_mended_by_the_next(
-    trained: Trained, policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The earlier export was set aside, the new one not yet in place; the next call fails, and the earlier one is back."""
-    folder.rename(folder.with_name(".policy.export.old"))
-    monkeypatch.setattr(export_folder, "atomic_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        write(folder, trained)
-    assert load_trained(folder).training["step"] == trained.training["step"]
 
 
 def test_export_of_a_run_with_adapters_is_a_model_without(session_config: ConfigFactory, tmp_path: Path) -> None:
