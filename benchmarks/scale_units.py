@@ -96,11 +96,9 @@ def store_units(folder: Path, block_mb: float) -> dict[str, float]:
     """Requests and bytes of one file and of one block, counted by a proxy before an object store."""
     from tests.store import Store
 
-    from paligemma_vla.data import index as index_module
     from paligemma_vla.data.index import EpisodeIndex
     from paligemma_vla.data.reader import EpisodeReader, cut_blocks
 
-    index_module.SETTLED_SECONDS = -60.0  # as if the files had been there for long; this process does nothing else
     with Store("plan") as store:
         (content,) = (path.read_bytes() for path in folder.glob("*.parquet"))
         for number in range(STORED):

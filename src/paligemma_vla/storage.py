@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Range = tuple[int, int]  # offset, and the first byte after it
-Listed = tuple[int, int] | None  # what a listing says of a file: size, and mtime in whole seconds
 
 NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")  # URLs that pyarrow opens
 CONNECT_SECONDS, SILENT_SECONDS = 5.0, 20.0  # until a connection stands; and without a byte coming through it
@@ -183,8 +182,8 @@ def _client(url: str, environment: frozenset[tuple[str, str]], process: int) -> 
     return type(system)(**{**options, **changes})
 
 
-def list_files(url: str) -> dict[str, Listed]:
-    """Files below a folder behind a URL, by path relative to it, sorted; none when it is not there. Raises `StorageError`.
+def list_files(url: str) -> list[str]:
+    """Files below a folder behind a URL, as paths relative to it, sorted; none when it is not there. Raises `StorageError`.
 
     A store that fails in the middle of a listing is asked again: no file is left out silently.
     """
@@ -192,29 +191,28 @@ def list_files(url: str) -> dict[str, Listed]:
         found, root = retry(url, lambda: _native_files(url) if url.startswith(NATIVE) else _fsspec_files(url), "its files")
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return {}
+            return []
         raise
     folder = f"{root.strip('/')}/".lstrip("/")
-    named = {path.strip("/"): listed for path, listed in found.items()}
-    return {path.removeprefix(folder): named[path] for path in sorted(named) if path.startswith(folder)}
+    return [path.removeprefix(folder) for path in sorted(path.strip("/") for path in found) if path.startswith(folder)]
 
 
-def _native_files(url: str) -> tuple[dict[str, Listed], str]:
+def _native_files(url: str) -> tuple[list[str], str]:
     from pyarrow.fs import FileSelector, FileType
 
     system, path = native_system(url)
-    files = (info for info in system.get_file_info(FileSelector(path, recursive=True)) if info.type == FileType.File)
-    return {info.path: (info.size, info.mtime_ns // 10**9) if info.mtime_ns else None for info in files}, path
+    found = system.get_file_info(FileSelector(path, recursive=True))
+    return [info.path for info in found if info.type == FileType.File], path
 
 
-def _fsspec_files(url: str) -> tuple[dict[str, Listed], str]:
+def _fsspec_files(url: str) -> tuple[list[str], str]:
     from fsspec import AbstractFileSystem
 
     system, path = file_system(url)
     system.invalidate_cache()
     # fsspec's own `find` leaves out folders that it fails to list, unless asked to raise.
     strict = {"on_error": "raise"} if type(system).find is AbstractFileSystem.find else {}
-    return {name: None for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")}, path
+    return [name for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")], path
 
 
 class ByteSource(ABC):

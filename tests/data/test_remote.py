@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from episode_files import columns, write
 from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data import formats
-from paligemma_vla.data import index as index_module
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
 from paligemma_vla.data.loader import VLADataset, batches, build_loader
@@ -180,31 +178,13 @@ def test_options_of_a_url_hold_for_the_files_behind_it(
     assert remote.fingerprint == EpisodeIndex.build(str(two_camera_dir)).fingerprint
 
 
-def test_second_index_asks_once_for_each_file_that_is_new(store: Store) -> None:
-    """It may yet be replaced without another size or date."""
+def test_second_index_asks_once_for_each_file(store: Store) -> None:
+    """A listing has no version, which alone tells some changes."""
     first = EpisodeIndex.build(store.url("two"))
     for _ in range(2):
         store.reset()
         same_index(EpisodeIndex.build(store.url("two")), first)
         assert store.requests == {"GET": 1, "HEAD": len(first.paths)}
-
-
-def test_index_of_files_that_have_settled_is_one_listing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_episodes(tmp_path / "a", lengths=(9, 9, 9), per_file=1)
-    write_episodes(tmp_path / "b", lengths=(9, 9, 9), per_file=1, seed=2)
-    url = store.upload(tmp_path / "a", "settled")
-    first = EpisodeIndex.build(url)
-    monkeypatch.setattr(index_module, "SETTLED_SECONDS", -60.0)
-    same_index(EpisodeIndex.build(url), first)  # asks for each, and keeps that it has
-    store.reset()
-    same_index(EpisodeIndex.build(url), first)
-    assert store.requests == {"GET": 1}
-    time.sleep(1.1)  # stores know seconds
-    store.put("settled/episodes-00001.parquet", (tmp_path / "b" / "episodes-00001.parquet").read_bytes())
-    store.reset()
-    assert EpisodeIndex.build(url).fingerprint != first.fingerprint
-    listing = 1
-    assert store.requests == {"GET": listing + 1, "HEAD": 2}, "the new one: asked whether it is, then read"
 
 
 def test_file_that_is_replaced_within_a_second_is_found(store: Store, tmp_path: Path) -> None:

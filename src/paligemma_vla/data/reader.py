@@ -36,7 +36,7 @@ from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 from paligemma_vla.schema import Rows
 
-OPEN_FILES = 64
+OPEN_FILES, FOOTER_BYTES = 64, 2**25  # of files that are kept open
 READING_THREADS = 4  # requests at a time of one loader process
 CLOSE_SECONDS = 1.0  # that requests under way may take to end when nobody needs them any more
 EPISODE_CACHE_BYTES = 64 * 2**20
@@ -116,7 +116,7 @@ def streaming_cache_bytes(blocks: Blocks, slots: int, window: int, ahead: int) -
     windows, with a block of any size.
     """
     each = window + 1 + 2 * ahead * len(blocks) / blocks.samples[-1]
-    return int((blocks.nbytes.mean() * (slots * each + window) + blocks.nbytes.max()) * 4 / 3)
+    return int(blocks.nbytes.mean() * (slots * each + window) + blocks.nbytes.max()) + FOOTER_BYTES
 
 
 @dataclass
@@ -144,7 +144,7 @@ class EpisodeReader:
         self._reset()
 
     def _reset(self) -> None:
-        self._files = _OpenFiles(self.index, self.cache_bytes // 4, ranges=self.blocks is not None)
+        self._files = _OpenFiles(self.index, min(FOOTER_BYTES, self.cache_bytes // 4), ranges=self.blocks is not None)
         self._videos = VideoDecoders()
         self._cache: OrderedDict[int, _Cached] = OrderedDict()
         self._cached_bytes = 0

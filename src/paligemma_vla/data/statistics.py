@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.data.faults import FaultError, no_rotation
-from paligemma_vla.data.index import REQUESTS, EpisodeIndex, ExclusionList, hex_digest
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, hex_digest
 from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.normalization import Accumulator, DatasetStatistics
 from paligemma_vla.schema import ACTION
@@ -21,6 +21,7 @@ from paligemma_vla.storage import is_url
 
 Floats = NDArray[np.float32]
 BLOCK_ROWS = 65536
+STORE_FILES = 16  # read at a time from a store
 
 
 def compute_statistics(
@@ -55,7 +56,7 @@ def compute_part(
 ) -> Part:
     """Read some files of an index once, in parallel; the rest as `compute_statistics`."""
     part = Part({}, _accumulators(index, actions))
-    with ThreadPoolExecutor(REQUESTS if any(map(is_url, index.paths)) else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(STORE_FILES if any(map(is_url, index.paths)) else os.cpu_count()) as pool:
         for file, seen in zip(files, pool.map(partial(_file_statistics, index, actions), files), strict=True):
             state, action = seen
             part.moments[file] = state.without_tails(), action.without_tails()

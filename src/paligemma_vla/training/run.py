@@ -342,7 +342,7 @@ class RemoteRun:
     def _names(self) -> list[str]:
         """Names of all files there, relative to the run's folder."""
         self.system.invalidate_cache()
-        return list(list_files(self.url))
+        return list_files(self.url)
 
     def _numbered(self, names: list[str]) -> list[str]:
         """The checkpoints among the files there, by their names alone."""
