@@ -170,13 +170,13 @@ def test_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
     os.killpg(child.pid, number)
     stopped = child.wait(60)
     assert stopped.status == status, stopped.stderr
-    told = re.search(
+    message = re.search(
         rf"stopped by {word} after step (\d+) of \d+; saved as (\S+); go on with\n  paligemma-vla (.*)", stopped.stderr
     )
-    assert told is not None, stopped.stderr
+    assert message is not None, stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert load_checkpoint(told[2])["step"] == int(told[1]) >= 9
-    finished = zygote.run([*shlex.split(told[3]), "--device", "cpu"], tmp_path)
+    assert load_checkpoint(message[2])["step"] == int(message[1]) >= 9
+    finished = zygote.run([*shlex.split(message[3]), "--device", "cpu"], tmp_path)
     assert finished.status == 0, finished.stderr
     assert_same_run(config.run_dir, undisturbed)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the specification's keys, whole or refused, readable without pickle."""
+"""Checkpoints: the specification's keys, complete or refused, readable without pickle."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(params=["s3", "file"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder for runs behind a URL."""
     if request.param == "s3":
         url = request.getfixturevalue("s3")
@@ -54,25 +54,25 @@ def forget(config: VLAConfig) -> None:
     shutil.rmtree(config.run_dir)
 
 
-def test_run_on_a_url_goes_on_from_another_machine_bit_for_bit(tiny_config: ConfigFactory, place: str) -> None:
-    whole = tiny_config({**SMALL, "training.experiment_name": "whole"})
-    train(whole, "cpu")
-    cut = tiny_config({**SMALL, "training.checkpoint_dir": place, "training.stop_after_step": 13})
+def test_run_on_a_url_goes_on_from_another_machine_bit_for_bit(tiny_config: ConfigFactory, location: str) -> None:
+    straight = tiny_config({**SMALL, "training.experiment_name": "straight"})
+    train(straight, "cpu")
+    cut = tiny_config({**SMALL, "training.checkpoint_dir": location, "training.stop_after_step": 13})
     train(cut, "cpu", "auto")
     forget(cut)
-    rest = load_config(f"{place}/run/config.yaml", {"training.stop_after_step": None})
+    rest = load_config(f"{location}/run/config.yaml", {"training.stop_after_step": None})
     train(rest, "cpu", "auto")
     for name in ("last", "checkpoint_epoch_2", "model_best"):
-        expected = load_checkpoint(whole.run_dir / "checkpoints" / f"{name}.pth.tar")
-        got = load_checkpoint(f"{place}/run/checkpoints/{name}.pth.tar")
+        expected = load_checkpoint(straight.run_dir / "checkpoints" / f"{name}.pth.tar")
+        got = load_checkpoint(f"{location}/run/checkpoints/{name}.pth.tar")
         assert all(identical(got[key], expected[key]) for key in ("state_dict", "optimizer", "ema", "step", "watch"))
-    assert read_metrics(rest.run_dir) == read_metrics(whole.run_dir)
-    local = {path.relative_to(whole.run_dir).as_posix() for path in whole.run_dir.rglob("*") if path.is_file()}
-    assert names(f"{place}/run") == local | {
+    assert read_metrics(rest.run_dir) == read_metrics(straight.run_dir)
+    local = {path.relative_to(straight.run_dir).as_posix() for path in straight.run_dir.rglob("*") if path.is_file()}
+    assert names(f"{location}/run") == local | {
         "checkpoints/checkpoint_epoch_1.pth.tar",
         "checkpoints/checkpoint_epoch_1.pth.tar.sha256",
     }
-    assert Policy.from_checkpoint(f"{place}/run/checkpoints/model_best.pth.tar").metadata["action_dim"] == 2
+    assert Policy.from_checkpoint(f"{location}/run/checkpoints/model_best.pth.tar").metadata["action_dim"] == 2
 
 
 @pytest.fixture(params=["reversed", "equal"])
@@ -133,8 +133,8 @@ def test_run_that_goes_on_from_an_older_checkpoint_moves_the_later_ones_aside_th
 def test_auto_passes_over_what_is_damaged_behind_the_url(
     tiny_config: ConfigFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = f"file://{tmp_path}/store"
-    config = tiny_config({**SMALL, "training.checkpoint_dir": place})
+    location = f"file://{tmp_path}/store"
+    config = tiny_config({**SMALL, "training.checkpoint_dir": location})
     train(config, "cpu")
     forget(config)
     newest = tmp_path / "store" / "run" / "checkpoints" / "checkpoint_epoch_2.pth.tar"
@@ -149,16 +149,16 @@ def test_auto_passes_over_what_is_damaged_behind_the_url(
 def test_second_run_of_the_same_name_moves_the_first_aside_in_the_store(
     tiny_config: ConfigFactory, s3: str, tmp_path: Path
 ) -> None:
-    place = f"{s3}/{tmp_path.name}"
-    config = tiny_config({**SMALL, "training.checkpoint_dir": place, "training.keep_last": 1, "data.val_fraction": 0.0})
+    location = f"{s3}/{tmp_path.name}"
+    config = tiny_config({**SMALL, "training.checkpoint_dir": location, "training.keep_last": 1, "data.val_fraction": 0.0})
     train(config, "cpu")
-    kept = {name for name in names(f"{place}/run") if name.startswith("checkpoints/checkpoint_")}
+    kept = {name for name in names(f"{location}/run") if name.startswith("checkpoints/checkpoint_")}
     assert kept == {f"checkpoints/checkpoint_epoch_2.pth.tar{suffix}" for suffix in ("", ".sha256")}
-    first = load_checkpoint(f"{place}/run/checkpoints/last.pth.tar")
+    first = load_checkpoint(f"{location}/run/checkpoints/last.pth.tar")
     train(config, "cpu")
-    (aside,) = {name.split("/")[0] for name in names(place)} - {"run"}
+    (aside,) = {name.split("/")[0] for name in names(location)} - {"run"}
     assert aside.startswith("run.")
-    assert identical(load_checkpoint(f"{place}/{aside}/checkpoints/last.pth.tar")["state_dict"], first["state_dict"])
+    assert identical(load_checkpoint(f"{location}/{aside}/checkpoints/last.pth.tar")["state_dict"], first["state_dict"])
 
 
 def test_named_checkpoint_behind_a_url_goes_on_in_its_own_folder(
@@ -190,11 +190,11 @@ def test_store_that_fails_in_mid_run_is_told_and_made_up_for(
         copy(self, path, name)
 
     monkeypatch.setattr(RemoteRun, "_copy", fails_at_first)
-    place = f"file://{tmp_path}/store"
+    location = f"file://{tmp_path}/store"
     with caplog.at_level(logging.ERROR):
-        train(tiny_config({**SMALL, "training.checkpoint_dir": place}), "cpu")
+        train(tiny_config({**SMALL, "training.checkpoint_dir": location}), "cpu")
     assert "no route to host; training goes on" in caplog.text
-    assert load_checkpoint(f"{place}/run/checkpoints/last.pth.tar")["epoch"] == 2
+    assert load_checkpoint(f"{location}/run/checkpoints/last.pth.tar")["epoch"] == 2
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "s3://no-such-bucket-here/x"])

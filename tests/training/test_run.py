@@ -111,8 +111,8 @@ def test_file_that_changes_during_training_stops_the_run(
     write_episodes(tmp_path / "data")
     file = tmp_path / "data" / "episodes-00001.parquet"
     settings = {"data.train_parquet_files": str(tmp_path / "data"), "data.cache_mb": 0, "data.allow_other_statistics": True}
-    whole = tiny_config({**settings, "training.experiment_name": "whole"})
-    assert started(whole, tmp_path) == 0
+    straight = tiny_config({**settings, "training.experiment_name": "straight"})
+    assert started(straight, tmp_path) == 0
     config = tiny_config({**settings, "training.save_every_n_steps": 1})
     step, content = Trainer._train_step, file.read_bytes()
 
@@ -126,15 +126,15 @@ def test_file_that_changes_during_training_stops_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", and_then_it_changes)
         assert started(config, tmp_path) == 2
-    told = capfd.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"error: {file}: ")
-    assert "changed" in told
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {file}: ")
+    assert "changed" in message
     assert load_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")["step"] >= 3
     file.write_bytes(content)
 
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert started(config, tmp_path, "--resume_checkpoint", "auto") == 0
-    first, second = (load_checkpoint(c.run_dir / "checkpoints" / "last.pth.tar") for c in (whole, config))
+    first, second = (load_checkpoint(c.run_dir / "checkpoints" / "last.pth.tar") for c in (straight, config))
     assert identical(first["state_dict"], second["state_dict"])
 
 

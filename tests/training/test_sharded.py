@@ -15,15 +15,15 @@ from support import call, checkpoint_payload, identical, write_checkpoint
 
 
 def test_split_and_fill_are_inverse_and_placeholders_are_plain() -> None:
-    whole = checkpoint_payload(7)
-    tensors, record = split(whole)
+    payload = checkpoint_payload(7)
+    tensors, record = split(payload)
     assert set(tensors) == {
         "state_dict/a.weight",
         "optimizer/state/0/exp_avg",
         "optimizer/state/4/exp_avg/codes",
         "ema/average/a.weight",
     }
-    assert identical(fill(record, tensors), whole)
+    assert identical(fill(record, tensors), payload)
     assert record["state_dict"]["a.weight"] == {"tensor": "state_dict/a.weight", "shape": [40, 30], "dtype": "float32"}
 
 
@@ -53,9 +53,9 @@ def test_consolidate_writes_the_single_file(tmp_path: Path, capfd: Any) -> None:
         (["--checkpoint_path", path, "--output_path", tmp_path / "x.bin"], "on this machine that ends with .pth.tar"),
         (["--checkpoint_path", path, "--output_path", "memory://x/y.pth.tar"], "on this machine that ends with .pth.tar"),
     ]:
-        code, _, told = call(capfd, "consolidate", *wrong)
+        code, _, message = call(capfd, "consolidate", *wrong)
         assert code == 2
-        assert words in told
+        assert words in message
 
 
 def test_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:

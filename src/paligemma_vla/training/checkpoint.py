@@ -123,7 +123,7 @@ def _with_keys(payload: Any, path: Path, keys: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path}: missing {', '.join(missing)}; it was not written by this program")
     if not isinstance(payload["step"], int):
-        raise CheckpointError(f"{path}: step: got {payload['step']!r}, expected a whole number; use an older checkpoint")
+        raise CheckpointError(f"{path}: step: got {payload['step']!r}, expected an integer; use an older checkpoint")
     return dict(payload)
 
 
@@ -312,7 +312,7 @@ def numbered(names: Iterable[str]) -> list[str]:
 
 
 def read_step(location: str | Path) -> float:
-    """The step of a checkpoint, infinite for one that does not tell it. Its weights are not read, nor fetched from a URL.
+    """The step of a checkpoint, infinite for one that cannot be read. Its weights are not read, nor fetched from a URL.
 
     Raises `StorageError` for a URL that cannot be reached.
     """
@@ -331,7 +331,7 @@ def read_step(location: str | Path) -> float:
 
 
 def newest_first(names: Iterable[str], step_of: Callable[[str], float]) -> list[str]:
-    """Checkpoints by their step, the highest first. Those that do not tell it lead, so that `first_valid` reports them."""
+    """Checkpoints by their step, the highest first. Unreadable ones come first, so that `first_valid` reports them."""
     return sorted(names, key=lambda name: (step_of(name), name), reverse=True)
 
 
