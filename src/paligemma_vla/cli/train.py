@@ -175,8 +175,8 @@ def was_begun_by_this_launcher(config: VLAConfig) -> bool:
     from paligemma_vla.training.distributed import launcher_id
     from paligemma_vla.training.run import read_starts
 
-    starts = read_starts(config.run_dir) if launcher_id() is not None else []
-    return bool(starts) and starts[-1].get("launcher") == launcher_id()
+    launcher = launcher_id()
+    return launcher is not None and [start.get("launcher") for start in read_starts(config.run_dir)][-1:] == [launcher]
 
 
 def _fetch_missing(checkpoint: Path, remote: RemoteRun | None) -> None:

@@ -163,7 +163,7 @@ def explain_communication() -> Iterator[None]:
     except RuntimeError as error:
         if not is_communication(error):
             raise
-        if launched():
+        if launcher_id() is not None:
             # The launcher reports the first process that ends: let that be the one that is gone.
             time.sleep(GRACE_SECONDS)
         raise CommunicationError(
@@ -195,7 +195,7 @@ def join(device: str | None) -> Distributed:
     NCCL on GPUs, one process each, gloo on CPUs (S7.1). NCCL_TIMEOUT: seconds a collective may take (S10.2).
     """
     chosen = choose_device(device)
-    if launched():
+    if launcher_id() is not None:
         end_with(os.getppid())  # a launcher that is killed cannot stop its ranks, and others will take their place
     if (world_size := _environment_number("WORLD_SIZE", 1)) == 1:
         return Distributed(0, 1, chosen)
@@ -257,15 +257,11 @@ def _environment_number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def launched() -> bool:
-    """True if an elastic launcher (torchrun, `launch`) has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def launcher_id() -> str | None:
-    """The name of the launcher that started this process: the same after its restarts, another for another launch.
+    """The name of the elastic launcher (torchrun, `launch`) that started this process; None without one.
 
-    It is the folder in which a launcher keeps the errors of its ranks: <run id>_<random>/attempt_<n>/<local rank>/error.json.
+    It is the same after a restart and another for another launch: the folder in which a launcher keeps the errors of its ranks,
+    <run id>_<random>/attempt_<n>/<local rank>/error.json.
     """
     path = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     return path.parents[2].name if len(path.parents) > 2 else None
@@ -290,15 +286,9 @@ def launch(entry: Callable[..., int], args: Any, nproc: int, max_restarts: int =
     # Their logs would show a traceback of what is raised below as one message.
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=f"paligemma-vla-{socket.gethostname()}-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{address}:{port}",
-        max_restarts=max_restarts,
-    )
+    run_id = f"paligemma-vla-{socket.gethostname()}-{os.getpid()}"
+    endpoint = f"{address}:{port}"
+    config = LaunchConfig(1, 1, nproc, run_id=run_id, rdzv_backend="c10d", rdzv_endpoint=endpoint, max_restarts=max_restarts)
     try:
         elastic_launch(config, entry)(args)
     except SignalException as error:

@@ -31,7 +31,7 @@ from paligemma_vla.errors import CheckpointError, ConfigError, DataError, ModelE
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.storage import atomic_write, fetch, file_system, list_files, lock_file, retry
 from paligemma_vla.training import checkpoint as ckpt
-from paligemma_vla.training.distributed import Distributed, launched, launcher_id
+from paligemma_vla.training.distributed import Distributed, launcher_id
 from paligemma_vla.training.preflight import Data
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _lock(run_dir: Path) -> BaseFileLock:
     """Beside the run's folder, which may be moved."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.with_name(f".{run_dir.name}.lock")
-    lock = lock_file(path, REPLACED_SECONDS if launched() else 0.0)
+    lock = lock_file(path, REPLACED_SECONDS if launcher_id() is not None else 0.0)
     if lock is None:
         raise ConfigError(
             f"training.experiment_name: {run_dir} is being trained by another process; wait for it, or give another name"

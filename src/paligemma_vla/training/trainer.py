@@ -30,7 +30,7 @@ from paligemma_vla.data.loader import Batch, run_batches
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
-from paligemma_vla.model.memory_plan import MemoryPlan, with_remedies
+from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
@@ -73,8 +73,10 @@ class Trainer:
             preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(where)) if saved else None
         backbone = saved["backbone"] if saved else None
         self.preprocessor, self.data, self.plan = prepare(config, distributed, preprocessor, backbone)
-        if distributed.main:
-            logger.log(*_describe_plan(self.plan))
+        if distributed.main and self.plan.fits:
+            logger.info("%s", self.plan.table())
+        elif distributed.main:
+            logger.warning("%s", with_remedies(self.plan).table())
         if saved is not None and not force:
             with _reading(where):
                 check_same_run(saved, config, self.data.fingerprint, str(where))
@@ -441,11 +443,6 @@ class Trainer:
                     f"one of the changes below (docs/troubleshooting.md); what was planned:\n{with_remedies(self.plan).table()}"
                 ) from error
             raise
-
-
-def _describe_plan(plan: MemoryPlan) -> tuple[int, str]:
-    """Level and text for the log: a plan that does not fit is a warning, with its remedies."""
-    return (logging.INFO, plan.table()) if plan.fits else (logging.WARNING, with_remedies(plan).table())
 
 
 @contextlib.contextmanager
