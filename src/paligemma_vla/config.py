@@ -110,7 +110,9 @@ class RotationConfig(Section):
     representation: Literal["euler_xyz", "rotvec", "quaternion_xyzw", "quaternion_wxyz", "rotation_6d"] = Field(
         description="How actions (and the state) write a rotation; euler_xyz: radians about the fixed axes x, y, z in turn."
     )
-    dimensions: Dimensions = Field(description="Of an action, those that hold it; of several rotations one after the other.")
+    dimensions: Dimensions = Field(
+        description="Dimensions of an action that are the rotation; several rotations follow one another."
+    )
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         kind, count = self.representation, len(self.dimensions)
@@ -164,7 +166,7 @@ class DataConfig(Section):
     pad_action_dim: bool = Field(False, description="Accept actions of fewer numbers: padded, and left out of the loss.")
     actions: ActionsConfig = Field(default_factory=ActionsConfig)
     batch_size: Positive = Field(32, description="Samples per optimiser step, over all processes and accumulation.")
-    num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in place.")
+    num_workers: NonNegative = Field(2, le=256, description="Loader processes per training process; 0: load in that process.")
     prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
     pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
     cache_mb: NonNegative = Field(256, description="Compressed row groups kept in memory, per loader process, MB.")
@@ -194,7 +196,7 @@ class LoRAConfig(Section):
         LINEAR_LAYERS,
         min_length=1,
         max_length=10_000,
-        description="Regular expression that the whole name of a linear layer matches; those of frozen towers are left out.",
+        description="Regular expression that must match the full name of a linear layer; frozen towers get no adapters.",
     )
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -215,8 +217,8 @@ class VLMConfig(Section):
     lora: LoRAConfig | None = Field(None, description="Train adapters instead of the backbone's weights; null: the weights.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="Compute type, in which frozen weights are held too; those that learn are kept in float32. bfloat16 on a "
-        "CPU without AVX-512 BF16 computes in float32.",
+        description="Compute type, and type of frozen weights; weights that learn are float32. On a CPU without AVX-512 BF16, "
+        "bfloat16 computes in float32.",
     )
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
     activation_checkpointing: Literal[False, True, "selective"] = Field(
@@ -295,7 +297,7 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
     parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
         "ddp",
-        description="How processes hold the model: each all of it (ddp), in shards (fsdp), or in shards within groups.",
+        description="What each process has of the model: a copy (ddp), a shard (fsdp), or a shard within its group (hsdp).",
     )
     shard_processes: Positive | None = Field(
         None, description="hsdp: processes that share one copy; null: those of one machine."
@@ -305,7 +307,7 @@ class TrainingConfig(Section):
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field((), description="E.g. head first, then all.")
     log_interval: Positive = Field(10, description="Optimiser steps between log lines.")
     validate_every_n_steps: Positive | None = Field(None, description="null: at the end of each epoch.")
-    val_max_samples: Positive = Field(2048, description="Validation samples for the loss, spread over the set.")
+    val_max_samples: Positive = Field(2048, description="Validation samples for the loss, evenly over the set.")
     val_action_samples: NonNegative = Field(256, description="Validation samples whose actions are sampled and compared.")
     best_metric: Literal["val/epoch_loss", "val/action_mae"] = Field("val/epoch_loss", description="What best means (lower).")
     save_every_n_epochs: Positive = Field(1, description="Epochs between numbered checkpoints.")
@@ -316,11 +318,11 @@ class TrainingConfig(Section):
         description="file: one .pth.tar; sharded: a folder to which every process writes while training goes on; null: sharded "
         "with fsdp and hsdp, unless checkpoint_dir is a URL.",
     )
-    stop_when_save_fails: bool = Field(False, description="On a full disk: stop; false: say so, keep the old ones, go on.")
+    stop_when_save_fails: bool = Field(False, description="On a full disk: stop; false: log it, keep the old ones, continue.")
     max_skipped_steps: Positive = Field(
         10, description="Steps in a row skipped for NaN or infinity, after which the run stops."
     )
-    checkpoint_dir: PathText = Field("experiments", description="Folder that holds the runs, or its URL (s3://, gs://, ...).")
+    checkpoint_dir: PathText = Field("experiments", description="Folder of the runs, or its URL (s3://, gs://, ...).")
     experiment_name: str = Field(
         "default", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=128, description="This run's folder."
     )
@@ -329,7 +331,7 @@ class TrainingConfig(Section):
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the run's folder.")
 
     def processes_per_copy(self, processes: int, on_machine: int) -> int:
-        """How many of all processes hold one model together. on_machine: those of one machine."""
+        """How many of all processes share one copy of the model. on_machine: processes of one machine."""
         return {"ddp": 1, "fsdp": processes, "hsdp": self.shard_processes or on_machine}[self.parallel]
 
     @property
@@ -421,7 +423,7 @@ class VLAConfig(Section):
 
 
 def own_statistics(config_path: str | Path) -> str | None:
-    """The statistics beside a configuration that lies in a run's folder: that folder may have moved since it named them."""
+    """The statistics beside a configuration in a run's folder, which may have moved since it named them."""
     path = Path(config_path)
     statistics = path.with_name(RUN_STATISTICS)
     is_run = path.name == RUN_CONFIG and path.with_name(RUN_ENVIRONMENT).is_file() and statistics.is_file()
@@ -429,7 +431,7 @@ def own_statistics(config_path: str | Path) -> str | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.2), and refuses a key given twice and text that no file name can hold."""
+    """SafeLoader that reads 1e-4 as a number (YAML 1.2), and refuses a key given twice and text with NUL characters."""
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)

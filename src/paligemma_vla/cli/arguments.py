@@ -19,7 +19,7 @@ Made = TypeVar("Made", bound="DataclassInstance")
 
 
 def between(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """Type of a flag that takes a whole number of a range."""
+    """Type of a flag: a whole number within limits."""
 
     def whole_number(text: str) -> int:
         with suppress(ValueError):
@@ -53,7 +53,7 @@ def configured(args: argparse.Namespace, overrides: Mapping[str, object | None])
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser, required: bool, note: str = "") -> None:
-    """`--checkpoint_path` and `--weights`: which policy, and how its weights are kept."""
+    """`--checkpoint_path` and `--weights`: which policy, and the type of its weights."""
     parser.add_argument(
         "--checkpoint_path",
         required=required,

@@ -12,7 +12,7 @@ from paligemma_vla.cli.arguments import add_simulator_arguments, from_flags
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from paligemma_vla.evaluation.envs import Control
 
-    add_simulator_arguments(parser, "kept per task", "a killed call goes on in the same folder")
+    add_simulator_arguments(parser, "recorded per task", "a killed call continues in the same folder")
     parser.add_argument(
         "--control", choices=get_args(Control), default="delta", help="what is recorded as action (default: %(default)s)"
     )

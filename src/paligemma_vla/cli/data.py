@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--from", dest="source", **formats, help="format of the input (default: as its name says)")
     convert.add_argument("--to", dest="target", default=NATIVE, **formats, help="format of the output (default: native)")
     convert.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; for native: file, folder or glob")
-    convert.add_argument("--output_dir", type=Path, required=True, metavar="D", help="a killed call goes on when repeated")
+    convert.add_argument("--output_dir", type=Path, required=True, metavar="D", help="repeat a killed call to continue it")
     convert.add_argument("--cameras", nargs="+", metavar="NAME", help="which, in the order image_1, image_2 ... (default: all)")
     convert.add_argument("--episodes", metavar="FIRST:STOP", help="only these, counted from 0")
     add_workers(convert)

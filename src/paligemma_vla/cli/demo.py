@@ -1,5 +1,4 @@
-"""The whole job on a simulator, with nothing but the project's own commands: demonstrations, statistics, training,
-closed-loop evaluation under six conditions, report.
+"""`paligemma-vla demo`: demonstrations, statistics, training, closed-loop evaluation under six conditions, report.
 
 Every stage goes through the code and files that the 3-billion-parameter model takes; only configs/demo.yaml differs.
 """
@@ -42,7 +41,7 @@ class DemoCondition(NamedTuple):
         return config.run_dir / "rollouts" / self.key.removesuffix("_mean_success")
 
 
-OPPOSITE = "success of the task it was told to undo: low if the instruction decides"
+OPPOSITE = "success of the opposite task: low if the instruction decides"
 UNSEEN = "a known verb and object in a carrier phrase that they were not trained in"
 CONDITIONS = (
     DemoCondition("mean_success", "right instruction", "new starts, instructions worded as in training", videos=1),

@@ -24,7 +24,7 @@ from paligemma_vla.errors import Terminated, VLAError
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
     "stats": "compute normalisation statistics",
-    "plan": "tell what training will hold in memory",
+    "plan": "count the memory that training needs",
     "train": "train a policy",
     "consolidate": "write a checkpoint in shards as one .pth.tar",
     "evaluate": "compare a policy's actions with recorded episodes",
@@ -99,7 +99,7 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
     except Terminated:
         _write("terminated")
         return 143
-    except BrokenPipeError:  # whoever read this has gone, as `| head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end that it cannot flush
         return 141
     except Exception as error:  # of any kind: a user gets a message and a status, never a traceback unasked
@@ -117,7 +117,7 @@ def log_to_stderr() -> None:
 
 
 def _write(message: str) -> None:
-    with suppress(OSError):  # stderr may lead to a full disk, or nowhere any more
+    with suppress(OSError):  # stderr may be a full disk, or closed
         sys.stderr.write(f"{message}\n")
 
 
@@ -146,7 +146,7 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
 
 
 def _printable(message: str) -> str:
-    """A message may quote what a damaged file holds: control characters, or a hundred thousand of any."""
+    """A message as a terminal can show it: it may quote a damaged file, with control characters or very long lines."""
     lines = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n")]
     shown = "\n".join(lines[:MOST_LINES] + [f"  ... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)

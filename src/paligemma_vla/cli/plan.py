@@ -1,4 +1,4 @@
-"""`paligemma-vla plan`: what a configuration's training will hold in memory, and what each change would save.
+"""`paligemma-vla plan`: the memory that training with a configuration needs, and what each change would save.
 
 It needs neither data nor weights, nor the GPU it plans for. Exits with 0 when the plan fits, 1 when it does not.
 """
