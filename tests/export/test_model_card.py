@@ -83,10 +83,7 @@ def test_card_says_what_goes_in_and_comes_out(trained: Trained, policy: Policy) 
     assert "weights in bfloat16" in card
     for heading in ("Use", "Training procedure", "Intended use and limits", "Licence"):
         assert f"\n## {heading}\n" in card
-
-
-def test_card_example_is_python(trained: Trained, policy: Policy) -> None:
-    code = card_of(trained, "float32", ()).split("```python\n")[1].split("```")[0]
+    code = card.split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")
     assert '"image_2": image_2' in code
 
@@ -160,11 +157,8 @@ def test_card_tells_every_figure_that_was_given(trained: Trained, policy: Policy
     assert "flatter" not in card
 
 
-def test_figures_of_random_actions_belong_to_no_checkpoint(tmp_path: Path) -> None:
+def test_figures_of_random_actions_and_of_training_data_are_called_so(tmp_path: Path) -> None:
     assert read(closed_loop("random"), tmp_path).checkpoint is None
-
-
-def test_figures_on_training_data_are_called_flattering(tmp_path: Path) -> None:
     assert "flatter" in read({**open_loop(), "data": {"training_files": 2}}, tmp_path).note
 
 
@@ -173,25 +167,12 @@ def test_figures_on_training_data_are_called_flattering(tmp_path: Path) -> None:
     [
         {},
         [1, 2],
-        3,
-        {"mae": 1.0},
         {**open_loop(), "mae": "small"},
         {**open_loop(), "per_dimension": 3},
-        {name: value for name, value in open_loop().items() if name != "checkpoint"},
         {**closed_loop(), "tasks": {"x": {"successes": 1}}},
-        {**closed_loop(), "tasks": {"x": {**closed_loop()["tasks"]["drawer-open"], "ci95": [1]}}},
         {**demonstration(), "tasks": []},
     ],
 )
 def test_file_that_holds_no_figures_of_ours_is_refused(raw: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--metrics .*figures\.json"):
         read(raw, tmp_path)
-
-
-def test_file_of_figures_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    for name, content in (("broken.json", b"{"), ("binary.json", b"\xff\xfe\x00"), ("deep.json", b"[" * 100_000)):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=name):
-            read_measurement(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"no\.json: no such file"):
-        read_measurement(tmp_path / "no.json")
