@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
-from paligemma_vla.action_settings import resolve_actions
+from paligemma_vla.actions import resolve_actions
 from paligemma_vla.cli.train import train
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.index import EpisodeIndex

@@ -28,14 +28,13 @@ from transformers import PaliGemmaConfig
 from paligemma_vla import Policy, flow
 from paligemma_vla.config import VLAConfig, VLMConfig, load_config, parse_assignments
 from paligemma_vla.data.loader import build_preprocessor
-from paligemma_vla.export.folder import Restored
 from paligemma_vla.model.architectures import known_architecture, read_architecture
 from paligemma_vla.model.memory_plan import plan_memory
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import ImageSpec, Preprocessor
-from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.schema import image_key
 from paligemma_vla.training.optim import build_optimizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "vla_config_24gb.yaml"
@@ -229,8 +228,17 @@ def _policy(shapes: dict[str, Any], device: torch.device, common: dict[str, Any]
         f"image_{n + 1}": rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for n in range(config.model.vlm_config.cameras)
     }
     observation |= {"state": np.zeros(7, np.float32), "prompt": "open the drawer"}
-    restored = Restored(model, _preprocessor(config, shapes), config, DatasetMetadata())
-    return Policy(restored, {}, {}, None), observation
+    return Untrained(model, _preprocessor(config, shapes), config), observation
+
+
+class Untrained(Policy):
+    """A policy of random weights, which no checkpoint holds."""
+
+    def __init__(self, model: VLAModel, preprocessor: Preprocessor, config: VLAConfig) -> None:
+        self.model, self.preprocessor, self.config = model, preprocessor, config
+        self.device = next(model.parameters()).device
+        cameras = [image_key(number + 1) for number in range(config.model.vlm_config.cameras)]
+        self.metadata = {"cameras": cameras, "state_dim": preprocessor.state.dimension}
 
 
 def _preprocessor(config: VLAConfig, shapes: dict[str, Any]) -> Preprocessor:
