@@ -25,7 +25,7 @@ from tqdm import tqdm
 from paligemma_vla import schema
 from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
-from paligemma_vla.data.loader import Collator, VLADataset, batches
+from paligemma_vla.data.loader import Collator, VLADataset, batches, read_chunk
 from paligemma_vla.data.order import SampleRef, ValidationSampler
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model.vla_model import arguments_from_batch
@@ -176,20 +176,17 @@ class Samples:
             if column is not None and column.present(number):
                 where = f"{self.index.paths[file]}: row {row}, column {schema.image_column(camera)}"
                 observation[schema.image_key(camera)] = np.asarray(decode_picture(column, number, where))
-        real = min(self.horizon, int(self.index.length[episode]) - step)
-        actions = self._actions(file, row, row + real)
-        padded = np.concatenate([actions, np.repeat(actions[-1:], self.horizon - real, axis=0)])
-        mask = np.arange(self.horizon) < real
-        return Sample(sample, episode, step, observation, padded, mask)  # type: ignore[arg-type]
+        actions, mask = read_chunk(self.dataset.reader, episode, step, self.horizon)
+        return Sample(sample, episode, step, observation, self._canonical(actions), mask)  # type: ignore[arg-type]
 
     def actions(self, episode: int) -> Floats:
         """All actions (L, A) of an episode."""
-        start = int(self.index.start[episode])
-        return self._actions(int(self.index.file[episode]), start, start + int(self.index.length[episode]))
+        actions, _ = read_chunk(self.dataset.reader, episode, 0, int(self.index.length[episode]))
+        return self._canonical(actions)
 
-    def _actions(self, file: int, start: int, stop: int) -> Floats:
-        """Actions of some rows, with rotations written as the policy writes them, so that the two can be compared."""
-        return self.dataset.preprocessor.actions.canonical(self.dataset.reader.actions(file, start, stop))
+    def _canonical(self, actions: Floats) -> Floats:
+        """Rotations written as the policy writes them, so that the two can be compared."""
+        return self.dataset.preprocessor.actions.canonical(actions)
 
 
 def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
