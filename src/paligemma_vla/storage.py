@@ -85,6 +85,89 @@ def working_copy(url: str) -> Path:
     return cache_dir("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
 
 
+def read_file(location: str | Path, limit: int = -1) -> bytes:
+    """The first `limit` bytes (all by default) of a file. Raises `OSError`, or `StorageError` for a URL."""
+    if is_url(str(location)):
+        with open_source(location) as source:
+            return source.read_at(0, source.size if limit < 0 else min(limit, source.size))
+    with open(location, "rb") as file:
+        return file.read(limit)
+
+
+def read_json(
+    location: str | Path, error: type[VLAError], remedy: str, missing: str | None = None, where: str | None = None
+) -> dict[str, Any]:
+    """The object in a JSON file that somebody may have edited or damaged.
+
+    Raises `error` with `where` (by default the location), the reason and `remedy`, or `missing` when there is no such file.
+    """
+    where = where or str(location)
+    try:
+        raw = json.loads(read_file(location))
+    except FileNotFoundError as cause:
+        raise error(f"{where}: no such file; {missing or remedy}") from cause
+    except (OSError, ValueError, RecursionError) as cause:  # RecursionError: nested too deep
+        raise error(f"{where}: cannot be read as JSON ({first_line(cause)}); {remedy}") from cause
+    if not isinstance(raw, dict):
+        raise error(f"{where}: got {type(raw).__name__}, expected a JSON object; {remedy}")
+    return raw
+
+
+def sha256(path: str | Path) -> str:
+    """Digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to write, which becomes `path` when the block ends: `path` is the old file or the complete new one.
+
+    It has a temporary name (`.name`) beside `path` until then, is synced to the disk and renamed; an error removes it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: str | Path, content: bytes | memoryview | str) -> None:
+    """Write a file as `atomic_file` does; text as UTF-8."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder to the disk, so that the renames in it survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
+    """Lock a file until `release` is called or the process ends; None when another process holds it for `seconds` more.
+
+    Raises `OSError` where the file system has no locks.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, fallback_to_soft=False, thread_local=False)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
+    return lock
+
+
 # Errors of Python for what is not there, or was asked wrongly: another attempt cannot help.
 FINAL_ERRORS = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
@@ -313,6 +396,9 @@ class RemoteSource(ByteSource):
         self._file.close()
 
 
+MARKS = (0xA5, 0x5A)  # see `NativeSource._request`
+
+
 class NativeSource(RemoteSource):
     """A file that pyarrow opens: one request to open it, one for each range."""
 
@@ -340,9 +426,6 @@ class NativeSource(RemoteSource):
             if got == count and content[-1] != mark:
                 return bytes(content)
         raise ConnectionError(f"the answer was shorter than the {count} bytes that were asked for")
-
-
-MARKS = (0xA5, 0x5A)
 
 
 class FsspecSource(RemoteSource):
@@ -484,86 +567,3 @@ def fetch(url: str, target: Path) -> Path:
         for offset in range(0, source.size, FETCH_BYTES):
             file.write(source.read_at(offset, min(FETCH_BYTES, source.size - offset)))
     return target
-
-
-def read_file(location: str | Path, limit: int = -1) -> bytes:
-    """The first `limit` bytes (all by default) of a file. Raises `OSError`, or `StorageError` for a URL."""
-    if is_url(str(location)):
-        with open_source(location) as source:
-            return source.read_at(0, source.size if limit < 0 else min(limit, source.size))
-    with open(location, "rb") as file:
-        return file.read(limit)
-
-
-def read_json(
-    location: str | Path, error: type[VLAError], remedy: str, missing: str | None = None, where: str | None = None
-) -> dict[str, Any]:
-    """The object in a JSON file that somebody may have edited or damaged.
-
-    Raises `error` with `where` (by default the location), the reason and `remedy`, or `missing` when there is no such file.
-    """
-    where = where or str(location)
-    try:
-        raw = json.loads(read_file(location))
-    except FileNotFoundError as cause:
-        raise error(f"{where}: no such file; {missing or remedy}") from cause
-    except (OSError, ValueError, RecursionError) as cause:  # RecursionError: nested too deep
-        raise error(f"{where}: cannot be read as JSON ({first_line(cause)}); {remedy}") from cause
-    if not isinstance(raw, dict):
-        raise error(f"{where}: got {type(raw).__name__}, expected a JSON object; {remedy}")
-    return raw
-
-
-def sha256(path: str | Path) -> str:
-    """Digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write, which becomes `path` when the block ends: `path` is the old file or the complete new one.
-
-    It has a temporary name (`.name`) beside `path` until then, is synced to the disk and renamed; an error removes it.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def atomic_write(path: str | Path, content: bytes | memoryview | str) -> None:
-    """Write a file as `atomic_file` does; text as UTF-8."""
-    with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder to the disk, so that the renames in it survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def lock_file(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
-    """Lock a file until `release` is called or the process ends; None when another process holds it for `seconds` more.
-
-    Raises `OSError` where the file system has no locks.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path, fallback_to_soft=False, thread_local=False)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        return None
-    return lock

@@ -89,9 +89,9 @@ def check_replaceable(output: Path) -> None:
     if not output.is_dir():
         raise CheckpointError(f"{output}: a file is there, expected a folder to write; give another --output_dir")
     names = sorted(os.listdir(output))
-    strangers = [name for name in names if not WRITTEN.fullmatch(name)]
-    if names and (strangers or CONFIG not in names):
-        shown = ", ".join((strangers or names)[:5])
+    foreign = [name for name in names if not WRITTEN.fullmatch(name)]
+    if names and (foreign or CONFIG not in names):
+        shown = ", ".join((foreign or names)[:5])
         raise CheckpointError(f"{output}: holds {shown}, which no export wrote; give another --output_dir, or an empty one")
     if names:
         read_config(output)
@@ -108,10 +108,8 @@ def _staged(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(old)
         folder.rename(output)
-    except CheckpointError:
-        raise
-    except Exception as error:  # of any kind: torch and safetensors make errors of their own of the disk's
-        if not _is_of_the_disk(error):
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.export.save wrap the system's error
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise CheckpointError(
@@ -122,16 +120,11 @@ def _staged(output: Path) -> Iterator[Path]:
 
 
 def _clear(output: Path, folder: Path, old: Path) -> None:
-    """Remove what is half written. The earlier export, set aside for a moment, comes back if nothing took its place."""
+    """Remove incomplete files. The earlier export, set aside for a moment, comes back if nothing took its place."""
     if old.exists() and not output.exists():
         old.rename(output)
     for leftover in (folder, old):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    # torch.export.save and safetensors turn the system's error into one of their own.
-    return isinstance(error, OSError | SafetensorError) or (isinstance(error, RuntimeError) and "writ" in str(error))
 
 
 def _write_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], options: ExportOptions) -> None:
@@ -155,18 +148,14 @@ def _write_processor(folder: Path, prompts: PromptEncoder, image: ImageSpec) -> 
     from transformers import GemmaTokenizer, PaliGemmaProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    pictures: Any = SiglipImageProcessorPil(
-        size={"height": image.size, "width": image.size},
-        image_mean=list(image.mean),
-        image_std=list(image.std),
-        resample=image.resample,
-    )
-    pictures.image_seq_length = prompts.image_tokens
+    size, mean, std = {"height": image.size, "width": image.size}, list(image.mean), list(image.std)
+    images: Any = SiglipImageProcessorPil(size=size, image_mean=mean, image_std=std, resample=image.resample)
+    images.image_seq_length = prompts.image_tokens
     encoder: Any = Tokenizer.from_str(prompts.tokenizer_json)
     named = {"bos_token": prompts.bos_id, "pad_token": prompts.pad_id}
     special: Any = {name: encoder.id_to_token(number) for name, number in named.items()}
     tokenizer = GemmaTokenizer(tokenizer_object=encoder, **special)
-    PaliGemmaProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
+    PaliGemmaProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     # As it is in the checkpoint: what we read back must not depend on how transformers writes it.
     (folder / TOKENIZER).write_text(prompts.tokenizer_json, encoding="utf-8")
 
