@@ -238,7 +238,7 @@ class LeRobotOutput:
 
     def _values(self, recording: Recording, episode: int, step: int) -> dict[str, NDArray[Any]]:
         """Everything but images, by column. episode, step: numbers of the episode and of its first step."""
-        steps = np.arange(recording.length)
+        steps, tasks = np.arange(recording.length), {text: self.tasks.index(text) for text in set(recording.prompts)}
         return {
             STATE: recording.state,
             ACTION: recording.action,
@@ -247,7 +247,7 @@ class LeRobotOutput:
             "frame_index": steps,
             "episode_index": np.full(recording.length, episode),
             "index": step + steps,
-            "task_index": np.array([self.tasks.index(prompt) for prompt in recording.prompts]),
+            "task_index": np.array([tasks[text] for text in recording.prompts]),
         }
 
     def _table(self, columns: dict[str, NDArray[Any]], images: dict[str, list[bytes]]) -> pa.Table:
