@@ -333,7 +333,8 @@ def _compare_camera(
     for step, (expected, got) in enumerate(zip(source, result, strict=True)):
         if (expected is None) != (got is None):
             raise _DifferenceError(f"step {step}: an image is there in only one of them")
-        if expected is not None and got is not None and (expected.encoded() is None or expected.encoded() != got.encoded()):
+        data = None if expected is None else expected.encoded()
+        if expected is not None and got is not None and (data is None or data != got.encoded()):
             different.append(step)
     chosen = np.unique(np.linspace(0, len(different) - 1, min(SAMPLED, len(different))).round().astype(int))
     ratios = [_compare_frame(source, result, different[n], lossless) for n in chosen]
