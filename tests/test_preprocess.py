@@ -79,15 +79,11 @@ def test_prompt_too_long_is_refused_with_the_remedy(tiny_model_dir: Path) -> Non
 def test_prompt_too_long_is_cut_but_keeps_bos_and_newline(tiny_model_dir: Path) -> None:
     text = "open the drawer and then close the drawer and then open it again"
     whole = load(tiny_model_dir)[0].text_ids(text)
+    assert len(load(tiny_model_dir, max_len=len(whole))[0].text_ids(text)) == len(whole)  # exactly the limit
     cut = load(tiny_model_dir, max_len=8, overflow="truncate")[0].text_ids(text)
     assert len(cut) == 8
     assert cut[:-1].tolist() == whole[:7].tolist()
     assert (cut[0], cut[-1]) == (whole[0], whole[-1])
-
-
-def test_prompt_of_exactly_the_limit_passes(tiny_model_dir: Path) -> None:
-    length = len(load(tiny_model_dir)[0].text_ids("open the drawer"))
-    assert len(load(tiny_model_dir, max_len=length)[0].text_ids("open the drawer")) == length
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n\t"])
@@ -176,11 +172,6 @@ def test_preprocessor_round_trip_is_the_identity(preprocessor: Preprocessor) -> 
     np.testing.assert_array_equal(copy.prompts.text_ids("open it"), preprocessor.prompts.text_ids("open it"))
 
 
-def test_preprocessor_survives_pickling(preprocessor: Preprocessor) -> None:
-    copy = pickle.loads(pickle.dumps(preprocessor))  # noqa: S301
-    assert copy.to_dict() == preprocessor.to_dict()
-
-
 def test_processor_and_config_that_disagree_on_the_image_token_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -211,11 +202,3 @@ def test_backbone_that_cannot_be_loaded_names_licence_login_and_folder(
     assert f"'{name}'" in text
     for word in ("licence", "hf auth login", "HF_TOKEN", "local folder", "--model_path_override"):
         assert word in text
-
-
-def test_backbone_folder_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    from transformers import BertConfig
-
-    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
-    with pytest.raises(ModelError):
-        load(tmp_path)

@@ -48,13 +48,13 @@ def __getattr__(name: str) -> Any:
 
 
 # torchao, which transformers imports where it is installed, warns of kernels for GPUs that are not here, and torch of how it
-# registers its types; httpx tells of every request to the hub.
+# registers its types; httpx logs every request to the hub.
 LEVELS = {"torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR, "httpx": logging.WARNING}
 
 
 def quiet_libraries() -> None:
-    """Keep from the user what libraries tell that helps nobody. Torch's C++ reads its level when it is first imported."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection would be told with every frame of its stack
+    """Silence warnings of libraries that no user can act on. Torch's C++ reads its level when it is first imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection prints a C++ stack
     for name, level in LEVELS.items():
         logging.getLogger(name).setLevel(level)
 

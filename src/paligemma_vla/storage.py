@@ -412,10 +412,10 @@ class NativeSource(RemoteSource):
         return file, (file.size(), system.get_file_info(path).mtime_ns or 0, 0)
 
     def _request(self, offset: int, count: int) -> bytes:
-        """pyarrow's S3 client takes an answer that is too short for a whole one, and leaves the rest of the buffer as it was.
+        """pyarrow's S3 client accepts an answer that is too short, and leaves the rest of the buffer as it was.
 
-        So the last byte is set before. If it is unchanged after, the request is made again with another value in its place:
-        one that is unchanged twice was never written.
+        So the last byte is set before each request. If it is unchanged afterwards, the request is repeated with another
+        value: a byte that is unchanged twice was never written.
         """
         content = bytearray(count)
         for mark in MARKS:
