@@ -38,7 +38,6 @@ class ActingPolicy(Protocol):
         self, observation: Mapping[str, Any], *, seed: int | None = None, num_steps: int | None = None
     ) -> Mapping[str, Any]:
         """`actions` (K, A) in real units, for an observation with images, `state` and `prompt`."""
-        ...
 
 
 @dataclass(frozen=True)

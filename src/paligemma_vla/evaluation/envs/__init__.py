@@ -87,31 +87,24 @@ class Environment(Protocol):
 
         The same demonstration in either control moves the robot alike. Raises `SimulatorError` where there is no such control.
         """
-        ...
 
     def tasks(self) -> tuple[str, ...]:
         """Names of all tasks, in a fixed order."""
-        ...
 
     def canonical(self, task: str) -> str:
         """The name that `tasks` uses for `task`; raises `SimulatorError` when there is none."""
-        ...
 
     def opposite(self, task: str) -> str | None:
         """The task that undoes this one in the same scene, if there is one."""
-        ...
 
     def prompts(self, task: str, kind: PromptKind) -> tuple[str, ...]:
         """Instructions for a task: `own` are for training, `unseen` are held out (empty when the task has none)."""
-        ...
 
     def max_steps(self, task: str) -> int:
         """Steps after which an episode of this task is over."""
-        ...
 
     def can_start_done(self, task: str) -> bool:
         """Whether `reset(..., start_done=True)` is possible for this task."""
-        ...
 
     def reset(
         self, task: str, seed: int, resets: Resets = "demo", *, start_away: bool = False, start_done: bool = False
@@ -121,32 +114,24 @@ class Environment(Protocol):
         resets: `stock` is the simulator's own distribution; `demo` this project's, which tells nothing about the task.
         start_away: the hand starts somewhere else than home.   start_done: the task starts solved already.
         """
-        ...
 
     def step(self, action: NDArray[np.floating]) -> StepResult:
         """Apply one action (A,), clipped to the spec's range. Raises `SimulatorError` when the episode is over."""
-        ...
 
     def observe(self) -> Observation:
         """Render and return the present observation (no prompt)."""
-        ...
 
     def expert_action(self) -> NDArray[np.float32]:
         """The scripted expert's action (A,) in the present state, clipped to the spec's range."""
-        ...
 
     def render(self, size: int) -> NDArray[np.uint8]:
         """The first camera's picture at another size: (size, size, 3) uint8 RGB."""
-        ...
 
     def snapshot(self) -> object:
         """The present state, complete and picklable: what `restore` takes, in this or in another process."""
-        ...
 
     def restore(self, snapshot: object) -> None:
         """Go back to a state that `snapshot` returned."""
-        ...
 
     def close(self) -> None:
         """Free the graphics contexts."""
-        ...
