@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -25,56 +24,6 @@ from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import Episode
 from support import METADATA, make_episode, write_episodes
-
-
-def rewrite(path: Path) -> None:
-    write(path, columns((4, 4)))
-
-
-def touch(path: Path) -> None:
-    status = path.stat()
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, 100)
-
-
-def replace(path: Path) -> None:
-    rewrite(path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
-
-
-@pytest.mark.parametrize("change", [rewrite, touch, truncate, replace, Path.unlink])
-@pytest.mark.parametrize("open_already", [False, True])
-def test_reader_refuses_a_file_that_is_no_longer_the_one_indexed(
-    tmp_path: Path, change: Callable[[Path], None], open_already: bool
-) -> None:
-    path = tmp_path / "x.parquet"
-    write(path, columns(), row_group_size=4)
-    size = path.stat().st_size
-    reader = EpisodeReader(EpisodeIndex.build(str(path)), 1, 2**20)
-    if open_already:
-        reader.group_of(0, 0)
-    change(path)
-    what = "gone" if change is Path.unlink else "changed"
-    message = (
-        rf"x\.parquet: {what} since it was indexed: got .*, expected {size} bytes of 20.*; put it back as it was, or start"
-    )
-    with pytest.raises(DataError, match=message):
-        reader.group_of(0, 7)
-
-
-def test_reader_goes_on_with_a_file_that_was_put_back(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    write(path, columns(), row_group_size=4)
-    reader = EpisodeReader(EpisodeIndex.build(str(path)), 1, 2**20)
-    reader.group_of(0, 0)
-    path.rename(tmp_path / "aside")
-    with pytest.raises(DataError, match="gone"):
-        reader.group_of(0, 7)
-    (tmp_path / "aside").rename(path)
-    assert reader.group_of(0, 7)[1] == 3
 
 
 @pytest.mark.parametrize("name", ["image_1_bytes", "state", "action", "prompt"])

@@ -231,15 +231,6 @@ def test_one_process_asks_the_store_about_every_file(
     assert asked[1] - asked[0] <= 2, "files that the second process has opened for its samples"
 
 
-def test_a_row_group_is_one_request(store: Store) -> None:
-    index = EpisodeIndex.build(store.url("two"))
-    reader = EpisodeReader(index, 2, 2**24)
-    reader.group_of(0, 0)
-    store.reset()
-    reader.group_of(0, int(index.row_groups(0)[1]))
-    assert store.requests == {"GET": 1}
-
-
 def test_object_that_is_replaced_in_mid_run_is_refused(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
@@ -259,23 +250,6 @@ def test_object_that_is_replaced_in_mid_run_is_refused(
     with pytest.raises(DataError, match="gone since it was indexed"):
         EpisodeReader(index, 1, 2**20).group_of(0, 0)
     assert EpisodeIndex.build(store.upload(tmp_path / "a", "replaced")).fingerprint == index.fingerprint
-
-
-def test_object_that_is_replaced_by_one_that_reads_as_well_is_found_after_a_while(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = columns((8,))
-    path = Path(write(tmp_path / "x.parquet", content, row_group_size=2, compression="none", write_statistics=False))
-    whole = path.read_bytes()
-    store.put("quiet/x.parquet", whole)
-    reader = EpisodeReader(EpisodeIndex.build(store.url("quiet")), 1, 2**20)
-    reader.group_of(0, 0)
-    place = whole.index(content["image_1_bytes"][7])
-    store.put("quiet/x.parquet", whole[:place] + b"?" + whole[place + 1 :])
-    reader.group_of(0, 2)  # a store is not asked before every read
-    monkeypatch.setattr(formats, "TRUSTED_SECONDS", 0.0)
-    with pytest.raises(DataError, match="changed since it was indexed"):
-        reader.group_of(0, 6)
 
 
 def test_store_that_stays_away_ends_in_one_error_within_the_patience(

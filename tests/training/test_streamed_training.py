@@ -83,7 +83,7 @@ def test_both_ways_train_on_the_same_samples_of_an_epoch_in_another_order(tiny_c
 def test_what_streaming_takes_is_told_and_that_there_are_few_blocks(
     tiny_config: ConfigFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    few = "the data makes 3 blocks, fewer than the 4 samples of a batch"
+    few = "3 blocks, fewer than the 4 samples of a batch"
     with caplog.at_level("INFO"):
         for size, told in ((0.01, False), (0.05, True)):
             caplog.clear()
