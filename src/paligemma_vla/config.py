@@ -10,9 +10,9 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError, model_validator
@@ -39,14 +39,6 @@ PathText = Annotated[str, Field(min_length=1)]
 ClassPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
-class Contradictions(ValueError):
-    """Keys of a section that cannot stand together. faults: (key below the section, message)."""
-
-    def __init__(self, faults: list[tuple[str, str]]) -> None:
-        super().__init__(faults)
-        self.faults = faults
-
-
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversion between types, every number finite."""
 
@@ -59,7 +51,7 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:
         if faults := list(self.contradictions()):
-            raise Contradictions(faults)
+            raise ValueError(faults)
         return self
 
 
@@ -125,12 +117,8 @@ class ActionsConfig(Section):
         "absolute",
         description="What the model predicts: actions as recorded, from the state at the chunk's start, or each from the last.",
     )
-    dimensions: Dimensions | None = Field(
-        None, description="Actions' dimensions to convert; null: all not named after a gripper."
-    )
-    state_dimensions: Dimensions | None = Field(
-        None, description="The state's, from which these start; null: same name, else same number."
-    )
+    dimensions: Dimensions | None = Field(None, description="Actions' dimensions to convert; null: all but the gripper's.")
+    state_dimensions: Dimensions | None = Field(None, description="State dimensions they start at; null: same name or number.")
     rotation: RotationConfig | None = Field(None, description="The rotation in the actions: composed, never subtracted.")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -147,17 +135,11 @@ class ActionsConfig(Section):
 class DataConfig(Section):
     train_parquet_files: ParquetFiles = Field(description="File, folder, glob, URL of these, list, or [{path, weight}].")
     val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
-    val_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share of episodes held out without val_parquet_files; 0: no validation."
-    )
-    exclude_episodes: PathText | None = Field(
-        None, description="Episodes to leave out; `paligemma-vla data check` writes the list."
-    )
+    val_fraction: float = Field(0.05, ge=0, lt=1, description="Share of episodes held out without val_parquet_files.")
+    exclude_episodes: PathText | None = Field(None, description="List of episodes to leave out, from `data check`.")
     normalization_stats_path: PathText = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
-    allow_other_statistics: bool = Field(
-        False, description="Accept statistics of another data set, whose range this data leaves."
-    )
+    allow_other_statistics: bool = Field(False, description="Accept statistics of another data set.")
     state_dim: Positive = Field(7, le=4096, description="Numbers in the state column.")
     max_seq_len: Positive = Field(1, le=4096, description="Frames in a window that ends at the current step; the last is used.")
     prompt_max_len: Positive = Field(64, le=4096, description="Longest instruction in tokens, `<bos>` and newline included.")
@@ -215,15 +197,9 @@ class VLMConfig(Section):
     freeze_vision_tower: bool = Field(False, description="SigLIP and its projector keep their weights.")
     freeze_language_model: bool = Field(False, description="Gemma keeps its weights.")
     lora: LoRAConfig | None = Field(None, description="Train adapters instead of the backbone's weights; null: the weights.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16",
-        description="Compute type, and type of frozen weights; weights that learn are float32. On a CPU without AVX-512 BF16, "
-        "bfloat16 computes in float32.",
-    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute type; weights that learn are float32.")
     attn_implementation: Literal["eager", "sdpa"] | None = Field(None, description="null: transformers' own choice.")
-    activation_checkpointing: Literal[False, True, "selective"] = Field(
-        False, description="Compute activations again in backward; selective: keep matrix products."
-    )
+    activation_checkpointing: Literal[False, True, "selective"] = Field(False, description="Recompute activations in backward.")
 
     @property
     def cameras(self) -> int:
@@ -251,7 +227,7 @@ class ActionHeadConfig(Section):
     embed_dim: Positive = Field(1024, le=65_536, description="Width of the head; need not equal the backbone's.")
     num_layers: Positive = Field(8, le=1000, description="Transformer blocks.")
     num_heads: Positive = Field(8, le=1024, description="Attention heads; must divide embed_dim.")
-    mlp_ratio: float = Field(4.0, gt=0, le=64, description="Hidden width of a block's MLP, relative to embed_dim.")
+    mlp_ratio: float = Field(4.0, ge=0.1, le=64, description="Hidden width of a block's MLP, relative to embed_dim.")
     num_inference_timesteps: Positive = Field(50, le=1000, description="Euler steps when sampling.")
     num_flow_samples: Positive = Field(1, le=256, description="(t, noise) draws per context in training (M).")
     detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")
@@ -275,8 +251,6 @@ class ActionHeadConfig(Section):
         if self.num_flow_samples * self.horizon > MOST_ACTION_TOKENS:
             most = MOST_ACTION_TOKENS // self.horizon
             yield "num_flow_samples", f"got {self.num_flow_samples}, expected at most {most} with horizon {self.horizon}"
-        if self.mlp_ratio * self.embed_dim < 1:
-            yield "mlp_ratio", f"got {self.mlp_ratio}, expected mlp_ratio * embed_dim ({self.embed_dim}) of at least 1"
 
 
 class ModelConfig(Section):
@@ -295,13 +269,8 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Order, augmentation, flow time and noise depend on it and the position.")
     grad_clip_norm: float = Field(1.0, gt=0, le=1e30, description="Largest gradient norm.")
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
-    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
-        "ddp",
-        description="What each process has of the model: a copy (ddp), a shard (fsdp), or a shard within its group (hsdp).",
-    )
-    shard_processes: Positive | None = Field(
-        None, description="hsdp: processes that share one copy; null: those of one machine."
-    )
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field("ddp", description="Copies of the model, shards, or shards in groups.")
+    shard_processes: Positive | None = Field(None, description="hsdp: processes that share one copy; null: a machine's.")
     cpu_offload: bool = Field(False, description="fsdp, hsdp: keep weights and optimiser in the machine's memory: slow.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Moving average of the weights, for validation and Policy; 0: off.")
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field((), description="E.g. head first, then all.")
@@ -313,15 +282,9 @@ class TrainingConfig(Section):
     save_every_n_epochs: Positive = Field(1, description="Epochs between numbered checkpoints.")
     save_every_n_steps: Positive | None = Field(None, description="Also save in mid-epoch, every so many optimiser steps.")
     keep_last: Positive | None = Field(None, description="Checkpoints kept besides best; null: every numbered one.")
-    checkpoint_format: Literal["file", "sharded"] | None = Field(
-        None,
-        description="file: one .pth.tar; sharded: a folder to which every process writes while training goes on; null: sharded "
-        "with fsdp and hsdp, unless checkpoint_dir is a URL.",
-    )
+    checkpoint_format: Literal["file", "sharded"] | None = Field(None, description="null: sharded with fsdp and hsdp on disk.")
     stop_when_save_fails: bool = Field(False, description="On a full disk: stop; false: log it, keep the old ones, continue.")
-    max_skipped_steps: Positive = Field(
-        10, description="Steps in a row skipped for NaN or infinity, after which the run stops."
-    )
+    max_skipped_steps: Positive = Field(10, description="Steps in a row that may be skipped for NaN or infinity.")
     checkpoint_dir: PathText = Field("experiments", description="Folder of the runs, or its URL (s3://, gs://, ...).")
     experiment_name: str = Field(
         "default", pattern=r"^[\w.\-]*[\w\-][\w.\-]*$", max_length=128, description="This run's folder."
@@ -453,15 +416,11 @@ for _class in (_Loader, _Dumper):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    given = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor` gives defaults, which keys beside it may replace
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, Hashable):
-            if key in given:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            given.add(key)
+    given: set[str] = set()
+    for key, _ in node.value:
+        if str(key.value) in given and key.tag != "tag:yaml.org,2002:merge":
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+        given.add(str(key.value))
     return loader.construct_mapping(node, deep=True)
 
 
@@ -538,11 +497,10 @@ def _describe(item: Any) -> Iterator[str]:
     location = [part for part in item["loc"] if not str(part).startswith("(")]  # without the forms of `_form`
     path = ".".join(str(part) if str(part).isprintable() else repr(part) for part in location)
     error = item.get("ctx", {}).get("error")
-    if isinstance(error, Contradictions):
-        for key, text in error.faults:
-            yield f"{path}.{key}: {text}" if path else f"{key}: {text}"
+    if isinstance(error, ValueError) and isinstance(error.args[0], list):  # of `Section.contradictions`
+        yield from (f"{path}.{key}: {text}" if path else f"{key}: {text}" for key, text in error.args[0])
     elif item["type"] == "extra_forbidden":
-        yield f"{path}: unknown key{closest(str(location[-1]), _section_at(location[:-1]).model_fields)}"
+        yield f"{path}: unknown key{closest(str(location[-1]), _keys_at(location[:-1]))}"
     elif item["type"] == "missing":
         yield f"{path}: missing; it has no default"
     else:
@@ -560,21 +518,14 @@ def _quoted(value: Any) -> str:
         return f"{type(value).__name__} too long to show"
 
 
-def _section_at(location: Sequence[int | str]) -> type[Section]:
-    """The class of the section that stands at a location."""
-    section: type[Section] = VLAConfig
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """Names of the keys of the section at a location."""
+    schema = VLAConfig.model_json_schema()
+    node: Any = schema
     for name in location:
-        if name in section.model_fields:
-            section = next(_sections_in(section.model_fields[str(name)].annotation), section)
-    return section
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """Section classes within an annotation such as `tuple[StageConfig, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _sections_in(part)
+        named = re.findall(r"#/\$defs/(\w+)", json.dumps(node["properties"].get(name, {}))) if isinstance(name, str) else []
+        node = schema["$defs"][named[0]] if named else node
+    return list(node["properties"])
 
 
 if __name__ == "__main__":  # `make schema`: for completion and checking in editors

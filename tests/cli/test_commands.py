@@ -25,32 +25,25 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import DataError
 from support import LENGTHS, call, read_rows
 
-FLAGS = {
-    "demo": "config_path tasks demonstrations episodes control_episodes data_dir seed workers install_seconds set",
-    "stats": "config_path output_path train_data_override set",
-    "plan": "config_path device memory_gb nproc nproc_per_machine model_path_override set",
-    "train": (
-        "config_path epochs batch_size lr experiment_name train_data_override val_data_override "
-        "model_path_override resume_checkpoint force use_wandb wandb_project_name wandb_entity device set "
-        "nproc max_restarts"
-    ),
-    "consolidate": "checkpoint_path output_path",
-    "evaluate": (
-        "checkpoint_path weights eval_data_path output_dir save_predictions device max_samples batch_size num_steps seed"
-    ),
-    "collect": "env tasks episodes output_dir control seed workers image_size",
-    "export": "checkpoint_path output_dir dtype metrics torch_export push_to_hub private",
-    "rollout": (
-        "checkpoint_path weights env tasks episodes output_dir seed prompts resets num_steps execute image "
-        "policy workers image_size max_videos"
-    ),
-    "data info": "json",
-    "data check": "json exclusion_list config_path allow_prompt_changes",
-    "data convert": (
-        "from to input output_dir cameras episodes workers image_format jpeg_quality lerobot_version images codec crf fps"
-    ),
-    "tiny": "output_dir image_size patch_size width vision_layers text_layers seed",
-}
+FLAGS_OF_COMMANDS = """
+demo: config_path tasks demonstrations episodes control_episodes data_dir seed workers install_seconds set
+stats: config_path output_path train_data_override set
+plan: config_path device memory_gb nproc nproc_per_machine model_path_override set
+train: config_path epochs batch_size lr experiment_name train_data_override val_data_override model_path_override
+    resume_checkpoint force use_wandb wandb_project_name wandb_entity device set nproc max_restarts
+consolidate: checkpoint_path output_path
+evaluate: checkpoint_path weights eval_data_path output_dir save_predictions device max_samples batch_size num_steps seed
+collect: env tasks episodes output_dir control seed workers image_size
+export: checkpoint_path output_dir dtype metrics torch_export push_to_hub private
+rollout: checkpoint_path weights env tasks episodes output_dir seed prompts resets num_steps execute image policy workers
+    image_size max_videos
+data info: json
+data check: json exclusion_list config_path allow_prompt_changes
+data convert: from to input output_dir cameras episodes workers image_format jpeg_quality lerobot_version images codec crf
+    fps
+tiny: output_dir image_size patch_size width vision_layers text_layers seed
+"""
+FLAGS = dict(line.split(": ") for line in FLAGS_OF_COMMANDS.replace("\n    ", " ").strip().splitlines())
 
 
 @pytest.fixture
@@ -108,26 +101,19 @@ def test_help_lists_every_command(capfd: pytest.CaptureFixture[str]) -> None:
         ("train --config_path {config} --train_data_override missing/", "data.train_parquet_files: missing/"),
         ("train --config_path {config} --model_path_override missing", "model_name_or_path: "),
         ("train --config_path {config} --set data.normalization_stats_path=no.json", "no.json: "),
-        ("train --config_path {config} --resume_checkpoint no.pth.tar", "no.pth.tar"),
         ("train --config_path {config} --resume_checkpoint {junk}", "junk.pth.tar"),
         ("train --config_path {config} --nproc 0", "--nproc: got 0"),
         ("train --config_path {config} --device mps", "--device mps: "),
         ("train --config_path {config} --set data.state_dim=9", "data.state_dim: got 9"),
         ("train --config_path {junk}", "junk.pth.tar"),
         ("train --config_path {config} --epochs two", "invalid int value: 'two'"),
-        ("train --config_path {config} --no_such_flag", "--no_such_flag"),
         ("stats --config_path {config} --output_path {tmp}/s.json --train_data_override nothing*", "nothing*"),
         ("stats --config_path {config} --output_path {tmp}", "{tmp}"),
         ("data info {junk}", "junk.pth.tar"),
         ("tiny --output_dir {tmp}/t --image_size 30 --patch_size 16", "--image_size 30 --patch_size 16"),
         ("train --config_path {config} --set training.checkpoint_dir={junk}", "junk.pth.tar"),
         ("collect --tasks drawer-open --episodes -1 --output_dir {tmp}/c", "got -1"),
-        (
-            "rollout --tasks drawer-open --episodes 1 --seed -1 --output_dir {tmp}/r",
-            "got -1",
-        ),
         ("rollout --tasks drawer-open --episodes 1 --policy random --output_dir {junk}", "junk.pth.tar"),
-        ("demo --demonstrations 0", "got 0"),
         ("demo", "configs/demo.yaml"),
         ("", "COMMAND"),
     ],
@@ -147,9 +133,7 @@ def test_bad_input_is_one_message_and_exit_2(
 
 def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capfd, "train", "--config_path", "missing.yaml", "--debug")
-    assert code == 2
-    assert "Traceback" in err
-    assert "ConfigError" in err
+    assert (code, "Traceback" in err, "ConfigError" in err) == (2, True, True)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +141,7 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (DataError("a.parquet: row 3"), 2, "error: a.parquet: row 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (
-            OSError(errno.ENOSPC, "No space left on device", "a/b"),
-            2,
-            "error: a/b: No space left on device; free some space, or",
-        ),
+        (OSError(errno.ENOSPC, "full", "a/b"), 2, "error: a/b: full; free some space, or"),
         (OSError(errno.ENOENT, "reason", "a/b"), 2, "error: a/b: reason; it is not there"),
         (OSError(errno.ESTALE, "reason"), 2, "error: reason; check this path"),
         (MemoryError(), 2, "error: out of memory; lower data.batch_size"),
@@ -224,29 +204,18 @@ def test_every_flag_of_train_reaches_its_key(config_file: Path) -> None:
     assert (config.training.experiment_name, config.data.train_parquet_files, config.data.val_parquet_files) == ("e", "t", "v")
     assert config.model.vlm_config.model_name_or_path == "m"
     assert (config.wandb.enabled, config.wandb.project, config.wandb.entity) == (True, "p", "w")
-
-
-def test_set_wins_over_flags_and_file(config_file: Path) -> None:
-    assert resolved(config_file, "--lr", "1.0", "--set", "optimizer.lr=2.0").optimizer.lr == 2.0
+    assert resolved(config_file, "--lr", "1.0", "--set", "optimizer.lr=2.0").optimizer.lr == 2.0  # --set wins
     assert resolved(config_file).optimizer.lr == 1e-3
 
 
-@pytest.mark.parametrize(
-    ("folder", "given"),
-    [
-        ("", "exp/demo/checkpoints/last.pth.tar"),
-        ("exp", "demo/checkpoints/last.pth.tar"),
-        ("exp/demo", "checkpoints/last.pth.tar"),
-        ("exp/demo/checkpoints", "last.pth.tar"),
-        ("other", "../exp/demo/checkpoints/last.pth.tar"),
-    ],
-)
+@pytest.mark.parametrize("folder", ["", "exp", "exp/demo", "exp/demo/checkpoints", "other"])
 def test_resumed_run_goes_on_in_the_folder_of_its_checkpoint(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, given: str
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     (tmp_path / "exp" / "demo" / "checkpoints").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / folder)
+    given = os.path.relpath(tmp_path / "exp" / "demo" / "checkpoints" / "last.pth.tar")
     assert resolved(config_file, "--resume_checkpoint", given).run_dir.resolve() == tmp_path / "exp" / "demo"
     named = resolved(config_file, "--resume_checkpoint", given, "--experiment_name", "fork")
     assert named.training.experiment_name == "fork"
@@ -284,14 +253,6 @@ def test_data_info_does_not_read_images(capfd: pytest.CaptureFixture[str], episo
     )
     path.write_bytes(content)
     assert call(capfd, "data", "info", path)[0] == 0
-
-
-def test_stats_command_is_the_script(
-    capfd: pytest.CaptureFixture[str], config_file: Path, tmp_path: Path, episode_dir: Path
-) -> None:
-    code, _, err = call(capfd, "stats", "--config_path", config_file, "--output_path", tmp_path / "s.json")
-    assert code == 0, err
-    assert json.loads((tmp_path / "s.json").read_text())["action"]["count"] == len(read_rows(episode_dir))
 
 
 def test_tiny_command_writes_a_backbone_that_loads_and_is_reproducible(

@@ -37,6 +37,10 @@ from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
 NATIVE, LEROBOT = "native", "lerobot"
 PREFIX = f"{LEROBOT}:"
+METADATA = (
+    *("state_names", "state_units", "action_names", "action_units", "action_representation", "action_rotation"),
+    *("control_hz", "image_orientation", "robot"),
+)
 SLOW_GROUP_ROWS = 512
 SHOWN_PER_FILE = SHOWN_INSTRUCTIONS = 20
 
@@ -97,18 +101,10 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "steps": index.steps,
         "episode_length": {"min": int(length.min()), "median": float(np.median(length)), "max": int(length.max())},
         "cameras": index.layout.cameras,
-        "camera_names": list(metadata.cameras),
+        "camera_names": metadata.cameras,
         "state_dim": index.layout.state_dim,
-        "state_names": list(metadata.state_names),
-        "state_units": list(metadata.state_units),
         "action_dim": index.layout.action_dim,
-        "action_names": list(metadata.action_names),
-        "action_units": list(metadata.action_units),
-        "action_representation": metadata.action_representation,
-        "action_rotation": metadata.action_rotation,
-        "control_hz": metadata.control_hz,
-        "image_orientation": metadata.image_orientation,
-        "robot": metadata.robot,
+        **{name: getattr(metadata, name) for name in METADATA},
         "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": int(group_sizes.max()),
@@ -139,7 +135,7 @@ def info(args: argparse.Namespace) -> int:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{name} {number:g}" for name, number in value.items())
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return ", ".join(value) or "-"
     return str(value) if value != "" else "-"
 
@@ -187,23 +183,16 @@ def _report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str, Any]:
     faults: list[tuple[Fault, int | None]] = [(fault, None) for fault in diagnosis.misfits]
     faults += [(fault, next(iter(file.episodes_of(fault)), None)) for file in diagnosis.files for fault in file.faults]
     return {
-        "files": len(diagnosis.files),
-        "episodes": diagnosis.episodes,
-        "steps": diagnosis.steps,
-        "faults": [
-            {
-                "file": fault.file,
-                "row": fault.row,
-                "column": fault.column,
-                "episode": episode,
-                "kind": fault.kind.value,
-                "message": str(fault),
-            }
-            for fault, episode in faults
-        ],
+        **{"files": len(diagnosis.files), "episodes": diagnosis.episodes, "steps": diagnosis.steps},
+        "faults": [_entry(fault, episode) for fault, episode in faults],
         "excluded_episodes": diagnosis.bad_episodes,
         "exclusion_list": exclusion_list,
     }
+
+
+def _entry(fault: Fault, episode: int | None) -> dict[str, Any]:
+    location = {"file": fault.file, "row": fault.row, "column": fault.column, "episode": episode}
+    return {**location, "kind": fault.kind.value, "message": str(fault)}
 
 
 def _fault_lines(diagnosis: Diagnosis) -> list[str]:
