@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from paligemma_vla.cli.stats import write_statistics
     from paligemma_vla.cli.train import train
+    from paligemma_vla.evaluation.collect import CollectConfig, collect
+    from paligemma_vla.model.tiny import write_tiny_paligemma
+    from paligemma_vla.training.distributed import Distributed, choose_device
 
     config = configured(
         args,
@@ -80,14 +83,21 @@ def main(args: argparse.Namespace) -> int:
     )
     wall: dict[str, float] = {"install": args.install_seconds}
     with _stage(wall, "demonstrations"):
-        _demonstrations(args, config)
+        write_tiny_paligemma(config.model.vlm_config.model_name_or_path)
+        episodes = args.data_dir / "episodes"
+        collect(CollectConfig(ENVIRONMENT, tuple(args.tasks), args.demonstrations, episodes, args.seed, args.workers))
     with _stage(wall, "statistics"):
-        write_statistics(config, config.data.normalization_stats_path)
+        write_statistics(lambda: config, config.data.normalization_stats_path, Distributed(0, 1, choose_device("cpu")))
     with _stage(wall, "training"):
         train(config, device="cpu")
     with _stage(wall, "evaluation"):
         results = _evaluate(args, config)
-    summary = _summarise(results, wall)
+    fields = ("successes", "episodes", "rate", "ci95")
+    summary = {
+        "tasks": {task: {name: entry[name] for name in fields} for task, entry in results["mean_success"].tasks.items()},
+        **{key: result.mean_success for key, result in results.items()},
+        "wall_s": wall,
+    }
     path = config.run_dir / "demo_summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n")
     logger.info("\n%s\n%s", _table(results), path)
@@ -101,15 +111,6 @@ def _stage(wall: dict[str, float], name: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     wall[name] = round(time.monotonic() - began, 1)
-
-
-def _demonstrations(args: argparse.Namespace, config: VLAConfig) -> None:
-    from paligemma_vla.evaluation.collect import CollectConfig, collect
-    from paligemma_vla.model.tiny import write_tiny_paligemma
-
-    write_tiny_paligemma(config.model.vlm_config.model_name_or_path)
-    output = args.data_dir / "episodes"
-    collect(CollectConfig(ENVIRONMENT, tuple(args.tasks), args.demonstrations, output, args.seed, args.workers))
 
 
 def _evaluate(args: argparse.Namespace, config: VLAConfig) -> dict[str, RolloutResult]:
@@ -132,16 +133,6 @@ def _evaluate(args: argparse.Namespace, config: VLAConfig) -> dict[str, RolloutR
             )
             results[condition.key] = pool.run(rollout)
     return results
-
-
-def _summarise(results: dict[str, RolloutResult], wall: dict[str, float]) -> dict[str, Any]:
-    right = results["mean_success"]
-    fields = ("successes", "episodes", "rate", "ci95")
-    return {
-        "tasks": {task: {field: entry[field] for field in fields} for task, entry in right.tasks.items()},
-        **{name: result.mean_success for name, result in results.items()},
-        "wall_s": wall,
-    }
 
 
 def _table(results: dict[str, RolloutResult]) -> str:
