@@ -102,9 +102,7 @@ class RotationConfig(Section):
     representation: Literal["euler_xyz", "rotvec", "quaternion_xyzw", "quaternion_wxyz", "rotation_6d"] = Field(
         description="How actions (and the state) write a rotation; euler_xyz: radians about the fixed axes x, y, z in turn."
     )
-    dimensions: Dimensions = Field(
-        description="Dimensions of an action that are the rotation; several rotations follow one another."
-    )
+    dimensions: Dimensions = Field(description="Dimensions of an action; several rotations follow one another.")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         kind, count = self.representation, len(self.dimensions)
@@ -152,11 +150,7 @@ class DataConfig(Section):
     prefetch_factor: Positive = Field(2, le=1024, description="Batches each worker prepares ahead.")
     pin_memory: bool = Field(True, description="Page-locked batches (used with a GPU only).")
     cache_mb: NonNegative = Field(256, description="Compressed row groups kept in memory, per loader process, MB.")
-    reading: Literal["random", "streamed"] | None = Field(
-        None,
-        description="How training data is read: row by row in random order, or block by block in a shuffled stream; null: "
-        "streamed when a training source is a URL.",
-    )
+    reading: Literal["random", "streamed"] | None = Field(None, description="Order; null: streamed if a source is a URL.")
     stream_block_mb: float = Field(1.0, gt=0, le=4096, description="Size of a block when data is streamed: whole episodes, MB.")
     stream_window: Positive = Field(4, le=4096, description="Blocks that each slot of the batch mixes when data is streamed.")
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
@@ -174,12 +168,7 @@ class LoRAConfig(Section):
 
     rank: Positive = Field(16, le=4096, description="Inner width of an adapter.")
     alpha: float = Field(32.0, gt=0, le=1e6, description="Adapters are scaled by alpha / rank.")
-    target_modules: str = Field(
-        LINEAR_LAYERS,
-        min_length=1,
-        max_length=10_000,
-        description="Regular expression that must match the full name of a linear layer; frozen towers get no adapters.",
-    )
+    target_modules: PathText = Field(LINEAR_LAYERS, description="Regular expression for the full names of linear layers.")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         try:
