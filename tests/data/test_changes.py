@@ -84,21 +84,6 @@ def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path: Path) -> None
     assert len({index.fingerprint for index in different}) == len(different)
 
 
-def test_digest_changes_with_any_part_of_the_file(tmp_path: Path) -> None:
-    def digest(**options: object) -> int:
-        return int(EpisodeIndex.build(write(tmp_path / "x.parquet", content, **options)).digests[0])  # type: ignore[arg-type]
-
-    content = columns()
-    seen = {digest()}
-    assert digest() in seen
-    seen |= {digest(row_group_size=4), digest(compression="zstd")}
-    content["state"][3][1] = 100.0
-    seen.add(digest())
-    content["image_1_bytes"][0] += b"\0"
-    seen.add(digest())
-    assert len(seen) == 5
-
-
 def written(folder: Path, change: Callable[[Episode], Episode] = lambda episode: episode) -> str:
     """Fingerprint of two long episodes, after a change of each."""
     rng = np.random.default_rng(0)

@@ -112,16 +112,6 @@ def test_whole_file_is_left_out_unopened_and_unknown_files_do_not_matter(tmp_pat
     assert (index.paths, len(index), index.excluded) == ((good,), 3, 1)
 
 
-def test_file_of_which_no_episode_is_left_disturbs_nothing(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write(tmp_path / f"{name}.parquet", columns())
-    exclude = listed(tmp_path / "l.json", *(entry("a.parquet", *rows) for rows in ((0, 3), (3, 1), (4, 4))))
-    index = EpisodeIndex.build(str(tmp_path), "x", exclude)
-    assert (index.file.tolist(), index.excluded) == ([1, 1, 1], 3)
-    assert compute_statistics(str(tmp_path), "x", exclude=exclude).state.count == 8
-    assert not index.has_rows(0, np.arange(8)).any()
-
-
 def test_excluded_survives_concatenate_and_split(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.parquet", columns())
@@ -182,14 +172,3 @@ def test_malformed_list_is_one_error_that_names_it(tmp_path: Path, content: byte
     (tmp_path / "l.json").write_bytes(content)
     with pytest.raises(DataError, match=r"^data\.exclude_episodes: .*l\.json.*; run `paligemma-vla data check` again$"):
         load_exclusions(str(tmp_path / "l.json"))
-
-
-def test_missing_list_names_the_key() -> None:
-    assert load_exclusions(None) is None
-    with pytest.raises(DataError, match=r"^data\.exclude_episodes: no\.json: no such file; .*set the key to null"):
-        load_exclusions("no.json")
-
-
-def test_list_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be written .*--exclusion_list FILE"):
-        ExclusionList(str(tmp_path / "no" / "folder.json"), ()).save()

@@ -8,12 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from episode_files import columns, write
 
 from paligemma_vla import schema
-from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.formats import open_file
-from paligemma_vla.data.formats.parquet import ParquetEpisodes, flag_rows
 from paligemma_vla.data.index import find_flags, read_flags
 from support import write_episodes
 
@@ -67,19 +64,3 @@ def test_footer_of_a_file_written_anew_settles_nothing_that_is_not_so(
     assert told(path) is None
     with open_file(str(path)) as file:
         assert len(find_flags(file).first) == (3 if change else 2)
-
-
-def test_check_tells_flags_that_the_footer_contradicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_episodes(tmp_path, lengths=(5, 6))
-    (path,) = tmp_path.glob("*.parquet")
-    wrong = [np.array(rows) for rows in ([0, 4], [3, 10], [10])]
-    assert not diagnose([str(path)], CheckOptions(), lambda size: None).faults
-    monkeypatch.setattr(ParquetEpisodes, "flags_from_footer", lambda self: wrong)
-    (fault,) = diagnose([str(path)], CheckOptions(), lambda size: None).faults
-    assert "the footer's statistics contradict them" in str(fault)
-
-
-def test_files_of_other_writers_tell_no_flags(tmp_path: Path) -> None:
-    path = Path(write(tmp_path / "x.parquet", columns((3, 4))))
-    metadata = pq.read_metadata(path)
-    assert flag_rows(metadata, np.array([0, metadata.num_rows])) is None

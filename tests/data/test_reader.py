@@ -8,20 +8,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from episode_files import columns, write
 
 from paligemma_vla.data import reader as reader_module
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
-from paligemma_vla.errors import DataError
-from paligemma_vla.storage import GAP_BYTES, LocalSource
+from paligemma_vla.storage import LocalSource
 from support import write_episodes
 
 LENGTHS = (20, 33, 5, 40, 12, 28, 61, 7, 19, 30, 2, 44)
@@ -77,16 +75,6 @@ def test_blocks_are_runs_of_whole_episodes_of_a_file(index: EpisodeIndex, size: 
     assert len(blocks) == {1.0: len(LENGTHS), 1e9: 3}.get(size, len(blocks))
 
 
-def test_blocks_are_of_about_the_size_asked_for(tmp_path: Path) -> None:
-    write_episodes(tmp_path, (6,) * 60, per_file=60)
-    index = EpisodeIndex.build(str(tmp_path))
-    size = int(index.stamps[0, 0])
-    for pieces in (1, 3, 7, 20):
-        blocks = cut_blocks(index, size / pieces)
-        assert len(blocks) == pieces
-        assert blocks.sizes.max() - blocks.sizes.min() <= 6
-
-
 @pytest.mark.parametrize("chosen", [slice(None), [0, 1, 3, 4, 9, 11]])
 def test_bytes_to_read_are_those_of_the_row_groups(index: EpisodeIndex, chosen: slice | list[int]) -> None:
     index = index.select(np.arange(len(index))[chosen])
@@ -101,15 +89,6 @@ def test_bytes_to_read_are_those_of_the_row_groups(index: EpisodeIndex, chosen: 
     assert streaming_cache_bytes(blocks, 3, 4, 16) == pytest.approx(needed + reader_module.FOOTER_BYTES, abs=1)
 
 
-def test_blocks_of_several_sources_are_those_of_each(index: EpisodeIndex, tmp_path: Path) -> None:
-    write_episodes(tmp_path, (9, 30, 4), cameras=2, seed=3)
-    parts = [index, EpisodeIndex.build(str(tmp_path))]
-    together = cut_blocks(EpisodeIndex.concatenate(parts), SMALL)
-    alone = [cut_blocks(part, SMALL) for part in parts]
-    assert together.sizes.tolist() == [size for blocks in alone for size in blocks.sizes.tolist()]
-    assert together.nbytes.tolist() == [size for blocks in alone for size in blocks.nbytes.tolist()]
-
-
 def test_rows_that_no_episode_needs_are_not_asked_for(index: EpisodeIndex, reads: list[tuple[int, int]]) -> None:
     index = index.select(np.array([0]))
     reader = EpisodeReader(index, 2, 2**30, cut_blocks(index, SMALL))
@@ -118,28 +97,6 @@ def test_rows_that_no_episode_needs_are_not_asked_for(index: EpisodeIndex, reads
     chunks = [footer.row_group(0).column(n) for n in range(footer.num_columns)]
     wanted = [chunk.total_compressed_size for chunk in chunks if not chunk.path_in_schema.startswith("is_")]
     assert reads[-1] == (4, sum(wanted))
-
-
-@pytest.mark.parametrize("picture", [2**17, 2**15])
-def test_what_is_large_and_not_wanted_is_left_out(tmp_path: Path, reads: list[tuple[int, int]], picture: int) -> None:
-    content = columns((20, 20))
-    for name, size in (("depth", picture), ("note", 2**10)):
-        content[name] = [os.urandom(size) for _ in range(40)]
-    content = {name: content[name] for name in ("state", "note", "action", "depth", "image_1_bytes", *content)}
-    path = write(tmp_path / "x.parquet", content, row_group_size=10, compression="none")
-    index = EpisodeIndex.build(path)
-    reader = EpisodeReader(index, 1, 2**30, cut_blocks(index, 1))
-    del reads[:]
-    reader.group_of(0, 3)
-    blocks = sorted(read for read in reads if sum(read) < index.stamps[0, 0])
-    if 10 * picture < GAP_BYTES:
-        assert len(blocks) == 1
-        return
-    assert len(blocks) == 3  # before, between and after the depth of two row groups
-    depth = pq.read_metadata(path).row_group(0).column(3)
-    assert depth.path_in_schema == "depth"
-    assert (blocks[0][0], blocks[1][0]) == (4, depth.dictionary_page_offset + depth.total_compressed_size)
-    assert 20 * 2**10 < sum(count for _, count in blocks) < 2**17
 
 
 def test_what_was_announced_stays_and_what_was_not_used_for_longest_makes_room(
@@ -176,19 +133,6 @@ class Gate:
         patch.setattr(EpisodeReader, "_read", held)
 
 
-def test_a_block_on_its_way_is_waited_for(reader: EpisodeReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
-    reader.prefetch([0, 1])
-    reader.prefetch([1, 0, 2])
-    threading.Timer(0.05, gate.open.set).start()
-    began = time.monotonic()
-    reader.group_of(0, 0)
-    assert time.monotonic() - began >= 0.04
-    for block in range(3):
-        reader._block(block)
-    assert gate.asked == {0: 1, 1: 1, 2: 1}
-
-
 def test_threads_end_with_the_reader_and_leave_waiting_work(reader: EpisodeReader, monkeypatch: pytest.MonkeyPatch) -> None:
     def alive() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("reads ahead")]
@@ -222,27 +166,3 @@ def test_few_files_stay_open(index: EpisodeIndex, monkeypatch: pytest.MonkeyPatc
         assert len(os.listdir("/proc/self/fd")) - before <= 1
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_many_threads_may_read_at_once(reader: EpisodeReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "OPEN_FILES", 1)
-    assert reader.blocks is not None
-
-    def numbers(block: int) -> list[Any]:
-        return [(number, group.state.tolist()) for number, group in reader._read(block).items()]
-
-    expected = [numbers(block) for block in range(len(reader.blocks))]
-    with ThreadPoolExecutor(6) as pool:
-        for number, got in enumerate(pool.map(numbers, [block for _ in range(6) for block in range(len(expected))])):
-            assert got == expected[number % len(expected)]
-
-
-def test_a_bad_number_is_refused_by_row_and_a_missing_camera_is_none(tmp_path: Path) -> None:
-    content = columns()
-    content["state"][5] = [float("nan")] * 3
-    index = EpisodeIndex.build(write(tmp_path / "x.parquet", content, row_group_size=3))
-    for blocks in (None, cut_blocks(index, 1)):
-        reader = EpisodeReader(index, 3, 2**20, blocks)
-        with pytest.raises(DataError, match="row 5, column state: dimension 0 is nan"):
-            reader.group_of(0, 4)
-        assert [images is None for images in EpisodeReader(index, 3, 2**20).group_of(0, 0)[0].images] == [False, True, True]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.data.loader import AHEAD, Part, PartSampler, VLADataset, batches, build_loader, run_batches
+from paligemma_vla.data.loader import AHEAD, PartSampler, VLADataset, batches, build_loader, run_batches
 from paligemma_vla.data.order import RunSampler, SampleRef, StreamedOrder
 from paligemma_vla.data.reader import FOOTER_BYTES, Blocks, EpisodeReader, cut_blocks, streaming_cache_bytes
 from paligemma_vla.errors import DataError
@@ -88,23 +88,6 @@ def test_parts_are_the_micro_batches_between_the_same_slots(folder: Path, world:
     assert all(len(readers) == 1 for readers in homes.values())
 
 
-def test_blocks_are_asked_for_well_before_they_are_needed_and_not_much_earlier(folder: Path) -> None:
-    blocks = cut_blocks(EpisodeIndex.build(str(folder)), SMALL)
-    order = order_of(blocks)
-    stream = list(PartSampler(RunSampler(order, 0, 60, 0, 1, 2), 2, blocks))
-
-    def needed(part: Part) -> list[int]:
-        return np.unique(blocks.of_samples(np.array([ref.sample for ref in part.refs], np.int64))).tolist()
-
-    for worker in range(2):
-        mine = stream[worker::2]
-        first = [block for part in mine[: 2 * AHEAD] for block in needed(part)]
-        assert mine[0].ahead[: len(first)] == first
-        for number in range(len(mine) - 2 * AHEAD):
-            assert mine[number].ahead[-len(needed(mine[number + 2 * AHEAD])) :] == needed(mine[number + 2 * AHEAD])
-        assert all(part.ahead == [] for part in mine[-2 * AHEAD + 1 :])
-
-
 def reading_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("reads ahead")]
 
@@ -151,29 +134,6 @@ def test_each_block_is_read_once_in_a_pass_and_again_where_two_slots_share_it(
         assert len(needed) < len(blocks) / 3
     assert set(fetched) == set(range(len(blocks)))
     assert fetched.total() <= len(blocks) + 7
-
-
-def test_a_loader_that_is_left_early_reads_no_further(
-    folder: Path, preprocessor: Preprocessor, tiny_config: ConfigFactory
-) -> None:
-    config = tiny_config({"data.num_workers": 0}, cameras=2)
-    data, blocks = dataset_of(folder, preprocessor, config)
-    stream = run_batches(data, RunSampler(order_of(blocks), 0, 60, 0, 1, 1), config, pin_memory=False)
-    next(stream)
-    assert reading_threads()
-    del stream
-    assert not reading_threads()
-
-
-def test_whole_batches_are_what_is_pinned(
-    folder: Path, preprocessor: Preprocessor, tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pinned: list[int] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(id(tensor)) or tensor)
-    config = tiny_config({"data.num_workers": 0}, cameras=2)
-    data, blocks = dataset_of(folder, preprocessor, config)
-    (batch,) = run_batches(data, RunSampler(order_of(blocks), 0, 1, 0, 1, 1), config, pin_memory=True)
-    assert {id(value) for value in batch.values() if isinstance(value, torch.Tensor)} == set(pinned)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from lerobot_sets import write_set
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.order import RunSampler, SampleOrder, StreamedOrder
-from paligemma_vla.data.reader import cut_blocks
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.training import preflight
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.run import check_same_run
-from ranks import ALONE, Apart, train_on
+from ranks import ALONE, train_on
 from support import distance, identical, read_metrics, train_here
 from zygote import Zygote
 
@@ -78,48 +76,6 @@ def test_both_ways_train_on_the_same_samples_of_an_epoch_in_another_order(tiny_c
         assert (data.train.reader.blocks is not None) is (reading == "streamed")
     assert drawn[0] != drawn[1]
     assert sorted(drawn[0]) == sorted(drawn[1])
-
-
-def test_what_streaming_takes_is_told_and_that_there_are_few_blocks(
-    tiny_config: ConfigFactory, caplog: pytest.LogCaptureFixture
-) -> None:
-    few = "3 blocks, fewer than the 4 samples of a batch"
-    with caplog.at_level("INFO"):
-        for size, told in ((0.01, False), (0.05, True)):
-            caplog.clear()
-            preflight.prepare(tiny_config({**STREAMED, "data.batch_size": 4, "data.stream_block_mb": size}), ALONE)
-            assert "data is streamed in " in caplog.text
-            assert (few in caplog.text) is told
-
-
-def test_the_pool_is_of_the_share_that_a_loader_process_has(tiny_config: ConfigFactory) -> None:
-    def room(processes: int, workers: int) -> int:
-        config = tiny_config({**STREAMED, "data.batch_size": 16, "data.num_workers": workers})
-        _, data, _ = preflight.prepare(config, Apart(0, processes, torch.device("cpu")))
-        blocks = data.train.reader.blocks
-        assert blocks is not None
-        assert blocks.sizes.tolist() == cut_blocks(data.train.index, 1e4).sizes.tolist() == data.order.blocks[0].tolist()
-        return data.train.reader.cache_bytes
-
-    assert room(1, 0) == room(1, 1) > room(2, 1) > room(2, 2) == room(4, 1) == room(1, 4)
-
-
-@pytest.mark.parametrize(
-    ("sources", "reading", "streamed"),
-    [
-        ("data", None, False),
-        ("data", "streamed", True),
-        ("s3://bucket/data", None, True),
-        ("s3://bucket/data", "random", False),
-        (["data", {"path": "gs://bucket/x", "weight": 2.0}], None, True),
-        (["data", {"path": "s3", "weight": 2.0}], None, False),
-    ],
-)
-def test_what_lies_behind_a_url_is_streamed_unless_told_otherwise(
-    tiny_config: ConfigFactory, sources: Any, reading: str | None, streamed: bool
-) -> None:
-    config = tiny_config({"data.train_parquet_files": sources, "data.reading": reading})
-    assert config.data.streamed is streamed
 
 
 def test_a_resume_in_another_order_is_refused_and_an_old_checkpoint_is_of_random_order(
