@@ -146,8 +146,8 @@ def test_memory_stays_within_its_bound_and_what_left_it_is_read_again(
         assert reader._cached_bytes == sum(cached.nbytes for cached in reader._cache.values())
         assert reader._cached_bytes + reader._files.nbytes <= whole // 2
     for cached in reader._cache.values():
-        if cached.ready:
-            assert cached.nbytes == sum(group.nbytes for group in cached.future.result().values())
+        if cached.groups is not None:
+            assert cached.nbytes == sum(group.nbytes for group in cached.groups.values())
 
 
 def touch(path: Path) -> None:

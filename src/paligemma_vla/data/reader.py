@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from queue import SimpleQueue
+from functools import lru_cache
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
 import numpy as np
@@ -36,9 +34,8 @@ from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 from paligemma_vla.schema import Rows
 
-OPEN_FILES, FOOTER_BYTES = 64, 2**25  # of files that are kept open
+OPEN_FILES, FOOTER_BYTES = 64, 2**25  # files that are kept open, and about what their footers take
 READING_THREADS = 4  # requests at a time of one loader process
-CLOSE_SECONDS = 1.0  # that requests under way may take to end when nobody needs them any more
 EPISODE_CACHE_BYTES = 64 * 2**20
 Numbers = NDArray[np.int64]
 
@@ -119,13 +116,16 @@ def streaming_cache_bytes(blocks: Blocks, slots: int, window: int, ahead: int) -
     return int(blocks.nbytes.mean() * (slots * each + window) + blocks.nbytes.max()) + FOOTER_BYTES
 
 
+Block = dict[int, RowGroup]  # by number of the row group in its file
+
+
 @dataclass
 class _Cached:
-    """A block that was read, or will be. nbytes: what it takes; until it is `ready`, what it is expected to."""
+    """A block that was read, or that is `coming`. nbytes: what it takes, or is expected to."""
 
-    future: Future[dict[int, RowGroup]]
     nbytes: int
-    ready: bool = False
+    groups: Block | None = None
+    coming: AsyncResult[Block] | None = None
 
 
 class EpisodeReader:
@@ -144,11 +144,11 @@ class EpisodeReader:
         self._reset()
 
     def _reset(self) -> None:
-        self._files = _OpenFiles(self.index, min(FOOTER_BYTES, self.cache_bytes // 4), ranges=self.blocks is not None)
+        self._files = _OpenFiles(self.index, ranges=self.blocks is not None)
         self._videos = VideoDecoders()
         self._cache: OrderedDict[int, _Cached] = OrderedDict()
         self._cached_bytes = 0
-        self._threads = _Threads()
+        self._threads: ThreadPool | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.index, self.cameras, self.cache_bytes, self.blocks)
@@ -175,43 +175,49 @@ class EpisodeReader:
     def prefetch(self, blocks: Iterable[int]) -> None:
         """Begin to read blocks that will be needed, the soonest first; those that are there stay longer."""
         assert self.blocks is not None
+        # Daemons: an executor's threads would be waited for at exit, and a request to a store may take minutes to fail.
+        self._threads = self._threads or ThreadPool(READING_THREADS, _name_thread)
         for block in blocks:
             if block in self._cache:
                 self._cache.move_to_end(block)
             else:
-                self._insert(block, self._threads.submit(partial(self._read, block)), int(self.blocks.nbytes[block]))
+                cached = _Cached(int(self.blocks.nbytes[block]))
+                self._insert(block, cached)
+                cached.coming = self._threads.apply_async(self._read_ahead, (block,))
 
     def close(self) -> None:
         """Give up what is being read ahead, and what is cached. The reader can be used again."""
-        for block in list(self._cache):
-            self._drop(block)
-        self._threads.close()
+        self._cache.clear()
+        if self._threads is not None:
+            self._threads.terminate()
         self._files.close()
         self._reset()
 
-    def _block(self, number: int) -> dict[int, RowGroup]:
-        """The row groups of a block, by their number in the file."""
-        if number not in self._cache:
-            future: Future[dict[int, RowGroup]] = Future()
-            future.set_result(self._read(number))
-            self._insert(number, future, 0)
-        cached = self._cache[number]
-        if not cached.ready:
+    def _block(self, number: int) -> Block:
+        """The row groups of a block."""
+        cached = self._cache.get(number)
+        if cached is None:
+            groups = self._read(number)
+            cached = _Cached(_nbytes(groups), groups)
+            self._insert(number, cached)
+        elif cached.groups is None:
+            assert cached.coming is not None
             try:
-                groups = cached.future.result()
+                cached.groups = cached.coming.get()
             except BaseException:
                 self._drop(number)  # whoever needs it next reads it again
                 raise
-            nbytes = sum(group.nbytes for group in groups.values())
-            self._cached_bytes += nbytes - cached.nbytes
-            cached.nbytes, cached.ready = nbytes, True
+            cached.coming = None
+            self._cached_bytes += _nbytes(cached.groups) - cached.nbytes
+            cached.nbytes = _nbytes(cached.groups)
         self._cache.move_to_end(number)
         self._make_room()
-        return cached.future.result()
+        assert cached.groups is not None
+        return cached.groups
 
-    def _insert(self, block: int, future: Future[dict[int, RowGroup]], nbytes: int) -> None:
-        self._cache[block] = _Cached(future, nbytes)
-        self._cached_bytes += nbytes
+    def _insert(self, block: int, cached: _Cached) -> None:
+        self._cache[block] = cached
+        self._cached_bytes += cached.nbytes
         self._make_room()
 
     def _make_room(self) -> None:
@@ -219,11 +225,12 @@ class EpisodeReader:
             self._drop(next(iter(self._cache)))
 
     def _drop(self, block: int) -> None:
-        cached = self._cache.pop(block)
-        self._cached_bytes -= cached.nbytes
-        cached.future.cancel()
+        self._cached_bytes -= self._cache.pop(block).nbytes
 
-    def _read(self, block: int) -> dict[int, RowGroup]:
+    def _read_ahead(self, block: int) -> Block:
+        return self._read(block) if block in self._cache else {}  # nobody asks for a block that has been dropped
+
+    def _read(self, block: int) -> Block:
         """Read a block; may be called from any thread."""
         file, groups = self._groups(block)
         read, group = {}, groups[0]
@@ -296,14 +303,13 @@ class _Entry:
 
 
 class _OpenFiles:
-    """The files that were used last, for several threads: at most OPEN_FILES, of `most_bytes` together."""
+    """The OPEN_FILES files that were used last, for several threads. nbytes: memory they take."""
 
-    def __init__(self, index: EpisodeIndex, most_bytes: int, ranges: bool) -> None:
-        self.index, self.most_bytes, self.ranges = index, most_bytes, ranges
-        self.nbytes = 0
+    def __init__(self, index: EpisodeIndex, ranges: bool) -> None:
+        self.index, self.ranges = index, ranges
+        self.nbytes, self._limit = 0, OPEN_FILES
         self._lock = threading.Lock()
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._closed = False
 
     @contextmanager
     def opened(self, file: int) -> Iterator[EpisodeFile]:
@@ -325,64 +331,24 @@ class _OpenFiles:
     def close(self) -> None:
         """Close every file, those in use as soon as nobody uses them."""
         with self._lock:
-            self._closed = True
+            self._limit = 0
             self._trim()
 
     def _trim(self) -> None:
-        for file, entry in list(self._entries.items()):
-            if (
-                not self._closed
-                and len(self._entries) <= OPEN_FILES
-                and (self.nbytes <= self.most_bytes or len(self._entries) == 1)
-            ):
-                return
-            if not entry.users:
-                del self._entries[file]
-                if entry.file is not None:
-                    self.nbytes -= entry.file.nbytes
-                    entry.file.close()
+        idle = [file for file, entry in self._entries.items() if not entry.users]
+        for file in idle[: max(0, len(self._entries) - self._limit)]:
+            closed = self._entries.pop(file).file
+            if closed is not None:
+                self.nbytes -= closed.nbytes
+                closed.close()
 
 
-Job = Callable[[], dict[int, RowGroup]]
+def _nbytes(groups: Block) -> int:
+    return sum(group.nbytes for group in groups.values())
 
 
-class _Threads:
-    """A few threads that take jobs in order. They are daemons: they never keep a process from ending.
-
-    (A `ThreadPoolExecutor` would be waited for, and a request to a store may take minutes to fail.)
-    """
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[Future[dict[int, RowGroup]], Job] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-
-    def submit(self, job: Job) -> Future[dict[int, RowGroup]]:
-        while len(self._threads) < READING_THREADS:
-            name = f"reads ahead {len(self._threads)}"
-            self._threads.append(threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True))
-            self._threads[-1].start()
-        future: Future[dict[int, RowGroup]] = Future()
-        self._jobs.put((future, job))
-        return future
-
-    def close(self) -> None:
-        """Let the threads end, after the jobs they have begun and those that are not cancelled; wait for them a moment."""
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _work(jobs: SimpleQueue[tuple[Future[dict[int, RowGroup]], Job] | None]) -> None:
-    while (taken := jobs.get()) is not None:
-        future, job = taken
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(job())
-            except BaseException as error:  # of any kind: it is raised where the result is needed
-                future.set_exception(error)
-        del taken, future, job  # or a waiting thread would keep the block it read last
+def _name_thread() -> None:
+    threading.current_thread().name = "reads ahead"
 
 
 def iterate_numbers(
