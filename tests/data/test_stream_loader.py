@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +128,9 @@ def test_each_block_is_read_once_in_a_pass_and_again_where_two_slots_share_it(
         data = VLADataset(index, preprocessor, config, True, EpisodeReader(index, 2, room, blocks))
         for _ in run_batches(data, RunSampler(order, 0, len(steps), rank, 4, 1), config, pin_memory=False):
             assert len(reading_threads()) == 4
+        deadline = time.monotonic() + 5
+        while reading_threads() and time.monotonic() < deadline:
+            time.sleep(0.001)
         assert not reading_threads()
         assert set(fetched - before) == needed
         # A lane ends in the block where the next begins: read when the one ends and when the other begins.
