@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,11 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from paligemma_vla import Policy, flow
-from paligemma_vla.actions import ActionTransform
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset
-from paligemma_vla.data.statistics import compute_statistics, model_numbers
+from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.evaluation.open_loop import OpenLoopConfig, check_same_robot, evaluate
@@ -31,10 +29,9 @@ from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training import preflight
-from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.trainer import Trainer
 from ranks import ALONE
-from support import HORIZON, call, encode_image, read_rows, train_here
+from support import HORIZON, encode_image, read_rows, train_here
 
 ConfigFactory = Callable[..., VLAConfig]
 REPRESENTATIONS = ("absolute", "chunk_relative", "delta")
@@ -101,12 +98,13 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Arm:
 
 @pytest.fixture(scope="module")
 def configs(arm: Arm, session_config: ConfigFactory) -> dict[str, VLAConfig]:
-    """A configuration per representation, its statistics written by the command."""
+    """A configuration per representation, its statistics written by the command: one file, and `--set` as in training."""
     made = {name: session_config(arm.overrides(name)) for name in REPRESENTATIONS}
+    path = str(arm.work / "absolute.yaml")
+    Path(path).write_text(made["absolute"].to_yaml())
     for name, config in made.items():
-        (arm.work / f"{name}.yaml").write_text(config.to_yaml())
-        path = str(arm.work / f"{name}.yaml")
-        assert main(["stats", "--config_path", path, "--output_path", config.data.normalization_stats_path]) == 0
+        output = ["--output_path", config.data.normalization_stats_path, "--set", f"data.actions.representation={name}"]
+        assert main(["stats", "--config_path", path, *output]) == 0
     return made
 
 
@@ -156,6 +154,22 @@ def min_max(values: Any, statistics: Any) -> np.ndarray:
     return 2 * (np.asarray(values) - statistics.min) / (statistics.max - statistics.min) - 1
 
 
+def real_units(values: torch.Tensor, statistics: Any) -> np.ndarray:
+    """The inverse of `min_max`."""
+    return (values.double().numpy() + 1) / 2 * (statistics.max - statistics.min) + statistics.min
+
+
+def policy_of(trainer: Trainer) -> Policy:
+    return Policy.from_checkpoint(trainer.config.run_dir / "checkpoints" / "last.pth.tar")
+
+
+def alone(dataset: VLADataset, number: int) -> dict[str, Any]:
+    """A batch of one sample."""
+    batch = Collator(dataset.preprocessor.prompts)([dataset[number]])
+    assert isinstance(batch, dict)
+    return batch
+
+
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 def test_statistics_are_over_every_step_of_every_chunk(arm: Arm, configs: dict[str, VLAConfig], representation: str) -> None:
     """Over all (t, k) that the loss sees; with absolute actions over every row, as they always were."""
@@ -177,19 +191,6 @@ def test_statistics_are_over_every_step_of_every_chunk(arm: Arm, configs: dict[s
         np.testing.assert_allclose(getattr(got.action, name), expected, atol=3e-6, err_msg=name)
     assert got.actions.representation == representation
     assert got.actions.horizon == (0 if representation == "absolute" else HORIZON)
-
-
-def test_statistics_do_not_depend_on_the_size_of_blocks_and_files(arm: Arm, configs: dict[str, VLAConfig]) -> None:
-    actions = DatasetStatistics.load(configs["delta"].data.normalization_stats_path).actions
-    index = EpisodeIndex.build(str(arm.folder))
-    for file in range(len(index.paths)):
-        whole, small = (
-            [np.concatenate(part) for part in zip(*model_numbers(index, file, actions, rows), strict=True)]
-            for rows in (65536, 5)
-        )
-        for first, second in zip(whole, small, strict=True):
-            np.testing.assert_array_equal(first, second)
-    assert len(list(model_numbers(index, 0, actions, 5))) > 3
 
 
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
@@ -217,23 +218,20 @@ def test_labels_equal_a_loop_over_rows(arm: Arm, configs: dict[str, VLAConfig], 
 def test_policy_returns_actions_as_recorded(trained: dict[str, Trainer], arm: Arm, representation: str) -> None:
     """The model called by hand, denormalised and undone step by step."""
     trainer = trained[representation]
-    policy = Policy.from_checkpoint(trainer.config.run_dir / "checkpoints" / "last.pth.tar")
-    data, statistics = VLADataset(str(arm.folder), trainer.preprocessor, trainer.config), trainer.preprocessor.statistics.action
-    for number in (0, 5, 12, 30):
-        batch, row = Collator(data.preprocessor.prompts)([data[number]]), arm.rows[number]
-        assert isinstance(batch, dict)
+    policy = policy_of(trainer)
+    data = VLADataset(str(arm.folder), trainer.preprocessor, trainer.config)
+    for number in (0, 12, 30):
+        batch, row = alone(data, number), arm.rows[number]
         generator = torch.Generator().manual_seed(derive_seed(number, "policy noise", 0))
         batch["flow_noise"] = flow.draw_noise((1, 1, HORIZON, 8), generator)
         with torch.no_grad():
-            sampled = trainer.model.eval()(**arguments_from_batch(batch, sample=True))[0].double().numpy()
-        predicted = (sampled + 1) / 2 * (statistics.max - statistics.min) + statistics.min
-        expected = undone(predicted, np.array(row["state"]), representation)
+            sampled = trainer.model.eval()(**arguments_from_batch(batch, sample=True))[0]
+        expected = undone(real_units(sampled, data.preprocessor.statistics.action), np.array(row["state"]), representation)
         image = np.asarray(Image.open(io.BytesIO(row["image_1_bytes"])))
         observation = {"image_1": image, "state": row["state"], "prompt": row["prompt"]}
         np.testing.assert_allclose(policy.infer(observation, seed=number)["actions"], expected, atol=1e-4)
     said = policy.metadata
-    assert said["action_representation"] == "absolute"
-    assert said["rotation"] == {"representation": "quaternion_xyzw", "dimensions": ["qx", "qy", "qz", "qw"]}
+    assert (said["action_representation"], said["rotation"]) == ("absolute", QUATERNION)
     assert (said["state_units"], said["action_units"]) == (list(ARM.state_units), list(ARM.action_units))
     assert said["action_names"] == list(ARM.action_names)
 
@@ -241,28 +239,17 @@ def test_policy_returns_actions_as_recorded(trained: dict[str, Trainer], arm: Ar
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 def test_validation_error_is_of_actions_as_recorded(trained: dict[str, Trainer], representation: str) -> None:
     trainer = trained[representation]
-    validation = trainer.data.validation
+    validation, statistics = trainer.data.validation, trainer.preprocessor.statistics
     assert validation is not None
-    statistics = trainer.preprocessor.statistics
     errors, count = np.zeros((HORIZON, 8)), np.zeros((HORIZON, 8))
     trainer.model.eval().requires_grad_(False)
     for number in range(len(validation)):
-        batch = Collator(validation.preprocessor.prompts)([validation[number]])
-        assert isinstance(batch, dict)
-        sampled = trainer.model(**arguments_from_batch(batch, sample=True))[0].double().numpy()
-        state = (batch["state"][0].double().numpy() + 1) / 2 * (
-            statistics.state.max - statistics.state.min
-        ) + statistics.state.min
-        real = [
-            undone(
-                (actions + 1) / 2 * (statistics.action.max - statistics.action.min) + statistics.action.min,
-                state,
-                representation,
-            )
-            for actions in (sampled, batch["action"].view(HORIZON, 8).double().numpy())
-        ]
+        batch = alone(validation, number)
+        state = real_units(batch["state"][0], statistics.state)
+        chunks = trainer.model(**arguments_from_batch(batch, sample=True))[0], batch["action"].view(HORIZON, 8)
+        got, expected = (undone(real_units(chunk, statistics.action), state, representation) for chunk in chunks)
         mask = batch["action_mask"][0].numpy()
-        errors += np.abs(real[0] - real[1]) * mask
+        errors += np.abs(got - expected) * mask
         count += mask
     metrics = trainer.validate()
     assert metrics["val/action_mae"] == pytest.approx(errors.sum() / count.sum(), rel=1e-4)
@@ -272,25 +259,20 @@ def test_validation_error_is_of_actions_as_recorded(trained: dict[str, Trainer],
 @pytest.mark.parametrize("representation", ["chunk_relative", "delta"])
 def test_open_loop_compares_with_recorded_actions(trained: dict[str, Trainer], arm: Arm, representation: str) -> None:
     """A quaternion recorded as its negative is no error; the baseline is the mean of what the model sees."""
-    policy = Policy.from_checkpoint(trained[representation].config.run_dir / "checkpoints" / "last.pth.tar")
-    metrics = evaluate(policy, str(arm.folder), OpenLoopConfig(euler_samples=1, batch_size=16)).metrics
-    mean = policy.preprocessor.statistics.action.mean
-    errors, total = np.zeros(8), 0
+    policy = policy_of(trained[representation])
+    entries = evaluate(policy, str(arm.folder), OpenLoopConfig(euler_samples=1, batch_size=16)).metrics["per_dimension"]
+    chunk_of_means = np.tile(policy.preprocessor.statistics.action.mean, (HORIZON, 1))
+    errors = []
     for number, row in enumerate(arm.rows):
-        chunk = seen_by_the_model(arm.rows, number, "absolute")
-        constant = undone(np.tile(mean, (HORIZON, 1)), np.array(row["state"]), representation)
-        for ahead, action in enumerate(chunk):
+        constant = undone(chunk_of_means, np.array(row["state"]), representation)
+        for ahead, action in enumerate(seen_by_the_model(arm.rows, number, "absolute")):
             quaternion = action[3:7] * (1 if action[6] >= 0 else -1)
-            errors += np.abs(constant[ahead] - np.concatenate([action[:3], quaternion, action[7:]]))
-            total += 1
-    got = [entry["mean_action_mae"] for entry in metrics["per_dimension"]]
-    np.testing.assert_allclose(got, errors / total, rtol=1e-4)
+            errors.append(np.abs(constant[ahead] - np.concatenate([action[:3], quaternion, action[7:]])))
+    np.testing.assert_allclose([entry["mean_action_mae"] for entry in entries], np.mean(errors, axis=0), rtol=1e-4)
     recorded = np.array([row["action"] for row in arm.rows])
-    for n, entry in enumerate(metrics["per_dimension"]):
-        assert (entry["training_range"] is None) == (n < 7)
-        if n < 3:
-            assert entry["recorded_range"] == pytest.approx([recorded[:, n].min(), recorded[:, n].max()])
-            assert entry["unit"] == "m"
+    for n in range(3):
+        assert entries[n]["recorded_range"] == pytest.approx([recorded[:, n].min(), recorded[:, n].max()])
+    assert [entry["training_range"] is None for entry in entries] == [n < 7 for n in range(8)]
 
 
 @pytest.mark.parametrize("change", [{"representation": "chunk_relative"}, {"dimensions": ["x", "y", "z"]}])
@@ -309,72 +291,75 @@ def test_resume_with_other_actions_is_refused_even_by_force(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "change", "told"),
+    ("wanted", "written", "change", "difference"),
     [
-        ("delta", {}, "is of actions as absolute, expected delta in chunks of 4: x from x, "),
-        (
-            "absolute",
-            {"data.normalization_stats_path": "delta.json"},
-            "is of actions as delta in chunks of 4: x from x, .* expected absolute",
-        ),
-        (
-            "delta",
-            {"data.normalization_stats_path": "delta.json", "data.actions.dimensions": ["x", "y", "z"]},
-            "expected .*: x from x, y from y, z from z",
-        ),
+        ("delta", "absolute", {}, "is of actions as absolute, expected delta in chunks of 4: x from x, "),
+        ("absolute", "delta", {}, "is of actions as delta in chunks of 4: x from x, .* expected absolute"),
+        ("delta", "delta", {"dimensions": ["x", "y", "z"]}, "expected .*: x from x, y from y, z from z"),
     ],
 )
 def test_statistics_of_other_actions_are_refused_with_the_remedy(
-    configs: dict[str, VLAConfig], session_config: ConfigFactory, arm: Arm, wanted: str, change: dict[str, Any], told: str
+    configs: dict[str, VLAConfig],
+    session_config: ConfigFactory,
+    arm: Arm,
+    wanted: str,
+    written: str,
+    change: dict[str, Any],
+    difference: str,
 ) -> None:
-    path = arm.work / change.get("data.normalization_stats_path", "absolute.json")
-    config = session_config(arm.overrides(wanted, **{**change, "data.normalization_stats_path": str(path)}))
-    remedy = rf"compute the statistics again: paligemma-vla stats --config_path CONFIG --output_path {path}"
-    for begin in (
-        lambda: preflight.prepare(config, ALONE),
-        lambda: VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config),
-    ):
-        with pytest.raises(VLAError, match=rf"data\.normalization_stats_path: {path} .*{told}.*; {remedy}"):
-            begin()
+    path = arm.work / f"{written}.json"
+    changes = {f"data.actions.{key}": value for key, value in change.items()}
+    config = session_config(arm.overrides(wanted, **{**changes, "data.normalization_stats_path": str(path)}))
+    message = rf"data\.normalization_stats_path: {path} .*{difference}.*; compute the statistics again: .*--output_path {path}"
+    with pytest.raises(VLAError, match=message):
+        preflight.prepare(config, ALONE)
+    with pytest.raises(VLAError, match=message):
+        VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config)
 
 
-def test_range_is_compared_as_the_model_sees_it(session_config: ConfigFactory, arm: Arm, tmp_path: Path) -> None:
+def rewrite(arm: Arm, folder: Path, episode: int, change: Callable[[np.ndarray, np.ndarray], None]) -> None:
+    """Write one of the arm's episodes again, its states and actions changed."""
+    rows = [row for row in arm.rows if row["episode"] == episode]
+    state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
+    change(state, action)
+    with EpisodeWriter(folder, ARM, prefix=f"e{episode}") as writer:
+        writer.write(Episode([[row["image_1_bytes"] for row in rows]], state, action, "x"))
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+def test_range_is_compared_as_the_model_sees_it(
+    configs: dict[str, VLAConfig], session_config: ConfigFactory, arm: Arm, tmp_path: Path, representation: str
+) -> None:
     """The same movements elsewhere in the room are the same deltas, and other absolute actions."""
-    moved = tmp_path / "moved"
-    with EpisodeWriter(moved, ARM) as writer:
-        rng = np.random.default_rng(0)
-        for number in range(len(LENGTHS)):
-            rows = [row for row in arm.rows if row["episode"] == number]
-            state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
-            state[:, 1:4] += 100
-            action[:, :3] += 100
-            writer.write(Episode([[encode_image(rng) for _ in rows]], state, action, "x"))
-    for representation, fits in (("delta", True), ("chunk_relative", True), ("absolute", False)):
-        path = arm.work / f"{representation}.json"
-        statistics = DatasetStatistics.load(path)
-        state = compute_statistics(str(moved), "x").state  # only actions are to be compared
-        replace(statistics, state=state).save(tmp_path / "s.json")
-        settings = {"data.train_parquet_files": str(moved), "data.normalization_stats_path": str(tmp_path / "s.json")}
-        config = session_config(arm.overrides(representation, **settings))
-        if fits:
+
+    def move(state: np.ndarray, action: np.ndarray) -> None:
+        state[:, 1:4] += 100
+        action[:, :3] += 100
+
+    for number in range(len(LENGTHS)):
+        rewrite(arm, tmp_path / "moved", number, move)
+    state = compute_statistics(str(tmp_path / "moved"), "x").state  # only actions are to be compared
+    replace(DatasetStatistics.load(arm.work / f"{representation}.json"), state=state).save(tmp_path / "s.json")
+    settings = {
+        "data.train_parquet_files": str(tmp_path / "moved"),
+        "data.normalization_stats_path": str(tmp_path / "s.json"),
+    }
+    config = session_config(arm.overrides(representation, **settings))
+    if representation == "absolute":
+        with pytest.raises(DataError, match=r"is of other data: .*column action, dimension 0 \(x\)"):
             preflight.prepare(config, ALONE)
-        else:
-            with pytest.raises(DataError, match=r"is of other data: .*column action, dimension 0 \(x\)"):
-                preflight.prepare(config, ALONE)
+    else:
+        preflight.prepare(config, ALONE)
 
 
-def test_row_whose_rotation_is_none_is_named(
-    session_config: ConfigFactory, arm: Arm, configs: dict[str, VLAConfig], tmp_path: Path
-) -> None:
-    with EpisodeWriter(tmp_path, ARM) as writer:
-        rng = np.random.default_rng(0)
-        rows = [row for row in arm.rows if row["episode"] == 2]
-        state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
+def test_row_whose_rotation_is_none_is_named(arm: Arm, configs: dict[str, VLAConfig], tmp_path: Path) -> None:
+    def no_rotation(state: np.ndarray, action: np.ndarray) -> None:
         action[9, 3:7] = 0
-        writer.write(Episode([[encode_image(rng) for _ in rows]], state, action, "x"))
+
+    rewrite(arm, tmp_path, 2, no_rotation)
     config = configs["chunk_relative"]
     actions = DatasetStatistics.load(config.data.normalization_stats_path).actions
-    with pytest.raises(DataError, match=r"episodes-00000\.parquet: row 6, column action: the rotation here, in the next"):
+    with pytest.raises(DataError, match=r"e2-00000\.parquet: row 6, column action: the rotation here, in the next"):
         compute_statistics(str(tmp_path), "x", actions=actions)  # 6 + 3 = 9, the first chunk that reaches it
     data = VLADataset(str(tmp_path), config.model.vlm_config.model_name_or_path, config)
     assert torch.isfinite(data[5]["action"]).all()
@@ -383,11 +368,7 @@ def test_row_whose_rotation_is_none_is_named(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("state_units", ("", "mm", "mm", "mm", "", "", "", "")),
-        ("action_rotation", "quaternion_wxyz"),
-    ],
+    ("field", "value"), [("state_units", ("", *["mm"] * 3, *[""] * 4)), ("action_rotation", "quaternion_wxyz")]
 )
 def test_files_and_checkpoints_that_mean_other_actions_are_refused(
     trained: dict[str, Trainer], tmp_path: Path, field: str, value: Any
@@ -398,7 +379,7 @@ def test_files_and_checkpoints_that_mean_other_actions_are_refused(
     EpisodeIndex.build([str(tmp_path / "a"), str(tmp_path / "c")])
     with pytest.raises(DataError, match=f"metadata {field}: got .*, expected .* as in .*; train on one robot's data at a time"):
         EpisodeIndex.build([str(tmp_path / "a"), str(tmp_path / "b")])
-    policy = Policy.from_checkpoint(trained["absolute"].config.run_dir / "checkpoints" / "last.pth.tar")
+    policy = policy_of(trained["absolute"])
     check_same_robot(EpisodeIndex.build(str(tmp_path / "c")), policy)
     with pytest.raises(DataError, match=f"{field}: got .*, expected "):
         check_same_robot(EpisodeIndex.build(str(tmp_path / "b")), policy)
@@ -417,42 +398,8 @@ def test_names_and_units_that_are_not_one_per_dimension_are_refused(tmp_path: Pa
         EpisodeIndex.build(str(path))
 
 
-def test_data_info_shows_names_units_and_representation(arm: Arm, capfd: pytest.CaptureFixture[str]) -> None:
-    facts = json.loads(call(capfd, "data", "info", arm.folder, "--json")[1])
-    assert facts["action_units"] == list(ARM.action_units) and facts["state_units"] == list(ARM.state_units)
-    assert (facts["action_representation"], facts["action_rotation"]) == ("absolute", "quaternion_xyzw")
-    assert "quaternion_xyzw" in call(capfd, "data", "info", arm.folder)[1]
-
-
 def test_policy_refuses_a_state_without_a_rotation(trained: dict[str, Trainer]) -> None:
-    policy = Policy.from_checkpoint(trained["delta"].config.run_dir / "checkpoints" / "last.pth.tar")
+    policy = policy_of(trained["delta"])
     observation = {"image_1": np.zeros((32, 32, 3), np.uint8), "state": [1, 0, 0, 0, 0, 0, 0, 0], "prompt": "x"}
     with pytest.raises(DataError, match=r"state: got \[1, 0.*expected a rotation in it as quaternion_xyzw: a length of 0"):
         policy.infer(observation)
-
-
-def test_checkpoint_of_before_there_was_a_choice_answers_as_it_did(checkpoint: Path, tmp_path: Path) -> None:
-    """Without `data.actions` in its configuration, `actions` in its statistics, and units in its metadata."""
-    saved = torch.load(checkpoint, weights_only=True)
-    assert saved["config"]["data"].pop("actions")["representation"] == "absolute"
-    assert saved["preprocessor"]["statistics"].pop("actions") == ActionTransform().to_dict()
-    metadata = json.loads(saved["metadata"])
-    for name in ("state_units", "action_units", "action_representation", "action_rotation"):
-        del metadata[name]
-    torch.save({**saved, "metadata": json.dumps(metadata)}, tmp_path / "old.pth.tar")
-    assert "actions" not in load_checkpoint(tmp_path / "old.pth.tar")["config"]["data"]
-    old, new = Policy.from_checkpoint(tmp_path / "old.pth.tar"), Policy.from_checkpoint(checkpoint)
-    observation = {"image_1": np.zeros((32, 32, 3), np.uint8), "state": [1, 2, 3], "prompt": "open the drawer"}
-    np.testing.assert_array_equal(old.infer(observation, seed=0)["actions"], new.infer(observation, seed=0)["actions"])
-    assert old.metadata == new.metadata
-    assert old.metadata["action_units"] == [] and old.metadata["rotation"] is None
-
-
-def test_statistics_take_any_key_as_training_does(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    from paligemma_vla.cli.main import main
-
-    (tmp_path / "c.yaml").write_text(tiny_config().to_yaml())
-    output = tmp_path / "s.json"
-    command = ["stats", "--config_path", str(tmp_path / "c.yaml"), "--output_path", str(output)]
-    assert main([*command, "--set", "data.actions.representation=chunk_relative", "--set", "data.actions.dimensions=[0]"]) == 0
-    assert DatasetStatistics.load(output).actions.converts

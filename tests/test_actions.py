@@ -101,15 +101,9 @@ def test_decode_inverts_encode_to_the_rounding_of_float32(representation: str, k
     assert back.dtype == np.float32
     np.testing.assert_array_equal(back[..., 3], actions[..., 3])
     np.testing.assert_allclose(back[..., :3], actions[..., :3], atol=K * 4e-7)
-    angles = [
-        angle_between(a, b, kind) for a, b in zip(back[..., 4:].reshape(-1, ROTATIONS[kind]), _rows(actions), strict=True)
-    ]
-    assert max(angles) < 3e-6
+    pairs = zip(*(chunks[..., 4:].reshape(-1, ROTATIONS[kind]) for chunks in (back, actions)), strict=True)
+    assert max(angle_between(first, second, kind) for first, second in pairs) < 3e-6
     np.testing.assert_allclose(back, transform.canonical(actions), atol=3e-5)  # and as numbers, when both are written alike
-
-
-def _rows(actions: np.ndarray) -> np.ndarray:
-    return actions[..., 4:].reshape(-1, actions.shape[-1] - 4)
 
 
 def test_decode_loses_nothing_far_from_the_origin() -> None:
@@ -139,16 +133,6 @@ def test_rotation_across_the_wrap_is_a_small_turn(representation: str, kind: str
     encoded = transform.encode(action[None], state)
     assert rotation_of(encoded[0], kind).magnitude() == pytest.approx(0.02, abs=1e-5)
     assert angle_between(transform.decode(encoded, state)[0], action, kind) < 1e-6
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_repeated_action_past_the_end_is_no_movement(kind: str) -> None:
-    actions, states = poses(kind)
-    actions[:, 2:] = actions[:, 1:2]
-    encoded = pose_transform("delta", kind).encode(actions, states)
-    np.testing.assert_array_equal(encoded[:, 2:, :3], 0)
-    identity = numbers_of(Rotation.identity(), kind)
-    np.testing.assert_allclose(encoded[:, 2:, 4:], np.broadcast_to(identity, encoded[:, 2:, 4:].shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["quaternion_xyzw", "quaternion_wxyz"])
@@ -253,110 +237,80 @@ def settings(**actions: Any) -> VLAConfig:
     return config_from_dict(raw)
 
 
-def test_resolve_takes_everything_but_the_gripper_by_name() -> None:
-    transform = resolve_actions(settings(rotation=EULER), ARM, 7, 7)
-    assert transform == ActionTransform("delta", (0, 1, 2, 3, 4, 5), (3, 2, 1, 4, 5, 6), "euler_xyz", (3, 4, 5), K)
-    assert transform.describe(ARM) == (
-        "delta in chunks of 5: x from x, y from y, z from z, roll from roll, pitch from pitch, yaw from yaw; "
-        "rotation as euler_xyz"
-    )
+XYZ = ["x", "y", "z"]
+NAMELESS, UNNAMED_STATE = DatasetMetadata(), replace(ARM, state_names=(), state_units=())
 
 
-def test_resolve_falls_back_on_numbers_where_no_name_is_shared() -> None:
-    renamed = replace(ARM, state_names=(), state_units=())
-    assert resolve_actions(settings(), renamed, 7, 7).state_dimensions == (0, 1, 2, 3, 4, 5)
-    listed = settings(dimensions=[2, "x"], state_dimensions=["z", 3])
-    assert resolve_actions(listed, ARM, 7, 7) == ActionTransform("delta", (2, 0), (1, 3), horizon=K)
+@pytest.mark.parametrize(
+    ("actions", "metadata", "expected"),
+    [
+        # Everything but the gripper, by name; by number where no name is shared; as listed.
+        ({"rotation": EULER}, ARM, ((0, 1, 2, 3, 4, 5), (3, 2, 1, 4, 5, 6), "euler_xyz", (3, 4, 5))),
+        ({}, UNNAMED_STATE, ((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5), "", ())),
+        ({"dimensions": [2, "x"], "state_dimensions": ["z", 3]}, ARM, ((2, 0), (1, 3), "", ())),
+        # A named rotation that is not converted stays as recorded.
+        ({"rotation": EULER, "dimensions": XYZ}, ARM, ((0, 1, 2), (3, 2, 1), "", ())),
+    ],
+)
+def test_resolve_finds_what_each_dimension_starts_from(
+    actions: dict[str, Any], metadata: DatasetMetadata, expected: Any
+) -> None:
+    dimensions, starts, rotation, turned = expected
+    transform = resolve_actions(settings(**actions), metadata, 7, 7)
+    assert transform == ActionTransform("delta", dimensions, starts, rotation, turned, K)
 
 
-def test_resolve_leaves_a_named_rotation_alone_that_is_not_converted() -> None:
-    transform = resolve_actions(settings(rotation=EULER, dimensions=["x", "y", "z"]), ARM, 7, 7)
-    assert transform == ActionTransform("delta", (0, 1, 2), (3, 2, 1), horizon=K)
+def test_resolve_of_absolute_actions_converts_nothing() -> None:
     assert resolve_actions(settings(representation="absolute", rotation=EULER), ARM, 7, 7) == ABSOLUTE
 
 
 def test_resolve_takes_two_rotations_one_after_the_other() -> None:
     both = {"representation": "rotvec", "dimensions": [3, 4, 5, 0, 1, 2]}
-    transform = resolve_actions(settings(rotation=both, dimensions=[0, 1, 2, 3, 4, 5]), DatasetMetadata(), 6, 7)
+    transform = resolve_actions(settings(rotation=both, dimensions=[0, 1, 2, 3, 4, 5]), NAMELESS, 6, 7)
     assert [columns for columns, _ in transform._rotations()] == [[3, 4, 5], [0, 1, 2]]
 
 
+DEGREES = replace(ARM, action_units=(*"mmm", "deg", "deg", "deg", ""), state_units=())
+TURNED = replace(ARM, action_rotation="rotvec")
+WRONG = {"dimensions": ["x", "grip", 9], "state_dimensions": ["x", "q", 7]}
+
+
 @pytest.mark.parametrize(
-    ("actions", "metadata", "dimensions", "faults"),
+    ("actions", "metadata", "faults"),
     [
-        ({}, DatasetMetadata(), (7, 7), ["dimensions: got null, but the data does not name its 7 action dimensions; list"]),
-        ({}, replace(ARM, action_names=("gripper",) * 7), (7, 7), ["dimensions: got null, but all of gripper"]),
+        ({}, NAMELESS, ["dimensions: got null, but the data does not name its 8"]),
+        ({}, replace(ARM, action_names=("gripper",) * 7), ["dimensions: got null, but all of gripper"]),
+        ({}, replace(ARM, action_representation="delta"), ["representation: got delta, but .* deltas already; take absolute"]),
+        ({}, replace(ARM, state_names=("x", *"abcdef")), ["state_dimensions: .* of the name y, z, roll, pitch, yaw,"]),
+        ({"dimensions": [8]}, NAMELESS, ["dimensions: got 8, expected at most 7"]),
+        ({"dimensions": [7]}, NAMELESS, ["state_dimensions: .*7 numbers, none for dimension 7 "]),
         (
-            {},
-            replace(ARM, action_representation="delta"),
-            (7, 7),
-            ["representation: got delta, but the data's actions are deltas already; take absolute"],
-        ),
-        ({}, DatasetMetadata(action_names=("x", "y")), (1, 2), ["state_dimensions: .*1 numbers, none for dimension 1 .y."]),
-        ({}, replace(ARM, state_names=("x", *"abcdef")), (7, 7), ["state_dimensions: .* of the name y, z, roll, pitch, yaw,"]),
-        (
-            {"dimensions": ["x", "grip", 9], "state_dimensions": ["x", "q", 7]},
+            WRONG,
             ARM,
-            (7, 7),
-            [
-                "dimensions: got 'grip', none of the data's action dimensions",
-                "dimensions: got 9, expected at most 6: the data has 7 action dimensions",
-                "state_dimensions: got 'q', none of the data's state dimensions; known: ",
-                "state_dimensions: got 7, expected at most 6",
-            ],
+            ["dimensions: got 'grip'", "dimensions: got 9", "state_dimensions: got 'q'.*known: ", "state_dimensions: got 7"],
         ),
-        ({"dimensions": ["x", 0]}, ARM, (7, 7), [r"dimensions: got \['x', 0\], expected each dimension once"]),
-        ({"dimensions": ["x"]}, DatasetMetadata(), (7, 7), ["dimensions: got 'x', .*; it names none: give numbers"]),
-        (
-            {"dimensions": ["roll"], "state_dimensions": ["x"]},
-            ARM,
-            (7, 7),
-            ["state_dimensions: action roll is in rad, state x in m; list dimensions of one unit"],
-        ),
-        (
-            {"rotation": EULER, "dimensions": ["x", "roll", "yaw"]},
-            ARM,
-            (7, 7),
-            ["rotation.dimensions: pitch are not among those converted"],
-        ),
-        ({}, replace(ARM, action_rotation="rotvec"), (7, 7), ["rotation: got null, but .* hold a rotation as rotvec"]),
+        ({"dimensions": ["x", 0]}, ARM, [r"dimensions: got \['x', 0\], expected each dimension once"]),
+        ({"dimensions": ["x"]}, NAMELESS, ["dimensions: got 'x', .*; it names none: give numbers"]),
+        ({"dimensions": ["roll"], "state_dimensions": ["x"]}, ARM, ["state_dimensions: .*roll is in rad, state x in m"]),
+        ({"rotation": EULER, "dimensions": ["x", "roll", "yaw"]}, ARM, ["rotation.dimensions: pitch"]),
+        ({}, TURNED, ["rotation: got null, but .* hold a rotation as rotvec"]),
         (
             {"rotation": EULER, "representation": "absolute"},
-            replace(ARM, action_rotation="rotvec"),
-            (7, 7),
-            ["rotation.representation: got euler_xyz, expected rotvec as the data says"],
+            TURNED,
+            ["rotation.representation: got euler_xyz, expected rotvec"],
         ),
-        (
-            {"rotation": EULER},
-            replace(ARM, action_units=(*"mmm", "deg", "deg", "deg", ""), state_units=()),
-            (7, 7),
-            ["rotation: action roll is in deg, expected rad; convert the data", "rotation: .*pitch", "rotation: .*yaw"],
-        ),
+        ({"rotation": EULER}, DEGREES, [f"rotation: action {name} is in deg" for name in EULER["dimensions"]]),
     ],
 )
-def test_resolve_tells_everything_that_cannot_be(
-    actions: dict[str, Any], metadata: DatasetMetadata, dimensions: tuple[int, int], faults: list[str]
-) -> None:
+def test_resolve_tells_everything_that_cannot_be(actions: dict[str, Any], metadata: DatasetMetadata, faults: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve_actions(settings(**actions), metadata, *dimensions)
+        resolve_actions(settings(**actions), metadata, 7, 8 if metadata == NAMELESS else 7)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(faults), lines
     for line, fault in zip(lines, faults, strict=True):
         assert re.match(f"data.actions.{fault}", line), line
 
 
-@pytest.mark.parametrize(
-    ("actions", "fault"),
-    [
-        ({"representation": "absolute", "dimensions": [0]}, "dimensions: got a list with representation: absolute"),
-        ({"state_dimensions": [0]}, "state_dimensions: got a list without dimensions"),
-        ({"dimensions": [0, 1], "state_dimensions": [0]}, "state_dimensions: got 1, expected 2"),
-        ({"dimensions": [0, -1]}, "dimensions.1: got -1, expected: a dimension: its number"),
-        ({"rotation": {**EULER, "dimensions": [1, 2]}}, "rotation.dimensions: got 2, expected 3 for euler_xyz"),
-    ],
-)
-def test_configuration_contradictions_name_the_key(actions: dict[str, Any], fault: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        settings(**actions)
-    assert f"\n  data.actions.{fault}" in str(caught.value)
-    assert "1 fault in" in str(caught.value)
+def test_configuration_with_lists_of_two_lengths_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"\n  data\.actions\.state_dimensions: got 1, expected 2"):
+        settings(dimensions=[0, 1], state_dimensions=[0])
