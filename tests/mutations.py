@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 import json
 import struct
@@ -56,10 +57,44 @@ TABLES: list[Damage] = []
 
 
 def damage(*refused: str, sound: bool = False) -> Callable[..., Any]:
-    """Enter a function into `TABLES`. It returns the damaged table, or that and options for the writer."""
+    """Enter `apply(rng, table)` into `TABLES`. It returns the damaged table, or that and options for the writer."""
 
     def enter(apply: Callable[[Rng, pa.Table], Any]) -> Callable[[Rng, pa.Table], Any]:
         TABLES.append(Damage(apply, refused, sound))
+        return apply
+
+    return enter
+
+
+def damage_vectors(*refused: str) -> Callable[..., Any]:
+    """The same of `change(rng, values, row)`, for state or action as lists of any length; the row is not the first."""
+
+    def enter(change: Callable[[Rng, list[Any], int], None]) -> Any:
+        @damage(*refused)
+        @functools.wraps(change)
+        def apply(rng: Rng, table: pa.Table) -> pa.Table:
+            name = choose(rng, VECTORS)
+            values = table[name].to_pylist()
+            change(rng, values, int(rng.integers(1, len(values))))
+            return set_column(table, name, pa.array(values, pa.list_(choose(rng, (pa.float32(), pa.float64())))))
+
+        return apply
+
+    return enter
+
+
+def damage_value(name: str, *refused: str, sound: bool = False) -> Callable[..., Any]:
+    """The same of `change(rng, old)`, for one value of a column."""
+
+    def enter(change: Callable[[Rng, Any], Any]) -> Any:
+        @damage(*refused, sound=sound)
+        @functools.wraps(change)
+        def apply(rng: Rng, table: pa.Table) -> pa.Table:
+            values = table[name].to_pylist()
+            row = int(rng.integers(len(values)))
+            values[row] = change(rng, values[row])
+            return set_column(table, name, values)
+
         return apply
 
     return enter
@@ -70,7 +105,7 @@ def mutate_parquet(seed: int, source: Path) -> Mutation:
     rng = np.random.default_rng(seed)
     if rng.random() < 0.4:
         data = bytearray(source.read_bytes())
-        apply = flip_bytes if rng.random() < 0.5 else choose(rng, (cut, repeat, swap, zero, append, replace))
+        apply = choose(rng, (flip_bytes, rearrange))
         return Mutation(seed, apply.__name__, bytes(apply(rng, data)))
     kind = choose(rng, TABLES)
     table = pq.read_table(source)
@@ -85,9 +120,6 @@ def mutate_parquet(seed: int, source: Path) -> Mutation:
 
 def choose(rng: Rng, choices: Any) -> Any:
     return choices[rng.integers(len(choices))]
-
-
-# ---- bytes
 
 
 def flip(rng: Rng, data: bytearray, first: int, last: int) -> bytearray:
@@ -115,42 +147,13 @@ def flip_bytes(rng: Rng, data: bytearray) -> bytearray:
     return flip(rng, data, *choose(rng, regions))
 
 
-def cut(rng: Rng, data: bytearray) -> bytearray:
-    """Lose the end, or a piece of the middle."""
+def rearrange(rng: Rng, data: bytearray) -> bytes:
+    """Lose, repeat, move or blank a piece, append garbage, or leave next to nothing."""
     first, last = sorted(rng.integers(len(data), size=2))
-    return data[:first] + choose(rng, (data[last:], b""))
-
-
-def repeat(rng: Rng, data: bytearray) -> bytearray:
-    first, last = sorted(rng.integers(len(data), size=2))
-    return data[:last] + data[first:]
-
-
-def swap(rng: Rng, data: bytearray) -> bytearray:
-    size = int(rng.integers(1, len(data) // 4))
-    first, second = rng.integers(len(data) - size, size=2)
-    data[first : first + size], data[second : second + size] = data[second : second + size], data[first : first + size]
-    return data
-
-
-def zero(rng: Rng, data: bytearray) -> bytearray:
-    first = rng.integers(len(data))
-    last = min(len(data), first + rng.integers(1, 4096))
-    data[first:last] = bytes(last - first)
-    return data
-
-
-def append(rng: Rng, data: bytearray) -> bytearray:
-    return data + rng.bytes(int(rng.integers(1, 2000)))
-
-
-def replace(rng: Rng, data: bytearray) -> bytes:
-    """By next to nothing."""
+    head, piece, tail = data[:first], data[first:last], data[last:]
+    pieces = (head, head + tail, data[:last] + data[first:], head + tail + piece, head + bytes(len(piece)) + tail)
     tiny = (b"", b"PAR1", b"PAR1PAR1", b"PAR1\0\0\0\0PAR1", b"PAR1\xff\xff\xff\x7fPAR1", b"\0", rng.bytes(100))
-    return bytes(choose(rng, tiny))
-
-
-# ---- columns
+    return bytes(choose(rng, (*pieces, data + rng.bytes(1000), choose(rng, tiny))))
 
 
 def set_column(table: pa.Table, name: str, values: pa.Array | list[Any]) -> pa.Table:
@@ -228,77 +231,40 @@ def use_other_sound_types(rng: Rng, table: pa.Table) -> pa.Table:
     return set_column(table, name, pa.array(column.to_pylist(), choose(rng, kinds)))
 
 
-# ---- numbers
+@damage_vectors(*NUMBERS)
+def change_one_length(rng: Rng, values: list[Any], row: int) -> None:
+    values[row] = choose(rng, ([], [1.0], [0.5] * 300))
 
 
-def with_vectors(rng: Rng, table: pa.Table, change: Callable[[list[Any], int], None], kind: Any = None) -> pa.Table:
-    """State or action as lists of any length, after `change(values, row)`; its row is not the first."""
-    name = choose(rng, VECTORS)
-    values = table[name].to_pylist()
-    change(values, int(rng.integers(1, len(values))))
-    kind = kind or choose(rng, (pa.float32(), pa.float64()))
-    return set_column(table, name, pa.array(values, pa.list_(kind)))
+@damage_vectors(*NUMBERS)
+def change_dimension_halfway(rng: Rng, values: list[Any], row: int) -> None:
+    values[row:] = [[*value, 0.0] for value in values[row:]]
 
 
-@damage(*NUMBERS)
-def change_one_length(rng: Rng, table: pa.Table) -> pa.Table:
-    def change(values: list[Any], row: int) -> None:
-        values[row] = choose(rng, ([], [1.0], [0.5] * 300))
-
-    return with_vectors(rng, table, change)
-
-
-@damage(*NUMBERS)
-def change_dimension_halfway(rng: Rng, table: pa.Table) -> pa.Table:
-    def change(values: list[Any], row: int) -> None:
-        values[row:] = [[*value, 0.0] for value in values[row:]]
-
-    return with_vectors(rng, table, change)
-
-
-@damage(*NUMBERS)
-def move_a_number_to_the_row_before(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_vectors(*NUMBERS)
+def move_a_number_to_the_row_before(rng: Rng, values: list[Any], row: int) -> None:
     """As many numbers as there should be, but cut up otherwise: a reshape alone would not notice."""
-
-    def change(values: list[Any], row: int) -> None:
-        values[row - 1], values[row] = values[row - 1] + values[row][:1], values[row][1:]
-
-    return with_vectors(rng, table, change)
+    values[row - 1], values[row] = values[row - 1] + values[row][:1], values[row][1:]
 
 
-@damage(*NUMBERS)
-def make_a_number_infinite(rng: Rng, table: pa.Table) -> pa.Table:
-    def change(values: list[Any], row: int) -> None:
-        values[row][-1] = choose(rng, (float("nan"), float("inf"), -float("inf"), 1e300, -1e39))
-
-    return with_vectors(rng, table, change, pa.float64())
+@damage_vectors(*NUMBERS)
+def make_a_number_infinite(rng: Rng, values: list[Any], row: int) -> None:
+    values[row][-1] = choose(rng, (float("nan"), float("inf"), -float("inf"), 1e300, -1e39))
 
 
-@damage()
-def make_a_number_huge(rng: Rng, table: pa.Table) -> pa.Table:
-    def change(values: list[Any], row: int) -> None:
-        values[row][0] = choose(rng, (3e38, -3.4e38, 1e30, 1e-45, 1e20))
-
-    return with_vectors(rng, table, change)
+@damage_vectors()
+def make_a_number_huge(rng: Rng, values: list[Any], row: int) -> None:
+    values[row][0] = choose(rng, (3e38, -3.4e38, 1e30, 1e-45, 1e20))
 
 
-@damage(*NUMBERS)
-def lose_numbers(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_vectors(*NUMBERS)
+def lose_numbers(rng: Rng, values: list[Any], row: int) -> None:
     """One number, one vector, or all of them."""
-
-    def change(values: list[Any], row: int) -> None:
-        kind = rng.integers(3)
-        if kind == 0:
-            values[row][0] = None
-        elif kind == 1:
-            values[row] = None
-        else:
-            values[:] = [[]] * len(values)
-
-    return with_vectors(rng, table, change)
-
-
-# ---- flags and rows
+    kind = rng.integers(3)
+    if kind == 2:
+        values[:] = [[]] * len(values)
+    else:
+        values[row] = [None, *values[row][1:]] if kind else None
 
 
 @damage(*NUMBERS)
@@ -327,26 +293,16 @@ def slice_rows(rng: Rng, table: pa.Table) -> pa.Table:
     return table.slice(int(rng.integers(1, table.num_rows)), int(rng.integers(1, table.num_rows)))
 
 
-# ---- instructions
-
-
-def with_value(rng: Rng, table: pa.Table, name: str, change: Callable[[Any], Any]) -> pa.Table:
-    values = table[name].to_pylist()
-    row = int(rng.integers(len(values)))
-    values[row] = change(values[row])
-    return set_column(table, name, values)
-
-
-@damage(*IMAGES)
-def make_prompt_unusable(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_value(schema.PROMPT, *IMAGES)
+def make_prompt_unusable(rng: Rng, old: str) -> str | None:
     long = ("open the drawer " * 6400, "x" * 100_000, "\n" * 50_000 + "a" * 50_000, "🤖" * 30_000)
-    return with_value(rng, table, schema.PROMPT, lambda old: choose(rng, (None, "", "  \n\t ", *long)))
+    return choose(rng, (None, "", "  \n\t ", *long))
 
 
-@damage()
-def make_prompt_odd(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_value(schema.PROMPT)
+def make_prompt_odd(rng: Rng, old: str) -> str:
     odd = ("<image>", "<image>" * 20 + " a", "<bos><eos><pad>", "a\0b", "\x1b[31mred", "%s {}")
-    return with_value(rng, table, schema.PROMPT, lambda old: choose(rng, odd))
+    return choose(rng, odd)
 
 
 @damage(*IMAGES)
@@ -355,9 +311,6 @@ def make_prompt_other_than_utf8(rng: Rng, table: pa.Table) -> pa.Table:
     values[rng.integers(len(values))] = choose(rng, (b"\xff\xfe\x80", b"open \xc3", b"\xed\xa0\x80"))
     invalid = pa.array(values, pa.binary())
     return set_column(table, schema.PROMPT, pa.Array.from_buffers(pa.string(), len(values), invalid.buffers()))
-
-
-# ---- images
 
 
 def encoded(mode: str, size: tuple[int, int], kind: str) -> bytes:
@@ -376,38 +329,30 @@ def png(width: int, height: int, rows: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
 
 
-@damage(*IMAGES)
-def make_image_unusable(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_value(IMAGE, *IMAGES)
+def make_image_unusable(rng: Rng, old: bytes) -> Any:
     huge_jpeg = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01\xff\xd9"
     broken = (None, b"", rng.bytes(500), huge_jpeg, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", png(0, 0), png(2**31 - 1, 2**31 - 1))
     foreign = [encoded(mode, (8, 8), kind) for mode, kind in (("RGB", "GIF"), ("RGB", "BMP"), ("I;16", "PNG"))]
-    foreign.append(png(40_000, 40_000, bytes(40_000)))
-    return with_value(rng, table, IMAGE, lambda old: choose(rng, (*broken, *foreign, old[: len(old) // 3])))
+    return choose(rng, (*broken, *foreign, png(40_000, 40_000, bytes(40_000)), old[: len(old) // 3]))
 
 
-@damage()
-def flip_image(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_value(IMAGE)
+def flip_image(rng: Rng, old: bytes) -> bytes:
     """As JPEG, or as PNG: its headers, or all of it."""
-
-    def change(old: bytes) -> bytes:
-        if rng.random() < 0.5:
-            return bytes(flip(rng, bytearray(old), 0, len(old)))
-        stream = io.BytesIO()
-        Image.open(io.BytesIO(old)).save(stream, "PNG")
-        data = bytearray(stream.getvalue())
-        return bytes(flip(rng, data, 8, choose(rng, (34, len(data)))))
-
-    return with_value(rng, table, IMAGE, change)
+    if rng.random() < 0.5:
+        return bytes(flip(rng, bytearray(old), 0, len(old)))
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(old)).save(stream, "PNG")
+    data = bytearray(stream.getvalue())
+    return bytes(flip(rng, data, 8, choose(rng, (34, len(data)))))
 
 
-@damage(sound=True)
-def use_other_sound_images(rng: Rng, table: pa.Table) -> pa.Table:
+@damage_value(IMAGE, sound=True)
+def use_other_sound_images(rng: Rng, old: bytes) -> bytes:
     kinds = [(mode, (30, 20), "PNG") for mode in ("RGBA", "P", "1", "LA")]
     kinds += [("CMYK", (30, 20), "JPEG"), ("L", (30, 20), "JPEG"), ("RGB", (1, 1), "PNG"), ("RGB", (3000, 1), "PNG")]
-    return with_value(rng, table, IMAGE, lambda old: encoded(*choose(rng, kinds)))
-
-
-# ---- metadata
+    return encoded(*choose(rng, kinds))
 
 
 @damage(*NUMBERS)

@@ -25,11 +25,11 @@ import torch
 from benchmarks.common import Row, demo_config, environment, write_episodes
 from transformers import PaliGemmaConfig
 
-from paligemma_vla import Policy, flow
+from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig, VLMConfig, load_config, parse_assignments
 from paligemma_vla.data.loader import build_preprocessor
 from paligemma_vla.model.architectures import known_architecture, read_architecture
-from paligemma_vla.model.memory_plan import plan_memory
+from paligemma_vla.model.memory_plan import full_batch, plan_memory
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.normalization import DatasetStatistics, Statistics
@@ -104,7 +104,7 @@ def check_against_cpu(device: torch.device) -> list[Row]:
                 torch.nn.init.normal_(parameter, std=0.05)
             models.append(model.to_device(place))
         shapes = model.paligemma_vlm.backbone_dict()
-    batch = full_batch(config, shapes, 4, torch.device("cpu"))
+    batch = random_batch(config, shapes, 4, torch.device("cpu"))
     gradients, actions = [], []
     for model in models:
         place = next(model.parameters()).device
@@ -139,29 +139,19 @@ def _image_tokens(shapes: dict[str, Any]) -> int:
     return int(vision["image_size"] // vision["patch_size"]) ** 2
 
 
-def full_batch(config: VLAConfig, shapes: dict[str, Any], samples: int, device: torch.device) -> dict[str, Any]:
+def random_batch(config: VLAConfig, shapes: dict[str, Any], samples: int, device: torch.device) -> dict[str, Any]:
     """A batch of random numbers in which every camera is there and every instruction is as long as it may be."""
     generator = torch.Generator().manual_seed(0)
-    head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
-    chunk, draws = (head.horizon, head.per_action_dim), head.num_flow_samples
-    side, text = shapes["vision_config"]["image_size"], config.data.prompt_max_len
-    tokens = cameras * _image_tokens(shapes) + text
-    input_ids = torch.full((samples, tokens), _image_id(shapes))
-    input_ids[:, tokens - text :] = torch.randint(3, 250, (samples, text), generator=generator)
-    images = [torch.randint(0, 256, (samples, 3, side, side), dtype=torch.uint8, generator=generator) for _ in range(cameras)]
-    batch = {
-        "image_1_batch": images[0],
-        "raw_prompt_texts_batch": [""] * samples,
-        "vlm_attention_mask_batch": torch.ones(samples, tokens, dtype=torch.bool),
-        "state_batch": torch.randn(samples, config.data.state_dim, generator=generator),
-        "image_2_batch": images[1] if cameras > 1 else None,
-        "input_ids": input_ids,
-        "image_mask": torch.ones(samples, cameras, dtype=torch.bool),
-        "actions_gt_seq": torch.rand(samples, head.horizon * head.per_action_dim, generator=generator) * 2 - 1,
-        "action_mask": torch.ones(samples, *chunk, dtype=torch.bool),
-        "flow_time": flow.draw_time((samples, draws), generator),
-        "flow_noise": flow.draw_noise((samples, draws, *chunk), generator),
-    }
+    text = config.data.prompt_max_len
+    tokens = config.model.vlm_config.cameras * _image_tokens(shapes) + text
+    batch = full_batch(config, samples, tokens, shapes["vision_config"]["image_size"])
+    batch["input_ids"][:, :-text] = _image_id(shapes)
+    batch["input_ids"][:, -text:].random_(3, 250, generator=generator)
+    for image in (batch["image_1_batch"], batch["image_2_batch"], *batch["further_images"]):
+        if image is not None:
+            image.random_(0, 256, generator=generator)
+    for name in ("state_batch", "actions_gt_seq", "flow_time", "flow_noise"):
+        batch[name].uniform_(0 if name == "flow_time" else -1, 1, generator=generator)
     # Presence is asked on the CPU, where the loader made it: asking a GPU would wait for it.
     return {key: value if key == "image_mask" else _moved(value, device) for key, value in batch.items()}
 
@@ -268,7 +258,7 @@ def measure_training(shapes: dict[str, Any], device: torch.device, common: dict[
 def _training_step(config: VLAConfig, shapes: dict[str, Any], device: torch.device) -> Callable[[], None]:
     model = build(config, shapes, device).train()
     optimizer = build_optimizer(model, config.optimizer)
-    batch = full_batch(config, shapes, config.data.batch_size, device)
+    batch = random_batch(config, shapes, config.data.batch_size, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from paligemma_vla.data.loader import build_preprocessor
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.model import memory_plan
 from paligemma_vla.model.architectures import known_architecture, read_architecture
-from paligemma_vla.model.memory_plan import MemoryPlan, available_bytes, plan_memory, plan_run, with_remedies
-from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
+from paligemma_vla.model.memory_plan import MemoryPlan, available_bytes, full_batch, plan_memory, plan_run, with_remedies
+from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -49,26 +48,12 @@ def allocated_in_a_step(config: VLAConfig) -> float:
     """Most bytes that torch's allocator had given out during a forward and backward pass, by its own record."""
     preprocessor = build_preprocessor(config)
     model = VLAModel(config, preprocessor.prompts, preprocessor.image).to_device(CPU).train()
-    head, side = config.model.action_head_config, preprocessor.image.size
     prompt = "open the drawer and " * 8  # cut to prompt_max_len
-    chunk = (head.horizon, head.per_action_dim)
-    present = np.ones((SAMPLES, 2), bool)
-    ids, mask = preprocessor.prompts.encode([prompt] * SAMPLES, present)
+    ids, _ = preprocessor.prompts.encode([prompt] * SAMPLES, np.ones((SAMPLES, 2), bool))
     assert ids.shape[1] == planned(config, follow=False).tokens
-    batch: dict[str, Any] = {
-        **{f"image_{n}": torch.randint(0, 256, (SAMPLES, 3, side, side), dtype=torch.uint8) for n in (1, 2)},
-        "raw_prompt_text": [prompt] * SAMPLES,
-        "input_ids": torch.from_numpy(ids),
-        "vlm_attention_mask": torch.from_numpy(mask),
-        "image_mask": torch.from_numpy(present),
-        "state": torch.randn(SAMPLES, config.data.state_dim),
-        "action": torch.randn(SAMPLES, head.horizon * head.per_action_dim),
-        "action_mask": torch.ones(SAMPLES, *chunk, dtype=torch.bool),
-        "flow_time": torch.rand(SAMPLES, head.num_flow_samples),
-        "flow_noise": torch.randn(SAMPLES, head.num_flow_samples, *chunk),
-    }
+    batch = full_batch(config, SAMPLES, ids.shape[1], preprocessor.image.size) | {"input_ids": torch.from_numpy(ids)}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        model(**arguments_from_batch(batch)).loss_sum.backward()
+        model(**batch).loss_sum.backward()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -86,10 +71,9 @@ def test_step_is_counted_as_torch_allocates_it(tiny_config: ConfigFactory, kind:
     assert counted == pytest.approx(allocated_in_a_step(config), rel=0.02)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["everything", "vision frozen", "adapters", "head"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_standing_memory_is_that_of_the_model_and_its_optimiser(tiny_config: ConfigFactory, kind: str, dtype: str) -> None:
-    """Two kilobytes are the optimiser's step counters."""
     config = tiny_config({**KINDS[kind], f"{VLM}.dtype": dtype, "training.ema_decay": 0.5})
     preprocessor = build_preprocessor(config)
     model = VLAModel(config, preprocessor.prompts, preprocessor.image).to_device(CPU)
@@ -97,19 +81,12 @@ def test_standing_memory_is_that_of_the_model_and_its_optimiser(tiny_config: Con
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    parts = planned(config).parts.values()
+    parts = planned(config, follow=False).parts.values()
     assert sum(part.weights for part in parts) == sum(p.nbytes for p in model.parameters())
     assert sum(part.gradients for part in parts) == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     assert sum(part.optimizer for part in parts) == moments
     assert sum(part.average for part in parts) == 2 * sum(t.nbytes for t in average.average.values())
-
-
-def test_parts_of_the_model_are_counted_apart(tiny_config: ConfigFactory) -> None:
-    parts = planned(tiny_config({f"{VLM}.lora": {}})).parts
-    assert list(parts) == ["vision tower", "language model", "adapters", "action head"]
-    assert [part.learning == part.parameters for part in parts.values()] == [False, False, True, True]
-    assert parts["vision tower"].learning == parts["language model"].learning == 0
 
 
 @pytest.mark.parametrize(
@@ -131,11 +108,6 @@ def test_published_shapes_have_the_published_number_of_parameters(
     assert backbone / 1e6 == pytest.approx(millions, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", ["google/paligemma-10b-pt-224", "google/gemma-2b", "paligemma-3b-pt-256", "models/mine"])
-def test_other_names_are_not_known(name: str) -> None:
-    assert known_architecture(name) is None
-
-
 @pytest.mark.parametrize("name", ["google/paligemma-3b-pt-224", "google/paligemma2-3b-pt-224"])
 def test_configuration_for_24_gb_fits_22(name: str) -> None:
     """Batch 8, two cameras, adapters and activation checkpointing."""
@@ -151,23 +123,18 @@ def test_configuration_for_24_gb_fits_22(name: str) -> None:
 
 
 def test_remedies_save_what_they_promise(tiny_config: ConfigFactory) -> None:
-    plan = with_remedies(planned(tiny_config({"data.batch_size": 64}, cameras=2), available=1.0))
-    assert not plan.fits
+    """What is set already, or contradicts another setting, is none."""
+    config = tiny_config({"data.batch_size": 64}, cameras=2)
+    plan = with_remedies(planned(config, available=1.0))
     promised = dict(plan.remedies)
-    assert f"{VLM}.activation_checkpointing: true" in promised
-    assert len(promised) <= 4
-    assert all(total < plan.total for total in promised.values())
-    halved = planned(tiny_config({"data.batch_size": 64, "training.gradient_accumulation_steps": 2}, cameras=2))
-    assert promised["training.gradient_accumulation_steps: 2"] == halved.total
-    table = plan.table()
-    assert "DOES NOT FIT" in table
-    assert all(text in table for text in promised)
-
-
-def test_processes_share_the_batch(tiny_config: ConfigFactory) -> None:
-    plans = [planned(tiny_config({"data.batch_size": 16}), processes=n) for n in (1, 2, 4)]
-    assert [plan.samples for plan in plans] == [16, 8, 4]
-    assert (plans[2].activations or 0) < (plans[0].activations or 0)
+    kept = [f"{VLM}.activation_checkpointing: true", "training.gradient_accumulation_steps: 2", "optimizer.type: adamw_8bit"]
+    assert list(promised) == [*kept, f"{VLM}.lora: {{}}"]
+    halved = config_from_dict(config.model_dump(mode="json"), {"training.gradient_accumulation_steps": 2})
+    assert promised["training.gradient_accumulation_steps: 2"] == planned(halved).total < plan.total
+    assert "DOES NOT FIT" in plan.table()
+    assert all(text in plan.table() for text in promised)
+    head = tiny_config(KINDS["head"] | {"data.batch_size": 1, "optimizer.type": "adamw_8bit"})
+    assert not with_remedies(planned(head)).remedies
 
 
 def test_step_that_needs_values_is_left_out(tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,12 +190,6 @@ def test_models_are_built_one_at_a_time_where_memory_is_short(tiny_config: Confi
             one_at_a_time(left, parallel)
 
 
-def test_head_of_any_size_is_counted_without_memory(tiny_config: ConfigFactory) -> None:
-    config = tiny_config({f"{HEAD}.embed_dim": 65_536, f"{HEAD}.num_layers": 100, f"{HEAD}.horizon": 1000})
-    count = planned(config, follow=False).parts["action head"].parameters
-    assert count == pytest.approx(100 * 25 * 65_536**2, rel=0.01)
-
-
 def test_activations_of_a_small_model_are_not_counted_at_a_start(tiny_config: ConfigFactory, machine: Any) -> None:
     machine(1e11, 0)
     assert run_plan(tiny_config(), CPU).step is None
@@ -251,35 +212,10 @@ def test_shards_divide_what_stands(tiny_config: ConfigFactory) -> None:
     assert groups.standing == pytest.approx(whole.standing / 8)
     assert shards.gathered == groups.gathered > 2 * 257216 * 2048  # the table of tokens, in float32
     assert (shards.step or 0) < (whole.step or 0) / 2  # neither gradients nor autocast's copies of weights add up
-    assert "training.parallel: fsdp" in memory_plan._remedies(whole)
-    assert "training.parallel: fsdp" not in memory_plan._remedies(shards)
     offloaded = plan(False, parallel="fsdp", cpu_offload=True)
     assert offloaded.host == offloaded.standing
     assert offloaded.total < shards.total
     assert "of this in the machine's memory" in offloaded.table()
-
-
-def test_selective_recomputation_keeps_between_all_and_nothing(tiny_config: ConfigFactory) -> None:
-    steps = [
-        planned(tiny_config({f"{VLM}.activation_checkpointing": how}, cameras=2)).step or 0
-        for how in (True, "selective", False)
-    ]
-    assert 0 < steps[0] < steps[1] < steps[2]
-
-
-def test_available_bytes_heed_the_limit_of_the_process() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    left, taken = available_bytes(), memory_plan._kernel_number("/proc/self/status", "VmSize:")
-    if left is None or taken is None:
-        pytest.skip("not on Linux")
-    assert 0 < left < 2**50
-    resource.setrlimit(resource.RLIMIT_AS, (taken + left // 2, hard))
-    try:
-        limited = available_bytes()
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert limited is not None
-    assert limited <= left // 2 + 2**26
 
 
 @pytest.mark.parametrize("files", [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")])

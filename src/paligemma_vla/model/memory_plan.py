@@ -7,6 +7,7 @@ storage, and the bytes that would be alive are added up.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import weakref
@@ -171,41 +172,33 @@ def plan_memory(
 
 
 def with_remedies(plan: MemoryPlan) -> MemoryPlan:
-    """The plan with activations counted, and with the remedies that would lower its total, the gentlest first."""
+    """The plan with activations counted, and with at most four settings that would lower its total, the gentlest first."""
 
     def planned(config: VLAConfig) -> MemoryPlan:
         device = torch.device(plan.device)
         return plan_memory(config, plan.architecture, device, plan.available, plan.processes, plan.shards)
 
-    current = plan if plan.step is not None else planned(plan.config)
-    raw = plan.config.model_dump(mode="json")
-    totals = [(text, planned(config_from_dict(raw, keys)).total) for text, keys in _remedies(plan).items()]
-    return replace(current, remedies=[(text, total) for text, total in totals if total < WORTHWHILE * current.total])
-
-
-def _remedies(plan: MemoryPlan) -> dict[str, dict[str, Any]]:
-    """At most four settings, as text and as keys: two for activations, one for the optimiser's state, one for what learns."""
     vlm, training = plan.config.model.vlm_config, plan.config.training
-    remedies: dict[str, dict[str, Any]] = {}
-
-    def add(key: str, value: Any, text: str = "") -> None:
-        remedies[f"{key}: {text or value}"] = {key: value}
-
-    if vlm.activation_checkpointing is not True:
-        add("model.vlm_config.activation_checkpointing", True, "true")
+    settings: dict[str, Any] = {"model.vlm_config.activation_checkpointing": True}
     if plan.config.data.batch_size % (halved := 2 * training.gradient_accumulation_steps) == 0:
-        add("training.gradient_accumulation_steps", halved)
+        settings["training.gradient_accumulation_steps"] = halved
     if training.parallel != "ddp":
-        if not training.cpu_offload and not plan.device.startswith("cpu"):
-            add("training.cpu_offload", True, "true")
-    elif plan.config.optimizer.type == "adamw":
-        add(*(("training.parallel", "fsdp") if plan.processes > 1 else ("optimizer.type", "adamw_8bit")))
-    frozen = {"model.vlm_config.freeze_vision_tower": True, "model.vlm_config.freeze_language_model": True}
-    if vlm.lora is not None:
-        remedies["the head alone (docs/finetuning.md)"] = {**frozen, "model.vlm_config.lora": None, "training.stages": []}
-    elif not (vlm.freeze_vision_tower and vlm.freeze_language_model):
-        add("model.vlm_config.lora", {}, "{rank: 16, alpha: 32}")
-    return remedies
+        settings["training.cpu_offload"] = True
+    else:
+        key, value = ("training.parallel", "fsdp") if plan.processes > 1 else ("optimizer.type", "adamw_8bit")
+        settings[key] = value
+    if vlm.lora is None:
+        settings["model.vlm_config.lora"] = {}
+    else:
+        settings["model.vlm_config.freeze_vision_tower"] = True
+    current = plan if plan.step is not None else planned(plan.config)
+    remedies = []
+    for key, value in settings.items():
+        with contextlib.suppress(ConfigError):  # it contradicts another setting
+            total = planned(config_from_dict(plan.config.model_dump(mode="json"), {key: value})).total
+            if total < WORTHWHILE * current.total:
+                remedies.append((f"{key}: {str(value).lower()}", total))
+    return replace(current, remedies=remedies)
 
 
 def plan_run(
@@ -300,8 +293,6 @@ def _follow_step(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, and needed for large models only
 
-    head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
-    chunk, draws = (head.horizon, head.per_action_dim), head.num_flow_samples
     model.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -310,21 +301,7 @@ def _follow_step(
                 for parameter in unit.parameters():
                     if parameter.requires_grad:
                         parameter.register_post_accumulate_grad_hook(_free_gradient)
-            images = [torch.empty(samples, 3, side, side, dtype=torch.uint8) for _ in range(cameras)]
-            batch: dict[str, Any] = {
-                "image_1_batch": images[0],
-                "raw_prompt_texts_batch": [""] * samples,
-                "vlm_attention_mask_batch": torch.ones(samples, tokens, dtype=torch.bool),
-                "state_batch": torch.empty(samples, config.data.state_dim),
-                "image_2_batch": images[1] if cameras > 1 else None,
-                "further_images": images[2:],
-                "input_ids": torch.zeros(samples, tokens, dtype=torch.long),
-                "image_mask": torch.ones(samples, cameras, dtype=torch.bool),
-                "actions_gt_seq": torch.empty(samples, head.horizon * head.per_action_dim),
-                "action_mask": torch.ones(samples, *chunk, dtype=torch.bool),
-                "flow_time": torch.empty(samples, draws),
-                "flow_noise": torch.empty(samples, draws, *chunk),
-            }
+            batch = full_batch(config, samples, tokens, side)
             inputs = [value for value in tree_leaves(batch) if isinstance(value, Tensor)]
             with _LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as alive:
                 loss = model(**batch).loss_sum
@@ -333,6 +310,27 @@ def _follow_step(
             return forward, float(alive.peak)
     except Exception:  # of any kind: a user's own backbone or head may look at values
         return None, None
+
+
+def full_batch(config: VLAConfig, samples: int, tokens: int, side: int) -> dict[str, Any]:
+    """Arguments of `VLAModel.forward` for a training step, as tensors without meaning: every camera is present."""
+    head, cameras = config.model.action_head_config, config.model.vlm_config.cameras
+    chunk, draws = (head.horizon, head.per_action_dim), head.num_flow_samples
+    images = [torch.empty(samples, 3, side, side, dtype=torch.uint8) for _ in range(cameras)]
+    return {
+        "image_1_batch": images[0],
+        "raw_prompt_texts_batch": [""] * samples,
+        "vlm_attention_mask_batch": torch.ones(samples, tokens, dtype=torch.bool),
+        "state_batch": torch.empty(samples, config.data.state_dim),
+        "image_2_batch": images[1] if cameras > 1 else None,
+        "further_images": images[2:],
+        "input_ids": torch.zeros(samples, tokens, dtype=torch.long),
+        "image_mask": torch.ones(samples, cameras, dtype=torch.bool),
+        "actions_gt_seq": torch.empty(samples, head.horizon * head.per_action_dim),
+        "action_mask": torch.ones(samples, *chunk, dtype=torch.bool),
+        "flow_time": torch.empty(samples, draws),
+        "flow_noise": torch.empty(samples, draws, *chunk),
+    }
 
 
 def _free_gradient(parameter: Tensor) -> None:
