@@ -54,11 +54,11 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def write_video(path: Path, frames: list[np.ndarray], fps: int = FPS) -> list[np.ndarray]:
+def write_video(path: Path, frames: list[np.ndarray]) -> list[np.ndarray]:
     """Write frames; returns them as a plain pass over the file decodes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"g": "6", "crf": "12"})
+        stream = container.add_stream("libx264", rate=FPS, options={"g": "6", "crf": "12"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -67,7 +67,7 @@ def write_video(path: Path, frames: list[np.ndarray], fps: int = FPS) -> list[np
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def write_set(root: Path, version: str = "v3.0", video: bool = True, fps: int = FPS) -> Truth:
+def write_set(root: Path, version: str = "v3.0", video: bool = True) -> Truth:
     """Four episodes of two tasks and two cameras; in v3.0 two data files, and videos of two episodes each."""
     truth = Truth(root, pixels={camera: [] for camera in CAMERAS}, stored={camera: [] for camera in CAMERAS})
     rng = np.random.default_rng(0)
@@ -76,20 +76,45 @@ def write_set(root: Path, version: str = "v3.0", video: bool = True, fps: int = 
         truth.action.append(rng.normal(size=(length, 2)).astype(np.float32))
         truth.tasks.append(TASKS[episode % 2])
         truth.success.append(episode % 3 == 0)
+    (root / "meta").mkdir(parents=True)
+    info: dict[str, Any] = {"codebase_version": version, "robot_type": "toy arm", "fps": FPS, "features": _features(video)}
+    info |= {"total_episodes": len(LENGTHS), "total_frames": sum(LENGTHS), "total_tasks": len(TASKS)}
+    info |= PATHS[version]
+    (root / "meta/info.json").write_text(json.dumps(info))
     files = [[0], [1], [2], [3]] if version == "v2.1" else [[0, 1], [2, 3]]
-    rows = [_write_file(truth, version, video, number, episodes, fps) for number, episodes in enumerate(files)]
-    _write_meta(truth, version, video, [row for part in rows for row in part], fps)
+    rows = [row for number, episodes in enumerate(files) for row in _write_file(truth, version, video, number, episodes)]
+    if version == "v2.1":
+        _write_lines(root / "meta/tasks.jsonl", [{"task_index": number, "task": task} for number, task in enumerate(TASKS)])
+        listed = [{name: row[name] for name in ("episode_index", "tasks", "length")} for row in rows]
+        _write_lines(root / "meta/episodes.jsonl", listed)
+    else:
+        write_tasks(root / "meta/tasks.parquet")
+        (root / "meta/episodes/chunk-000").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), root / "meta/episodes/chunk-000/file-000.parquet")
     return truth
 
 
-def _paths(version: str, number: int, key: str) -> tuple[str, str]:
-    if version == "v2.1":
-        name = f"episode_{number:06d}"
-        return f"data/chunk-000/{name}.parquet", f"videos/chunk-000/{key}/{name}.mp4"
-    return f"data/chunk-000/file-{number:03d}.parquet", f"videos/{key}/chunk-000/file-{number:03d}.mp4"
+PATHS = {
+    "v2.1": {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    },
+    "v3.0": {
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    },
+}
 
 
-def _write_file(truth: Truth, version: str, video: bool, number: int, episodes: list[int], fps: int) -> list[dict[str, Any]]:
+def _path(truth: Truth, version: str, kind: str, number: int, key: str = "") -> Path:
+    numbers = dict.fromkeys(("episode_index", "file_index"), number)
+    path = truth.root / PATHS[version][kind].format(episode_chunk=0, chunk_index=0, video_key=key, **numbers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_file(truth: Truth, version: str, video: bool, number: int, episodes: list[int]) -> list[dict[str, Any]]:
+    """One data file and its videos; returns what the metadata says of its episodes."""
     tables, entries = [], []
     frames: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
     for episode in episodes:
@@ -100,33 +125,34 @@ def _write_file(truth: Truth, version: str, video: bool, number: int, episodes: 
             "action": pa.array(truth.action[episode].tolist(), pa.list_(pa.float32())),
             "next.success": pa.array((steps == length - 1) & truth.success[episode]),
             "observation.effort": pa.array(np.zeros(length, np.float32)),
-            "timestamp": pa.array((steps / fps).astype(np.float32)),
+            "timestamp": pa.array((steps / FPS).astype(np.float32)),
             "frame_index": pa.array(steps),
             "episode_index": pa.array(np.full(length, episode)),
             "index": pa.array(begin + steps),
             "task_index": pa.array(np.full(length, episode % 2)),
         }
-        offsets = {camera: len(frames[camera]) / fps for camera in CAMERAS}
-        for place, camera in enumerate(CAMERAS):
-            pixels = [picture(place, episode, step) for step in range(length)]
-            frames[camera] += pixels
-            if not video:
-                data = [encode(one, ("PNG", "JPEG")[place]) for one in pixels]
-                truth.stored[camera] += data
-                truth.pixels[camera] += [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in data]
-                images = [{"bytes": one, "path": f"frame-{step:06d}.png"} for step, one in enumerate(data)]
-                columns[f"observation.images.{camera}"] = pa.array(images)
+        entry: dict[str, Any] = {"episode_index": episode, "tasks": [truth.tasks[episode]], "length": length}
+        entry |= {"data/chunk_index": 0, "data/file_index": number}
+        for slot, camera in enumerate(CAMERAS):
+            pixels = [picture(slot, episode, step) for step in range(length)]
+            key, seconds = f"videos/observation.images.{camera}", len(frames[camera]) / FPS
+            if video:
+                entry |= {f"{key}/chunk_index": 0, f"{key}/file_index": number, f"{key}/from_timestamp": seconds}
+                frames[camera] += pixels
+                continue
+            data = [encode(one, ("PNG", "JPEG")[slot]) for one in pixels]
+            truth.stored[camera] += data
+            truth.pixels[camera] += [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in data]
+            images = [{"bytes": one, "path": f"frame-{step:06d}.png"} for step, one in enumerate(data)]
+            columns[f"observation.images.{camera}"] = pa.array(images)
         tables.append(pa.table(columns))
-        entries.append({"episode": episode, "file": number, "from": begin, "offsets": offsets})
-    path = truth.root / _paths(version, number, "")[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(path, tables[0].schema) as writer:
+        entries.append(entry)
+    with pq.ParquetWriter(_path(truth, version, "data_path", number), tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)  # a row group per episode
-    if video:
-        for camera in CAMERAS:
-            target = truth.root / _paths(version, number, f"observation.images.{camera}")[1]
-            truth.pixels[camera] += write_video(target, frames[camera], fps)
+    for camera in CAMERAS if video else ():
+        path = _path(truth, version, "video_path", number, f"observation.images.{camera}")
+        truth.pixels[camera] += write_video(path, frames[camera])
     return entries
 
 
@@ -137,55 +163,9 @@ def _features(video: bool) -> dict[str, Any]:
         "observation.state": {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "z"]}},
         "action": {"dtype": "float32", "shape": [2], "names": ["dx", "dy"]},
         "next.success": {"dtype": "bool", "shape": [1], "names": None},
-        "observation.effort": {"dtype": "float32", "shape": [1], "names": None},
-        **{
-            key: {"dtype": "int64", "shape": [1], "names": None}
-            for key in ("frame_index", "episode_index", "index", "task_index")
-        },
-        "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+        **{key: {"dtype": "float32", "shape": [1], "names": None} for key in ("observation.effort", "timestamp")},
+        **{f"{key}index": {"dtype": "int64", "shape": [1], "names": None} for key in ("frame_", "episode_", "", "task_")},
     }
-
-
-def _write_meta(truth: Truth, version: str, video: bool, entries: list[dict[str, Any]], fps: int) -> None:
-    meta = truth.root / "meta"
-    meta.mkdir()
-    info = {
-        "codebase_version": version,
-        "robot_type": "toy arm",
-        "total_episodes": len(LENGTHS),
-        "total_frames": sum(LENGTHS),
-        "total_tasks": len(TASKS),
-        "chunks_size": 1000,
-        "fps": fps,
-        "splits": {"train": f"0:{len(LENGTHS)}"},
-        "features": _features(video),
-    }
-    if version == "v2.1":
-        info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-        info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4" if video else None
-        write_lines(meta / "tasks.jsonl", [{"task_index": number, "task": task} for number, task in enumerate(TASKS)])
-        lines = [{"episode_index": n, "tasks": [TASKS[n % 2]], "length": length} for n, length in enumerate(LENGTHS)]
-        write_lines(meta / "episodes.jsonl", lines)
-    else:
-        info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-        info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if video else None
-        write_tasks(meta / "tasks.parquet")
-        (meta / "episodes" / "chunk-000").mkdir(parents=True)
-        rows = [_episode_row(entry, video, fps) for entry in entries]
-        pq.write_table(pa.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet")
-    (meta / "info.json").write_text(json.dumps(info))
-
-
-def _episode_row(entry: dict[str, Any], video: bool, fps: int) -> dict[str, Any]:
-    length = LENGTHS[entry["episode"]]
-    row = {"episode_index": entry["episode"], "tasks": [TASKS[entry["episode"] % 2]], "length": length}
-    row |= {"data/chunk_index": 0, "data/file_index": entry["file"]}
-    row |= {"dataset_from_index": entry["from"], "dataset_to_index": entry["from"] + length}
-    for camera in CAMERAS if video else ():
-        key, begin = f"videos/observation.images.{camera}", entry["offsets"][camera]
-        row |= {f"{key}/chunk_index": 0, f"{key}/file_index": entry["file"]}
-        row |= {f"{key}/from_timestamp": begin, f"{key}/to_timestamp": begin + length / fps}
-    return row
 
 
 def write_tasks(path: Path, with_note: bool = True, name: str = "__index_level_0__") -> None:
@@ -197,7 +177,7 @@ def write_tasks(path: Path, with_note: bool = True, name: str = "__index_level_0
     pq.write_table(table, path)
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
