@@ -29,11 +29,11 @@ from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.preflight import prepare
-from support import STATE_DIM, identical, read_metrics, train_here
+from support import read_metrics, train_here
 
 ConfigFactory = Callable[..., VLAConfig]
 KINDS = [("v3.0", True), ("v3.0", False), ("v2.1", True), ("v2.1", False)]
-DATA, TASKS = "data/chunk-000/", {"v3.0": "meta/tasks.parquet", "v2.1": "meta/tasks.jsonl"}
+DATA = "data/chunk-000/"
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{'video' if kind[1] else 'parquet'}")
@@ -63,9 +63,9 @@ def pixels(recordings: list[Recording], camera: int) -> list[np.ndarray]:
     return [np.asarray(image.decode()) for one in recordings for image in one.images[camera] if image is not None]
 
 
-def test_decoders_keep_no_more_videos_open_than_they_may(truth: Truth) -> None:
-    decoders, videos = VideoDecoders(limit=1), sorted(truth.root.rglob("*.mp4"))
-    for path in videos * 2:
+def test_decoders_keep_no_more_videos_open_than_they_may(video_set: Truth) -> None:
+    decoders = VideoDecoders(limit=1)
+    for path in sorted(video_set.root.rglob("*.mp4")) * 2:
         decoders.frame(str(path), 0.1, 0.05)
         assert list(decoders._open) == [str(path)]
 
@@ -86,39 +86,23 @@ def test_selection_takes_cameras_by_name_in_the_order_given_and_a_range_of_episo
     assert len({one.fingerprint for one in (index, *others)}) == 4
 
 
-@pytest.mark.parametrize(
-    ("text", "selection"),
-    [
-        ("", {}),
-        ("?cameras=wrist", {"cameras": ("wrist",)}),
-        ("?episodes=:5", {"episodes": (None, 5)}),
-        (
-            "?cameras=a,b&episodes=2:&state=s&action=actions",
-            {"cameras": ("a", "b"), "episodes": (2, None), "state": "s", "action": "actions"},
-        ),
-    ],
-)
-def test_selection_is_written_as_it_is_read(text: str, selection: dict[str, Any]) -> None:
-    parsed = Selection.parse(f"data/pusht{text}")
-    assert parsed == Selection("data/pusht", **selection)
-    assert str(parsed) == f"data/pusht{text}"
+def test_selection_is_written_as_it_is_read() -> None:
+    text = "data/pusht?cameras=a,b&episodes=2:&state=s&action=actions"
+    parsed = Selection.parse(text)
+    assert parsed == Selection("data/pusht", ("a", "b"), (2, None), "s", "actions")
+    assert (str(parsed), str(Selection.parse("data/pusht"))) == (text, "data/pusht")
 
 
 def test_tilde_is_the_home_folder(video_set: Truth, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(video_set.root.parent))
     name = f"~/{video_set.root.name}"
-    assert Selection.parse(name) == Selection(str(video_set.root))
     assert Selection.parse(f"{name}?episodes=1:") == Selection(str(video_set.root), episodes=(1, None))
     assert expand_paths(f"lerobot:{name}", "--input") == expand_paths(video_set.name, "--input")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("lerobot:", "^--input: got 'lerobot:', expected a folder after lerobot:"),
-        ("lerobot:?cameras=front", "^--input: got 'lerobot:.*', expected a folder after lerobot:"),
-        ("lerobot:someone/pusht", "hf download NAME --repo-type dataset"),
-    ],
+    [("lerobot:", "expected a folder after lerobot:"), ("lerobot:someone/pusht", "hf download NAME --repo-type dataset")],
 )
 def test_name_without_a_folder_says_what_is_expected(name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -133,11 +117,7 @@ def test_name_without_a_folder_says_what_is_expected(name: str, message: str) ->
         ("camera=front", "got 'camera=front', expected PATH"),
         ("episodes=3", "episodes: got '3', expected FIRST:STOP"),
         ("episodes=2:9", "episodes: got 2:9, expected a range within 0:4"),
-        ("episodes=3:3", "episodes: got 3:3, expected a range within 0:4"),
-        (
-            "state=qpos",
-            r"features: got no 'qpos', expected one for the state; name it with \?state=FEATURE.*observation.effort",
-        ),
+        ("state=qpos", r"features: got no 'qpos', expected one for the state.*observation.effort"),
         ("action=observation.images.front", "expected 1 to 4096 numbers in a row"),
     ],
 )
@@ -158,7 +138,6 @@ def test_single_numbers_and_other_features_do_for_state_and_action(copied: Truth
     ("names", "expected"),
     [
         (["a", "b", "c"], ("a", "b", "c")),
-        ({"motors": ["a", "b", "c"]}, ("a", "b", "c")),
         ({"axes": ["a"], "gripper": ["b", "c"]}, ("a", "b", "c")),
         ({"c": 2, "a": 0, "b": 1}, ("a", "b", "c")),
         ([["a", "b", "c"]], ("a", "b", "c")),
@@ -171,8 +150,7 @@ def test_names_of_dimensions_come_in_many_shapes(copied: Truth, names: Any, expe
     assert EpisodeIndex.build(copied.name).layout.metadata.state_names == expected
 
 
-@pytest.mark.parametrize("name", ["__index_level_0__", "task"])
-@pytest.mark.parametrize("with_note", [True, False])
+@pytest.mark.parametrize(("name", "with_note"), [("__index_level_0__", False), ("task", True)])
 def test_tasks_are_texts_with_and_without_the_note_of_pandas(copied: Truth, name: str, with_note: bool) -> None:
     sets.write_tasks(copied.root / "meta/tasks.parquet", with_note, name)
     assert [one.prompts[0] for one in read_all(copied.name)] == copied.tasks
@@ -207,31 +185,23 @@ def gone(name: str) -> Callable[[Path], None]:
     return lambda root: (root / name).unlink()
 
 
-FILE = "file-001.parquet: "
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done, and what the message names
     "no info": (gone("meta/info.json"), "got no meta/info.json"),
     "no tasks": (gone("meta/tasks.parquet"), "meta/tasks.parquet: cannot be read"),
-    "broken tasks": (lambda root: (root / TASKS["v3.0"]).write_bytes(b"PAR1"), "meta/tasks.parquet: cannot be read"),
     "no episodes": (gone("meta/episodes/chunk-000/file-000.parquet"), "meta/episodes: got no Parquet file"),
-    "no data": (gone(f"{DATA}file-001.parquet"), f"{FILE}.*No such file"),
+    "no data": (gone(f"{DATA}file-001.parquet"), "file-001.parquet.*No such file"),
     "no video": (gone("videos/observation.images.wrist/chunk-000/file-001.mp4"), "got no video .*wrist/chunk-000/file-001.mp4"),
     "json": (lambda root: (root / "meta/info.json").write_text("{"), "meta/info.json: cannot be read as JSON"),
-    "v2.0": (info(lambda i: i.update(codebase_version="v2.0")), "got v2.0, expected one of v2.1, v3.0; .*v20_to_v21"),
-    "v1.6": (info(lambda i: i.update(codebase_version="v1.6")), "got v1.6, .*v1_to_v2"),
-    "v9": (info(lambda i: i.update(codebase_version="v9.0")), "codebase_version: got v9.0"),
-    "episodes counted": (info(lambda i: i.update(total_episodes=7)), "total_episodes: got 7, expected 4"),
-    "frames counted": (info(lambda i: i.update(total_frames=7)), "total_frames: got 7, expected 20"),
+    "v2.0": (info(lambda i: i.update(codebase_version="v2.0")), "codebase_version: got v2.0, expected one of v2.1, v3.0"),
+    "counts": (info(lambda i: i.update(total_episodes=7)), "total_episodes: got 7, expected 4"),
     "fps": (info(lambda i: i.update(fps=30)), "row 1, column timestamp: got 0.100 s, expected 0.033 s .*at fps 30 of info"),
-    "fps 0": (info(lambda i: i.update(fps=0)), "fps: got 0"),
-    "template": (info(lambda i: i.update(data_path="data/{nothing}")), "data_path: .*template with chunk_index, file_index"),
+    "template": (info(lambda i: i.update(data_path="data/{nothing}")), "data_path: got 'data/{nothing}'"),
     "outside": (info(lambda i: i.update(data_path="../{chunk_index}")), "expected a path within the data set"),
     "feature": (info(lambda i: i["features"].update(action={"dtype": "float32"})), "features.action.shape: got "),
-    "rows": (rows(lambda c: [values.pop() for values in c.values()]), f"{FILE}got 12 rows, expected 13"),
+    "rows": (rows(lambda c: [values.pop() for values in c.values()]), "file-001.parquet: got 12 rows, expected 13"),
     "episode": (rows(lambda c: c["episode_index"].__setitem__(5, 1)), "row 5, column episode_index: got 1, expected 2"),
-    "frame": (rows(lambda c: c["frame_index"].__setitem__(5, 9)), "row 5, column frame_index: got 9, expected 5"),
     "column": (rows(lambda c: c.pop("action")), "column action: missing"),
     "task": (rows(lambda c: c["task_index"].__setitem__(0, 7)), "row 0, column prompt: got null .*task_index without a task"),
-    "number": (rows(lambda c: c["action"].__setitem__(3, [0.0, np.nan])), "row 3, column action: dimension 1 is nan"),
 }
 
 
@@ -244,21 +214,13 @@ def test_damage_is_told_with_its_place_and_a_remedy(copied: Truth, damage: str) 
             assert recording.length
 
 
-@pytest.mark.parametrize("change", [lambda content: content[: len(content) // 2], lambda content: b"no video at all"])
-def test_broken_video_is_a_fault_of_its_frames(copied: Truth, change: Callable[[bytes], bytes]) -> None:
+def test_broken_video_is_a_fault_of_its_frames(copied: Truth) -> None:
     path = copied.root / "videos/observation.images.wrist/chunk-000/file-001.mp4"
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:1000])
     where = "file-001.parquet: row 0, column image_2_bytes: episode 2, frame 0: .*wrist/.*file-001.mp4: cannot be decoded"
     with pytest.raises(DataError, match=where):
         pixels(read_all(copied.name), 1)
     assert len(pixels(read_all(f"{copied.name}?episodes=0:2"), 1)) == LENGTHS[0] + LENGTHS[1]
-
-
-def test_video_that_is_too_short_lacks_frames(copied: Truth) -> None:
-    path = copied.root / "videos/observation.images.front/chunk-000/file-001.mp4"
-    sets.write_video(path, [sets.picture(0, 2, step) for step in range(11)])
-    with pytest.raises(DataError, match=r"row 11, .*: episode 3, frame 2: .*no frame within 0.050 s of 1.100 s"):
-        pixels(read_all(copied.name), 0)
 
 
 def test_check_finds_all_faults_and_its_list_leaves_them_out(copied: Truth, tmp_path: Path, monkeypatch) -> None:
@@ -271,6 +233,9 @@ def test_check_finds_all_faults_and_its_list_leaves_them_out(copied: Truth, tmp_
     last = [("file-001.parquet", row, "image_1_bytes") for row in (11, 12)]
     assert faults == [("file-000.parquet", 1, "action"), *last]
     assert (diagnosis.episodes, diagnosis.steps, diagnosis.bad_episodes) == (4, sum(LENGTHS), 2)
+    assert "episode 3, frame 2: " in str(diagnosis.faults[1])
+    part = diagnose(expand_paths("lerobot:toy?episodes=1:2", "test"), CheckOptions(), lambda size: None)
+    assert (part.faults, part.episodes, part.steps) == ([], 1, LENGTHS[1])
     ExclusionList("list.json", diagnosis.excluded).save()
     assert json.loads(Path("list.json").read_text())["episodes"][0]["file"] == "lerobot:toy/data/chunk-000/file-000.parquet"
     exclude = load_exclusions("list.json")
@@ -281,52 +246,35 @@ def test_check_finds_all_faults_and_its_list_leaves_them_out(copied: Truth, tmp_
         EpisodeIndex.build("lerobot:toy?cameras=wrist", exclude=exclude)
 
 
-def test_check_of_a_range_judges_that_range(copied: Truth) -> None:
-    edit_table(copied.root / f"{DATA}file-000.parquet", lambda columns: columns["action"].__setitem__(1, [np.inf, 0.0]))
-    diagnosis = diagnose(expand_paths(f"{copied.name}?episodes=1:2", "test"), CheckOptions(), lambda size: None)
-    assert (diagnosis.faults, diagnosis.episodes, diagnosis.steps) == ([], 1, LENGTHS[1])
-
-
-@pytest.fixture
-def training(video_set: Truth, tiny_config: ConfigFactory, tmp_path: Path) -> Callable[..., VLAConfig]:
-    """A configuration for two cameras that trains on the set with videos under the name of an experiment."""
+def test_training_directly_resumes_bit_for_bit(video_set: Truth, tiny_config: ConfigFactory, tmp_path: Path) -> None:
     compute_statistics(video_set.name, "test").save(tmp_path / "statistics.json")
-
-    def make(experiment: str, **overrides: Any) -> VLAConfig:
-        settings = {
-            "data.train_parquet_files": video_set.name,
-            "data.normalization_stats_path": str(tmp_path / "statistics.json"),
-            "data.state_dim": STATE_DIM,
-            "data.batch_size": 6,
-            "data.val_fraction": 0.25,
-            "training.epochs": 1,
-            "training.experiment_name": experiment,
-        }
-        return tiny_config({**settings, **overrides}, cameras=2)
-
-    return make
-
-
-def test_training_directly_resumes_bit_for_bit(training: Callable[..., VLAConfig]) -> None:
-    whole = training("whole")
+    settings = {
+        "data.train_parquet_files": video_set.name,
+        "data.normalization_stats_path": str(tmp_path / "statistics.json"),
+        "data.batch_size": 6,
+        "data.val_fraction": 0.25,
+        "training.epochs": 1,
+    }
+    whole, first, second = (
+        tiny_config({**settings, "training.experiment_name": name, **more}, cameras=2)
+        for name, more in (("whole", {}), ("parts", {"training.stop_after_step": 1}), ("parts", {}))
+    )
     train_here(whole)
-    first = training("parts", **{"training.stop_after_step": 1})
     train_here(first)
-    train_here(training("parts"), resume=first.run_dir / "checkpoints" / "last.pth.tar")
+    train_here(second, resume=first.run_dir / "checkpoints" / "last.pth.tar")
     assert read_metrics(first.run_dir) == read_metrics(whole.run_dir)
     assert read_metrics(whole.run_dir)
 
 
-def test_one_set_held_out_by_another_name_is_not_trained_on(video_set: Truth, training: Callable[..., VLAConfig]) -> None:
+def test_one_set_held_out_by_another_name_is_not_trained_on(video_set: Truth, tiny_config: ConfigFactory) -> None:
     twice = [video_set.name, f"{video_set.name}?cameras=wrist,front"]
-    _, data, _ = prepare(training("twice", **{"data.train_parquet_files": twice}), Distributed(0, 1, torch.device("cpu")))
+    settings = {"data.train_parquet_files": twice, "data.val_fraction": 0.25, "data.allow_other_statistics": True}
+    config = tiny_config(settings, cameras=2)
+    _, data, _ = prepare(config, Distributed(0, 1, torch.device("cpu")))
     assert data.validation is not None
     held_out, trained = (
-        {
-            (index.paths[file].partition("?")[0], row)
-            for file, row in zip(index.file.tolist(), index.start.tolist(), strict=True)
-        }
-        for index in (data.validation.index, data.train.index)
+        {(one.paths[file].partition("?")[0], row) for file, row in zip(one.file.tolist(), one.start.tolist(), strict=True)}
+        for one in (data.validation.index, data.train.index)
     )
     assert held_out
     assert not held_out & trained
@@ -339,14 +287,13 @@ def test_large_lists_and_whole_numbers_are_read_as_float32(tmp_path: Path) -> No
     values = pa.array([[1, 2]] * LENGTHS[2], pa.large_list(pa.int64()))
     pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", values), path)
     assert read_all(truth.name)[2].action.tolist() == [[1.0, 2.0]] * LENGTHS[2]
-    assert identical(read_all(truth.name)[2].action.dtype.name, "float32")
 
 
 VALUES: list[Any] = [None, -1, 0, 1.5, 2**70, float("nan"), "", "../x", "{", "a\0b", [], {}, [None], {"a": 1}, True]
 TOKEN = re.compile(r'"[^"]*"|-?\d+(?:\.\d+)?|true|false|null')
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_mutated_metadata_is_read_or_refused_with_a_message(truth: Truth, tmp_path: Path, seed: int) -> None:
     """A value, or a key, of a JSON file is changed, or some bytes of any other."""
     rng = random.Random(seed)
