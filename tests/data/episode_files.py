@@ -35,9 +35,12 @@ def columns(lengths: tuple[int, ...] = (3, 1, 4)) -> Columns:
 TYPES = {"image_1_bytes": pa.binary(), "state": pa.list_(pa.float32()), "action": pa.list_(pa.float32())}
 
 
-def write(path: Path, content: Columns, types: dict[str, pa.DataType] | None = None, **options: Any) -> str:
+def write(
+    path: Path, content: Columns, types: dict[str, pa.DataType] | None = None, metadata: bytes | None = None, **options: Any
+) -> str:
     kinds = {**TYPES, **(types or {})}
-    pq.write_table(pa.table({name: pa.array(values, kinds.get(name)) for name, values in content.items()}), path, **options)
+    table = pa.table({name: pa.array(values, kinds.get(name)) for name, values in content.items()})
+    pq.write_table(table.replace_schema_metadata({"paligemma_vla": metadata} if metadata else None), path, **options)
     return str(path)
 
 
