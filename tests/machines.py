@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from paligemma_vla.config import VLAConfig
@@ -33,47 +33,42 @@ EXACT = ("state_dict", "optimizer", "ema", "lr_scheduler", "rng", "watch", "step
 class Node:
     """One machine of a job: a torchrun agent and what it starts, which end with the block. Its log is in `folder`.
 
-    plain: as most are started on one machine, `torchrun --max-restarts N main_train_ddp.py ...`, with nothing said about where
-    the ranks meet or what they go on from. host, meeting_address, port: whether this one keeps the rendezvous, and where it
-    is kept. address: where the others reach this one. inside: the command that starts the agent in a place of its own and
-    then becomes it.
+    nodes: how many machines there are; None: one, started as most are, `torchrun --max-restarts N main_train_ddp.py ...`, with
+    nothing said about where the ranks meet or what they go on from. host: whether this one keeps the rendezvous, at `meeting`.
+    address: where the others reach this one. inside: the command that starts the agent in a network of its own.
     """
 
     config: VLAConfig
     folder: Path
-    nodes: str = "1"
-    restarts: int = 100
-    port: int = 0
-    plain: bool = False
-    host: bool = True
+    nodes: str | None = "1"
     ranks: int = 2
-    environment: dict[str, str] = field(default_factory=dict)
+    port: int = 0
+    host: bool = True
     address: str = "127.0.0.1"
-    meeting_address: str = "127.0.0.1"
+    meeting: str = "127.0.0.1"
     inside: tuple[str, ...] = ()
 
     def __enter__(self) -> Node:
-        meeting = [
-            *("--nnodes", self.nodes, "--rdzv-backend", "c10d", "--rdzv-id", "test"),
-            *("--rdzv-endpoint", f"{self.meeting_address}:{self.port}"),
-            *("--local-addr", self.address),
-            f"--rdzv-conf=is_host={int(self.host)},join_timeout=120,last_call_timeout=1",
-        ]
         path = self.folder / f"{self.config.training.experiment_name}.yaml"
         path.write_text(self.config.to_yaml(), encoding="utf-8")
-        command = [
-            *self.inside,
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks)),
-            *("--max-restarts", str(self.restarts)),
-            *(["--master-port", str(self.port)] if self.plain else meeting),
-            *(str(ROOT / "main_train_ddp.py"), "--config_path", str(path), "--device", "cpu"),
-            *([] if self.plain else ["--resume_checkpoint", "auto"]),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
-        if not self.plain:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), "--max-restarts", "100"]
+        train = [str(ROOT / "main_train_ddp.py"), "--config_path", str(path), "--device", "cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if self.nodes is None:
+            command = [*launcher, "--master-port", str(self.port), *train]
+        else:
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+            command = [
+                *launcher,
+                *("--nnodes", self.nodes, "--rdzv-backend", "c10d", "--rdzv-id", "test"),
+                *("--rdzv-endpoint", f"{self.meeting}:{self.port}", "--local-addr", self.address),
+                f"--rdzv-conf=is_host={int(self.host)},join_timeout=120,last_call_timeout=1",
+                *(*train, "--resume_checkpoint", "auto"),
+            ]
         with open(path.with_suffix(".log"), "ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                [*self.inside, *command], env=environment, stderr=log, stdout=log, start_new_session=True
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,10 +88,7 @@ class Node:
 
     def processes(self) -> list[int]:
         """The ranks that run just now."""
-        launcher = self.process.pid
-        with contextlib.suppress(OSError):
-            return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-        return []
+        return children(self.process.pid)
 
     def wait_for_ranks(self) -> None:
         wait_for(lambda: self.ended or len(self.processes()) == self.ranks)
@@ -104,6 +96,13 @@ class Node:
     def wait_for_step(self, step: int) -> None:
         """Until a checkpoint of that step or a later one is there, or the run is over."""
         wait_for(lambda: self.ended or saved_step(self.config) >= step)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return []
 
 
 def saved_step(config: VLAConfig) -> int:
@@ -117,7 +116,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 def assert_same(config: VLAConfig, expected: VLAConfig) -> None:

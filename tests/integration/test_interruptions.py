@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from machines import wait_for
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.training.checkpoint import load_checkpoint
 from support import identical, read_metrics
@@ -74,31 +75,11 @@ def assert_same_run(run_dir: Path, undisturbed: Undisturbed) -> None:
     assert read_metrics(run_dir) == read_metrics(undisturbed.config.run_dir)
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
-    """Until the run has logged `step`."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            if json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= step:
-                return
-        time.sleep(0.005)
-    raise AssertionError(f"{run_dir}: step {step} was not reached")
-
-
-def wait_for_path(path: Path) -> None:
-    """Until it is there."""
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def wait_for(path: Path, text: str) -> None:
-    """Until the file has `text` in it."""
-    deadline = time.monotonic() + 60
-    while text not in path.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def logged_step(config: VLAConfig) -> int:
+    """The last step that a run has logged."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    return 0
 
 
 def kill(child: Child, run_dir: Path, rng: np.random.Generator, seconds: float, in_a_save: bool) -> bool:
@@ -115,15 +96,21 @@ def kill(child: Child, run_dir: Path, rng: np.random.Generator, seconds: float, 
     return child.wait(60).status == -signal.SIGKILL
 
 
-def kill_campaign(undisturbed: Undisturbed, zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(3, 0), pytest.param(20, 1, marks=pytest.mark.long), pytest.param(20, 2, marks=pytest.mark.long)]
+)
+def test_run_killed_at_random_moments_ends_bit_for_bit_like_an_undisturbed_one(
+    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, kills: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     config = named(undisturbed, f"killed_{seed}")
     checkpoints = config.run_dir / "checkpoints"
-    command = arguments(config, folder)
+    command = arguments(config, tmp_path)
     done = in_saves = 0
     while done < kills:
         before = {path.name for path in checkpoints.glob("checkpoint_epoch_*.pth.tar")}
-        child = zygote.start(command, folder)
+        child = zygote.start(command, tmp_path)
         if not kill(child, config.run_dir, rng, 0.9 * undisturbed.seconds, in_a_save=done % 2 == 1):
             assert_same_run(config.run_dir, undisturbed)  # it got to its end: once more from the start
             shutil.rmtree(config.run_dir)
@@ -136,25 +123,10 @@ def kill_campaign(undisturbed: Undisturbed, zygote: Zygote, folder: Path, kills:
             expected = load_checkpoint(undisturbed.config.run_dir / "checkpoints" / name)
             assert identical(load_checkpoint(checkpoints / name)["state_dict"], expected["state_dict"])
     assert in_saves, "no kill came while a checkpoint was being written"
-    finished = zygote.run(command, folder)
+    finished = zygote.run(command, tmp_path)
     assert finished.status == 0, finished.stderr
     assert_same_run(config.run_dir, undisturbed)
     assert not list(checkpoints.glob(".*"))
-
-
-def test_run_killed_at_random_moments_ends_bit_for_bit_like_an_undisturbed_one(
-    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path
-) -> None:
-    kill_campaign(undisturbed, zygote, tmp_path, kills=3, seed=0)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_run_killed_twenty_times_ends_bit_for_bit_like_an_undisturbed_one(
-    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, seed: int
-) -> None:
-    kill_campaign(undisturbed, zygote, tmp_path, kills=20, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +138,7 @@ def test_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
     """The signal goes to the whole group, as a terminal and a scheduler send it. What the message says is then done."""
     config = named(undisturbed, f"told_{status}", num_workers=workers)
     child = zygote.start(arguments(config, tmp_path), tmp_path)
-    wait_for_step(config.run_dir, 9)
+    wait_for(lambda: logged_step(config) >= 9)
     os.killpg(child.pid, number)
     stopped = child.wait(60)
     assert stopped.status == status, stopped.stderr
@@ -184,14 +156,11 @@ def test_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
 def test_killed_run_leaves_no_loader_behind(undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path) -> None:
     config = named(undisturbed, "orphans", num_workers=2)
     child = zygote.start(arguments(config, tmp_path), tmp_path)
-    wait_for_step(config.run_dir, 1)
+    wait_for(lambda: logged_step(config) >= 1)
     os.kill(child.pid, signal.SIGKILL)
     child.wait(60)
-    deadline = time.monotonic() + 30
     with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(child.pid, 0)
-            time.sleep(0.1)
+        wait_for(lambda: os.killpg(child.pid, 0) is not None, seconds=30)
 
 
 @contextlib.contextmanager
@@ -204,42 +173,32 @@ def full_disk(child: Child) -> Iterator[None]:
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, free)
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("file", "pth.tar"), ("sharded", "dcp")])
-def test_run_on_a_full_disk_says_so_and_goes_on(
-    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, kind: str, suffix: str
-) -> None:
-    config = named(undisturbed, f"full_{kind}", kind)
-    child = zygote.start(arguments(config, tmp_path), tmp_path)
-    wait_for_step(config.run_dir, 3)
-    wait_for_path(config.run_dir / "checkpoints" / f"last.{suffix}")
-    with full_disk(child):
-        wait_for(config.run_dir / "logs" / "train.log", "cannot be written")
-        assert load_checkpoint(config.run_dir / "checkpoints" / f"last.{suffix}")["step"] >= 2
-    finished = child.wait(60)
-    assert finished.status == 0, finished.stderr
-    assert re.search(rf"checkpoint_\w+\.{suffix}: cannot be written \(.*File too large.*training goes on", finished.stderr)
-    assert "Traceback" not in finished.stderr
-    assert_same_run(config.run_dir, undisturbed)
-
-
 @pytest.mark.parametrize(
-    ("kind", "suffix", "flags"), [("file", "pth.tar", ("--set", "training.stop_when_save_fails=true")), ("sharded", "dcp", ())]
+    ("kind", "suffix", "ends"),
+    [("file", "pth.tar", False), ("file", "pth.tar", True), ("sharded", "dcp", False), ("sharded", "dcp", True)],
 )
-def test_run_that_cannot_be_saved_stops_with_its_old_checkpoints(
-    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, kind: str, suffix: str, flags: tuple[str, ...]
+def test_run_on_a_full_disk_loses_no_checkpoint(
+    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, kind: str, suffix: str, ends: bool
 ) -> None:
-    """At once when configured so; at its end in any case."""
-    config = named(undisturbed, f"unsaved_{kind}", kind)
-    child = zygote.start(arguments(config, tmp_path, *flags), tmp_path)
-    wait_for_step(config.run_dir, 3)
-    wait_for_path(config.run_dir / "checkpoints" / f"last.{suffix}")
+    """It says so and goes on. It ends when the disk is full to its end, or at once when it was so configured."""
+    config = named(undisturbed, f"full_{kind}_{ends}", kind)
+    stop = ["--set", f"training.stop_when_save_fails={str(ends and kind == 'file').lower()}"]
+    child = zygote.start(arguments(config, tmp_path, *stop), tmp_path)
+    saved, log = config.run_dir / "checkpoints" / f"last.{suffix}", config.run_dir / "logs" / "train.log"
+    wait_for(lambda: logged_step(config) >= 3 and saved.exists())
     with full_disk(child):
-        stopped = child.wait(60)
-    assert stopped.status == 2
-    assert stopped.stderr.splitlines()[-1].startswith("error: ")
-    assert re.search(r"cannot be written \(.*File too large", stopped.stderr.splitlines()[-1])
-    assert load_checkpoint(config.run_dir / "checkpoints" / f"last.{suffix}")["step"] >= 2
-    assert not list((config.run_dir / "checkpoints").glob(".*"))
-    finished = zygote.run(arguments(config, tmp_path), tmp_path)
-    assert finished.status == 0, finished.stderr
+        if ends:
+            result = child.wait(60)
+        else:
+            wait_for(lambda: "cannot be written" in log.read_text())
+        assert load_checkpoint(saved)["step"] >= 2
+    if ends:
+        assert not list(saved.parent.glob(".*"))
+        finished = zygote.run(arguments(config, tmp_path), tmp_path)
+        assert finished.status == 0, finished.stderr
+    else:
+        result = child.wait(60)
+    assert result.status == (2 if ends else 0), result.stderr
+    assert re.search(rf"checkpoint_\w+\.{suffix}: cannot be written \(.*File too large", result.stderr)
+    assert "Traceback" not in result.stderr
     assert_same_run(config.run_dir, undisturbed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +46,6 @@ def test_run_folder_has_a_checkpoint_per_epoch_and_links_to_last_and_best(traine
     assert not list(folder.glob(".*"))
 
 
-def test_flipped_byte_is_found(trained_run: Path, tmp_path: Path) -> None:
-    for suffix in ("", ".sha256"):
-        shutil.copy(trained_run / "checkpoints" / f"checkpoint_epoch_2.pth.tar{suffix}", tmp_path)
-    path = tmp_path / "checkpoint_epoch_2.pth.tar"
-    load_checkpoint(path)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    torch.load(path, weights_only=True)  # torch itself does not notice
-    with pytest.raises(CheckpointError, match=r"checkpoint_epoch_2\.pth\.tar: damaged"):
-        load_checkpoint(path)
-
-
 def test_missing_checkpoint_lists_its_neighbours(trained_run: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(trained_run / "checkpoints" / "checkpoint_epoch_7.pth.tar")
@@ -68,13 +54,6 @@ def test_missing_checkpoint_lists_its_neighbours(trained_run: Path) -> None:
         assert name in str(caught.value)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint("no/such/folder/x.pth.tar")
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
-def test_foreign_file_names_what_it_lacks(tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "x.pth.tar")
-    with pytest.raises(CheckpointError, match=r"x\.pth\.tar: missing .*optimizer"):
-        load_checkpoint(tmp_path / "x.pth.tar")
 
 
 @pytest.mark.parametrize("step", ["save", "fsync", "first rename", "last rename"])

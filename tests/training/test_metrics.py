@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -18,37 +19,27 @@ from paligemma_vla.training.metrics import JsonLines, Tracker
 ConfigFactory = Callable[..., VLAConfig]
 
 
-def test_json_lines_are_there_at_once(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path / "new" / "metrics.jsonl", 0)
-    sink.log(1, {"train/batch_loss": 0.5})
-    assert json.loads((tmp_path / "new" / "metrics.jsonl").read_text()) == {"step": 1, "train/batch_loss": 0.5}
-    sink.file.close()
-
-
 def test_json_lines_resume_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": n, "x": n}) + "\n" for n in (1, 2, 3, 3, 4)) + '{"step": 5, "x"')
-    sink = JsonLines(path, 3)
-    sink.log(4, {"x": 40})
-    sink.file.close()
-    assert [(line["step"], line["x"]) for line in map(json.loads, path.read_text().splitlines())] == [
-        (1, 1),
-        (2, 2),
-        (3, 3),
-        (3, 3),
-        (4, 40),
-    ]
+    path = tmp_path / "new" / "metrics.jsonl"
 
+    def log(start_step: int, *steps: int) -> list[int]:
+        sink = JsonLines(path, start_step)
+        for step in steps:
+            sink.log(step, {"train/batch_loss": 0.5})
+        lines = path.read_text().splitlines()  # there at once, not only when closed
+        sink.file.close()
+        return [json.loads(line)["step"] for line in lines]
 
-def test_json_lines_of_a_fresh_run_start_empty(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    JsonLines(tmp_path / "metrics.jsonl", 0).file.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert log(0, 1, 2, 3, 3, 4) == [1, 2, 3, 3, 4]
+    with path.open("a") as file:
+        file.write('{"step": 5, "x"')
+    assert log(3, 4) == [1, 2, 3, 3, 4]
+    assert log(0) == []  # a run that begins anew
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, init: Callable[..., Any]) -> None:
     module = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=RuntimeError))
-    monkeypatch.setitem(__import__("sys").modules, "wandb", module)
+    monkeypatch.setitem(sys.modules, "wandb", module)
 
 
 def test_wandb_gets_project_run_name_whole_config_and_every_metric(
@@ -73,17 +64,16 @@ def test_wandb_gets_project_run_name_whole_config_and_every_metric(
     assert logged == [({"train/lr": 0.1}, 3)]
 
 
-def test_wandb_that_cannot_start_names_the_remedy(tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_cannot_start_or_is_not_there_names_the_remedy(
+    tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init(**_: Any) -> None:
         raise RuntimeError("api_key not configured (no-tty)")
 
     fake_wandb(monkeypatch, init)
     with pytest.raises(ConfigError, match=r"wandb login.*wandb\.mode=offline"):
         Tracker(tiny_config({"wandb.enabled": True}), 0)
-
-
-def test_wandb_that_is_not_installed_names_the_remedy(tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install"):
         Tracker(tiny_config({"wandb.enabled": True}), 0)
 

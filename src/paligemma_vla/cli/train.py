@@ -18,7 +18,6 @@ from paligemma_vla.errors import CheckpointError, VLAError
 from paligemma_vla.storage import is_url
 
 if TYPE_CHECKING:
-    from paligemma_vla.data.loader import VLADataset
     from paligemma_vla.training.distributed import Distributed
     from paligemma_vla.training.run import RemoteRun
 
@@ -71,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     """Start here, or in `--nproc` processes, or join the group torchrun started."""
     config = resolve_config(args)
     if "LOCAL_RANK" in os.environ or ((args.nproc or 1) == 1 and not args.max_restarts):
-        return _train(config, args)
+        return train(config, args.device, args.resume_checkpoint, args.force, Path(args.config_path))
     from paligemma_vla.training.distributed import launch
 
     launch(_worker, args, args.nproc or 1, args.max_restarts)
@@ -94,13 +93,9 @@ def _worker(args: argparse.Namespace) -> int:
 
     log_to_stderr()
     try:
-        return _train(resolve_config(args), args)
+        return main(args)
     except VLAError as error:
         raise VLAError(str(error)) from error  # one class for every message that says what to do
-
-
-def _train(config: VLAConfig, args: argparse.Namespace) -> int:
-    return train(config, args.device, args.resume_checkpoint, args.force, Path(args.config_path))
 
 
 def train(
@@ -115,6 +110,7 @@ def train(
     device: None takes the best there is. resume_checkpoint: a path or URL, or `auto`. force: resume in spite of differences.
     config_path: where the configuration was read, to warn if it repeats a run on other data.
     """
+    from paligemma_vla.evaluation.report import Report, write_report
     from paligemma_vla.training.distributed import explain_communication, join
     from paligemma_vla.training.run import RemoteRun, begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
@@ -137,7 +133,9 @@ def train(
         distributed.close()  # the rest is done by one process, and takes its time
     if lock is not None:
         write_single_files(config)
-        report = write_run_report(config, trainer.data.train)
+        title = f"Training: {config.training.experiment_name}"
+        page = Report(title=title, run_dir=config.run_dir, dataset=trainer.data.train.index)
+        report = write_report(config.run_dir / "report.html", page)
         if remote is not None:
             remote.publish(config.training.keep_last)
         locations = config.run_location("checkpoints"), config.run_location(report.name)
@@ -161,7 +159,13 @@ def find_checkpoint(
         found = distributed.broadcast(remote.newest_checkpoint) if remote else newest_checkpoint(folder, distributed)
         if found is not None:
             with distributed.local_main_first():
-                _fetch_missing(found, remote)
+                if remote is not None and not found.exists():  # rank 0 has fetched it, on its machine
+                    remote.fetch_checkpoint(found.name)
+            if not found.exists():
+                raise CheckpointError(
+                    f"{found}: not there on {socket.gethostname()}; training.checkpoint_dir has to be a folder that all "
+                    f"machines share, or a URL"
+                )
             return found, True
         if wanted == "auto":
             if distributed.main:
@@ -179,18 +183,6 @@ def was_begun_by_this_launcher(config: VLAConfig) -> bool:
     return launcher is not None and [start.get("launcher") for start in read_starts(config.run_dir)][-1:] == [launcher]
 
 
-def _fetch_missing(checkpoint: Path, remote: RemoteRun | None) -> None:
-    """Fetch the checkpoint that rank 0 has found if this machine has no copy of it."""
-    if checkpoint.exists():
-        return
-    if remote is None:
-        raise CheckpointError(
-            f"{checkpoint}: not there on {socket.gethostname()}; training.checkpoint_dir has to be a folder that all machines "
-            f"share, or a URL"
-        )
-    remote.fetch_checkpoint(checkpoint.name)
-
-
 def write_single_files(config: VLAConfig) -> None:
     """At the end of a run that saves in shards: the specification's files beside them."""
     from paligemma_vla.training.checkpoint import BEST, LAST, consolidate_link
@@ -202,11 +194,3 @@ def write_single_files(config: VLAConfig) -> None:
             consolidate_link(config.run_dir / "checkpoints", name)
         except CheckpointError as error:  # what was learned is safe in the shards
             logger.error("%s; `paligemma-vla consolidate` writes it later", error)
-
-
-def write_run_report(config: VLAConfig, data: VLADataset) -> Path:
-    """The run's report.html: curves, throughput, a sample of the data."""
-    from paligemma_vla.evaluation.report import Report, write_report
-
-    title = f"Training: {config.training.experiment_name}"
-    return write_report(config.run_dir / "report.html", Report(title=title, run_dir=config.run_dir, dataset=data.index))

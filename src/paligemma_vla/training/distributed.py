@@ -80,18 +80,14 @@ class Distributed:
 
     def on_main(self, function: Callable[[], Result]) -> Result | None:
         """What `function` returns on rank 0, None on the others. Every process raises its `VLAError` or `OSError`."""
-        if self.world_size == 1:
-            return function()
-        result, error = None, None
+        result, failure = None, None
         if self.main:
             try:
                 result = function()
-            except (VLAError, OSError) as raised:
-                error = raised
-        errors = [error]
-        dist.broadcast_object_list(errors, src=0)
-        if errors[0] is not None:
-            raise errors[0]
+            except (VLAError, OSError) as error:
+                failure = error
+        if (failure := self.all_gather(failure)[0]) is not None:
+            raise failure
         return result
 
     def broadcast(self, function: Callable[[], Result]) -> Result:
@@ -204,22 +200,17 @@ def join(device: str | None) -> Distributed:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-    address = f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
     try:
         store, *_ = next(rendezvous("env://", rank, world_size, timeout=_timeout()))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and local_world_size == world_size:
             # The launcher's store outlives its ranks: without a prefix those of a restart would find addresses of the dead.
             store = PrefixStore(f"attempt {_environment_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(_backend(chosen), store=store, rank=rank, world_size=world_size, timeout=_timeout())
-    except ValueError as error:
-        raise ConfigError(
-            f"WORLD_SIZE {world_size}, RANK {rank}, {address}: no process group can be made of this environment "
-            f"({first_line(error)}); start with torchrun or main_train_ddp.py, or unset WORLD_SIZE"
-        ) from error
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         raise CommunicationError(
-            f"rank {rank}: the {world_size} processes did not find each other at {address} ({first_line(error)}); start all of "
-            f"them, let them reach that address, and give them more time with NCCL_TIMEOUT if they are slow"
+            f"rank {rank}: the {world_size} processes did not find each other at MASTER_ADDR {os.environ.get('MASTER_ADDR')}, "
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} ({first_line(error)}); start all of them, with torchrun or "
+            f"main_train_ddp.py, let them reach that address, and raise NCCL_TIMEOUT if they are slow; or unset WORLD_SIZE"
         ) from error
     return Distributed(rank, world_size, chosen, local_rank, local_world_size)
 
@@ -277,7 +268,6 @@ def launch(entry: Callable[..., int], args: Any, nproc: int, max_restarts: int =
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), _environment_number("MASTER_PORT", 0)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # The launcher's own limit of 30 s would end a rank that saves after a signal.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
@@ -287,7 +277,7 @@ def launch(entry: Callable[..., int], args: Any, nproc: int, max_restarts: int =
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     run_id = f"paligemma-vla-{socket.gethostname()}-{os.getpid()}"
-    endpoint = f"{address}:{port}"
+    endpoint = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{_environment_number('MASTER_PORT', 0)}"
     config = LaunchConfig(1, 1, nproc, run_id=run_id, rdzv_backend="c10d", rdzv_endpoint=endpoint, max_restarts=max_restarts)
     try:
         elastic_launch(config, entry)(args)

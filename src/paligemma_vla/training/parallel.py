@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from paligemma_vla.config import TrainingConfig
-from paligemma_vla.errors import ConfigError
 from paligemma_vla.model.vla_model import AUTOCAST, VLAModel, backbone_layers, large_tables
 from paligemma_vla.training.distributed import Distributed, init_single_process_group
 
@@ -142,24 +141,6 @@ def build_mesh(settings: TrainingConfig, distributed: Distributed) -> DeviceMesh
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     group = settings.processes_per_copy(world, distributed.local_world_size)
     return init_device_mesh(kind, (world // group, group), mesh_dim_names=("replicate", "shard"))
-
-
-def check_shard_groups(settings: TrainingConfig, distributed: Distributed) -> None:
-    """Raise `ConfigError` if the processes cannot be divided into equal groups with one copy each. A collective."""
-    world, on_machine = distributed.world_size, distributed.local_world_size
-    if settings.parallel == "hsdp" and settings.shard_processes is None:
-        counts = distributed.all_gather(on_machine)
-        if len(set(counts)) > 1:
-            raise ConfigError(
-                f"training.shard_processes: got null, expected a number: the machines have {min(counts)} to {max(counts)} "
-                f"processes each, so those of one machine are no group"
-            )
-    group = settings.processes_per_copy(world, on_machine)
-    if world % group:
-        raise ConfigError(
-            f"training.shard_processes: got {group}, expected a divisor of the {world} processes; give one of "
-            f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
-        )
 
 
 def to_local(tensor: Tensor) -> Tensor:

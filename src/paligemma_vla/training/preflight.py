@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,6 @@ from paligemma_vla.normalization import DatasetStatistics, Statistics
 from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed
-from paligemma_vla.training.parallel import check_shard_groups
 
 # The statistics are compared with the first rows of some files, not of all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
@@ -157,21 +155,13 @@ def _without(train: EpisodeIndex, held_out: Sequence[EpisodeIndex], number: int)
 
 def _shared_episodes(index: EpisodeIndex, others: Sequence[EpisodeIndex]) -> NDArray[np.bool_]:
     """Which episodes of an index (N,) are also in one of `others`: the same rows of the same file."""
-    starts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
-    for other in others:
-        for path, first, stop in _episodes_per_file(other):
-            starts[real_name(path)].append(other.start[first:stop])
-    shared = np.zeros(len(index), bool)
-    for path, first, stop in _episodes_per_file(index) if starts else []:
-        if same_file := starts.get(real_name(path)):
-            shared[first:stop] = np.isin(index.start[first:stop], np.concatenate(same_file))
-    return shared
+    numbers: dict[str, int] = {}  # of files, whatever they are called
 
+    def keys(index: EpisodeIndex) -> NDArray[np.int64]:
+        files = [numbers.setdefault(real_name(path), len(numbers)) for path in index.paths]
+        return np.array(files, np.int64)[index.file] << 40 | index.start
 
-def _episodes_per_file(index: EpisodeIndex) -> list[tuple[str, int, int]]:
-    """Each file, the number of its first episode, and that of the next file's first."""
-    bounds = np.searchsorted(index.file, np.arange(len(index.paths) + 1)).tolist()
-    return list(zip(index.paths, bounds[:-1], bounds[1:], strict=True))
+    return np.isin(keys(index), np.concatenate([keys(other) for other in others])) if others else np.zeros(len(index), bool)
 
 
 def build_order(sources: Sequence[EpisodeIndex], config: VLAConfig) -> Order:
@@ -208,19 +198,19 @@ def build_streaming_reader(index: EpisodeIndex, config: VLAConfig, processes: in
 
 
 def check_processes(config: VLAConfig, distributed: Distributed) -> None:
-    """The batch and the shards against the number of processes. A collective."""
-    check_shard_groups(config.training, distributed)
-    batch_size, parts = config.data.batch_size, distributed.world_size * config.training.gradient_accumulation_steps
+    """The batch and the shards against the number of processes."""
+    world, batch_size = distributed.world_size, config.data.batch_size
+    group = config.training.processes_per_copy(world, distributed.local_world_size)
+    if world % group:
+        raise ConfigError(
+            f"training.shard_processes: got {group}, expected a divisor of the {world} processes; give one of "
+            f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+        )
+    parts = world * config.training.gradient_accumulation_steps
     if batch_size < parts:
         raise ConfigError(
             f"data.batch_size: got {batch_size}, expected at least processes * gradient_accumulation_steps = {parts}, one "
             f"sample for each; it is the total over all of them"
-        )
-    if batch_size % parts:
-        # Exact all the same: the loss is the mean over the global batch, however it is divided.
-        logger.info(
-            f"data.batch_size: {batch_size} is no multiple of processes * gradient_accumulation_steps = {parts}; some wait for "
-            f"others"
         )
 
 

@@ -66,11 +66,9 @@ class Trainer:
         remote: RemoteRun | None = None,
     ) -> None:
         self.config, self.distributed, self.remote = config, distributed, remote
-        where = None if resume is None else str(resume)
         torch.manual_seed(config.training.seed)
         saved = None if resume is None else ckpt.open_to_resume(resume, distributed, verified)
-        with _reading(where):
-            preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(where)) if saved else None
+        preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
         backbone = saved["backbone"] if saved else None
         self.preprocessor, self.data, self.plan = prepare(config, distributed, preprocessor, backbone)
         if distributed.main and self.plan.fits:
@@ -78,14 +76,12 @@ class Trainer:
         elif distributed.main:
             logger.warning("%s", with_remedies(self.plan).table())
         if saved is not None and not force:
-            with _reading(where):
-                check_same_run(saved, config, self.data.fingerprint, str(where))
+            check_same_run(saved, config, self.data.fingerprint, str(resume))
 
         mesh = build_mesh(config.training, distributed)
         one_at_a_time = distributed.any(self.plan.one_at_a_time)
         with distributed.all_or_none(), distributed.one_at_a_time() if one_at_a_time else contextlib.nullcontext():
-            with _reading(where):
-                self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
+            self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
             with self._explained():
                 self.parallel = parallelize(self.model, distributed, config.training, mesh)
 
@@ -103,8 +99,7 @@ class Trainer:
         self.sharded = ShardedWriter(self.group) if config.training.saves_shards else None
         self.saved_step: int | None = None
         if saved is not None:
-            with _reading(where):
-                self._restore(saved, str(where))
+            self._restore(saved, str(resume))
         self.learning: str | None = None
         self.tracker: Tracker | None = None
 
@@ -186,16 +181,15 @@ class Trainer:
     def _log_how_to_go_on(self, reason: str) -> None:
         if not self.distributed.main:
             return
-        if self.step == 0:
-            logger.warning("stopped by %s before the first step; nothing was saved", reason)
-            return
-        several = self.distributed.world_size > 1
         saved, config = (self.config.run_location(name) for name in (f"checkpoints/{self._checkpoint_name()}", "config.yaml"))
-        command = "python main_train_ddp.py" if several else "paligemma-vla train"
+        command, how = "paligemma-vla train", ""
+        if self.distributed.world_size > 1:
+            command, how = "python main_train_ddp.py", " (and the same processes)"
         logger.warning(
             f"stopped by {reason} after step {self.step} of {self.total_steps}; saved as {saved}; go on with\n"
-            f"  {command} --config_path {shlex.quote(config)} --resume_checkpoint auto"
-            + (" (and the same processes)" if several else "")
+            f"  {command} --config_path {shlex.quote(config)} --resume_checkpoint auto{how}"
+            if self.step
+            else f"stopped by {reason} before the first step; nothing was saved"
         )
 
     def _stream(self, stop: int) -> Iterator[Batch]:
@@ -390,14 +384,10 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"]) / 1e6
         train, order = self.data.train.index, self.data.order
-        validation = self.data.validation.index if self.data.validation is not None else None
-        # A validation set that is split off counts the episodes that were left out again.
-        own = validation if self.config.data.val_parquet_files is not None else None
-        excluded = train.excluded + (own.excluded if own else 0)
+        validation = 0 if self.data.validation is None else len(self.data.validation.index)
         logger.info(
             f"{self.config.training.experiment_name}: {parameters:.1f} M parameters, {learning:.1f} M learn; {len(train)} "
-            f"training episodes ({train.steps} steps), {len(validation) if validation else 0} validation episodes"
-            + (f"; {excluded} episodes (or whole files) left out" if self.config.data.exclude_episodes else "")
+            f"training episodes ({train.steps} steps), {validation} validation episodes"
         )
         logger.info(
             f"optimiser steps {self.step} to {stop} of {self.total_steps}, {order.steps_per_epoch} per epoch, total batch "
@@ -443,16 +433,3 @@ class Trainer:
                     f"one of the changes below (docs/troubleshooting.md); what was planned:\n{with_remedies(self.plan).table()}"
                 ) from error
             raise
-
-
-@contextlib.contextmanager
-def _reading(checkpoint: str | None) -> Iterator[None]:
-    """Raise `CheckpointError` for parts of a checkpoint that are not what they should be: it verifies, so it was written so."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if checkpoint is None:
-            raise
-        raise CheckpointError(
-            f"{checkpoint}: is not a checkpoint of this program ({type(error).__name__}: {first_line(error)})"
-        ) from error
