@@ -69,7 +69,7 @@ def test_two_processes_equal_one(tiny_config: ConfigFactory, tmp_path: Path) -> 
     one = tiny_config({**overrides, "training.experiment_name": "one"}, cameras=2)
     two = tiny_config({**overrides, "training.experiment_name": "two"}, cameras=2)
     finished = start(two, tmp_path)
-    stderr = finished.communicate(timeout=120)[1]
+    stderr = finished.communicate(timeout=240)[1]
     assert finished.returncode == 0, stderr
     train_here(one)
     assert_same_curve(two, one)
@@ -87,7 +87,7 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(
     running = start(cut, tmp_path)
     wait_for(saved(cut).exists)
     os.killpg(running.pid, signal.SIGTERM)
-    stderr = running.communicate(timeout=60)[1]
+    stderr = running.communicate(timeout=240)[1]
     assert running.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert stderr.count("stopped by ") == 1
@@ -100,7 +100,7 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(
 def test_error_in_the_ranks_is_one_message(tiny_config: ConfigFactory, tmp_path: Path) -> None:
     config = tiny_config({"data.normalization_stats_path": str(tmp_path / "missing.json")})
     failed = start(config, tmp_path)
-    stderr = failed.communicate(timeout=60)[1]
+    stderr = failed.communicate(timeout=240)[1]
     assert failed.returncode == 2, stderr
     assert stderr.startswith(f"error: {tmp_path / 'missing.json'}: ")
     assert "Traceback" not in stderr
@@ -137,7 +137,7 @@ def test_launcher_starts_ranks_again_and_names_the_one_that_was_killed(tiny_conf
         wait_for(lambda count=count: len(started()) >= count and saved(config).exists())
         ranks = [each for each in children(running.pid) if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]
         os.kill(max(ranks), signal.SIGKILL)
-    stderr = running.communicate(timeout=60)[1]
+    stderr = running.communicate(timeout=240)[1]
     assert running.returncode == 2
     assert started()[1]["step"] > 0  # it went on by itself
     assert "rank 1 " in next(line for line in stderr.splitlines() if line.startswith("error: ")), stderr
