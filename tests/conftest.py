@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from paligemma_vla import Policy
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.loader import VLADataset, build_preprocessor
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.preprocess import Preprocessor
-from support import config_dict, parse_config, train_here, write_episodes
+from support import config_dict, train_here, write_episodes
 from zygote import Zygote
 
 torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def _factory(parts: dict[str, Path], runs: Path) -> ConfigFactory:
     def make(overrides: dict[str, Any] | None = None, cameras: int = 1) -> VLAConfig:
         raw = config_dict(parts["model"], parts["two" if cameras == 2 else "one"], parts["statistics"], runs)
         raw["model"]["vlm_config"]["use_aux_camera"] = cameras == 2
-        return parse_config(raw, overrides)
+        return config_from_dict(raw, overrides)
 
     return make
 

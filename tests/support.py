@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.schema import DatasetMetadata, Episode
 
@@ -129,10 +129,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what measures the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("train/samples_per_s", "train/data_wait")} for line in lines]
-
-
-def parse_config(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> VLAConfig:
-    return config_from_dict(raw, overrides)
 
 
 def identical(first: Any, second: Any) -> bool:

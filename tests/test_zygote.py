@@ -1,10 +1,9 @@
-"""The process that forks commands: what it tells of their end."""
+"""The process that forks commands."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -20,37 +19,26 @@ def slow(tiny_config, tmp_path: Path) -> list[str]:
     return ["train", "--config_path", str(path), "--device", "cpu"]
 
 
-def test_zygote_gives_status_and_output(zygote: Zygote, tmp_path: Path) -> None:
-    told = zygote.run(["--help"], tmp_path)
-    assert (told.status, told.stderr, told.hung) == (0, "", False)
-    assert told.stdout.startswith("usage: paligemma-vla")
-    refused = zygote.run(["stats", "--config_path", "none.yaml", "--output_path", "x.json"], tmp_path)
+def test_zygote_returns_status_and_output_of_a_command_in_its_folder(zygote: Zygote, tmp_path: Path) -> None:
+    helped = zygote.run(["--help"], tmp_path)
+    assert (helped.status, helped.stderr, helped.hung) == (0, "", False)
+    assert helped.stdout.startswith("usage: paligemma-vla")
+    (tmp_path / "here.yaml").write_text("- a", encoding="utf-8")
+    refused = zygote.run(["stats", "--config_path", "here.yaml", "--output_path", "x.json"], tmp_path)
     assert (refused.status, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: none.yaml: cannot read")
+    assert refused.stderr.startswith("error: here.yaml: ")
     assert 10e6 < refused.peak_bytes < 1.5e9
 
 
-def test_zygote_runs_in_the_given_folder(zygote: Zygote, tmp_path: Path) -> None:
-    (tmp_path / "here.yaml").write_text("- a", encoding="utf-8")
-    assert "got list" in zygote.run(["stats", "--config_path", "here.yaml", "--output_path", "x"], tmp_path).stderr
-
-
-def test_zygote_tells_a_signal_as_subprocess_does(zygote: Zygote, slow: list[str], tmp_path: Path) -> None:
-    child = zygote.start(slow, tmp_path)
-    os.kill(child.pid, signal.SIGKILL)
-    result = child.wait(10)
+def test_zygote_children_run_side_by_side_and_end_by_signals(zygote: Zygote, slow: list[str], tmp_path: Path) -> None:
+    first, second = zygote.start(slow, tmp_path), zygote.start(["--help"], tmp_path)
+    assert second.wait(30).status == 0
+    os.kill(first.pid, signal.SIGKILL)
+    result = first.wait(30)
     assert (result.status, result.hung) == (-signal.SIGKILL, False)
 
 
 def test_zygote_kills_what_hangs(zygote: Zygote, slow: list[str], tmp_path: Path) -> None:
-    began = time.monotonic()
     result = zygote.run(slow, tmp_path, timeout=0.5)
     assert (result.status, result.hung) == (-signal.SIGKILL, True)
-    assert 0.5 <= result.seconds <= time.monotonic() - began < 10
-
-
-def test_zygote_children_run_side_by_side(zygote: Zygote, slow: list[str], tmp_path: Path) -> None:
-    first, second = zygote.start(slow, tmp_path), zygote.start(["--help"], tmp_path)
-    assert second.wait(10).status == 0
-    os.killpg(first.pid, signal.SIGTERM)
-    assert first.wait(10).status in (143, -signal.SIGTERM)
+    assert result.seconds >= 0.5
