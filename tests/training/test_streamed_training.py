@@ -12,6 +12,7 @@ import pytest
 
 from lerobot_sets import write_set
 from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.order import RunSampler, SampleOrder, StreamedOrder
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.training import preflight
@@ -108,13 +109,10 @@ def test_a_resume_in_another_order_is_refused_and_an_old_checkpoint_is_of_random
 
 
 def test_foreign_formats_are_read_in_random_order_only(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    truth = write_set(tmp_path / "set", video=False)
-    with pytest.raises(ConfigError, match=r"data\.reading: got streamed, so data is streamed, but lerobot:.*set it to random"):
-        preflight._check_reading(
-            [preflight.EpisodeIndex.build(truth.name)],
-            tiny_config({"data.train_parquet_files": truth.name, "data.reading": "streamed"}),
-        )
-    preflight._check_reading([preflight.EpisodeIndex.build(truth.name)], tiny_config({"data.train_parquet_files": truth.name}))
+    index = EpisodeIndex.build(write_set(tmp_path / "set", video=False).name)
+    with pytest.raises(ConfigError, match=r"data\.reading: got streamed, so data is streamed, but lerobot:"):
+        preflight.check_reading(index, tiny_config({"data.reading": "streamed"}))
+    preflight.check_reading(index, tiny_config())
 
 
 def test_a_weighted_streamed_run_of_an_older_order_is_refused(tiny_config: ConfigFactory, trained_run: Path) -> None:
