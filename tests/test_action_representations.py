@@ -275,40 +275,30 @@ def test_open_loop_compares_with_recorded_actions(trained: dict[str, Trainer], a
     assert [entry["training_range"] is None for entry in entries] == [n < 7 for n in range(8)]
 
 
-@pytest.mark.parametrize("change", [{"representation": "chunk_relative"}, {"dimensions": ["x", "y", "z"]}])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(("key", "value"), [("representation", "chunk_relative"), ("dimensions", ["x", "y", "z"])])
 def test_resume_with_other_actions_is_refused_even_by_force(
-    trained: dict[str, Trainer], session_config: ConfigFactory, arm: Arm, change: dict[str, Any]
+    trained: dict[str, Trainer], session_config: ConfigFactory, arm: Arm, key: str, value: Any, force: bool
 ) -> None:
     resume = trained["delta"].config.run_dir / "checkpoints" / "last.pth.tar"
-    changed = {f"data.actions.{key}": value for key, value in change.items()}
-    config = session_config(arm.overrides("delta", **changed))
-    for force in (False, True):
-        with pytest.raises(
-            ConfigError, match=r"data\.actions: got .*; the checkpoint predicts delta in chunks of 4: x from x, "
-        ):
-            Trainer(config, ALONE, resume, force)
-    assert Trainer(session_config(arm.overrides("delta")), ALONE, resume).step == 3
+    config = session_config(arm.overrides("delta", **{f"data.actions.{key}": value}))
+    with pytest.raises(ConfigError, match=r"data\.actions: got .*; the checkpoint predicts delta in chunks of 4: x from x, "):
+        Trainer(config, ALONE, resume, force)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "written", "change", "difference"),
+    ("wanted", "changes", "difference"),
     [
-        ("delta", "absolute", {}, "is of actions as absolute, expected delta in chunks of 4: x from x, "),
-        ("absolute", "delta", {}, "is of actions as delta in chunks of 4: x from x, .* expected absolute"),
-        ("delta", "delta", {"dimensions": ["x", "y", "z"]}, "expected .*: x from x, y from y, z from z"),
+        ("absolute", {}, "is of actions as delta in chunks of 4: x from x, .* expected absolute"),
+        ("chunk_relative", {}, "is of actions as delta .*, expected chunk_relative in chunks of 4: x from x, "),
+        ("delta", {"data.actions.dimensions": ["x", "y", "z"]}, "expected .*: x from x, y from y, z from z"),
     ],
 )
+@pytest.mark.usefixtures("configs")
 def test_statistics_of_other_actions_are_refused_with_the_remedy(
-    configs: dict[str, VLAConfig],
-    session_config: ConfigFactory,
-    arm: Arm,
-    wanted: str,
-    written: str,
-    change: dict[str, Any],
-    difference: str,
+    session_config: ConfigFactory, arm: Arm, wanted: str, changes: dict[str, Any], difference: str
 ) -> None:
-    path = arm.work / f"{written}.json"
-    changes = {f"data.actions.{key}": value for key, value in change.items()}
+    path = arm.work / "delta.json"
     config = session_config(arm.overrides(wanted, **{**changes, "data.normalization_stats_path": str(path)}))
     message = rf"data\.normalization_stats_path: {path} .*{difference}.*; compute the statistics again: .*--output_path {path}"
     with pytest.raises(VLAError, match=message):
@@ -317,49 +307,15 @@ def test_statistics_of_other_actions_are_refused_with_the_remedy(
         VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config)
 
 
-def rewrite(arm: Arm, folder: Path, episode: int, change: Callable[[np.ndarray, np.ndarray], None]) -> None:
-    """Write one of the arm's episodes again, its states and actions changed."""
-    rows = [row for row in arm.rows if row["episode"] == episode]
-    state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
-    change(state, action)
-    with EpisodeWriter(folder, ARM, prefix=f"e{episode}") as writer:
-        writer.write(Episode([[row["image_1_bytes"] for row in rows]], state, action, "x"))
-
-
-@pytest.mark.parametrize("representation", REPRESENTATIONS)
-def test_range_is_compared_as_the_model_sees_it(
-    configs: dict[str, VLAConfig], session_config: ConfigFactory, arm: Arm, tmp_path: Path, representation: str
-) -> None:
-    """The same movements elsewhere in the room are the same deltas, and other absolute actions."""
-
-    def move(state: np.ndarray, action: np.ndarray) -> None:
-        state[:, 1:4] += 100
-        action[:, :3] += 100
-
-    for number in range(len(LENGTHS)):
-        rewrite(arm, tmp_path / "moved", number, move)
-    state = compute_statistics(str(tmp_path / "moved"), "x").state  # only actions are to be compared
-    replace(DatasetStatistics.load(arm.work / f"{representation}.json"), state=state).save(tmp_path / "s.json")
-    settings = {
-        "data.train_parquet_files": str(tmp_path / "moved"),
-        "data.normalization_stats_path": str(tmp_path / "s.json"),
-    }
-    config = session_config(arm.overrides(representation, **settings))
-    if representation == "absolute":
-        with pytest.raises(DataError, match=r"is of other data: .*column action, dimension 0 \(x\)"):
-            preflight.prepare(config, ALONE)
-    else:
-        preflight.prepare(config, ALONE)
-
-
 def test_row_whose_rotation_is_none_is_named(arm: Arm, configs: dict[str, VLAConfig], tmp_path: Path) -> None:
-    def no_rotation(state: np.ndarray, action: np.ndarray) -> None:
-        action[9, 3:7] = 0
-
-    rewrite(arm, tmp_path, 2, no_rotation)
+    rows = [row for row in arm.rows if row["episode"] == 2]
+    state, action = (np.array([row[name] for row in rows], np.float32) for name in ("state", "action"))
+    action[9, 3:7] = 0
+    with EpisodeWriter(tmp_path, ARM) as writer:
+        writer.write(Episode([[row["image_1_bytes"] for row in rows]], state, action, "x"))
     config = configs["chunk_relative"]
     actions = DatasetStatistics.load(config.data.normalization_stats_path).actions
-    with pytest.raises(DataError, match=r"e2-00000\.parquet: row 6, column action: the rotation here, in the next"):
+    with pytest.raises(DataError, match=r"episodes-00000\.parquet: row 6, column action: the rotation here, in the next"):
         compute_statistics(str(tmp_path), "x", actions=actions)  # 6 + 3 = 9, the first chunk that reaches it
     data = VLADataset(str(tmp_path), config.model.vlm_config.model_name_or_path, config)
     assert torch.isfinite(data[5]["action"]).all()

@@ -140,6 +140,9 @@ def test_statistics_file_round_trip_is_exact_and_holds_the_promised_keys(tmp_pat
         ("action.min", [-50.0, 5e3], "action: q01, dimension 1: got .*, expected at least min = 5000;"),
         ("action.mean", [0.1, 1e6], r"action: max, dimension 1: got .*, expected at least mean = 1e\+06;"),
         ("digests", [1], "digests: 0: got 1"),
+        ("actions", None, "actions: got None"),
+        ("actions.representation", "relative", "actions: representation: got 'relative'"),
+        ("actions.horizon", 3, "actions: got .*'horizon': 3"),
     ],
 )
 def test_statistics_file_faults_name_file_and_section(tmp_path: Path, keys: str, value: Any, where: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,6 @@ Floats = NDArray[np.float32]
 Wide = NDArray[np.float64]
 Numbers = tuple[int, ...]
 
-LONGEST_HORIZON = 1024  # as in the configuration
 SHORTEST = 1e-8  # below this length a vector has no direction
 DEGREES = ("deg", "degree", "degrees", "°")
 # No rotation, in each representation: what stands in for numbers that are none.
@@ -53,7 +52,7 @@ class ActionTransform:
     All are empty, or 0, with `absolute`.
     """
 
-    representation: str = "absolute"
+    representation: Literal["absolute", "chunk_relative", "delta"] = "absolute"
     dimensions: Numbers = ()
     state_dimensions: Numbers = ()
     rotation: str = ""
@@ -154,31 +153,20 @@ class ActionTransform:
         """Plain data for JSON and for the checkpoint."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    @classmethod
-    def from_dict(cls, raw: Any, where: str, state_dim: int, action_dim: int) -> ActionTransform:
-        """What `to_dict` gave, of data of these dimensions; raises `DataError` for anything else."""
-        try:
-            values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
-            transform = cls(**values)
-            consistent = transform._is_consistent(state_dim, action_dim)
-        except (AttributeError, TypeError):
-            consistent = False
-        if not consistent:
-            raise DataError(f"{where}: got {str(raw)[:80]}, expected how actions are represented; compute the statistics again")
-        return transform
-
-    def _is_consistent(self, state_dim: int, action_dim: int) -> bool:
-        numbers = [(number, action_dim) for number in self.dimensions]
-        numbers += [*((number, state_dim) for number in self.state_dimensions), (self.horizon, LONGEST_HORIZON + 1)]
-        return (
-            self.representation in ("absolute", "chunk_relative", "delta")
-            and all(type(number) is int and 0 <= number < end for number, end in numbers)
+    def check(self, where: str, state_dim: int, action_dim: int) -> None:
+        """Raise `DataError` unless it fits data of these dimensions: what a file says of it may have been edited."""
+        fits = (
+            all(0 <= number < action_dim for number in self.dimensions)
+            and all(0 <= number < state_dim for number in self.state_dimensions)
             and len(self.dimensions) == len(self.state_dimensions)
-            and self.converts == bool(self.dimensions) == bool(self.horizon)
+            and self.converts == bool(self.dimensions) == (self.horizon > 0)
             and set(self.rotation_dimensions) <= set(self.dimensions)
             and (self.rotation in ROTATIONS if self.rotation_dimensions else self.rotation == "")
             and len(self.rotation_dimensions) % ROTATIONS.get(self.rotation, 1) == 0
         )
+        if not fits:
+            got = f"got {self.to_dict()}, which do not fit {state_dim} state and {action_dim} action dimensions"
+            raise DataError(f"{where}: {got}; compute the statistics again")
 
     def describe(self, metadata: DatasetMetadata) -> str:
         """In words: `delta in chunks of 8: x from hand_x, y from hand_y`."""

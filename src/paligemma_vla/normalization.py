@@ -87,7 +87,7 @@ class _File(BaseModel):
     action: _ColumnFile
     datasets: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
-    actions: Any = Field(default_factory=ABSOLUTE.to_dict)  # as all were before there was a choice
+    actions: ActionTransform = ABSOLUTE  # as all were before there was a choice
 
 
 class Accumulator:
@@ -217,8 +217,8 @@ class DatasetStatistics:
         except ValidationError as error:
             raise DataError(f"{where}: {first_fault(error)}; {AGAIN}") from error
         state, action = file.state.statistics(f"{where}: state"), file.action.statistics(f"{where}: action")
-        actions = ActionTransform.from_dict(file.actions, f"{where}: actions", len(state.min), len(action.min))
-        return cls(state, action, file.datasets, file.digests, actions)
+        file.actions.check(f"{where}: actions", len(state.min), len(action.min))
+        return cls(state, action, file.datasets, file.digests, file.actions)
 
 
 def recompute(path: str | Path) -> str:

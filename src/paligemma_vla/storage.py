@@ -17,7 +17,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -334,9 +333,7 @@ class ByteSource(ABC):
 def open_source(location: str | Path) -> ByteSource:
     """Open a file at a path or URL. Raises `StorageError` when it is not there, or cannot be reached."""
     location = str(location)
-    if not is_url(location):
-        return LocalSource(location)
-    return NativeSource(location) if location.startswith(NATIVE) else FsspecSource(location)
+    return RemoteSource(location) if is_url(location) else LocalSource(location)
 
 
 class LocalSource(ByteSource):
@@ -353,17 +350,13 @@ class LocalSource(ByteSource):
         self.identity = status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _read(self, offset: int, count: int) -> bytes:
-        parts, got = [], 0
-        while got < count:  # Linux returns 2 GiB at once at most
-            try:
-                part = os.pread(self._descriptor, count - got, offset + got)
-            except OSError as error:
-                raise self._unreadable(error) from error
-            if not part:
-                raise StorageError(f"{self.location}: ends at byte {offset + got}, expected {self.size}; restore it")
-            parts.append(part)
-            got += len(part)
-        return b"".join(parts) if len(parts) > 1 else parts[0]
+        try:
+            content = os.pread(self._descriptor, count, offset)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if len(content) != count:
+            raise StorageError(f"{self.location}: ends at byte {offset + len(content)}, expected {self.size}; restore it")
+        return content
 
     def _unreadable(self, error: OSError) -> StorageError:
         return StorageError(f"{self.location}: cannot be read ({first_line(error)}); restore it")
@@ -372,50 +365,28 @@ class LocalSource(ByteSource):
         os.close(self._descriptor)
 
 
+MARKS = (0xA5, 0x5A)  # see `RemoteSource._request`
+
+
 class RemoteSource(ByteSource):
     """A file behind a URL: every request is retried, and one is made at a time."""
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self._file, self.identity = retry(location, self._open)
+        open_file = _open_native if location.startswith(NATIVE) else _open_fsspec
+        self._file, self.identity = retry(location, lambda: open_file(location))
         self.size = self.identity[0]
         self._lock = threading.Lock()
-
-    @abstractmethod
-    def _open(self) -> tuple[Any, tuple[int, int, int]]:
-        """The open file, and its identity."""
-
-    @abstractmethod
-    def _request(self, offset: int, count: int) -> bytes:
-        """One request: all the bytes, or an error."""
 
     def _read(self, offset: int, count: int) -> bytes:
         return retry(self.location, lambda: self._request(offset, count), f"bytes {offset} to {offset + count - 1}")
 
-    def close(self) -> None:
-        self._file.close()
-
-
-MARKS = (0xA5, 0x5A)  # see `NativeSource._request`
-
-
-class NativeSource(RemoteSource):
-    """A file that pyarrow opens: one request to open it, one for each range."""
-
-    def _open(self) -> tuple[Any, tuple[int, int, int]]:
-        system, path = native_system(self.location)
-        file = system.open_input_file(path)
-        facts = file.metadata() or {}
-        if "Last-Modified" in facts:  # S3 answers all at once
-            modified = datetime.fromisoformat(facts["Last-Modified"].decode())
-            return file, (file.size(), int(modified.timestamp()) * 10**9, _version_number(facts.get("ETag", b"")))
-        return file, (file.size(), system.get_file_info(path).mtime_ns or 0, 0)
-
     def _request(self, offset: int, count: int) -> bytes:
-        """pyarrow's S3 client accepts an answer that is too short, and leaves the rest of the buffer as it was.
+        """All the bytes, or an error.
 
-        So the last byte is set before each request. If it is unchanged afterwards, the request is repeated with another
-        value: a byte that is unchanged twice was never written.
+        pyarrow's S3 client accepts an answer that is too short, and leaves the rest of the buffer as it was. So the last byte
+        is set before each request. If it is unchanged afterwards, the request is repeated with another value: a byte that is
+        unchanged twice was never written.
         """
         content = bytearray(count)
         for mark in MARKS:
@@ -427,30 +398,34 @@ class NativeSource(RemoteSource):
                 return bytes(content)
         raise ConnectionError(f"the answer was shorter than the {count} bytes that were asked for")
 
+    def close(self) -> None:
+        self._file.close()
 
-class FsspecSource(RemoteSource):
-    """A file that fsspec opens."""
 
-    def _open(self) -> tuple[Any, tuple[int, int, int]]:
-        system, path = file_system(self.location)
-        system.invalidate_cache(system._parent(path))  # an old listing does not matter
-        facts = system.info(path)
-        if facts["type"] != "file":
-            raise IsADirectoryError(f"{facts['type']}, expected a file")
-        try:
-            modified = int(system.modified(path).timestamp() * 10**9)
-        except NotImplementedError:
-            modified = 0
-        version = _version_number(system.ukey(path).encode())
-        return system.open(path, "rb", cache_type="none"), (int(facts["size"]), modified, version)
+def _open_native(url: str) -> tuple[Any, tuple[int, int, int]]:
+    """A file that pyarrow opens, and its identity: one request, and one for each range."""
+    system, path = native_system(url)
+    file = system.open_input_file(path)
+    facts = file.metadata() or {}
+    if "Last-Modified" in facts:  # S3 answers all at once
+        modified = datetime.fromisoformat(facts["Last-Modified"].decode())
+        return file, (file.size(), int(modified.timestamp()) * 10**9, _version_number(facts.get("ETag", b"")))
+    return file, (file.size(), system.get_file_info(path).mtime_ns or 0, 0)
 
-    def _request(self, offset: int, count: int) -> bytes:
-        with self._lock:
-            self._file.seek(offset)
-            content = bytes(self._file.read(count))
-        if len(content) != count:
-            raise ConnectionError(f"the answer was of {len(content)} bytes, {count} were asked for")
-        return content
+
+def _open_fsspec(url: str) -> tuple[Any, tuple[int, int, int]]:
+    """The same of a file that fsspec opens."""
+    system, path = file_system(url)
+    system.invalidate_cache(system._parent(path))  # an old listing does not matter
+    facts = system.info(path)
+    if facts["type"] != "file":
+        raise IsADirectoryError(f"{facts['type']}, expected a file")
+    try:
+        modified = int(system.modified(path).timestamp() * 10**9)
+    except NotImplementedError:
+        modified = 0
+    version = _version_number(system.ukey(path).encode())
+    return system.open(path, "rb", cache_type="none"), (int(facts["size"]), modified, version)
 
 
 def _version_number(version: bytes) -> int:
@@ -470,10 +445,8 @@ class CachedSource(ByteSource):
         """As `ByteSource.expect`; what is cached is dropped."""
         self._ranges = sorted(part for start, stop in ranges for part in _pieces(max(0, start), min(stop, self.size)))
         self._starts = [start for start, _ in self._ranges]
-        self._requests = list(_near_together(self._ranges))
-        self._first = [request.start for request in self._requests]
-        self._cache: OrderedDict[int, bytes] = OrderedDict()  # by number of the range
-        self._cached_bytes = 0
+        self._requests = [together for together in _near_together(self._ranges) for _ in together]  # of each range
+        self._cache: dict[int, bytes] = {}  # by number of the range, the oldest first
 
     def _read(self, offset: int, count: int) -> bytes:
         parts, stop = [], offset + count
@@ -490,22 +463,17 @@ class CachedSource(ByteSource):
 
     def _content(self, number: int) -> bytes:
         """Bytes of a range; those that are fetched with it are kept, but not what lies between them."""
-        content = self._cache.get(number)
-        if content is None:
-            together = self._requests[bisect_right(self._first, number) - 1]
-            start = self._ranges[together.start][0]
-            answer = self.source.read_at(start, max(self._ranges[n][1] for n in together) - start)
-            for n in together:
-                self._keep(n, answer[self._ranges[n][0] - start : self._ranges[n][1] - start])
-            content = answer[self._ranges[number][0] - start : self._ranges[number][1] - start]
-        return content
-
-    def _keep(self, number: int, content: bytes) -> None:
-        if number not in self._cache:
-            self._cache[number] = content
-            self._cached_bytes += len(content)
-        while self._cached_bytes > CACHE_BYTES:
-            self._cached_bytes -= len(self._cache.popitem(last=False)[1])
+        if number in self._cache:
+            return self._cache[number]
+        together = self._requests[number]
+        first = self._ranges[together[0]][0]
+        answer = self.source.read_at(first, max(self._ranges[n][1] for n in together) - first)
+        parts = {n: answer[self._ranges[n][0] - first : self._ranges[n][1] - first] for n in together}
+        self._cache |= parts
+        size = sum(map(len, self._cache.values()))
+        while size > CACHE_BYTES:
+            size -= len(self._cache.pop(next(iter(self._cache))))
+        return parts[number]
 
     def close(self) -> None:
         self.source.close()
@@ -539,9 +507,6 @@ class ByteFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.source.size}[whence]

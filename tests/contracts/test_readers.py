@@ -66,7 +66,7 @@ def open_reader(request: pytest.FixtureRequest, url: bool, monkeypatch: pytest.M
 def requests(url: bool, monkeypatch: pytest.MonkeyPatch) -> Requests:
     """Every request for bytes that there was: file, offset, count. (Rows of a disk's row groups are read by pyarrow itself.)"""
     seen: Requests = []
-    source: Any = storage.FsspecSource if url else storage.LocalSource
+    source: Any = storage.RemoteSource if url else storage.LocalSource
     read = source._read
 
     def noted(self: storage.ByteSource, offset: int, count: int) -> bytes:
