@@ -165,3 +165,14 @@ def test_malformed_list_is_one_error_that_names_it(tmp_path: Path, content: byte
     (tmp_path / "l.json").write_bytes(content)
     with pytest.raises(DataError, match=r"^data\.exclude_episodes: .*l\.json.*; run `paligemma-vla data check` again$"):
         load_exclusions(str(tmp_path / "l.json"))
+
+
+def test_missing_list_names_the_key() -> None:
+    assert load_exclusions(None) is None
+    with pytest.raises(DataError, match=r"^data\.exclude_episodes: no\.json: no such file"):
+        load_exclusions("no.json")
+
+
+def test_list_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--exclusion_list FILE"):
+        ExclusionList(str(tmp_path / "no" / "folder.json"), ()).save()

@@ -169,6 +169,13 @@ def test_flipped_bytes_in_the_cache_never_give_another_index(data: Path, cache: 
     assert refused > 100
 
 
+def test_cache_that_cannot_be_written_is_no_error(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    first = EpisodeIndex.build(str(data))
+    same(EpisodeIndex.build(str(data)), first)
+
+
 def test_exclusions_and_faults_are_judged_anew_each_time(data: Path, cache: Path, opened: Opened) -> None:
     write(data / "b.parquet", flags(put("is_last", 2, False)))
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -264,6 +265,27 @@ def test_what_is_not_there_is_one_message(store: Store, capfd: Any, place: str, 
     assert error.startswith("error: ")
     assert re.search(message, error)
     assert "again in" not in error
+
+
+def test_credentials_that_a_store_refuses_are_one_message(store: Store, capfd: Any) -> None:
+    with store.failing(Faults(denied=1.0)):
+        status, out, error = call(capfd, "data", "info", store.url("two"))
+    assert (status, out) == (2, "")
+    assert re.match(r"error: s3://robot-data/two: .*INVALID_ACCESS_KEY_ID.*; check", error)
+    assert "again in" not in error
+
+
+def test_evaluation_takes_a_url(
+    store: Store, checkpoint: Path, tmp_path: Path, two_camera_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+    for name, location in (("local", str(two_camera_dir)), ("remote", store.url("two"))):
+        arguments = ["--checkpoint_path", checkpoint, "--eval_data_path", location, "--output_dir", tmp_path / name]
+        status, _, error = call(capfd, "evaluate", *arguments, "--max_samples", 5, "--device", "cpu")
+        assert status == 0, error
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        written.append((metrics["mae"], metrics["velocity_loss"]))
+    assert written[0] == written[1]
 
 
 def test_lerobot_set_behind_a_url_is_refused(store: Store) -> None:
