@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_table, encode, picture, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.convert import Conversion, NativeOutput, compare_episode, convert
+from paligemma_vla.data.convert import Comparison, Conversion, NativeOutput, compare_episode, convert
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor
 from paligemma_vla.data.order import SampleRef
@@ -343,7 +343,7 @@ def test_comparison_finds(change: Callable[[Episode], Episode], lossless: bool, 
         with EpisodeWriter(tmp_path / name, METADATA) as writer:
             writer.write(written)
     source, result = (Recordings(EpisodeIndex.build(str(tmp_path / name)), range(2)) for name in ("a", "b"))
-    assert compare_episode(source.read(0), source.read(0), lossless) == (10, [])
+    assert compare_episode(source.read(0), source.read(0), lossless) == Comparison(10)
     with pytest.raises(DataError, match=message):
         compare_episode(source.read(0), result.read(0), lossless)
 

@@ -117,7 +117,7 @@ def test_name_without_a_folder_says_what_is_expected(name: str, message: str) ->
         ("camera=front", "got 'camera=front', expected PATH"),
         ("episodes=3", "episodes: got '3', expected FIRST:STOP"),
         ("episodes=2:9", "episodes: got 2:9, expected a range within 0:4"),
-        ("state=qpos", r"features: got no 'qpos', expected one for the state.*observation.effort"),
+        ("state=qpos", r"features.qpos: got no 'qpos', expected .* for the state.*observation.effort"),
         ("action=observation.images.front", "expected 1 to 4096 numbers in a row"),
     ],
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex
@@ -38,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class OutputFormat(Protocol):
-    """A format to write: `NativeOutput` below, `formats.lerobot_writer.LeRobotOutput`. A dataclass of all that decides what is
-    written; it is pickled for worker processes.
+    """A format to write: a dataclass of all that decides what is written, pickled for worker processes.
 
     name: of the format. prefix: before a folder, in the name that it is read by.
     """
@@ -138,9 +138,9 @@ class Conversion:
         episodes = self.shards[shard]
         return int(self.index.length[episodes.start : episodes.stop].sum())
 
-    def written(self) -> list[bool]:
-        """For each shard, True if it is complete."""
-        return [self.form.is_written(self.partial, shard) for shard in range(len(self.shards))]
+    def missing(self) -> list[int]:
+        """Shards that are not complete."""
+        return [shard for shard in range(len(self.shards)) if not self.form.is_written(self.partial, shard)]
 
     def record(self) -> dict[str, Any]:
         """What a resumed conversion must agree in, and what stays with its result."""
@@ -166,6 +166,28 @@ class Conversion:
         return result
 
 
+@dataclass
+class Comparison:
+    """Images that were compared: how many have the same bytes; how many were decoded, and the worst of those in dB."""
+
+    identical: int = 0
+    decoded: int = 0
+    worst_psnr: float = float("inf")
+
+    def add(self, other: Comparison) -> None:
+        self.identical += other.identical
+        self.decoded += other.decoded
+        self.worst_psnr = min(self.worst_psnr, other.worst_psnr)
+
+    def __str__(self) -> str:
+        parts = [f"{self.identical} images have the same bytes"] if self.identical else []
+        if self.decoded:
+            worst = f"PSNR {self.worst_psnr:.1f} dB or better (at least {LEAST_PSNR:g})"
+            found = "every pixel is equal" if self.worst_psnr == float("inf") else worst
+            parts.append(f"{self.decoded} frames were compared, {found}")
+        return "; ".join(parts)
+
+
 def convert(conversion: Conversion, workers: int, progress: Progress) -> str | None:
     """Convert, verify, publish; returns what was compared, in words, None when the output was there already, complete.
 
@@ -174,42 +196,22 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> str | N
     read, and for a result that differs from it.
     """
     if _is_done(conversion):
-        _remove_work(conversion.output)
         return None
+    index, shards, comparison = conversion.index, len(conversion.shards), Comparison()
     pool = WorkerPool(workers, _prepare, (conversion,))
-    with _workspace(conversion) as folder, progress(2 * conversion.index.steps) as bar, pool:
-        missing = [shard for shard, written in enumerate(conversion.written()) if not written]
-        bar.update(conversion.index.steps - sum(map(conversion.steps, missing)))
-        if len(missing) < len(conversion.shards):
-            done = len(conversion.shards) - len(missing)
-            logger.info("%s: going on, %d of %d shards are there", folder, done, len(conversion.shards))
+    with _workspace(conversion) as folder, progress(2 * index.steps) as bar, pool:
+        missing = conversion.missing()
+        bar.update(index.steps - sum(map(conversion.steps, missing)))
+        if len(missing) < shards:
+            logger.info("%s: going on, %d of %d shards are there", folder, shards - len(missing), shards)
         for steps in pool.map(_write, missing):
             bar.update(steps)
-        conversion.form.finish(folder, len(conversion.shards))
+        conversion.form.finish(folder, shards)
         conversion.result(folder)
-        identical, ratios = 0, list[float]()
-        for shard, (same, compared) in enumerate(pool.map(_verify, range(len(conversion.shards)))):
-            identical, ratios = identical + same, ratios + compared
+        for shard, compared in enumerate(pool.map(_verify, range(shards))):
+            comparison.add(compared)
             bar.update(conversion.steps(shard))
-    _remove_work(conversion.output)
-    return _summary(conversion.index, identical, ratios)
-
-
-def _remove_work(folder: Path) -> None:
-    """Remove what only an unfinished conversion needs."""
-    for path in folder.glob(f"{WORK}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _summary(index: EpisodeIndex, identical: int, ratios: Sequence[float]) -> str:
-    """What was compared: images whose bytes are the same, and the signal-to-noise ratios of those that were decoded."""
-    parts = [f"{len(index)} episodes, {index.steps} steps; state, action, instructions and flags are equal"]
-    if identical:
-        parts.append(f"{identical} images have the same bytes")
-    if ratios:
-        worst = f"PSNR {min(ratios):.1f} dB or better (at least {LEAST_PSNR:g})"
-        parts.append(f"{len(ratios)} frames were compared, {'every pixel is equal' if min(ratios) == float('inf') else worst}")
-    return "; ".join(parts)
+    return f"{len(index)} episodes, {index.steps} steps; state, action, instructions and flags are equal; {comparison}"
 
 
 def _is_done(conversion: Conversion) -> bool:
@@ -249,15 +251,12 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if not any(conversion.written()):
+            if len(conversion.missing()) == len(conversion.shards):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        (folder / LOCK).unlink()
-        try:
-            folder.replace(conversion.output)
-        except OSError as error:
-            text = f"cannot be made ({first_line(error)}); the result is in {folder}, name it yourself"
-            raise DataError(f"{conversion.output}: {text}") from error
+        for path in (*folder.glob(f"{WORK}*"), folder / LOCK):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder.replace(conversion.output)
     finally:
         lock.release()
 
@@ -290,77 +289,65 @@ def _write(shard: int) -> int:
     return conversion.steps(shard)
 
 
-def _verify(shard: int) -> tuple[int, list[float]]:
+def _verify(shard: int) -> Comparison:
     """As `compare_episode`, of a shard's episodes together."""
-    worker = _worker[0]
-    identical, ratios = 0, list[float]()
+    worker, comparison = _worker[0], Comparison()
     for episode in worker.conversion.shards[shard]:
         source, result = worker.source.read(episode), worker.result.read(episode)
-        same, compared = compare_episode(source, result, worker.conversion.form.lossless)
-        identical, ratios = identical + same, ratios + compared
-    return identical, ratios
+        comparison.add(compare_episode(source, result, worker.conversion.form.lossless))
+    return comparison
 
 
-def compare_episode(source: Recording, result: Recording, lossless: bool) -> tuple[int, list[float]]:
+def compare_episode(source: Recording, result: Recording, lossless: bool) -> Comparison:
     """Compare an episode of a result with its source: numbers, instructions and flags exactly, images exactly or within a
-    codec's loss. Returns the number of images with the same bytes, and the peak signal-to-noise ratio, in dB, of others.
-
-    Raises `DataError` with the first difference.
+    codec's loss. Raises `DataError` with the first difference.
     """
     difference = f"{result.where()}: differs from {source.where()}: %s; delete the result and convert again"
     for name in ("length", "state", "action", "prompts", "is_terminal"):
         got, expected = getattr(result, name), getattr(source, name)
         if (got.tobytes() != expected.tobytes()) if isinstance(got, np.ndarray) else (got != expected):
             raise DataError(difference % f"{name}: got {str(got)[:80]}, expected {str(expected)[:80]}")
-    identical, ratios = 0, list[float]()
-    for camera, (expected, got) in enumerate(zip(source.images, result.images, strict=True)):
-        try:
-            same, compared = _compare_camera(expected, got, lossless)
-        except _DifferenceError as error:
-            raise DataError(difference % f"camera {camera + 1}, {error}") from error
-        identical, ratios = identical + same, ratios + compared
-    return identical, ratios
+    comparison = Comparison()
+    for camera, (before, after) in enumerate(zip(source.images, result.images, strict=True), 1):
+        different = []
+        for step, (original, picture) in enumerate(zip(before, after, strict=True)):
+            if original is None or picture is None:
+                if original is not picture:
+                    raise DataError(difference % f"camera {camera}, step {step}: an image is there in only one of them")
+                continue
+            data = original.encoded()
+            if data is None or data != picture.encoded():
+                different.append(step)
+            else:
+                comparison.identical += 1
+        for number in np.unique(np.linspace(0, len(different) - 1, min(SAMPLED, len(different))).round().astype(int)):
+            psnr, fault = _compare_frame(before, after, different[number], lossless)
+            if fault:
+                raise DataError(difference % f"camera {camera}, step {different[number]}: {fault}")
+            comparison.add(Comparison(0, 1, psnr))
+    return comparison
 
 
-class _DifferenceError(Exception):
-    """Two images that should be the same."""
+def _compare_frame(
+    source: Sequence[Picture | None], result: Sequence[Picture | None], step: int, lossless: bool
+) -> tuple[float, str]:
+    """PSNR of one frame, in dB, and what is wrong with it."""
 
+    def pixels(picture: Picture | None) -> NDArray[np.float64]:
+        assert picture is not None
+        return np.asarray(picture.decode(), np.float64)
 
-def _compare_camera(
-    source: Sequence[Picture | None], result: Sequence[Picture | None], lossless: bool
-) -> tuple[int, list[float]]:
-    different = []
-    for step, (expected, got) in enumerate(zip(source, result, strict=True)):
-        if (expected is None) != (got is None):
-            raise _DifferenceError(f"step {step}: an image is there in only one of them")
-        data = None if expected is None else expected.encoded()
-        if expected is not None and got is not None and (data is None or data != got.encoded()):
-            different.append(step)
-    chosen = np.unique(np.linspace(0, len(different) - 1, min(SAMPLED, len(different))).round().astype(int))
-    ratios = [_compare_frame(source, result, different[n], lossless) for n in chosen]
-    return sum(picture is not None for picture in source) - len(different), ratios
-
-
-def _compare_frame(source: Sequence[Picture | None], result: Sequence[Picture | None], step: int, lossless: bool) -> float:
-    """PSNR of one frame, in dB."""
-
-    def pixels(pictures: Sequence[Picture | None], step: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        picture = pictures[step] if 0 <= step < len(pictures) else None
-        return None if picture is None else np.asarray(picture.decode(), np.float64)
-
-    expected, got = pixels(source, step), pixels(result, step)
-    assert expected is not None and got is not None
+    expected, got = pixels(source[step]), pixels(result[step])
     if got.shape != expected.shape:
-        raise _DifferenceError(f"step {step}: got an image of {got.shape[:2]}, expected {expected.shape[:2]}")
+        return 0.0, f"got an image of {got.shape[:2]}, expected {expected.shape[:2]}"
     error = float(((got - expected) ** 2).mean())
     psnr = float("inf") if error == 0 else 10 * np.log10(255**2 / error)
     if lossless and error:
-        raise _DifferenceError(f"step {step}: got other pixels (PSNR {psnr:.1f} dB), expected the same")
+        return psnr, f"got other pixels (PSNR {psnr:.1f} dB), expected the same"
     if psnr < LEAST_PSNR:
-        expectation = f"expected {LEAST_PSNR:g} dB at least; a smaller --crf loses less"
-        raise _DifferenceError(f"step {step}: got PSNR {psnr:.1f} dB, {expectation}")
+        return psnr, f"got PSNR {psnr:.1f} dB, expected {LEAST_PSNR:g} dB at least; a smaller --crf loses less"
     for neighbour in (step - 1, step + 1):  # a picture that is one step off may still look much the same
-        other = pixels(source, neighbour)
-        if other is not None and np.abs(got - other).mean() + CLOSER < np.abs(got - expected).mean():
-            raise _DifferenceError(f"step {step}: got an image more like step {neighbour} than its own")
-    return psnr
+        other = source[neighbour] if 0 <= neighbour < len(source) else None
+        if other is not None and np.abs(got - pixels(other)).mean() + CLOSER < np.abs(got - expected).mean():
+            return psnr, f"got an image more like step {neighbour} than its own"
+    return psnr, ""

@@ -155,20 +155,16 @@ def diagnose(files: Sequence[str], options: CheckOptions, progress: Progress) ->
         stop.set()  # an interrupt does not wait for the files under way
         pool.shutdown(cancel_futures=True)
     first = next((report for report in reports if report.layout is not None), None)
-    reports = [_compare(report, first) for report in reports]
+    known = None if first is None else first.layout
+    for number, report in enumerate(reports):  # what contradicts the first file that can be used
+        if first is not None and known is not None and report.layout is not None:
+            found = tuple(robot_faults(report.path, report.layout, first.path, known))
+            reports[number] = replace(report, faults=(*found, *report.faults), layout=None if found else report.layout)
     usable = [report.layout for report in reports if report.layout is not None]
     misfits: list[Fault] = []
     if options.config is not None and first is not None:
         misfits = [Fault(first.path, Kind.CONFIG, text) for text in layout_misfits(joint_layout(usable), options.config)]
     return Diagnosis(tuple(reports), tuple(misfits))
-
-
-def _compare(report: FileReport, first: FileReport | None) -> FileReport:
-    """Add what contradicts the first file that can be used."""
-    if report.layout is None or first is None or first.layout is None:
-        return report
-    found = tuple(robot_faults(report.path, report.layout, first.path, first.layout))
-    return replace(report, faults=(*found, *report.faults), layout=None) if found else report
 
 
 def _check_file(path: str, options: CheckOptions, progress: Progress) -> FileReport:

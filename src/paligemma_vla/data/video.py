@@ -151,7 +151,6 @@ class VideoWriter:
         self._encoder = encoder
         self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4")
         self._stream: av.VideoStream | None = None
-        self._shape: tuple[int, ...] = ()
         self.frames = 0
 
     def __enter__(self) -> Self:
@@ -163,15 +162,12 @@ class VideoWriter:
         self._container.close()
 
     def write(self, image: NDArray[np.uint8], where: str) -> None:
-        """Append a frame (H, W, 3) uint8. Raises `DataError`, beginning with `where`, for another size, or an odd one."""
+        """Append a frame (H, W, 3) uint8. Raises `DataError`, beginning with `where`, for an odd size."""
         import av
 
         if self._stream is None:
             self._begin(image.shape, where)
-        if image.shape != self._shape:
-            got, expected = (f"{shape[1]} x {shape[0]}" for shape in (image.shape, self._shape))
-            raise DataError(f"{where}: got {got} pixels, expected {expected} as before; in LeRobot a camera has one size")
-        assert self._stream is not None
+        assert self._stream is not None and self._stream.height == image.shape[0] and self._stream.width == image.shape[1]
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts = self.frames
         self._container.mux(self._stream.encode(frame))
@@ -186,4 +182,4 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = 1 / self._rate
         stream.codec_context.thread_count = 1  # what is written must not depend on how many cores there are
-        self._stream, self._shape = stream, shape
+        self._stream = stream

@@ -111,10 +111,9 @@ class EpisodeWriter:
         if self._schema is None:
             self._schema = wanted
         if not self._schema.equals(wanted):
-            raise DataError(
-                f"{where}: columns differ from the episodes already written\n  got      {_columns(wanted)}\n"
-                f"  expected {_columns(self._schema)}\n  write it into another folder or under another prefix"
-            )
+            got, expected = (", ".join(f"{one.name}: {one.type}" for one in fields) for fields in (wanted, self._schema))
+            text = f"columns differ from the episodes already written: got {got}, expected {expected}"
+            raise DataError(f"{where}: {text}; write it into another folder or under another prefix")
         if misfits := self.metadata.misfits(episode.state.shape[1], episode.action.shape[1]):
             raise DataError("\n  ".join([f"{where} cannot be written", *misfits]))
         flags = np.zeros((3, length), bool)
@@ -259,7 +258,3 @@ def parquet_writer(file: IO[bytes], arrow: pa.Schema, images: list[str], codec: 
         write_statistics=[leaf for leaf, is_image in leaves.items() if not is_image],
         write_page_checksum=True,
     )
-
-
-def _columns(shard_schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in shard_schema)

@@ -61,7 +61,7 @@ class EpisodeFile(ABC):
 
     path: its name in the index. columns: names of those it has. unused: what else is in it, in the format's own names.
     bounds: first row of each row group, and the number of rows (G + 1,). outside: row ranges [first, stop) that were not
-    selected (X, 2). nbytes: memory that it takes while it is open. identity: see `RecentIdentity`.
+    selected (X, 2). nbytes: memory that it takes while it is open.
     """
 
     path: str
@@ -70,13 +70,25 @@ class EpisodeFile(ABC):
     bounds: Rows
     outside: Rows
     nbytes: int
-    identity: RecentIdentity
+    _identified: tuple[Identity, float] | None = None  # and when, of a file behind a URL
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def identity(self) -> Identity:
+        """Identity of the file with all that belongs to it.
+
+        Asking a store costs a request, so the answer for a file behind a URL is used for `TRUSTED_SECONDS`.
+        """
+        if self._identified is not None and time.monotonic() - self._identified[1] <= TRUSTED_SECONDS:
+            return self._identified[0]
+        identity = identify_file(self.path)
+        if is_url(self.path):
+            self._identified = identity, time.monotonic()
+        return identity
 
     @abstractmethod
     def survey(self) -> tuple[Layout, list[Fault]]:
@@ -111,26 +123,6 @@ class EpisodeFile(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
-
-
-class RecentIdentity:
-    """Identity of a file with all that belongs to it: called, it asks again.
-
-    Asking a store costs a request, so the answer for a file behind a URL is used for `TRUSTED_SECONDS`.
-    """
-
-    def __init__(self, name: str, identity: Identity | None = None) -> None:
-        self.name = name
-        self._identity = identity if identity is not None and is_url(name) else None
-        self._asked = time.monotonic()
-
-    def __call__(self) -> Identity:
-        if self._identity is not None and time.monotonic() - self._asked <= TRUSTED_SECONDS:
-            return self._identity
-        identity = identify_file(self.name)
-        if self._identity is not None:
-            self._identity, self._asked = identity, time.monotonic()
-        return identity
 
 
 def read_layout(file: EpisodeFile) -> Layout:

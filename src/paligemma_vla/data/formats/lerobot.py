@@ -103,7 +103,7 @@ class LeRobotFile(ParquetEpisodes):
         }
         self.columns = list(self._stored)
         used = {*self._numbers.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *self._success}
-        self.unused = [key for key in self.metadata.features if key not in used]
+        self.unused = [key for key in self.metadata.info.features if key not in used]
         self._task_numbers = np.array(sorted(self.metadata.tasks), np.int64)
         self._tasks = pa.array([self.metadata.tasks[number] for number in self._task_numbers.tolist()], pa.string())
 
@@ -116,16 +116,16 @@ class LeRobotFile(ParquetEpisodes):
         state, action = metadata.vector(selection.state, "state"), metadata.vector(selection.action, "action")
         own = DatasetMetadata()
         try:
-            own = DatasetMetadata.from_json(json.dumps(metadata.extra))
+            own = DatasetMetadata.from_json(json.dumps(metadata.info.paligemma_vla or {}))
         except DataError as error:
             faults.append(Fault(self.path, Kind.METADATA, f"info.json: paligemma_vla: {error}; mend it, or take it out"))
         described = replace(
             own,
-            robot=metadata.robot,
+            robot=metadata.info.robot_type or "",
             cameras=tuple(camera.camera for camera in self.cameras),
-            state_names=state.names,
-            action_names=action.names,
-            control_hz=metadata.fps,
+            state_names=state.dimensions,
+            action_names=action.dimensions,
+            control_hz=metadata.info.fps,
         )
         return Layout(len(self.cameras), state.shape[0], action.shape[0], described), faults
 
@@ -169,7 +169,7 @@ class LeRobotFile(ParquetEpisodes):
         if camera.dtype == "image":
             return table[camera.key].combine_chunks()
         episodes, frames = self._locate(rows)
-        times = frames / self.metadata.fps
+        times = frames / self.metadata.info.fps
         if "timestamp" in table.column_names:
             stored = _column_values(table["timestamp"], np.nan)
             times = np.where(np.isfinite(stored), stored, times)
@@ -207,7 +207,7 @@ class LeRobotFile(ParquetEpisodes):
 
     def _check_times(self, times: NDArray[np.float64], rows: Rows, frames: Rows) -> None:
         """Timestamps against the frame rate, half a frame apart at most; of episodes whose begin is among the rows."""
-        fps, begin = self.metadata.fps, np.arange(len(rows)) - frames
+        fps, begin = self.metadata.info.fps, np.arange(len(rows)) - frames
         passed = np.where(begin >= 0, times - times[np.maximum(begin, 0)], frames / fps)
         for slot in np.flatnonzero(~(np.abs(passed - frames / fps) <= 0.5 / fps))[:1].tolist():
             expected = f"expected {frames[slot] / fps:.3f} s after the episode's begin, at fps {fps:g} of info.json"
@@ -218,7 +218,7 @@ class LeRobotFile(ParquetEpisodes):
         if _is_stored_image(column.type):
             return StoredPictures(column, self.metadata.root)
         spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
-        return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.fps, videos)
+        return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.info.fps, videos)
 
     def digest(self) -> int:
         metadata, everything = self.metadata, replace(self.selection, episodes=(None, None))
@@ -227,7 +227,7 @@ class LeRobotFile(ParquetEpisodes):
         facts = {
             "selection": everything.choices,
             "cameras": [camera.key for camera in self.cameras],
-            "fps": metadata.fps,
+            "fps": metadata.info.fps,
             "tasks": sorted(metadata.tasks.items()),
             "episodes": metadata.number[self.episodes].tolist(),
             "lengths": metadata.length[self.episodes].tolist(),

@@ -29,11 +29,6 @@ from paligemma_vla.storage import read_json
 
 INFO = "meta/info.json"
 VERSIONS = ("v2.1", "v3.0")
-# What LeRobot itself offers for what we do not read.
-OLDER = {
-    "v2.0": "python -m lerobot.datasets.v21.convert_dataset_v20_to_v21 --repo-id=... (lerobot 0.3)",
-    "v1": "python -m lerobot.datasets.v2.convert_dataset_v1_to_v2 --repo-id=... (lerobot 0.3), then to v2.1",
-}
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of every row, in every data set
 CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
@@ -97,14 +92,14 @@ def parse_range(text: str, where: str) -> tuple[int | None, int | None]:
     return int(match[1]) if match[1] else None, int(match[2]) if match[2] else None
 
 
-@dataclass(frozen=True)
-class Feature:
-    """One entry of info.json. dtype: `video`, `image`, or of a number. names: one per dimension, or none."""
+class Feature(BaseModel):
+    """One entry of info.json. dtype: `video`, `image`, or of a number. names: of its dimensions, in one of many shapes."""
 
-    key: str
+    model_config = ConfigDict(strict=True)
+    key: str = ""
     dtype: str
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
+    shape: list[int]
+    names: Any = None
 
     @property
     def is_camera(self) -> bool:
@@ -115,6 +110,28 @@ class Feature:
         """A camera's short name."""
         prefix = next((prefix for prefix in CAMERA_PREFIXES if self.key.startswith(prefix)), "")
         return self.key.removeprefix(prefix)
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """A name for each dimension, or none."""
+        names = _dimension_names(self.names)
+        return names if [len(names)] == self.shape else ()
+
+
+class Info(BaseModel):
+    """info.json, as far as it is used. paligemma_vla: what this project kept of its own when it wrote the data set."""
+
+    model_config = ConfigDict(strict=True)
+    codebase_version: str
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    features: Annotated[dict[str, Feature], Field(min_length=1)]
+    data_path: str
+    video_path: str | None = None
+    chunks_size: Annotated[int, Field(ge=1)] = 1000
+    total_episodes: int | None = None
+    total_frames: int | None = None
+    robot_type: str | None = None
+    paligemma_vla: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,21 +147,17 @@ class VideoSpans:
 class Metadata:
     """root: the folder. Per episode, in order: its number, length, and which of `files` (relative) holds its rows.
 
-    videos: by feature key. extra: what this project kept of its own when it wrote the data set. sources: files that this was
-    read from (relative).
+    videos: by feature key. sources: files that this was read from (relative).
     """
 
     root: str
-    fps: float
-    robot: str
-    features: dict[str, Feature]
+    info: Info
     tasks: dict[int, str]
     number: Rows
     length: Rows
     files: tuple[str, ...]
     file: Rows
     videos: dict[str, VideoSpans]
-    extra: dict[str, Any]
     sources: tuple[str, ...]
 
     @cached_property
@@ -154,7 +167,7 @@ class Metadata:
 
     def cameras(self, selection: Selection) -> list[Feature]:
         """The selected cameras in order. Raises `DataError` that lists those there are."""
-        known = [feature for feature in self.features.values() if feature.is_camera]
+        known = [feature for feature in self.info.features.values() if feature.is_camera]
         if not known:
             raise DataError(f"{self.root}/{INFO}: got no feature of dtype image or video, expected a camera at least")
         by_name = {**{feature.camera: feature for feature in known}, **{feature.key: feature for feature in known}}
@@ -165,16 +178,15 @@ class Metadata:
 
     def vector(self, key: str, role: str) -> Feature:
         """The feature that holds the state or the action (`role`). Raises `DataError` that lists those there are."""
-        where, feature = f"{self.root}/{INFO}: features", self.features.get(key)
-        if feature is None:
-            there = [one.key for one in self.features.values() if not one.is_camera and one.key not in INDEX_COLUMNS]
-            got = f"got no '{key}', expected one for the {role}; name it with ?{role}=FEATURE"
-            raise DataError(f"{where}: {got}{closest('', there)}")
-        numbers = feature.shape[0] if len(feature.shape) == 1 else 0
-        if feature.is_camera or feature.dtype == "string" or not 0 < numbers <= MAX_DIMENSION:
-            got = f"got dtype {feature.dtype} of shape {list(feature.shape)}, expected 1 to {MAX_DIMENSION} numbers in a row"
-            raise DataError(f"{where}.{key}: {got}; name another with ?{role}=FEATURE")
-        return feature
+        features = self.info.features
+        feature = features.get(key)
+        numeric = feature is not None and feature.dtype not in ("video", "image", "string")
+        if feature is not None and numeric and len(feature.shape) == 1 and 0 < feature.shape[0] <= MAX_DIMENSION:
+            return feature
+        got = f"got dtype {feature.dtype} of shape {feature.shape}" if feature else f"got no '{key}'"
+        there = [one.key for one in features.values() if not one.is_camera and one.key not in INDEX_COLUMNS]
+        expected = f"expected 1 to {MAX_DIMENSION} numbers in a row for the {role}; name another with ?{role}=FEATURE"
+        raise DataError(f"{self.root}/{INFO}: features.{key}: {got}, {expected}{closest('', there)}")
 
     def selected(self, selection: Selection) -> NDArray[np.bool_]:
         """Mask of the selected episodes (E,). Raises `DataError` for a range that leaves the data."""
@@ -206,84 +218,48 @@ def load_metadata(root: str) -> Metadata:
 
 @lru_cache(maxsize=16)
 def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
-    raw, info = _read_info(f"{root}/{INFO}")
-    names, old = tuple(name for name, _, _ in stamps), raw["codebase_version"] == "v2.1"
-    features = {key: _feature(key, feature) for key, feature in info.features.items()}
-    cameras = [key for key, feature in features.items() if feature.dtype == "video"]
+    info = _read_info(f"{root}/{INFO}")
+    names, old = tuple(name for name, _, _ in stamps), info.codebase_version == "v2.1"
+    cameras = [key for key, feature in info.features.items() if feature.dtype == "video"]
     tasks = _read_tasks(f"{root}/meta/tasks.{'jsonl' if old else 'parquet'}")
     listed = ["meta/episodes.jsonl"] if old else [name for name in names if name.startswith("meta/episodes/")]
     episodes = _read_episodes(root, listed, [] if old else ["data", *(f"videos/{key}" for key in cameras)])
     number, length = episodes["episode_index"], episodes["length"]
-    _check_counts(root, raw, number, length, tasks)
+    _check_counts(root, info, number, length)
 
-    def paths(template: str, prefix: str, **values: str) -> list[str]:
-        """Of the file of each episode, for rows (prefix `data`) or frames (`videos/KEY`)."""
+    def list_files(template: str, prefix: str, **values: str) -> tuple[tuple[str, ...], Rows]:
+        """The files that hold rows (prefix `data`) or frames (`videos/KEY`), and which of them each episode is in."""
         fields = {name: episodes[f"{prefix}/{name}"] for name in (() if old else ("chunk_index", "file_index"))}
         if old:
             fields = {"episode_chunk": number // info.chunks_size, "episode_index": number}
         rows = zip(*(column.tolist() for column in fields.values()), strict=True)
-        where, text = f"{root}/{INFO}: {template}", getattr(info, template) or ""
-        return [_fill(text, where, **dict(zip(fields, row, strict=True)), **values) for row in rows]
+        where, text, numbers = f"{root}/{INFO}: {template}", getattr(info, template) or "", dict[str, int]()
+        names = [_fill(text, where, **dict(zip(fields, row, strict=True)), **values) for row in rows]
+        file = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+        return tuple(numbers), file
 
     def spans(key: str) -> VideoSpans:
         start = episodes.get(f"videos/{key}/from_timestamp", np.zeros(len(number)))
-        return VideoSpans(*_distinct(paths("video_path", f"videos/{key}", video_key=key)), start)
+        return VideoSpans(*list_files("video_path", f"videos/{key}", video_key=key), start)
 
-    files, file = _distinct(paths("data_path", "data"))
-    return Metadata(
-        root=root,
-        fps=info.fps,
-        robot=info.robot_type if isinstance(info.robot_type, str) else "",
-        features=features,
-        tasks=tasks,
-        number=number,
-        length=length,
-        files=files,
-        file=file,
-        videos={key: spans(key) for key in cameras},
-        extra=info.paligemma_vla if isinstance(info.paligemma_vla, dict) else {},
-        sources=names,
-    )
+    files, file = list_files("data_path", "data")
+    return Metadata(root, info, tasks, number, length, files, file, {key: spans(key) for key in cameras}, names)
 
 
-class _RawFeature(BaseModel):
-    dtype: str
-    shape: list[int]
-    names: Any = None
-
-
-class _Info(BaseModel):
-    """info.json, as far as it is used."""
-
-    model_config = ConfigDict(strict=True)
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    features: Annotated[dict[str, _RawFeature], Field(min_length=1)]
-    data_path: str
-    video_path: str | None = None
-    chunks_size: Annotated[int, Field(ge=1)] = 1000
-    robot_type: Any = None
-    paligemma_vla: Any = None
-
-
-def _read_info(path: str) -> tuple[dict[str, Any], _Info]:
-    """info.json as it is, and checked. Raises `DataError`."""
+def _read_info(path: str) -> Info:
     raw = read_json(path, DataError, "restore it")
     version = raw.get("codebase_version")
     if version not in VERSIONS:
-        command = next((command for old, command in OLDER.items() if str(version).startswith(old)), "see its documentation")
-        expected = f"expected one of {', '.join(VERSIONS)}; convert it with LeRobot: {command}"
-        raise DataError(f"{path}: codebase_version: got {version}, {expected}")
+        remedy = "convert it with the scripts for that in LeRobot (lerobot.datasets)"
+        raise DataError(f"{path}: codebase_version: got {version}, expected one of {', '.join(VERSIONS)}; {remedy}")
     try:
-        return raw, _Info.model_validate(raw)
+        info = Info.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         got = f"{'.'.join(map(str, first['loc']))}: got {json.dumps(first['input'])[:120]}"
         raise DataError(f"{path}: {got}, expected otherwise ({first['msg']}); restore the file") from error
-
-
-def _feature(key: str, raw: _RawFeature) -> Feature:
-    names = _dimension_names(raw.names)
-    return Feature(key, raw.dtype, tuple(raw.shape), names if [len(names)] == raw.shape else ())
+    features = {key: feature.model_copy(update={"key": key}) for key, feature in info.features.items()}
+    return info.model_copy(update={"features": features})
 
 
 def _dimension_names(raw: Any) -> tuple[str, ...]:
@@ -300,10 +276,11 @@ def _read_tasks(path: str) -> dict[int, str]:
     texts = [field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
     text = next((name for name in ("task", "__index_level_0__", *texts) if name in texts), "task")
     values = _checked_columns(path, table, {"task_index": pa.int64(), text: pa.string()})
-    tasks: dict[int, str] = {}
-    for number, task in zip(values["task_index"].tolist(), values[text].tolist(), strict=True):
-        if tasks.setdefault(number, task) != task:
-            raise DataError(f"{path}: task_index {number}: got {tasks[number]!r} and {task!r}, expected one; restore the file")
+    tasks = dict(zip(values["task_index"].tolist(), values[text].tolist(), strict=True))
+    if len(tasks) != table.num_rows:
+        raise DataError(
+            f"{path}: task_index: got {table.num_rows} rows of {len(tasks)} numbers, expected each once; restore it"
+        )
     return tasks
 
 
@@ -338,19 +315,14 @@ def _checked_columns(path: str, table: pa.Table, kinds: dict[str, pa.DataType]) 
     """Columns of a table as arrays. Raises `DataError` for one that is missing or has unusable values."""
     columns: dict[str, NDArray[Any]] = {}
     for name, kind in kinds.items():
-        expected = f"{'text' if kind == pa.string() else f'numbers from 0 to {LARGEST - 1}'} in every row; restore the file"
-        if name not in table.column_names:
-            raise DataError(f"{path}: {name}: got no such column, expected {expected}")
         try:
-            values = table[name].cast(kind).to_numpy()
-        except READ_ERRORS as error:
-            raise DataError(f"{path}: {name}: got {first_line(error)}, expected {expected}") from error
-        wrong = np.array([None]) if table[name].null_count else values[:0]
-        if not len(wrong) and kind != pa.string():
-            wrong = values[~((values >= 0) & (values < LARGEST))]
-        if len(wrong):
-            raise DataError(f"{path}: {name}: got {wrong[0]}, expected {expected}")
-        columns[name] = values
+            values = columns[name] = table[name].cast(kind).to_numpy()
+        except (KeyError, *READ_ERRORS) as error:
+            raise DataError(f"{path}: {name}: cannot be read as {kind} ({first_line(error)}); restore the file") from error
+        usable = not table[name].null_count if kind == pa.string() else ((values >= 0) & (values < LARGEST)).all()
+        if not usable:
+            expected = "text" if kind == pa.string() else f"numbers from 0 to {LARGEST - 1}"
+            raise DataError(f"{path}: {name}: got others, expected {expected} in every row; restore the file")
     return columns
 
 
@@ -365,19 +337,11 @@ def _fill(template: str, where: str, **values: object) -> str:
     return name
 
 
-def _distinct(names: Sequence[str]) -> tuple[tuple[str, ...], Rows]:
-    """Different names in the order they first occur, and the number of each one's."""
-    numbers: dict[str, int] = {}
-    file = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
-    return tuple(numbers), file
-
-
-def _check_counts(root: str, info: dict[str, Any], number: Rows, length: Rows, tasks: dict[int, str]) -> None:
+def _check_counts(root: str, info: Info, number: Rows, length: Rows) -> None:
     """What info.json counts against what is listed. Raises `DataError` with the first difference."""
     if len(number) == 0 or len(np.unique(number)) != len(number):
         raise DataError(f"{root}/meta: got {len(number)} episodes, expected one at least, each episode_index once; restore it")
-    counted = {"total_episodes": len(number), "total_frames": int(length.sum()), "total_tasks": len(tasks)}
-    for name, expected in counted.items():
-        if name in info and info[name] != expected:
-            got = f"got {info[name]!r}, expected {expected} as meta lists them"
-            raise DataError(f"{root}/{INFO}: {name}: {got}; the copy is incomplete, or restore the file")
+    for name, expected in (("total_episodes", len(number)), ("total_frames", int(length.sum()))):
+        if getattr(info, name) not in (None, expected):
+            text = f"got {getattr(info, name)}, expected {expected} as meta lists them; copy the data set again"
+            raise DataError(f"{root}/{INFO}: {name}: {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults
-from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, RecentIdentity
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
@@ -61,7 +62,8 @@ class ParquetEpisodes(EpisodeFile):
         if ranges or is_url(location):
             with file_faults(name):
                 self._source = CachedSource(open_source(location))
-        self.identity = RecentIdentity(name, self._source.identity if self._source else None)
+        if self._source is not None and is_url(name):
+            self._identified = self._source.identity, time.monotonic()
         file = open_parquet(location, stream, self._source)
         self.bounds = group_bounds(file)
         self.outside = np.empty((0, 2), np.int64)
@@ -267,11 +269,9 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
         counts = np.bincount(np.minimum(lengths, MAX_DIMENSION + 1).astype(np.int64), minlength=1)
         if dimension := int(counts.argmax()):
             break
-    if not dimension:
-        raise FaultError(Fault(path, Kind.GROUP, f"cannot be read ({why}), expected numbers; restore the file", column=name))
-    if not 0 < dimension <= MAX_DIMENSION:  # a damaged schema: do not even ask for the memory of such lists
-        text = f"got lists of more than {MAX_DIMENSION} numbers; restore the file"
-        raise FaultError(Fault(path, Kind.GROUP, text, column=name))
+    if not 0 < dimension <= MAX_DIMENSION:  # of a damaged schema: do not even ask for the memory of such lists
+        got = f"cannot be read ({why})" if not dimension else f"got lists of more than {MAX_DIMENSION} numbers"
+        raise FaultError(Fault(path, Kind.GROUP, f"{got}, expected some numbers in each; restore the file", column=name))
     return dimension
 
 
