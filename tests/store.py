@@ -110,12 +110,12 @@ class Store:
         """Which fault the next request meets."""
         with self._lock:
             self.requests[method] += 1
-            place, faults = self._random.random(), self.faults
+            drawn, faults = self._random.random(), self.faults
         for name in ("unavailable", "denied", *(("cut", "short") if method == "GET" else ())):
             share: float = getattr(faults, name)
-            if place < share:
+            if drawn < share:
                 return name
-            place -= share
+            drawn -= share
         return None
 
     def count(self, method: str, size: int) -> None:

@@ -81,11 +81,11 @@ def write_arm(folder: Path, lengths: tuple[int, ...] = LENGTHS, metadata: Datase
         for number, length in enumerate(lengths):
             images: list[list[bytes | None]] = [[encode_image(rng) for _ in range(length)]]
             gripper = rng.integers(0, 2, (length, 1))
-            place = np.cumsum(rng.normal(size=(length, 3)), axis=0)
+            position = np.cumsum(rng.normal(size=(length, 3)), axis=0)
             turns = [Rotation.random(random_state=rng).as_quat() for _ in range(length)]
             aims = [Rotation.random(random_state=rng).as_quat() * (-1) ** step for step in range(length)]
-            state = np.concatenate([gripper, place, turns], axis=1).astype(np.float32)
-            action = np.concatenate([place + rng.normal(size=(length, 3)), aims, 1 - gripper], axis=1).astype(np.float32)
+            state = np.concatenate([gripper, position, turns], axis=1).astype(np.float32)
+            action = np.concatenate([position + rng.normal(size=(length, 3)), aims, 1 - gripper], axis=1).astype(np.float32)
             writer.write(Episode(images, state, action, f"do thing {number}"))
 
 
@@ -122,7 +122,7 @@ def turned(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def seen_by_the_model(rows: list[dict[str, Any]], number: int, representation: str) -> list[np.ndarray]:
     """What follows a row, within its episode, at most a chunk: as the model is to see it."""
     state = np.array(rows[number]["state"])
-    place, turn, seen = state[1:4], state[4:8], []
+    position, turn, seen = state[1:4], state[4:8], []
     for ahead in range(HORIZON):
         if number + ahead == len(rows) or rows[number + ahead]["episode"] != rows[number]["episode"]:
             break
@@ -130,9 +130,9 @@ def seen_by_the_model(rows: list[dict[str, Any]], number: int, representation: s
         if representation == "absolute":
             seen.append(action)
             continue
-        seen.append(np.concatenate([action[:3] - place, turned(turn, action[3:7]), action[7:]]))
+        seen.append(np.concatenate([action[:3] - position, turned(turn, action[3:7]), action[7:]]))
         if representation == "delta":
-            place, turn = action[:3], action[3:7]
+            position, turn = action[:3], action[3:7]
     return seen
 
 
@@ -140,13 +140,13 @@ def undone(seen: np.ndarray, state: np.ndarray, representation: str) -> np.ndarr
     """The inverse, step by step."""
     if representation == "absolute":
         return seen
-    place, turn, actions = state[1:4].astype(float), Rotation.from_quat(state[4:8]), []
+    position, turn, actions = state[1:4].astype(float), Rotation.from_quat(state[4:8]), []
     for step in seen.astype(float):
-        aim, facing = place + step[:3], turn * Rotation.from_quat(step[3:7])
+        aim, facing = position + step[:3], turn * Rotation.from_quat(step[3:7])
         quaternion = facing.as_quat()
         actions.append(np.concatenate([aim, quaternion * (1 if quaternion[3] >= 0 else -1), step[7:]]))
         if representation == "delta":
-            place, turn = aim, facing
+            position, turn = aim, facing
     return np.array(actions)
 
 

@@ -82,14 +82,14 @@ def test_encode_equals_a_loop_over_steps(representation: str, kind: str) -> None
     assert encoded.dtype == np.float32 and encoded.shape == actions.shape
     width = ROTATIONS[kind]
     for chunk, state, got in zip(actions, states, encoded, strict=True):
-        place, turn = state[1 + width :].astype(np.float64), rotation_of(state[1 : 1 + width], kind)
+        position, turn = state[1 + width :].astype(np.float64), rotation_of(state[1 : 1 + width], kind)
         for action, row in zip(chunk, got, strict=True):
-            np.testing.assert_allclose(row[:3], action[:3] - place, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(row[:3], action[:3] - position, rtol=1e-6, atol=1e-6)
             assert row[3] == action[3]  # the gripper, to the last bit
             expected = turn.inv() * rotation_of(action[4:], kind)
             assert (rotation_of(row[4:], kind).inv() * expected).magnitude() < 1e-5
             if representation == "delta":
-                place, turn = action[:3].astype(np.float64), rotation_of(action[4:], kind)
+                position, turn = action[:3].astype(np.float64), rotation_of(action[4:], kind)
 
 
 @pytest.mark.parametrize("representation", RELATIVE)
@@ -290,7 +290,7 @@ WRONG = {"dimensions": ["x", "grip", 9], "state_dimensions": ["x", "q", 7]}
         ({"rotation": EULER}, DEGREES, [f"rotation: action {name} is in deg" for name in EULER["dimensions"]]),
     ],
 )
-def test_resolve_tells_everything_that_cannot_be(actions: dict[str, Any], metadata: DatasetMetadata, faults: list[str]) -> None:
+def test_resolve_lists_every_fault(actions: dict[str, Any], metadata: DatasetMetadata, faults: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_actions(settings(**actions), metadata, 7, 8 if metadata == NAMELESS else 7)
     lines = str(caught.value).splitlines()

@@ -1,4 +1,4 @@
-"""Bytes by range from every kind of place, through stores that fail in passing and for good."""
+"""Bytes by range from every kind of location, through stores that fail in passing and for good."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ByteSourc
     (tmp_path / "file.bin").write_bytes(CONTENT)
     if request.param == "memory":
         fsspec.filesystem("memory").pipe("/folder/file.bin", CONTENT)
-    place = {
+    location = {
         "local": lambda: str(tmp_path / "file.bin"),
         "file": lambda: f"file://{tmp_path}/file.bin",
         "memory": lambda: "memory://folder/file.bin",
         "s3": lambda: request.getfixturevalue("store").url("folder/file.bin"),
     }[request.param]()
-    with open_source(place) as opened:
+    with open_source(location) as opened:
         yield opened
 
 
@@ -70,7 +70,7 @@ def test_ranges_are_exactly_what_was_asked_for(source: ByteSource) -> None:
             source.read_at(offset, count)
 
 
-def test_every_last_byte_is_told_from_a_short_answer(store: Store) -> None:
+def test_short_answers_are_found_whatever_the_last_byte_is(store: Store) -> None:
     """Either of the two marks may be the data's own."""
     content = bytes([0, 0x5A, 0xA5, 0xFF, *MARKS])
     store.put("bytes.bin", content)
@@ -86,7 +86,7 @@ def test_every_last_byte_is_told_from_a_short_answer(store: Store) -> None:
         (Faults(short=0.5), "shorter than"),
     ],
 )
-def test_passing_faults_are_waited_for_and_logged(
+def test_transient_faults_are_logged_and_retried(
     store: Store, quick: None, caplog: pytest.LogCaptureFixture, faults: Faults, reason: str
 ) -> None:
     url = store.url("folder/file.bin")
