@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from conftest import ConfigFactory
 from paligemma_vla import Policy, flow
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
@@ -33,7 +33,6 @@ from paligemma_vla.training.trainer import Trainer
 from ranks import ALONE
 from support import HORIZON, encode_image, read_rows, train_here
 
-ConfigFactory = Callable[..., VLAConfig]
 REPRESENTATIONS = ("absolute", "chunk_relative", "delta")
 LENGTHS = (9, 1, 12, 3, 10, 4)
 NAMES = ("x", "y", "z", "qx", "qy", "qz", "qw")
@@ -58,7 +57,7 @@ class Arm:
     rows: list[dict[str, Any]]
     work: Path
 
-    def overrides(self, representation: str, name: str = "arm", **more: Any) -> dict[str, Any]:
+    def overrides(self, representation: str, **more: Any) -> dict[str, Any]:
         return {
             "data.train_parquet_files": str(self.folder),
             "data.val_fraction": 0.34,
@@ -68,15 +67,15 @@ class Arm:
             "data.actions.representation": representation,
             "data.actions.rotation": QUATERNION,
             "model.action_head_config.per_action_dim": 8,
-            "training.experiment_name": f"{name}_{representation}",
+            "training.experiment_name": f"arm_{representation}",
             "training.max_steps": 3,
             "training.ema_decay": 0.0,
             **more,
         }
 
 
-def write_arm(folder: Path, lengths: tuple[int, ...] = LENGTHS, metadata: DatasetMetadata = ARM, seed: int = 3) -> None:
-    rng = np.random.default_rng(seed)
+def write_arm(folder: Path, lengths: tuple[int, ...] = LENGTHS, metadata: DatasetMetadata = ARM) -> None:
+    rng = np.random.default_rng(3)
     with EpisodeWriter(folder, metadata, episodes_per_file=2) as writer:
         for number, length in enumerate(lengths):
             images: list[list[bytes | None]] = [[encode_image(rng) for _ in range(length)]]

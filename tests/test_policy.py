@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from PIL import Image
 
 import paligemma_vla
+from conftest import ConfigFactory
 from paligemma_vla import Policy, flow
-from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Collator, VLADataset
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError
@@ -26,7 +25,6 @@ from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training.checkpoint import load_checkpoint
 from support import ACTION_DIM, HORIZON, METADATA, STATE_DIM, read_rows, train_here, write_episodes
 
-ConfigFactory = Callable[..., VLAConfig]
 Observation = dict[str, Any]
 
 

@@ -109,7 +109,7 @@ class Accumulator:
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Take in rows (R, dimension)."""
-        part = Accumulator.__new__(Accumulator)
+        part = Accumulator(values.shape[1], 0)
         wide = values.astype(np.float64)
         part.count, part.min, part.max = len(values), wide.min(0), wide.max(0)
         part.mean = wide.mean(0)
