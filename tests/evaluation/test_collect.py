@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -16,8 +17,9 @@ from paligemma_vla import schema
 from paligemma_vla.cli import collect as command
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.collect import CollectConfig, collect, correlated_noise, demonstrate
-from paligemma_vla.evaluation.envs import StepResult, make_environment
+from paligemma_vla.evaluation.envs import StepResult
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, METADATA, MetaWorldEnvironment
+from paligemma_vla.evaluation.envs.metaworld_tasks import prompts
 
 
 class Blind(MetaWorldEnvironment):
@@ -42,7 +44,7 @@ def env(simulator):
 
 @pytest.fixture
 def config(tmp_path: Path) -> CollectConfig:
-    return CollectConfig("metaworld", ("drawer-close-v3", "faucet-open"), episodes=3, output_dir=tmp_path, seed=4, workers=0)
+    return CollectConfig("metaworld", ("drawer-close-v3", "faucet-open"), episodes=2, output_dir=tmp_path, seed=4, workers=0)
 
 
 class Spy:
@@ -78,18 +80,21 @@ def table(folder: Path, task: str):
     return pq.read_table(folder / f"{task}-00000.parquet")
 
 
+def described(written) -> schema.DatasetMetadata:
+    """The metadata of a table, without the settings of its collection."""
+    return replace(schema.DatasetMetadata.from_json(written.schema.metadata[schema.METADATA_KEY]), extra={})
+
+
 def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
-    spy = Spy(env)
-    episode = demonstrate(spy, replace(config, noise_share=1.0), "faucet-open", 0)[0]
-    clean, executed = np.stack(spy.clean), np.stack(spy.executed)
-    np.testing.assert_array_equal(episode.action, clean)
-    assert np.abs(clean).max() <= 1 and np.abs(executed).max() <= 1
-    disturbance = np.abs(executed - clean)
-    assert disturbance[:, :3].mean() > 0.05
-    assert disturbance[:, 3].max() == 0, "the gripper is not disturbed"
-    spy = Spy(env)
-    demonstrate(spy, replace(config, noise_share=0.0), "faucet-open", 0)
-    np.testing.assert_array_equal(np.stack(spy.executed), np.stack(spy.clean))
+    for share in (1.0, 0.0):
+        spy = Spy(env)
+        episode = demonstrate(spy, replace(config, noise_share=share), "faucet-open", 0)[0]
+        clean, executed = np.stack(spy.clean), np.stack(spy.executed)
+        np.testing.assert_array_equal(episode.action, clean)
+        assert np.abs(clean).max() <= 1 and np.abs(executed).max() <= 1
+        disturbance = np.abs(executed - clean)
+        assert disturbance[:, :3].mean() > 0.05 if share else disturbance.max() == 0
+        assert disturbance[:, 3].max() == 0, "the gripper is not disturbed"
 
 
 def test_demonstrate_in_absolute_control_is_the_same_demonstration(env, config):
@@ -123,16 +128,16 @@ def test_replaying_recorded_targets_reproduces_the_episode_exactly(env, config):
     np.testing.assert_array_equal(np.stack(seen[: episode.length]), episode.state)
 
 
-def test_collect_in_absolute_control_says_so(config, tmp_path):
+def test_collect_says_what_its_control_is_and_refuses_a_folder_with_other_settings(config, tmp_path):
     config = replace(config, tasks=("drawer-close",), episodes=1, control="absolute")
     collect(config)
     written = table(tmp_path, "drawer-close")
-    metadata = schema.DatasetMetadata.from_json(written.schema.metadata[schema.METADATA_KEY])
-    assert replace(metadata, extra={}) == ABSOLUTE_METADATA
+    assert described(written) == ABSOLUTE_METADATA
     state, action = (np.array(written[name].to_pylist()) for name in ("state", "action"))
     assert np.abs(action[:, :3] - state[:, :3]).max() < 0.15, "targets lie some centimetres ahead of the hand"
-    with pytest.raises(SimulatorError, match=r"(?s)other settings.*'control': 'absolute'.*expected"):
-        collect(replace(config, control="delta"))
+    for other in ({"control": "delta"}, {"seed": 5}):
+        with pytest.raises(SimulatorError, match=r"(?s)other settings.*'seed': 4.*'control': 'absolute'.*expected"):
+            collect(replace(config, **other))
 
 
 def test_settings_of_delta_control_are_those_of_before_there_was_a_choice(config):
@@ -180,48 +185,22 @@ def test_demonstrate_starts_half_away_and_some_done(env, config):
 
 
 def test_collect_output_does_not_depend_on_workers_or_interruption(config, tmp_path):
-    config = replace(config, tasks=("drawer-close",), episodes=2)
-    whole, parallel, resumed = (replace(config, output_dir=tmp_path / name) for name in "abc")
-    summary = collect(whole)
+    complete, parallel, resumed = (replace(config, output_dir=tmp_path / name) for name in "abc")
+    summary = collect(complete)
     collect(replace(parallel, workers=2))
     collect(replace(resumed, episodes=1))
-    rest = collect(resumed)
-    assert (summary.episodes, rest.episodes) == (2, 1)
-    assert set(summary.expert_success) == {"drawer-close"}
-    for task in summary.expert_success:
-        expected = table(whole.output_dir, task)
+    assert (summary.episodes, collect(resumed).episodes) == (4, 2)
+    assert set(summary.expert_success) == {"drawer-close", "faucet-open"}
+    tables = {task: table(complete.output_dir, task) for task in summary.expert_success}
+    assert summary.frames == sum(map(len, tables.values()))
+    for task, expected in tables.items():
         assert expected.equals(table(parallel.output_dir, task))
         parts = [pq.read_table(path) for path in sorted(resumed.output_dir.glob(f"{task}-*.parquet"))]
-        assert sum(len(part) for part in parts) == len(expected)
         assert len(parts) == 2
-        assert parts[-1].equals(expected.slice(len(expected) - len(parts[-1])))
-
-
-def test_collect_writes_metadata_prompts_and_pictures(config):
-    summary = collect(replace(config, episodes=2))
-    assert set(summary.expert_success) == {"drawer-close", "faucet-open"}
-    written = table(config.output_dir, "faucet-open")
-    assert summary.frames == len(written) + len(table(config.output_dir, "drawer-close"))
-    metadata = schema.DatasetMetadata.from_json(written.schema.metadata[schema.METADATA_KEY])
-    assert replace(metadata, extra={}) == METADATA
-    env = make_environment("metaworld")
-    assert set(written[schema.PROMPT].to_pylist()) <= set(env.prompts("faucet-open", "own"))
-    assert Image.open(io.BytesIO(written["image_1_bytes"][0].as_py())).size == (64, 64)
-    assert sum(written[schema.IS_FIRST].to_pylist()) == 2
-
-
-def test_collect_refuses_a_folder_with_other_settings(config):
-    config = replace(config, tasks=("faucet-open",), episodes=1)
-    collect(config)
-    with pytest.raises(SimulatorError, match=r"(?s)other settings.*'seed': 4"):
-        collect(replace(config, seed=5))
-
-
-def test_collect_another_seed_gives_other_episodes(env, config):
-    first, again, other = (demonstrate(env, replace(config, seed=s), "faucet-open", 0)[0] for s in (1, 1, 2))
-    np.testing.assert_array_equal(first.action, again.action)
-    assert first.images == again.images and first.prompt == again.prompt
-    assert not np.array_equal(first.state[:20], other.state[:20]) or first.images != other.images
+        assert pa.concat_tables(parts).equals(expected)
+        assert sum(expected[schema.IS_FIRST].to_pylist()) == 2
+        assert described(expected) == METADATA
+        assert set(expected[schema.PROMPT].to_pylist()) <= set(prompts(task, "own"))
 
 
 def test_command_line_collects(tmp_path, capsys):

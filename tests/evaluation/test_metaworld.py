@@ -38,6 +38,12 @@ def travel_of(env: MetaWorldEnvironment, task: str) -> float:
     return float(simulator(env).data.joint(SCENES[task].travel.joint).qpos[0])
 
 
+def move_travel(env: MetaWorldEnvironment, task: str, point: float) -> None:
+    simulator(env).data.joint(SCENES[task].travel.joint).qpos[:] = point
+    env._mujoco.mj_forward(simulator(env).model, simulator(env).data)
+    env._observed = simulator(env)._get_obs()
+
+
 def solved(env: MetaWorldEnvironment) -> bool:
     """MetaWorld's success test in the present state, without a step."""
     _, info = simulator(env).evaluate_state(env._observed, np.zeros(4))
@@ -53,12 +59,9 @@ def solve(env: MetaWorldEnvironment, task: str, seed: int, resets: str) -> int |
     return None
 
 
-def test_make_environment_unknown_name_lists_known():
+def test_make_environment_lists_known_names_and_says_what_to_install(monkeypatch):
     with pytest.raises(SimulatorError, match="did you mean 'metaworld'"):
         make_environment("metawrld")
-
-
-def test_make_environment_without_package_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
     with pytest.raises(SimulatorError, match=r'pip install "paligemma-vla\[metaworld\]"'):
         make_environment("metaworld")
@@ -94,38 +97,28 @@ def test_spec_describes_what_comes_out(env):
     assert env.spec.metadata.control_hz == pytest.approx(1 / simulator(env).dt)
 
 
-@pytest.mark.parametrize("task", DEMO_TASKS)
-def test_prompts_unseen_are_new_combinations_of_known_words(task):
-    own, unseen = set(prompts(task, "own")), set(prompts(task, "unseen"))
-    assert len(own) == 18 and len(unseen) == 6
-    assert not own & unseen
-    words = {word for prompt in own for word in prompt.split()}
-    assert {word for prompt in unseen for word in prompt.split()} <= words
-    grammar = GRAMMARS[task]
-    for verb in grammar.verbs:
-        for thing in grammar.things:
-            phrase = f"{verb} the {thing}"
+def test_prompts_unseen_are_new_combinations_of_known_words(env):
+    for task, grammar in GRAMMARS.items():
+        own, unseen = set(prompts(task, "own")), set(prompts(task, "unseen"))
+        assert (len(own), len(unseen)) == (18, 6)
+        words = {word for prompt in own for word in prompt.split()}
+        assert {word for prompt in unseen for word in prompt.split()} <= words
+        for phrase in (f"{verb} the {thing}" for verb in grammar.verbs for thing in grammar.things):
             assert any(p.endswith(phrase) or f"{phrase} " in p for p in own), f"'{phrase}' is not met in training"
-
-
-def test_prompts_are_never_shared_between_tasks(env):
-    seen: dict[str, str] = {}
-    for task in env.tasks():
-        for prompt in (*env.prompts(task, "own"), *env.prompts(task, "unseen")):
-            assert prompt not in seen, f"'{prompt}' is said for {task} and {seen.get(prompt)}"
-            seen[prompt] = task
+    said = [prompt for task in env.tasks() for kind in ("own", "unseen") for prompt in env.prompts(task, kind)]
+    assert len(said) == len(set(said)), "an instruction is said for two tasks, or in both sets"
     assert env.opposite("push") is None
     assert all(env.opposite(a) == b and env.opposite(b) == a for a, b in PAIRS)
 
 
 @pytest.mark.parametrize("task", SWEEPS)
-@pytest.mark.parametrize("error", [(-0.04, 0, 0), (0.04, 0, 0), (0, -0.04, 0), (0, 0.04, 0), (0, 0, -0.04), (0, 0, 0.04)])
-def test_sweep_solves_even_when_wrong_about_the_place(env, monkeypatch, task, error):
+def test_sweep_solves_even_when_wrong_about_where_the_handle_is(env, monkeypatch, task):
     """What was learnt from it may be 4 cm wrong in any direction; MetaWorld's own experts bear 2 or 3 cm in some."""
     right = SWEEPS[task].action
-    mistaken = SimpleNamespace(action=lambda hand, handle: right(hand, handle + np.array(error)))
-    monkeypatch.setitem(SWEEPS, task, mistaken)
-    assert solve(env, task, 1, "demo")
+    for error in (*np.eye(3), *-np.eye(3)):
+        mistaken = SimpleNamespace(action=lambda hand, handle, error=error: right(hand, handle + 0.04 * error))
+        monkeypatch.setitem(SWEEPS, task, mistaken)
+        assert solve(env, task, 1, "demo"), error
 
 
 @pytest.mark.parametrize("task", [*DEMO_TASKS, "button-press", "push"])
@@ -137,17 +130,18 @@ def test_expert_solves(env, task, resets):
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_demo_pair_starts_cannot_be_told_apart(env, first, second):
-    """Same seed, both tasks: the place and the picture agree wherever the travel does."""
-    box = SCENES[first]
-    assert (box.low, box.high) == (SCENES[second].low, SCENES[second].high)
+    """Same seed, both tasks: position and picture agree wherever the travel does."""
+    for task in (first, second):
+        env.reset(task, 0, "stock")
+        own = simulator(env)._random_reset_space
+        assert (SCENES[first].low <= own.low).all() and (SCENES[first].high >= own.high).all(), "covers MetaWorld's own"
     for seed in range(20, 23):
         views = []
         for task in (first, second):
             view = env.reset(task, seed)
             if SCENES[task].travel:
                 low = max(SCENES[first].travel.unsolved[0], SCENES[second].travel.unsolved[0])
-                simulator(env).data.joint(SCENES[task].travel.joint).qpos[:] = low + 0.02
-                env._mujoco.mj_forward(simulator(env).model, simulator(env).data)
+                move_travel(env, task, low + 0.02)
                 assert not solved(env)
                 view = env.observe()
             views.append(view)
@@ -155,15 +149,8 @@ def test_demo_pair_starts_cannot_be_told_apart(env, first, second):
         np.testing.assert_array_equal(views[0]["image_1"], views[1]["image_1"])
 
 
-@pytest.mark.parametrize("task", DEMO_TASKS)
-def test_demo_box_covers_metaworlds_own(env, task):
-    env.reset(task, 0, "stock")
-    own = simulator(env)._random_reset_space
-    assert (SCENES[task].low <= own.low).all() and (SCENES[task].high >= own.high).all()
-
-
 @pytest.mark.parametrize("task", SLIDING)
-def test_demo_starts_are_unsolved_and_cover_metaworlds_own(env, task):
+def test_demo_starts_are_unsolved_or_done_as_asked(env, task):
     travel = SCENES[task].travel
     env.reset(task, 0, "stock")
     assert travel_of(env, task) == pytest.approx(travel.stock, abs=0.005)
@@ -177,30 +164,24 @@ def test_demo_starts_are_unsolved_and_cover_metaworlds_own(env, task):
     middle = np.mean(travel.unsolved)
     assert np.min(starts) < middle - 0.03 and np.max(starts) > middle + 0.03
     for end in travel.unsolved:
-        simulator(env).data.joint(travel.joint).qpos[:] = end
-        env._mujoco.mj_forward(simulator(env).model, simulator(env).data)
-        env._observed = simulator(env)._get_obs()
+        move_travel(env, task, end)
         assert not solved(env), f"solved at {end}"
-
-
-@pytest.mark.parametrize("task", SLIDING)
-def test_start_done_is_solved_and_the_expert_keeps_it(env, task):
     env.reset(task, 2, start_done=True)
     assert solved(env) and env.can_start_done(task)
     for _ in range(80):
         result = env.step(env.expert_action())
-    assert result.success
+    assert result.success, "the expert keeps it done"
 
 
 def test_reset_is_a_function_of_its_arguments(env):
     first = env.reset("window-close", 5)
-    actions = [env.expert_action() for _ in range(1)]
+    action = env.expert_action()
     solve(env, "window-close", 6, "stock")
     env.reset("drawer-open", 5)
     again = env.reset("window-close", 5)
     np.testing.assert_array_equal(first["image_1"], again["image_1"])
     np.testing.assert_array_equal(first["state"], again["state"])
-    np.testing.assert_array_equal(actions[0], env.expert_action())
+    np.testing.assert_array_equal(action, env.expert_action())
     for resets in ("demo", "stock"):
         other = env.reset("window-close", 7, resets)
         assert not np.array_equal(first["image_1"], other["image_1"])
