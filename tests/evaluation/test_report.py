@@ -164,7 +164,7 @@ def test_files_outside_the_rollout_folder_are_not_carried_out(tmp_path: Path) ->
     (tmp_path / "secret").write_bytes(b"secret")
     described = folder / "rollout.json"
     described.write_text(described.read_text().replace("videos/0_True.jpg", "../secret"))
-    with pytest.raises(DataError, match=r"got \.\./secret, expected a file inside"):
+    with pytest.raises(DataError, match=r"got .*/\.\./secret, expected a file inside"):
         render(Report("t", rollouts=[("own", "", folder)]))
 
 

@@ -199,7 +199,7 @@ def test_rollout_pool_surfaces_what_goes_wrong():
         pool.run(config)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("factory", "error", "message"),
     [(dies, WorkerError, "worker process died"), (breaks, RuntimeError, "no such weights")],

@@ -49,14 +49,10 @@ class Axis:
                 found = [f * 10.0**e for e in exponents for f in factors if self.low <= f * 10.0**e <= self.high]
                 if len(found) >= 3:
                     return found[:: math.ceil(len(found) / (about + 1))]
-        step = nice_step((self.high - self.low) / about)
+        rough = (self.high - self.low) / about
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
         return [n * step for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
-
-
-def nice_step(rough: float) -> float:
-    """The smallest of 1, 2, 5 x 10^n that is not below `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return float(next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)))
 
 
 def number(value: float | None) -> str:
@@ -157,10 +153,10 @@ def _padded(values: Array, log: bool = False, zero: bool = False) -> tuple[float
     """The range of some values with a margin, never empty."""
     low, high = float(values.min()), float(values.max())
     if log:
-        return (low / 1.15, high * 1.15)
+        return low / 1.15, high * 1.15
     low = min(0.0, low) if zero else low
     margin = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
-    return (low if zero else low - margin, high + margin)
+    return low if zero else low - margin, high + margin
 
 
 def _svg(height: int, parts: Iterable[Markup]) -> Markup:

@@ -177,16 +177,8 @@ class Samples:
                 where = f"{self.index.paths[file]}: row {row}, column {schema.image_column(camera)}"
                 observation[schema.image_key(camera)] = np.asarray(decode_picture(column, number, where))
         actions, mask = read_chunk(self.dataset.reader, episode, step, self.horizon)
-        return Sample(sample, episode, step, observation, self._canonical(actions), mask)  # type: ignore[arg-type]
-
-    def actions(self, episode: int) -> Floats:
-        """All actions (L, A) of an episode."""
-        actions, _ = read_chunk(self.dataset.reader, episode, 0, int(self.index.length[episode]))
-        return self._canonical(actions)
-
-    def _canonical(self, actions: Floats) -> Floats:
-        """Rotations written as the policy writes them, so that the two can be compared."""
-        return self.dataset.preprocessor.actions.canonical(actions)
+        actions = self.dataset.preprocessor.actions.canonical(actions)  # rotations written as the policy writes them
+        return Sample(sample, episode, step, observation, actions, mask)  # type: ignore[arg-type]
 
 
 def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
@@ -199,35 +191,36 @@ class ErrorSums:
     """Sums of absolute and squared errors per horizon step and dimension, over the valid steps only; the range of the true."""
 
     def __init__(self, horizon: int, dimension: int) -> None:
-        self.absolute, self.squared = np.zeros((horizon, dimension)), np.zeros((horizon, dimension))
+        self.sums = {"mae": np.zeros((horizon, dimension)), "mse": np.zeros((horizon, dimension))}
         self.count = np.zeros(horizon, np.int64)
         self.low, self.high = np.full(dimension, np.inf), np.full(dimension, -np.inf)
 
     def add(self, predicted: NDArray[Any], true: Floats, mask: NDArray[np.bool_]) -> None:
         """predicted broadcasts to true (B, K, A); mask (B, K)."""
         difference = np.where(mask[..., None], predicted - true.astype(np.float64), 0.0)
-        self.absolute += np.abs(difference).sum(0)
-        self.squared += np.square(difference).sum(0)
+        self.sums["mae"] += np.abs(difference).sum(0)
+        self.sums["mse"] += np.square(difference).sum(0)
         self.count += mask.sum(0)
         self.low, self.high = np.minimum(self.low, true[mask].min(0)), np.maximum(self.high, true[mask].max(0))
 
     @property
     def total(self) -> dict[str, float]:
-        elements = self.count.sum() * self.absolute.shape[1]
-        return {"mae": float(self.absolute.sum() / elements), "mse": float(self.squared.sum() / elements)}
+        return {name: float(sums.sum() / (self.count.sum() * sums.shape[1])) for name, sums in self.sums.items()}
 
     def per_dimension(self) -> list[dict[str, float]]:
-        rows = self.count.sum()
-        pairs = zip(self.absolute.sum(0) / rows, self.squared.sum(0) / rows, strict=True)
-        return [{"mae": float(mae), "mse": float(mse)} for mae, mse in pairs]
+        means = {name: sums.sum(0) / self.count.sum() for name, sums in self.sums.items()}
+        return [{name: float(mean[n]) for name, mean in means.items()} for n in range(len(self.low))]
 
     def per_step(self) -> list[dict[str, Any]]:
         """One entry per horizon step; null where no episode is long enough to have that step."""
-        table = []
-        for step, count in enumerate(self.count):
-            mae, mse = (float(s[step].mean() / count) if count else None for s in (self.absolute, self.squared))
-            table.append({"step": step, "mae": mae, "mse": mse, "count": int(count)})
-        return table
+        return [
+            {
+                "step": step,
+                **{name: float(sums[step].mean() / count) if count else None for name, sums in self.sums.items()},
+                "count": int(count),
+            }
+            for step, count in enumerate(self.count)
+        ]
 
 
 def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[dict[str, ErrorSums], float, int]:
@@ -281,7 +274,7 @@ def _velocity_loss(policy: Policy, dataset: VLADataset, refs: list[SampleRef]) -
 
 def _figures(policy: Policy, table: dict[str, ErrorSums]) -> dict[str, Any]:
     sums = table["policy"]
-    dimension = sums.absolute.shape[1]
+    dimension = len(sums.low)
     names = policy.metadata["action_names"] or [f"action[{n}]" for n in range(dimension)]
     units = policy.metadata["action_units"] or [""] * dimension
     statistics, converted = policy.preprocessor.statistics.action, policy.preprocessor.actions.dimensions
@@ -368,7 +361,8 @@ def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterato
         steps = [samples.read(int(first[episode] + start)) for start in starts]
         parts = [steps[n : n + config.batch_size] for n in range(0, len(steps), config.batch_size)]
         predicted = np.concatenate([predict(policy, part, config.seed, config.num_steps) for part in parts])
-        yield Trace(int(episode), steps[0].observation["prompt"], samples.actions(int(episode)), starts, predicted)
+        actions = np.concatenate([step.actions[step.mask] for step in steps])  # (L, A)
+        yield Trace(int(episode), steps[0].observation["prompt"], actions, starts, predicted)
 
 
 @contextlib.contextmanager
@@ -384,20 +378,13 @@ def prediction_file(
     columns = [("episode", pa.int32()), ("step", pa.int32()), ("predicted", chunk), ("true", chunk)]
     columns += [("mask", pa.list_(pa.bool_(), horizon)), ("prompt", pa.string())]
     columns_schema = pa.schema(columns, metadata={"action_names": json.dumps(list(action_names))})
-
-    def lists(values: NDArray[Any]) -> pa.Array:
-        """(B, K) or (B, K, A) as lists of a fixed size."""
-        array = pa.array(values.reshape(-1))
-        for size in values.shape[:0:-1]:
-            array = pa.FixedSizeListArray.from_arrays(array, size)
-        return array
-
     with atomic_file(path) as file, pq.ParquetWriter(file, columns_schema, compression="ZSTD") as writer:
 
         def write(samples: Sequence[Sample], predicted: Floats) -> None:
-            true, valid = _recorded(samples)
-            arrays = [[s.episode for s in samples], [s.step for s in samples], lists(predicted), lists(true), lists(valid)]
-            arrays.append([s.observation["prompt"] for s in samples])
-            writer.write_table(pa.table(arrays, schema=columns_schema))
+            rows = [
+                (s.episode, s.step, chunk.tolist(), s.actions.tolist(), s.mask.tolist(), s.observation["prompt"])
+                for s, chunk in zip(samples, predicted, strict=True)
+            ]
+            writer.write_table(pa.table(list(zip(*rows, strict=True)), schema=columns_schema))
 
         yield write

@@ -7,7 +7,6 @@ gathers what `report.html.j2` shows; the template escapes it, and `report.css` g
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.formats import decode_picture
+from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, episode_prompts
 from paligemma_vla.errors import DataError
@@ -208,8 +208,13 @@ class _VideoBudget:
         self.left = VIDEO_BYTES
 
     def load(self, condition: Condition, entry: dict[str, Any]) -> dict[str, Any]:
-        """An entry of `videos` in a rollout.json, with `data:` addresses. Raises `DataError` for a file that is not there."""
-        path, poster = (_inside(condition.folder, entry[name]) for name in ("path", "poster"))
+        """An entry of `videos` in a rollout.json, with `data:` addresses. Raises `DataError` for a file that is not there,
+        or outside its folder: a page must not carry other files out."""
+        path, poster = condition.folder / entry["path"], condition.folder / entry["poster"]
+        for file in (path, poster):
+            if not file.resolve().is_relative_to(condition.folder.resolve()):
+                where = condition.folder / "rollout.json"
+                raise DataError(f"{where}: videos: got {file}, expected a file inside {condition.folder}")
         try:
             still, content = poster.read_bytes(), path.read_bytes() if path.stat().st_size <= self.left else b""
         except OSError as error:
@@ -217,14 +222,6 @@ class _VideoBudget:
         self.left -= len(content)
         video = _data_url(content, "video/mp4") if content else ""
         return {**entry, "name": path.name, "still": _data_url(still, "image/jpeg"), "video": video}
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file that rollout.json names, which must lie in its folder: a page must not carry other files out."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{folder / 'rollout.json'}: videos: got {name}, expected a file inside {folder}")
-    return path
 
 
 def _one_task_after_another(videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -306,11 +303,13 @@ def _training_facts(rows: list[dict[str, Any]], curves: Curves) -> list[tuple[st
     epochs = [row["epoch"] for row in rows if "epoch" in row]
     if epochs:
         facts.append(("epochs", f"{max(epochs):.1f}"))
-    for name, label in [("val/epoch_loss", "best validation loss"), ("val/action_mae", "best action error")]:
-        if name in curves and curves[name][1]:
-            facts.append((label, number(min(curves[name][1]))))
-    if "train/samples_per_s" in curves:
-        facts.append(("samples per second", number(float(np.median(curves["train/samples_per_s"][1])))))
+    for name, label, choose in [
+        ("val/epoch_loss", "best validation loss", np.min),
+        ("val/action_mae", "best action error", np.min),
+        ("train/samples_per_s", "samples per second", np.median),
+    ]:
+        if curves.get(name, ([], []))[1]:
+            facts.append((label, number(float(choose(curves[name][1])))))
     return facts
 
 
@@ -391,6 +390,4 @@ def _example(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> dict[s
 
 def _thumbnail(image: Image.Image) -> str:
     image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return _data_url(buffer.getvalue(), "image/jpeg")
+    return _data_url(encode_image(image, "jpeg", 82), "image/jpeg")

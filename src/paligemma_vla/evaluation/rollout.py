@@ -180,6 +180,11 @@ class RolloutPool:
         ]
 
     def _settings(self, config: RolloutConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
+        sha256 = None
+        if self.checkpoint_path is not None:
+            from paligemma_vla.policy import fingerprint  # needs torch, which random actions do not
+
+            sha256 = fingerprint(self.checkpoint_path)
         return asdict(config) | {
             "tasks": list(tasks),
             "output_dir": str(config.output_dir) if config.output_dir else None,
@@ -187,7 +192,7 @@ class RolloutPool:
             "image_size": self.image_size,
             "workers": self._pool.workers,
             "checkpoint_path": self.checkpoint_path,
-            "checkpoint_sha256": _fingerprint(self.checkpoint_path),
+            "checkpoint_sha256": sha256,
             "weights": self.weights or "full",
             "versions": dict(_versions()),
         }
@@ -203,14 +208,6 @@ def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
         "mean_steps_to_success": float(np.mean(solved)) if solved else None,
         "prompts_used": sorted({outcome.prompt for outcome in outcomes}),
     }
-
-
-def _fingerprint(path: str | None) -> str | None:
-    if path is None:
-        return None
-    from paligemma_vla.policy import fingerprint  # needs torch, which random actions do not
-
-    return fingerprint(path)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

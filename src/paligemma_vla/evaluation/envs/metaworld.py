@@ -6,6 +6,7 @@ The policy is shown one picture and where its own hand is; never where the objec
 from __future__ import annotations
 
 import warnings
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -55,19 +56,16 @@ ABSOLUTE_SPEC = EnvSpec(
 )
 
 
-@dataclass(frozen=True)
-class ModelPositions:
+Positions = tuple[NDArray[np.float64], NDArray[np.float64]]  # of bodies and sites
+
+
+def _positions(model: Any) -> Positions:
     """Positions that MetaWorld writes into the MuJoCo model itself; resetting the data leaves them as they are."""
+    return model.body_pos.copy(), model.site_pos.copy()
 
-    bodies: NDArray[np.float64]
-    sites: NDArray[np.float64]
 
-    @classmethod
-    def of(cls, model: Any) -> ModelPositions:
-        return cls(model.body_pos.copy(), model.site_pos.copy())
-
-    def apply(self, model: Any) -> None:
-        model.body_pos[:], model.site_pos[:] = self.bodies, self.sites
+def _put(model: Any, positions: Positions) -> None:
+    model.body_pos[:], model.site_pos[:] = positions
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Snapshot:
 
     task: str
     physics: NDArray[np.float64]
-    positions: ModelPositions
+    positions: Positions
     variables: dict[str, Any]
     observed: NDArray[np.float64]
 
@@ -87,7 +85,7 @@ class _Task:
     def __init__(self, name: str, simulator: Any, expert: Any) -> None:
         self.name, self.simulator, self.expert = name, simulator, expert
         self.cameras: dict[int, OffscreenCamera] = {}
-        self.pristine = ModelPositions.of(simulator.model)
+        self.pristine = _positions(simulator.model)
         # Environments built directly ignore `reset(seed=)`; these make `seed()` count, and show some experts their goal.
         simulator._freeze_rand_vec, simulator.seeded_rand_vec = False, True
         simulator._set_task_called, simulator._partially_observable = True, False
@@ -101,11 +99,7 @@ class _Task:
     def variables(self) -> dict[str, Any]:
         """MetaWorld's plain attributes (targets, counters, last observations), copied."""
         kept = (bool, int, float, np.ndarray, type(None))
-        return {name: _copied(value) for name, value in vars(self.simulator).items() if type(value) in kept}
-
-
-def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, np.ndarray) else value
+        return {name: copy(value) for name, value in vars(self.simulator).items() if type(value) in kept}
 
 
 class MetaWorldEnvironment:
@@ -125,12 +119,9 @@ class MetaWorldEnvironment:
             from metaworld.env_dict import ENV_CLS_MAP
             from metaworld.policies import ENV_POLICY_MAP
         except ImportError as error:
-            raise SimulatorError(
-                f'MetaWorld cannot be imported ({error}); install it: pip install "paligemma-vla[metaworld]"'
-            ) from error
-        self._mujoco: Any = mujoco
-        self._classes: Any = ENV_CLS_MAP
-        self._experts: Any = ENV_POLICY_MAP
+            remedy = 'install it: pip install "paligemma-vla[metaworld]"'
+            raise SimulatorError(f"MetaWorld cannot be imported ({error}); {remedy}") from error
+        self._mujoco, self._classes, self._experts = mujoco, ENV_CLS_MAP, ENV_POLICY_MAP
         self._loaded: dict[str, _Task] = {}
         self._current: _Task | None = None
         self._observed: NDArray[np.float64] = np.zeros(0)
@@ -173,7 +164,7 @@ class MetaWorldEnvironment:
         loaded = self._load(name)
         simulator, scene = loaded.simulator, SCENES.get(name)
         # MetaWorld leaves the last episode's object in the model, where the hand meets it on its way home.
-        loaded.pristine.apply(simulator.model)
+        _put(simulator.model, loaded.pristine)
         self._mujoco.mj_resetData(simulator.model, simulator.data)
         simulator._freeze_rand_vec = False
         simulator.seed(seed)
@@ -239,20 +230,20 @@ class MetaWorldEnvironment:
         model, data, kind = task.simulator.model, task.simulator.data, self._mujoco.mjtState.mjSTATE_INTEGRATION
         physics = np.zeros(self._mujoco.mj_stateSize(model, kind))
         self._mujoco.mj_getState(model, data, physics, kind)
-        return Snapshot(task.name, physics, ModelPositions.of(model), task.variables(), self._observed.copy())
+        return Snapshot(task.name, physics, _positions(model), task.variables(), self._observed.copy())
 
     def restore(self, snapshot: object) -> None:
         assert isinstance(snapshot, Snapshot), f"restore: got {type(snapshot).__name__}, expected what snapshot() returned"
         task = self._current = self._load(snapshot.task)
         model, data = task.simulator.model, task.simulator.data
-        snapshot.positions.apply(model)
+        _put(model, snapshot.positions)
         kind = self._mujoco.mjtState.mjSTATE_INTEGRATION
         self._mujoco.mj_setState(model, data, snapshot.physics, kind)
         self._mujoco.mj_forward(model, data)
         # The forward pass leaves a warm start of its own behind, from which the solver would go on slightly differently.
         self._mujoco.mj_setState(model, data, snapshot.physics, kind)
         for name, value in snapshot.variables.items():
-            setattr(task.simulator, name, _copied(value))
+            setattr(task.simulator, name, copy(value))
         self._observed = snapshot.observed.copy()
 
     def close(self) -> None:

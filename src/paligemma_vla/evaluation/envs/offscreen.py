@@ -90,11 +90,8 @@ class OffscreenCamera:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
         self._camera.lookat[:] = view.lookat
-        self._camera.distance, self._camera.azimuth, self._camera.elevation = (
-            view.distance,
-            view.azimuth,
-            view.elevation,
-        )
+        self._camera.distance = view.distance
+        self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
         self._option = mujoco.MjvOption()
         self._option.sitegroup[:] = 0
         model.vis.quality.offsamples = 0
