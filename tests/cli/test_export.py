@@ -36,6 +36,10 @@ def test_export_then_evaluate_gives_the_checkpoints_figures(
     capfd: pytest.CaptureFixture[str], checkpoint: Path, exported: Path, two_camera_dir: Path, tmp_path: Path
 ) -> None:
     before, after = (evaluated(capfd, place, two_camera_dir, tmp_path / place.name) for place in (checkpoint, exported))
+    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == ["metrics.json", "report.html"]
+    page = (tmp_path / "policy" / "report.html").read_text()
+    assert "Open loop" in page and "Data" in page
+    assert "<h2>Training</h2>" in (tmp_path / checkpoint.name / "report.html").read_text()
     for name in ("mae", "mse", "velocity_loss", "per_dimension", "baselines"):
         assert after[name] == before[name]
     facts = after["checkpoint"]

@@ -92,7 +92,7 @@ def test_spec_describes_what_comes_out(env):
     view = env.reset("drawer-open", 0)
     assert set(view) == {"image_1", "state"}
     assert view["image_1"].shape == (64, 64, 3) and view["image_1"].dtype == np.uint8
-    assert view["state"].shape == (env.spec.state_dim,) and view["state"].dtype == np.float32
+    assert view["state"].shape == (env.spec.layout.state_dim,) and view["state"].dtype == np.float32
     assert env.expert_action().shape == (env.spec.action_dim,)
     assert env.spec.metadata.control_hz == pytest.approx(1 / simulator(env).dt)
 

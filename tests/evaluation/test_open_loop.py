@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +42,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few Euler steps, each timed once."""
     monkeypatch.setattr(open_loop, "EULER_STEPS", (1,))
     monkeypatch.setattr(open_loop, "LATENCY_CALLS", 1)
+
+
+@pytest.fixture(scope="module")
+def predictions_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("open_loop") / "predictions.parquet"
+
+
+@pytest.fixture(scope="module")
+def result(policy: Policy, two_camera_dir: Path, predictions_path: Path) -> OpenLoopResult:
+    return evaluate(policy, str(two_camera_dir), OpenLoopConfig(batch_size=16, predictions_path=predictions_path))
 
 
 def chunk_after(rows: Rows, number: int) -> list[list[float]]:
@@ -182,23 +191,6 @@ def test_policy_that_diverged_is_named_not_averaged(checkpoint: Path, two_camera
         next(iter(broken.model.action_head.parameters())).fill_(float("nan"))
     with pytest.raises(CheckpointError, match="are not finite: the training run diverged"):
         evaluate(broken, str(two_camera_dir))
-
-
-@pytest.mark.usefixtures("quick")
-def test_command_writes_metrics_and_report(checkpoint: Path, two_camera_dir: Path, tmp_path: Path, capsys: Any) -> None:
-    arguments = ["--checkpoint_path", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--max_samples", "5"]
-    files = [str(path) for path in sorted(two_camera_dir.glob("*.parquet"))]
-    assert script("evaluate", [*arguments, "--device", "cpu", "--eval_data_path", *files]) == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=pytest.fail)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "report.html"]
-    assert metrics["data"]["paths"] == files
-    assert metrics["checkpoint"]["averaged_weights"] is True
-    assert metrics["checkpoint"]["epoch"] == 2
-    assert len(metrics["checkpoint"]["sha256"]) == 64
-    assert "torch" in metrics["versions"]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "Open loop" in page and "Training" in page and "Data" in page
-    assert "dx" in capsys.readouterr().out
 
 
 def test_command_names_a_damaged_picture_and_leaves_no_half_file(

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paligemma_vla import Policy
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation import report as module
 from paligemma_vla.evaluation.charts import Axis, Line, chunk_chart, clean, line_chart, number, smooth
-from paligemma_vla.evaluation.open_loop import OpenLoopResult
+from paligemma_vla.evaluation.open_loop import OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.evaluation.report import Report, duration, render
 from paligemma_vla.evaluation.rollout import wilson_interval
 from support import METADATA, make_episode
@@ -80,9 +81,10 @@ def copy_run(run: Path, folder: Path, config: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, result: OpenLoopResult, trained_run: Path) -> Report:
+def full(tmp_path_factory: pytest.TempPathFactory, policy: Policy, two_camera_dir: Path, trained_run: Path) -> Report:
     """Every part, with hostile text wherever data can bring text in."""
     folder = tmp_path_factory.mktemp("report")
+    result = evaluate(policy, str(two_camera_dir), OpenLoopConfig(max_samples=6, euler_samples=2, episodes_shown=1))
     with EpisodeWriter(folder / "data", METADATA) as writer:
         for length in (5, 1, 12):
             writer.write(replace(make_episode(np.random.default_rng(0), length, cameras=2), prompt=HOSTILE))

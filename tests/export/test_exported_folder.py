@@ -19,7 +19,6 @@ from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import CheckpointError
 from paligemma_vla.export.folder import ExportOptions, write_export
-from paligemma_vla.model import VLAModel
 from paligemma_vla.policy import CONFIG, Trained, fingerprint, load_trained
 from paligemma_vla.storage import sha256
 from support import train_here
@@ -292,7 +291,6 @@ def test_export_that_fails_leaves_what_was_there(trained: Trained, folder: Path,
 
 
 def test_export_of_a_run_with_adapters_is_a_model_without(session_config: ConfigFactory, tmp_path: Path) -> None:
-    """The folder answers as the checkpoint, which answers as backbone and adapters side by side."""
     changes = {
         "model.vlm_config.lora": {"rank": 2, "alpha": 8.0},
         "training.experiment_name": "adapted",
@@ -309,19 +307,6 @@ def test_export_of_a_run_with_adapters_is_a_model_without(session_config: Config
     assert not any("lora_" in name for name in load_trained(folder).state_dict)
     assert json.loads((folder / CONFIG).read_text())["configuration"]["model"]["vlm_config"]["lora"] is None
     assert again.config == policy.config
-
-    beside = VLAModel(config, policy.preprocessor.prompts, policy.preprocessor.image, trained.backbone).requires_grad_(False)
-    beside.load_state_dict(trained.state_dict)
-    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-
-    def context(model: VLAModel) -> torch.Tensor:
-        return model.get_vl_embeddings(pictures, ["open the drawer", "push"])
-
-    torch.testing.assert_close(context(again.model), context(beside), rtol=0, atol=1e-4)
-    for name, value in beside.named_parameters():
-        if "lora_B" in name:
-            value.zero_()
-    assert (context(again.model) - context(beside)).abs().max() > 1e-2  # the adapters had learned something
 
 
 def test_export_of_a_model_held_in_bfloat16_is_not_rounded(session_config: ConfigFactory, tmp_path: Path) -> None:

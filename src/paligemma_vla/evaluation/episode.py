@@ -138,16 +138,11 @@ def _actions(
             observation |= {key: np.full_like(image, GREY) for key, image in view.items() if key.startswith("image_")}
         seed = int(rng.integers(2**31))
         chunk = np.asarray(policy.infer(observation, seed=seed, num_steps=condition.num_steps)["actions"])  # (K, A)
-        yield from chunk[: _executed(condition.execute, len(chunk))]
+        execute = max(1, len(chunk) // 2) if condition.execute is None else condition.execute
+        if not 1 <= execute <= len(chunk):
+            raise SimulatorError(f"--execute: got {execute}, expected 1 to {len(chunk)}, the policy's horizon")
+        yield from chunk[:execute]
         view = env.observe()
-
-
-def _executed(execute: int | None, horizon: int) -> int:
-    if execute is None:
-        return max(1, horizon // 2)
-    if not 1 <= execute <= horizon:
-        raise SimulatorError(f"--execute: got {execute}, expected 1 to {horizon}, the policy's horizon")
-    return execute
 
 
 def write_video(path: Path, env: Environment, outcome: EpisodeOutcome) -> None:

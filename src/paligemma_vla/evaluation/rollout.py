@@ -167,17 +167,13 @@ class RolloutPool:
         return tasks
 
     def _write_videos(self, recorded: dict[str, EpisodeOutcome], folder: Path) -> list[dict[str, Any]]:
-        paths = [Path("videos") / f"{name}.mp4" for name in recorded]
-        jobs = [(folder / path, outcome) for path, outcome in zip(paths, recorded.values(), strict=True)]
+        videos = []
+        for name, outcome in recorded.items():
+            described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
+            videos.append({**described, "path": f"videos/{name}.mp4", "poster": f"videos/{name}.jpg"})
+        jobs = [(folder / video["path"], outcome) for video, outcome in zip(videos, recorded.values(), strict=True)]
         list(self._pool.map(_video_job, jobs))
-        return [
-            {
-                **{name: getattr(outcome, name) for name in ("task", "success", "prompt")},
-                "path": path.as_posix(),
-                "poster": path.with_suffix(".jpg").as_posix(),
-            }
-            for path, outcome in zip(paths, recorded.values(), strict=True)
-        ]
+        return videos
 
     def _settings(self, config: RolloutConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
         sha256 = None

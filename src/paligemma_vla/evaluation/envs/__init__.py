@@ -49,17 +49,13 @@ class EnvSpec:
     action_scale: tuple[float, ...]
 
     @property
-    def state_dim(self) -> int:
-        return len(self.metadata.state_names)
-
-    @property
     def action_dim(self) -> int:
         return len(self.action_low)
 
     @property
     def layout(self) -> Layout:
         """What a data set recorded here holds."""
-        return Layout(len(self.metadata.cameras), self.state_dim, self.action_dim, self.metadata)
+        return Layout(len(self.metadata.cameras), len(self.metadata.state_names), self.action_dim, self.metadata)
 
 
 @dataclass(frozen=True)
