@@ -303,13 +303,11 @@ def _training_facts(rows: list[dict[str, Any]], curves: Curves) -> list[tuple[st
     epochs = [row["epoch"] for row in rows if "epoch" in row]
     if epochs:
         facts.append(("epochs", f"{max(epochs):.1f}"))
-    for name, label, choose in [
-        ("val/epoch_loss", "best validation loss", np.min),
-        ("val/action_mae", "best action error", np.min),
-        ("train/samples_per_s", "samples per second", np.median),
-    ]:
-        if curves.get(name, ([], []))[1]:
-            facts.append((label, number(float(choose(curves[name][1])))))
+    for name, label in [("val/epoch_loss", "best validation loss"), ("val/action_mae", "best action error")]:
+        if name in curves and curves[name][1]:
+            facts.append((label, number(min(curves[name][1]))))
+    if "train/samples_per_s" in curves:
+        facts.append(("samples per second", number(float(np.median(curves["train/samples_per_s"][1])))))
     return facts
 
 

@@ -167,7 +167,7 @@ class RolloutPool:
         return tasks
 
     def _write_videos(self, recorded: dict[str, EpisodeOutcome], folder: Path) -> list[dict[str, Any]]:
-        videos = []
+        videos: list[dict[str, Any]] = []
         for name, outcome in recorded.items():
             described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
             videos.append({**described, "path": f"videos/{name}.mp4", "poster": f"videos/{name}.jpg"})

@@ -121,7 +121,9 @@ class MetaWorldEnvironment:
         except ImportError as error:
             remedy = 'install it: pip install "paligemma-vla[metaworld]"'
             raise SimulatorError(f"MetaWorld cannot be imported ({error}); {remedy}") from error
-        self._mujoco, self._classes, self._experts = mujoco, ENV_CLS_MAP, ENV_POLICY_MAP
+        self._mujoco: Any = mujoco
+        self._classes: Any = ENV_CLS_MAP
+        self._experts: Any = ENV_POLICY_MAP
         self._loaded: dict[str, _Task] = {}
         self._current: _Task | None = None
         self._observed: NDArray[np.float64] = np.zeros(0)
