@@ -111,6 +111,7 @@ def train(
     config_path: where the configuration was read, to warn if it repeats a run on other data.
     """
     from paligemma_vla.evaluation.report import Report, write_report
+    from paligemma_vla.training.checkpoint import consolidate_links
     from paligemma_vla.training.distributed import explain_communication, join
     from paligemma_vla.training.run import RemoteRun, begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
@@ -132,7 +133,11 @@ def train(
         trainer.run()
         distributed.close()  # the rest is done by one process, and takes its time
     if lock is not None:
-        write_single_files(config)
+        if config.training.saves_shards:
+            try:
+                consolidate_links(config.run_dir / "checkpoints")  # the specification's files
+            except CheckpointError as error:  # what was learned is safe in the shards
+                logger.error("%s; `paligemma-vla consolidate` writes it later", error)
         title = f"Training: {config.training.experiment_name}"
         page = Report(title=title, run_dir=config.run_dir, dataset=trainer.data.train.index)
         report = write_report(config.run_dir / "report.html", page)
@@ -181,16 +186,3 @@ def was_begun_by_this_launcher(config: VLAConfig) -> bool:
 
     launcher = launcher_id()
     return launcher is not None and [start.get("launcher") for start in read_starts(config.run_dir)][-1:] == [launcher]
-
-
-def write_single_files(config: VLAConfig) -> None:
-    """At the end of a run that saves in shards: the specification's files beside them."""
-    from paligemma_vla.training.checkpoint import BEST, LAST, consolidate_link
-
-    if not config.training.saves_shards:
-        return
-    for name in (LAST, BEST):
-        try:
-            consolidate_link(config.run_dir / "checkpoints", name)
-        except CheckpointError as error:  # what was learned is safe in the shards
-            logger.error("%s; `paligemma-vla consolidate` writes it later", error)

@@ -273,14 +273,15 @@ def consolidate(folder: Path, path: Path) -> None:
     save_checkpoint(path, read_checkpoint(folder, IN_SHARDS))
 
 
-def consolidate_link(folder: Path, name: str) -> None:
-    """Write the file of the checkpoint in shards that `name` (`LAST` or `BEST`) leads to, and link `name` to it."""
-    link = folder / _with_suffix(name, SHARDS_SUFFIX)
-    if link.exists():
-        path = folder / _with_suffix(link.resolve().name, SUFFIX)
-        if not path.exists():
-            consolidate(link.resolve(), path)
-        link_checkpoint(path, name)
+def consolidate_links(folder: Path) -> None:
+    """Write the files of the checkpoints in shards that `LAST` and `BEST` lead to, and link them too."""
+    for name in (LAST, BEST):
+        link = folder / _with_suffix(name, SHARDS_SUFFIX)
+        if link.exists():
+            path = folder / _with_suffix(link.resolve().name, SUFFIX)
+            if not path.exists():
+                consolidate(link.resolve(), path)
+            link_checkpoint(path, name)
 
 
 def link_checkpoint(target: Path, name: str) -> None:

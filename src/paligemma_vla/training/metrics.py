@@ -255,7 +255,4 @@ def name_samples(data: VLADataset, losses: Mapping[int, float]) -> str:
     """The worst samples by file and row, from {sample: loss}: those that are not finite, else the largest."""
     broken = [sample for sample, loss in losses.items() if not math.isfinite(loss)]
     worst = broken or sorted(losses, key=lambda sample: -losses[sample])
-    lines = [f"{data.where(sample)} (loss {losses[sample]:.4g})" for sample in worst[:SAMPLES_NAMED]]
-    if len(broken) > SAMPLES_NAMED:
-        lines.append(f"and {len(broken) - SAMPLES_NAMED} more")
-    return "\n  ".join(lines)
+    return "\n  ".join(f"{data.where(sample)} (loss {losses[sample]:.4g})" for sample in worst[:SAMPLES_NAMED])
