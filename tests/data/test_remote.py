@@ -121,6 +121,18 @@ def test_a_bad_store_changes_no_sample(
     assert "again in" in caplog.text
 
 
+def test_loader_workers_read_from_a_store(store: Store, two_camera_dataset: VLADataset, session_config: ConfigFactory) -> None:
+    config = session_config({"data.num_workers": 2}, cameras=2)
+    # Complete, since workers come from a process that may have been started before the store was.
+    remote = VLADataset(store.complete_url("two"), two_camera_dataset.preprocessor, config)
+    sampler = RunSampler(SampleOrder([len(remote)], None, 16, seed=0), 0, 4, 0, 1, 1)
+    remote[0]  # a client of this process must not be the workers'
+    with store.failing(Faults(unavailable=0.05)):
+        got = list(batches(build_loader(remote, sampler, config, pin_memory=False)))
+    local = build_loader(two_camera_dataset, sampler, session_config(cameras=2), pin_memory=False)
+    assert identical(got, list(batches(local)))
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_row_group_or_block_is_one_request_and_a_file_two_more(store: Store, streamed: bool) -> None:
     index = EpisodeIndex.build(store.url("two"))
