@@ -16,6 +16,8 @@ from paligemma_vla.normalization import DatasetStatistics
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "written_by_422f095.tar.xz"
 STREAMED = ["--set", "data.reading=streamed", "--set", "data.stream_block_mb=0.01"]
+WEIGHTED = [*STREAMED, "--set", "data.val_parquet_files=data"]
+WEIGHTED += ["--set", "data.train_parquet_files=[{path: data, weight: 2.0}, {path: data/*-00001*.parquet, weight: 1.0}]"]
 OPTIONS = {"random": [], "shards": ["--set", "training.checkpoint_format=sharded"], "streamed": STREAMED}
 METRICS = ("train/batch_loss", "train/grad_norm", "val/epoch_loss", "val/action_mae")
 
@@ -87,3 +89,10 @@ def test_runs_of_an_earlier_version_go_on_to_the_same_end(name: str, here: Path,
 def test_a_run_folder_of_an_earlier_version_is_a_configuration(here: Path) -> None:
     words = ["train", "--config_path", "runs/random/config.yaml", "--device", "cpu", "--experiment_name", "again"]
     assert main([*words, "--epochs", "1", "--set", "training.stop_after_step=1"]) == 0
+
+
+def test_a_weighted_streamed_run_of_an_earlier_version_is_refused_with_the_reason(here: Path, capfd: Any) -> None:
+    assert resume("weighted", WEIGHTED) == 2
+    error = capfd.readouterr().err
+    assert "this would be another run" in error
+    assert "the order in which weighted sources are streamed" in error
