@@ -123,6 +123,8 @@ def test_check_against_a_configuration_and_prompts_that_may_change(capfd: Captur
         assert "data.state_dim: got 9, expected 3 as in column state" in out
         assert "expected at most data.prompt_max_len = 32" in out
         flags = ["--allow_prompt_changes"]
+    listed = json.loads(Path("excluded_episodes.json").read_text())["episodes"]  # what fits nothing cannot be left out
+    assert [entry["reasons"] for entry in listed] == [["wrong number of values"], ["instruction too long"]]
 
 
 @pytest.mark.parametrize(

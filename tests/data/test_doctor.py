@@ -209,18 +209,6 @@ def test_diagnose_interrupted_stops_the_other_threads(episode_dir: Path) -> None
     assert len(calls) <= 3
 
 
-def test_diagnose_against_a_configuration(tmp_path: Path, dataset: VLADataset, tiny_config: ConfigFactory) -> None:
-    content = columns()
-    content["prompt"][4:8] = ["word " * 60] * 4
-    write(tmp_path / "x.parquet", content)
-    config = tiny_config({"data.state_dim": 9, "model.action_head_config.per_action_dim": 1, "model.vlm_config.num_cameras": 2})
-    diagnosis = diagnosed(tmp_path, CheckOptions(dataset.preprocessor.prompts, config))
-    misfits = [str(fault).split(": ")[1] for fault in diagnosis.misfits]
-    assert misfits == ["data.state_dim", "model.action_head_config.per_action_dim", "model.vlm_config"]
-    assert [(f.row, f.kind) for f in diagnosis.files[0].faults] == [(row, Kind.PROMPT_LENGTH) for row in range(4, 8)]
-    assert [entry.first_row for entry in diagnosis.excluded] == [4]  # what fits nothing cannot be left out
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_damaged_the_rest_can_be_read(
     tmp_path: Path, seed: int, dataset: VLADataset, tiny_config: ConfigFactory

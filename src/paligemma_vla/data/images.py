@@ -31,15 +31,12 @@ def decode(data: bytes | memoryview) -> Image.Image:
             raise ValueError("16 bits per channel, expected 8")
         if image.width * image.height <= MAX_PIXELS:
             return image.convert("RGB")
-        size = f"{image.width} x {image.height}"
-    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
-        size = "more than 178 megapixels"
     except Exception as error:  # hostile bytes lead Pillow to struct.error, zlib.error, IndexError, MemoryError and others
         # Pillow's own text for unknown bytes names an object's address.
         reason = "its bytes are of neither kind" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise Unusable(Kind.IMAGE, f"cannot be decoded as JPEG or PNG ({reason}); restore it, or {LEAVE_OUT}") from error
-    limit = f"at most {MAX_PIXELS // 10**6} megapixels"
-    raise Unusable(Kind.IMAGE_SIZE, f"got an image of {size}, expected {limit}; shrink it before writing, or {LEAVE_OUT}")
+    text = f"got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS // 10**6} megapixels"
+    raise Unusable(Kind.IMAGE_SIZE, f"{text}; shrink it before writing, or {LEAVE_OUT}")
 
 
 def encode_image(image: Image.Image, kind: str, quality: int = 95) -> bytes:
