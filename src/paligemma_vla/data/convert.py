@@ -23,7 +23,7 @@ from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import Picture, Recording, Recordings
 from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
@@ -221,11 +221,7 @@ def _is_done(conversion: Conversion) -> bool:
         return False
     if not conversion.recorded(output):
         raise DataError(f"{output}: is there already, and is not this conversion; delete it, or give another --output_dir")
-    try:
-        conversion.result(output)
-    except DataError as error:
-        text = f"its record is there, its files are not, or differ ({first_line(error)})"
-        raise DataError(f"{output}: {text}; delete it and convert again") from error
+    conversion.result(output)
     return True
 
 

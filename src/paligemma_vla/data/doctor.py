@@ -239,16 +239,14 @@ class _FileCheck:
         Raises `FaultError` where it cannot be read further.
         """
         row, stop = (int(bound) for bound in self.file.bounds[group : group + 2])
-        why = ""
         try:
             for batch in self.file.batches([column], [group], BATCH_ROWS):
                 yield row, batch.column(0)
                 row += batch.num_rows
-            why = "" if row == stop else f"it ends at row {row}"
+            if row != stop:
+                raise ValueError(f"it ends at row {row}")
         except READ_ERRORS as error:
-            why = first_line(error)
-        if why:
-            raise FaultError(unreadable_group(self.path, group, self.file.bounds, why, column))
+            raise FaultError(unreadable_group(self.path, group, self.file.bounds, first_line(error), column)) from error
 
     def _check_values(self, column: str, values: pa.Array, rows: Rows) -> None:
         """Values of some rows of a column; rows (R,): their numbers in the file."""

@@ -137,14 +137,13 @@ def read_columns(file: EpisodeFile, columns: Sequence[str]) -> pa.Table:
     rows = int(file.bounds[-1])
     try:
         table = file.read(columns)
-        if table.num_rows == rows:
-            return table
-        why: str = f"got {table.num_rows} rows, expected {rows} as its footer says"
-        cause = None
+        if table.num_rows != rows:
+            raise ValueError(f"got {table.num_rows} rows, expected {rows} as its footer says")
+        return table
     except READ_ERRORS as error:
-        why, cause = first_line(error), error
-    what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
-    raise FaultError(Fault(file.path, Kind.GROUP, f"{what}: cannot be read ({why}); restore the file")) from cause
+        what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+        text = f"{what}: cannot be read ({first_line(error)}); restore the file"
+        raise FaultError(Fault(file.path, Kind.GROUP, text)) from error
 
 
 class Format(Protocol):
