@@ -29,7 +29,7 @@ SNIPPETS = (
 PATHS = ("", ".", "..", "/nonexistent/x", "/etc/passwd", "/dev/null", "x" * 5000, "~", "*", "[", "os:system", "torch.nn:Linear")
 TEXT = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), max_size=20)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(PATHS) | st.binary(max_size=3)
-FURTHER = st.sampled_from([0, 1, -1, 10**6, 2**31, 2**63, 10**30, 16**5000, 1e300, datetime.date(2024, 1, 2), "a\0b", "\ud800"])
+FURTHER = st.sampled_from([0, 1, -1, 10**6, 2**31, 2**63, 10**30, 1e300, datetime.date(2024, 1, 2), "a\0b", "\ud800"])
 VALUES = SCALARS | FURTHER | st.lists(SCALARS, max_size=3) | st.dictionaries(SCALARS, SCALARS, max_size=2)
 
 
