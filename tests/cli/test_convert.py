@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ import pytest
 from lerobot_doctor.dataset_loader import load_dataset
 from lerobot_doctor.runner import run_checks
 from PIL import Image
-from tqdm import tqdm
 
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_table, encode, picture, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.convert import Comparison, Conversion, NativeOutput, compare_episode, convert
+from paligemma_vla.data.convert import Comparison, Conversion, NativeOutput, compare_episode, convert, read_episodes
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor
 from paligemma_vla.data.order import SampleRef
-from paligemma_vla.data.reader import Recordings
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
@@ -80,16 +78,15 @@ def refuses(capfd: Any, message: str, *arguments: object) -> None:
 
 def same(first: str, second: str, exact: bool = True) -> None:
     """Hold every value of two sets against each other."""
-    a, b = (Recordings(EpisodeIndex.build(name), range(2)) for name in (first, second))
-    assert a.index.length.tolist() == b.index.length.tolist()
-    for number in range(len(a)):
-        one, two = a.read(number), b.read(number)
+    a, b = (EpisodeIndex.build(name) for name in (first, second))
+    assert a.length.tolist() == b.length.tolist()
+    for one, two in zip(*(read_episodes(index, range(2), range(len(a))) for index in (a, b)), strict=True):
         assert np.array_equal(one.state, two.state)
         assert np.array_equal(one.action, two.action)
         assert (one.prompts, one.is_terminal) == (two.prompts, two.is_terminal)
-        for camera in range(2):
-            for left, right in zip(one.images[camera], two.images[camera], strict=True):
-                pixels = [np.asarray(image.decode(), float) for image in (left, right) if image]
+        for camera, step in product(range(2), range(one.length)):
+            if one.pictures[camera][step] is not None:
+                pixels = [np.asarray(each.decode(camera, step), float) for each in (one, two)]
                 assert np.array_equal(*pixels) if exact else np.abs(pixels[0] - pixels[1]).mean() < 4
 
 
@@ -158,7 +155,7 @@ def test_conversion_says_what_it_left_behind_and_compared(both: tuple[Truth, Pat
     assert code == 0, err
     images = "15 images have the same bytes" if truth.stored["wrist"] else "10 frames were compared, every pixel is equal"
     assert out.splitlines() == [
-        "left behind: observation.images.front, observation.effort",
+        "left behind: observation.effort, front",
         f"verified: 3 episodes, 15 steps; state, action, instructions and flags are equal; {images}",
         str(tmp_path / "out"),
     ]
@@ -341,10 +338,10 @@ def test_comparison_finds(change: Callable[[Episode], Episode], lossless: bool, 
     for name, written in (("a", one), ("b", change(one))):
         with EpisodeWriter(tmp_path / name, METADATA) as writer:
             writer.write(written)
-    source, result = (Recordings(EpisodeIndex.build(str(tmp_path / name)), range(2)) for name in ("a", "b"))
-    assert compare_episode(source.read(0), source.read(0), lossless) == Comparison(10)
+    source, result = (next(read_episodes(EpisodeIndex.build(str(tmp_path / name)), range(2), range(1))) for name in ("a", "b"))
+    assert compare_episode(source, source, lossless) == Comparison(10)
     with pytest.raises(DataError, match=message):
-        compare_episode(source.read(0), result.read(0), lossless)
+        compare_episode(source, result, lossless)
 
 
 def test_result_that_lacks_an_episode_is_an_error_and_gets_no_name(native: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -352,7 +349,7 @@ def test_result_that_lacks_an_episode_is_an_error_and_gets_no_name(native: Path,
     monkeypatch.setattr(NativeOutput, "write", lambda *parts: write(*parts[:4], islice(parts[4], 1, None)))
     conversion = Conversion(EpisodeIndex.build(str(native)), (0, 1), NativeOutput(METADATA, "png", 90), tmp_path / "out")
     with pytest.raises(DataError, match="got 4 episodes of 77 steps, expected 5 of 89"):
-        convert(conversion, 0, lambda total: tqdm(total=total, disable=True))
+        convert(conversion, 0)
     assert not (tmp_path / "out").exists()
 
 

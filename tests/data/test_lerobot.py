@@ -20,10 +20,11 @@ import torch
 import lerobot_sets as sets
 from lerobot_sets import LENGTHS, Truth, edit_json, edit_table, write_set
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.convert import Recording, read_episodes
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.formats.lerobot_meta import Selection
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths, load_exclusions
-from paligemma_vla.data.reader import Recording, Recordings, iterate_numbers
+from paligemma_vla.data.reader import iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, VLAError
@@ -54,13 +55,13 @@ def copied(video_set: Truth, tmp_path: Path) -> Truth:
     return replace(video_set, root=tmp_path / "toy")
 
 
-def read_all(name: str, cameras: int = 2) -> list[Recording]:
-    recordings = Recordings(EpisodeIndex.build(name), range(cameras))
-    return [recordings.read(episode) for episode in range(len(recordings))]
+def read_all(name: str, cameras: int = 2, exclude: ExclusionList | None = None) -> list[Recording]:
+    index = EpisodeIndex.build(name, exclude=exclude)
+    return list(read_episodes(index, range(cameras), range(len(index))))
 
 
 def pixels(recordings: list[Recording], camera: int) -> list[np.ndarray]:
-    return [np.asarray(image.decode()) for one in recordings for image in one.images[camera] if image is not None]
+    return [np.asarray(one.decode(camera, step)) for one in recordings for step in range(one.length)]
 
 
 def test_decoders_keep_no_more_videos_open_than_they_may(video_set: Truth) -> None:
@@ -71,10 +72,10 @@ def test_decoders_keep_no_more_videos_open_than_they_may(video_set: Truth) -> No
 
 
 def test_selection_takes_cameras_by_name_in_the_order_given_and_a_range_of_episodes(truth: Truth) -> None:
-    index = EpisodeIndex.build(f"{truth.name}?cameras=wrist,front&episodes=1:3")
+    name = f"{truth.name}?cameras=wrist,front&episodes=1:3"
+    index, recordings = EpisodeIndex.build(name), read_all(name)
     assert index.length.tolist() == list(LENGTHS[1:3])
     assert index.layout.metadata.cameras == ("wrist", "front")
-    recordings = [Recordings(index, range(2)).read(n) for n in range(2)]
     rows = range(LENGTHS[0], sum(LENGTHS[:3]))
     assert all(map(np.array_equal, pixels(recordings, 0), (truth.pixels["wrist"][row] for row in rows)))
     assert np.array_equal(np.concatenate([one.state for one in recordings]), np.concatenate(truth.state[1:3]))
@@ -127,9 +128,9 @@ def test_selection_that_cannot_be_is_told(video_set: Truth, selection: str, mess
 
 
 def test_single_numbers_and_other_features_do_for_state_and_action(copied: Truth) -> None:
-    index = EpisodeIndex.build(f"{copied.name}?state=observation.effort&action=observation.state")
+    name = f"{copied.name}?state=observation.effort&action=observation.state"
+    index, recording = EpisodeIndex.build(name), read_all(name)[2]
     assert (index.layout.state_dim, index.layout.action_dim, index.layout.metadata.state_names) == (1, 3, ())
-    recording = Recordings(index, [0]).read(2)
     assert recording.state.shape == (LENGTHS[2], 1)
     assert np.array_equal(recording.action, copied.state[2])
 
@@ -241,7 +242,7 @@ def test_check_finds_all_faults_and_its_list_leaves_them_out(copied: Truth, tmp_
     exclude = load_exclusions("list.json")
     index = EpisodeIndex.build("lerobot:toy", exclude=exclude)
     assert index.length.tolist() == [LENGTHS[1], LENGTHS[2]]
-    assert len(pixels([Recordings(index, [0]).read(n) for n in range(2)], 0)) == LENGTHS[1] + LENGTHS[2]
+    assert len(pixels(read_all("lerobot:toy", exclude=exclude), 0)) == LENGTHS[1] + LENGTHS[2]
     with pytest.raises(DataError, match=r"the file, or what is read of it, has changed since"):
         EpisodeIndex.build("lerobot:toy?cameras=wrist", exclude=exclude)
 

@@ -30,17 +30,13 @@ from paligemma_vla.data.formats import find_format, identify_file, open_file
 from paligemma_vla.data.formats.lerobot_meta import Selection, find_root, parse_range
 from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
-from paligemma_vla.data.reader import Recordings, episode_prompts
+from paligemma_vla.data.reader import episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.preprocess import configured_prompt_and_image_spec
 
 NATIVE, LEROBOT = "native", "lerobot"
 PREFIX = f"{LEROBOT}:"
-METADATA = (
-    *("state_names", "state_units", "action_names", "action_units", "action_representation", "action_rotation"),
-    *("control_hz", "image_orientation", "robot"),
-)
 SLOW_GROUP_ROWS = 512
 SHOWN_PER_FILE = SHOWN_INSTRUCTIONS = 20
 
@@ -104,7 +100,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "camera_names": metadata.cameras,
         "state_dim": index.layout.state_dim,
         "action_dim": index.layout.action_dim,
-        **{name: getattr(metadata, name) for name in METADATA},
+        **{name: value for name, value in vars(metadata).items() if name not in ("cameras", "extra")},
         "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": int(group_sizes.max()),
@@ -219,21 +215,19 @@ def convert(args: argparse.Namespace) -> int:
         raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
     source = args.source or named
     _check_flags(args, source)
-    selection = Selection.parse(args.input.removeprefix(PREFIX), "--input") if source == LEROBOT else None
-    _check_output(args, None if selection is None else find_root(selection.path))
-    if selection is not None:  # the selection of episodes and cameras belongs to the name of the source
-        index = EpisodeIndex.build(f"{PREFIX}{replace(selection, **_selected(args))}", "--input")
-        cameras = tuple(range(index.layout.cameras))
-    else:
-        index = EpisodeIndex.build(args.input, "--input")
-        cameras = _select_cameras(index, args.cameras)
-        index = _select_episodes(index, args.episodes)
+    name = args.input if source == named else PREFIX + args.input
+    _check_output(args, name)
+    index = EpisodeIndex.build(name, "--input")
+    names = _camera_names(index)
+    cameras = _select_cameras(names, args.cameras)
+    index = _select_episodes(index, args.episodes)
+    with open_file(index.paths[int(index.file[0])]) as file:
+        unused = [*file.unused, *(name for number, name in enumerate(names) if number not in cameras)]
     conversion = Conversion(index, cameras, _output_format(args, index, cameras), args.output_dir)
-    if unused := _unused(index, cameras):
+    if unused:
         sys.stdout.write(f"left behind: {', '.join(unused)}\n")
         sys.stdout.flush()
-    bar: Any = {"unit": " steps", "desc": "convert", "dynamic_ncols": True}
-    compared = run_conversion(conversion, args.workers, lambda total: tqdm(total=total, **bar))
+    compared = run_conversion(conversion, args.workers)
     if compared is None:
         sys.stdout.write(f"{args.output_dir}: is there already, converted and verified; nothing was done\n")
     else:
@@ -248,20 +242,29 @@ def _check_flags(args: argparse.Namespace, source: str) -> None:
         raise ConfigError(f"--fps: got {args.fps}, expected more than 0 and less than 1000")
 
 
-def _check_output(args: argparse.Namespace, root: str | Path | None) -> None:
-    """Refuse an output within the input: it would be part of the data from then on. root: folder of a LeRobot input."""
-    found = [args.input] if os.path.exists(args.input) else glob.glob(args.input, recursive=True)
-    folders = [path for path in found if os.path.isdir(path)] if root is None else [root]
+def _check_output(args: argparse.Namespace, name: str) -> None:
+    """Refuse an output within the input: it would be part of the data from then on."""
+    found = [args.input, *glob.glob(args.input, recursive=True)]
+    if name.startswith(PREFIX):
+        found = [find_root(Selection.parse(name.removeprefix(PREFIX), "--input").path)]
     output = Path(os.path.realpath(args.output_dir))
-    for folder in folders:
+    for folder in filter(os.path.isdir, found):
         if output.is_relative_to(os.path.realpath(folder)):
             raise DataError(f"--output_dir: {args.output_dir}: got a folder within the input, {folder}; give one outside of it")
 
 
-def _selected(args: argparse.Namespace) -> dict[str, Any]:
-    """What --cameras and --episodes change in the selection of a LeRobot input."""
-    selected: dict[str, Any] = {"cameras": tuple(args.cameras)} if args.cameras else {}
-    return selected | ({"episodes": parse_range(args.episodes, "--episodes")} if args.episodes else {})
+def _camera_names(index: EpisodeIndex) -> list[str]:
+    """Names of the cameras; `image_N` where the data has none."""
+    names, count = index.layout.metadata.cameras, index.layout.cameras
+    return [names[number] if number < len(names) else f"image_{number + 1}" for number in range(count)]
+
+
+def _select_cameras(known: list[str], names: list[str] | None) -> tuple[int, ...]:
+    """Numbers of the cameras that are wanted, in their order; of all without `names`."""
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"--cameras: got '{name}', expected of {', '.join(known)}")
+    return tuple(known.index(name) for name in dict.fromkeys(known if names is None else names))
 
 
 def _select_episodes(index: EpisodeIndex, text: str | None) -> EpisodeIndex:
@@ -272,20 +275,6 @@ def _select_episodes(index: EpisodeIndex, text: str | None) -> EpisodeIndex:
     if not first < stop <= len(index):
         raise ConfigError(f"--episodes: got {first}:{stop}, expected a range within 0:{len(index)}")
     return index.select(np.arange(first, stop))
-
-
-def _select_cameras(index: EpisodeIndex, names: list[str] | None) -> tuple[int, ...]:
-    known = {name: number for number, name in enumerate(_camera_names(index))}
-    for name in names or ():
-        if name not in known:
-            raise ConfigError(f"--cameras: got '{name}', expected of {', '.join(known)}")
-    return tuple(known[name] for name in dict.fromkeys(known if names is None else names))
-
-
-def _camera_names(index: EpisodeIndex) -> list[str]:
-    """Names of the cameras; `image_N` where the data has none."""
-    names, count = index.layout.metadata.cameras, index.layout.cameras
-    return [names[number] if number < len(names) else f"image_{number + 1}" for number in range(count)]
 
 
 def _output_format(args: argparse.Namespace, index: EpisodeIndex, cameras: Sequence[int]) -> OutputFormat:
@@ -301,12 +290,5 @@ def _output_format(args: argparse.Namespace, index: EpisodeIndex, cameras: Seque
     if metadata.control_hz and fps != metadata.control_hz:
         raise ConfigError(f"--fps: got {fps:g}, expected {metadata.control_hz:g} as the data says (control_hz); leave it out")
     layout = replace(index.layout, cameras=len(cameras), metadata=metadata)
-    tasks = tuple(Recordings(index, tuple(cameras)).instructions())
+    tasks = tuple(instructions(index))
     return LeRobotOutput(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout, tasks)
-
-
-def _unused(index: EpisodeIndex, cameras: Sequence[int]) -> list[str]:
-    """What the source has and the result will not have."""
-    with open_file(index.paths[int(index.file[0])]) as file:
-        unused = list(file.unused)
-    return unused + [name for number, name in enumerate(_camera_names(index)) if number not in cameras]

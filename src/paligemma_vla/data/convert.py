@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,17 @@ from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
 
+from paligemma_vla.data.faults import located, prompt_of
+from paligemma_vla.data.formats import Pictures, open_file
 from paligemma_vla.data.images import encode_image
-from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.data.reader import Picture, Recording, Recordings
+from paligemma_vla.data.index import EpisodeIndex, read_flags
+from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter
 from paligemma_vla.errors import DataError
-from paligemma_vla.schema import DatasetMetadata, Episode
+from paligemma_vla.schema import PROMPT, DatasetMetadata, Episode, image_column
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
 
@@ -34,8 +38,76 @@ NATIVE_EPISODES = 16  # of a file: few enough that a small data set keeps severa
 SAMPLED = 4  # images of an episode and camera that are decoded and compared, when their bytes are not the same
 LEAST_PSNR = 20.0  # dB; a lossy codec's usual pictures have 30 and more, another picture has 10 or so
 CLOSER = 1.0  # mean difference in levels by which a picture's neighbour may be more like it without a complaint
-Progress = Callable[[int], contextlib.AbstractContextManager[Any]]
+CACHE_BYTES = 64 * 2**20  # of the reader of one shard
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One episode of L steps, whose images are read when they are asked for.
+
+    file, row: where its first step is stored. cameras: their numbers in the file, from 0. state (L, P), action (L, A).
+    prompts: an instruction per step. pictures: per camera and step, where the image is among those that were read with it;
+    None where the camera is absent.
+    """
+
+    file: str
+    row: int
+    cameras: Sequence[int]
+    state: NDArray[np.float32]
+    action: NDArray[np.float32]
+    prompts: list[str]
+    pictures: list[list[tuple[Pictures, int] | None]]
+    is_terminal: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.action)
+
+    def where(self, step: int = 0) -> str:
+        """File and row of a step."""
+        return f"{self.file}: row {self.row + step}"
+
+    def encoded(self, camera: int, step: int) -> bytes | None:
+        """A present image as it is stored, when that is an encoded image of its own. Raises `FaultError`."""
+        pictures, number = self._find(camera, step)
+        with located(self.file, self.row + step, image_column(self.cameras[camera] + 1)):
+            return pictures.encoded(number)
+
+    def decode(self, camera: int, step: int) -> Image.Image:
+        """A present image as RGB. Raises `FaultError`."""
+        pictures, number = self._find(camera, step)
+        with located(self.file, self.row + step, image_column(self.cameras[camera] + 1)):
+            return pictures.decode(number)
+
+    def _find(self, camera: int, step: int) -> tuple[Pictures, int]:
+        found = self.pictures[camera][step]
+        assert found is not None
+        return found
+
+
+def read_episodes(index: EpisodeIndex, cameras: Sequence[int], episodes: Sequence[int]) -> Iterator[Recording]:
+    """Some episodes of an index, one by one, with the cameras numbered `cameras` (from 0). Raises `DataError`."""
+    terminal: dict[int, set[int]] = {}
+    with contextlib.closing(EpisodeReader(index, max(cameras) + 1, CACHE_BYTES)) as reader:
+        for episode in episodes:
+            file, start, length = (int(values[episode]) for values in (index.file, index.start, index.length))
+            path, rows = index.paths[file], range(start, start + length)
+            if file not in terminal:
+                with open_file(path) as source:
+                    terminal = {file: set(read_flags(source).terminal.tolist())}
+            states, prompts = [], []
+            pictures: list[list[tuple[Pictures, int] | None]] = [[] for _ in cameras]
+            for row in rows:
+                group, number = reader.group_of(file, row)
+                states.append(group.state[number])
+                with located(path, row, PROMPT):
+                    prompts.append(prompt_of(group.prompt, number))
+                for camera, found in zip(cameras, pictures, strict=True):
+                    column = group.images[camera]
+                    found.append((column, number) if column is not None and column.present(number) else None)
+            action = reader.actions(file, start, start + length)
+            yield Recording(path, start, cameras, np.stack(states), action, prompts, pictures, rows[-1] in terminal[file])
 
 
 class OutputFormat(Protocol):
@@ -106,14 +178,17 @@ class NativeOutput:
             if text != prompt:
                 got = f"step {step}: got the instruction {text[:60]!r}, expected {prompt[:60]!r} as at the first step"
                 raise DataError(f"{recording.where()}: {got}: an episode file has one; read the data directly: lerobot:PATH")
-        images = [[None if picture is None else self._encoded(picture) for picture in camera] for camera in recording.images]
+        cameras, steps = range(len(recording.pictures)), range(recording.length)
+        images = [[self._encoded(recording, camera, step) for step in steps] for camera in cameras]
         return Episode(images, recording.state, recording.action, prompt, recording.is_terminal)
 
-    def _encoded(self, picture: Picture) -> bytes:
-        data = picture.encoded()
+    def _encoded(self, recording: Recording, camera: int, step: int) -> bytes | None:
+        if recording.pictures[camera][step] is None:
+            return None
+        data = recording.encoded(camera, step)
         if data is not None and data.startswith(IMAGE_MAGIC):
             return data
-        return encode_image(picture.decode(), self.image_format, self.quality)
+        return encode_image(recording.decode(camera, step), self.image_format, self.quality)
 
 
 @dataclass(frozen=True)
@@ -156,7 +231,12 @@ class Conversion:
         except (OSError, ValueError):
             return False
 
-    def result(self, folder: Path) -> EpisodeIndex:
+    @cached_property
+    def result(self) -> EpisodeIndex:
+        """The index of what was written, before it gets its name."""
+        return self.open_result(self.partial)
+
+    def open_result(self, folder: Path) -> EpisodeIndex:
         """The index of the result in a folder. Raises `DataError` when it has other episodes than the source."""
         result = EpisodeIndex.build(f"{self.form.prefix}{folder}", str(folder))
         got, expected = result.length.tolist(), self.index.length.tolist()
@@ -188,18 +268,18 @@ class Comparison:
         return "; ".join(parts)
 
 
-def convert(conversion: Conversion, workers: int, progress: Progress) -> str | None:
+def convert(conversion: Conversion, workers: int) -> str | None:
     """Convert, verify, publish; returns what was compared, in words, None when the output was there already, complete.
 
-    progress: called with the number of time steps, each counted once when written and once when compared. workers:
-    processes; 0 does it all in this one. Raises `DataError`: for an output that is something else, for a source that cannot be
-    read, and for a result that differs from it.
+    workers: processes; 0 does it all in this one. Raises `DataError`: for an output that is something else, for a source that
+    cannot be read, and for a result that differs from it.
     """
     if _is_done(conversion):
         return None
     index, shards, comparison = conversion.index, len(conversion.shards), Comparison()
     pool = WorkerPool(workers, _prepare, (conversion,))
-    with _workspace(conversion) as folder, progress(2 * index.steps) as bar, pool:
+    bar = tqdm(total=2 * index.steps, unit=" steps", desc="convert", dynamic_ncols=True)  # written, and compared
+    with _workspace(conversion) as folder, bar, pool:
         missing = conversion.missing()
         bar.update(index.steps - sum(map(conversion.steps, missing)))
         if len(missing) < shards:
@@ -207,7 +287,7 @@ def convert(conversion: Conversion, workers: int, progress: Progress) -> str | N
         for steps in pool.map(_write, missing):
             bar.update(steps)
         conversion.form.finish(folder, shards)
-        conversion.result(folder)
+        conversion.open_result(folder)
         for shard, compared in enumerate(pool.map(_verify, range(shards))):
             comparison.add(compared)
             bar.update(conversion.steps(shard))
@@ -221,7 +301,7 @@ def _is_done(conversion: Conversion) -> bool:
         return False
     if not conversion.recorded(output):
         raise DataError(f"{output}: is there already, and is not this conversion; delete it, or give another --output_dir")
-    conversion.result(output)
+    conversion.open_result(output)
     return True
 
 
@@ -257,40 +337,31 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         lock.release()
 
 
-class _Worker:
-    """What a process keeps from job to job."""
-
-    def __init__(self, conversion: Conversion) -> None:
-        self.conversion = conversion
-        self.source = Recordings(conversion.index, conversion.cameras)
-
-    @cached_property
-    def result(self) -> Recordings:
-        return Recordings(self.conversion.result(self.conversion.partial), range(len(self.conversion.cameras)))
-
-
-_worker: list[_Worker] = []
+_conversion: list[Conversion] = []  # of this process
 
 
 def _prepare(conversion: Conversion) -> None:
-    _worker[:] = [_Worker(conversion)]
+    _conversion[:] = [conversion]
 
 
 def _write(shard: int) -> int:
     """Write one shard; returns its steps."""
-    conversion, source = _worker[0].conversion, _worker[0].source
+    (conversion,) = _conversion
     episodes = conversion.shards[shard]
     first = episodes.start, int(conversion.index.length[: episodes.start].sum())
-    conversion.form.write(conversion.partial, shard, first, map(source.read, episodes))
+    recordings = read_episodes(conversion.index, conversion.cameras, episodes)
+    conversion.form.write(conversion.partial, shard, first, recordings)
     return conversion.steps(shard)
 
 
 def _verify(shard: int) -> Comparison:
     """As `compare_episode`, of a shard's episodes together."""
-    worker, comparison = _worker[0], Comparison()
-    for episode in worker.conversion.shards[shard]:
-        source, result = worker.source.read(episode), worker.result.read(episode)
-        comparison.add(compare_episode(source, result, worker.conversion.form.lossless))
+    (conversion,), comparison = _conversion, Comparison()
+    episodes = conversion.shards[shard]
+    sources = read_episodes(conversion.index, conversion.cameras, episodes)
+    results = read_episodes(conversion.result, range(len(conversion.cameras)), episodes)
+    for source, result in zip(sources, results, strict=True):
+        comparison.add(compare_episode(source, result, conversion.form.lossless))
     return comparison
 
 
@@ -304,36 +375,29 @@ def compare_episode(source: Recording, result: Recording, lossless: bool) -> Com
         if (got.tobytes() != expected.tobytes()) if isinstance(got, np.ndarray) else (got != expected):
             raise DataError(difference % f"{name}: got {str(got)[:80]}, expected {str(expected)[:80]}")
     comparison = Comparison()
-    for camera, (before, after) in enumerate(zip(source.images, result.images, strict=True), 1):
+    for camera, (before, after) in enumerate(zip(source.pictures, result.pictures, strict=True)):
         different = []
         for step, (original, picture) in enumerate(zip(before, after, strict=True)):
-            if original is None or picture is None:
-                if original is not picture:
-                    raise DataError(difference % f"camera {camera}, step {step}: an image is there in only one of them")
+            if (original is None) != (picture is None):
+                raise DataError(difference % f"camera {camera + 1}, step {step}: an image is there in only one of them")
+            if original is None:
                 continue
-            data = original.encoded()
-            if data is None or data != picture.encoded():
+            data = source.encoded(camera, step)
+            if data is None or data != result.encoded(camera, step):
                 different.append(step)
             else:
                 comparison.identical += 1
         for number in np.unique(np.linspace(0, len(different) - 1, min(SAMPLED, len(different))).round().astype(int)):
-            psnr, fault = _compare_frame(before, after, different[number], lossless)
+            psnr, fault = _compare_frame(source, result, camera, different[number], lossless)
             if fault:
-                raise DataError(difference % f"camera {camera}, step {different[number]}: {fault}")
+                raise DataError(difference % f"camera {camera + 1}, step {different[number]}: {fault}")
             comparison.add(Comparison(0, 1, psnr))
     return comparison
 
 
-def _compare_frame(
-    source: Sequence[Picture | None], result: Sequence[Picture | None], step: int, lossless: bool
-) -> tuple[float, str]:
+def _compare_frame(source: Recording, result: Recording, camera: int, step: int, lossless: bool) -> tuple[float, str]:
     """PSNR of one frame, in dB, and what is wrong with it."""
-
-    def pixels(picture: Picture | None) -> NDArray[np.float64]:
-        assert picture is not None
-        return np.asarray(picture.decode(), np.float64)
-
-    expected, got = pixels(source[step]), pixels(result[step])
+    expected, got = (np.asarray(recording.decode(camera, step), np.float64) for recording in (source, result))
     if got.shape != expected.shape:
         return 0.0, f"got an image of {got.shape[:2]}, expected {expected.shape[:2]}"
     error = float(((got - expected) ** 2).mean())
@@ -343,7 +407,9 @@ def _compare_frame(
     if psnr < LEAST_PSNR:
         return psnr, f"got PSNR {psnr:.1f} dB, expected {LEAST_PSNR:g} dB at least; a smaller --crf loses less"
     for neighbour in (step - 1, step + 1):  # a picture that is one step off may still look much the same
-        other = source[neighbour] if 0 <= neighbour < len(source) else None
-        if other is not None and np.abs(got - pixels(other)).mean() + CLOSER < np.abs(got - expected).mean():
+        if not 0 <= neighbour < source.length or source.pictures[camera][neighbour] is None:
+            continue
+        other = np.asarray(source.decode(camera, neighbour), np.float64)
+        if np.abs(got - other).mean() + CLOSER < np.abs(got - expected).mean():
             return psnr, f"got an image more like step {neighbour} than its own"
     return psnr, ""

@@ -1,4 +1,4 @@
-"""Rows of indexed episode files: on demand through a bounded cache, as a stream of numbers, or episode by episode."""
+"""Rows of indexed episode files: on demand through a bounded cache, or as a stream of numbers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import (
@@ -29,14 +27,13 @@ from paligemma_vla.data.faults import (
     unreadable_group,
 )
 from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, open_file, read_columns
-from paligemma_vla.data.index import EpisodeIndex, read_flags
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
 from paligemma_vla.schema import Rows
 
 OPEN_FILES, FOOTER_BYTES = 64, 2**25  # files that are kept open, and about what their footers take
 READING_THREADS = 4  # requests at a time of one loader process
-EPISODE_CACHE_BYTES = 64 * 2**20
 Numbers = NDArray[np.int64]
 
 
@@ -386,6 +383,15 @@ def episode_prompts(index: EpisodeIndex, file: int) -> list[str]:
     return _prompts(index.paths[file], index.start[index.file == file])
 
 
+def instructions(index: EpisodeIndex) -> list[str]:
+    """Different instructions of all steps of an index, in the order of their first occurrence. Raises `DataError`."""
+    found: dict[str, None] = {}
+    for file in np.unique(index.file).tolist():
+        rows = np.arange(index.row_groups(file)[-1])
+        found.update(dict.fromkeys(_prompts(index.paths[file], rows[index.has_rows(file, rows)])))
+    return list(found)
+
+
 def _prompts(path: str, rows: Rows) -> list[str]:
     """The instructions at some rows of a file."""
     with open_file(path) as source:
@@ -395,99 +401,3 @@ def _prompts(path: str, rows: Rows) -> list[str]:
         with located(path, row, schema.PROMPT):
             prompts.append(prompt_of(column, row))
     return prompts
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of an episode. file, row, column: where it is stored, for messages."""
-
-    pictures: Pictures
-    number: int
-    file: str
-    row: int
-    column: str
-
-    def encoded(self) -> bytes | None:
-        """As it is stored, when that is an encoded image of its own. Raises `FaultError`."""
-        with located(self.file, self.row, self.column):
-            return self.pictures.encoded(self.number)
-
-    def decode(self) -> Image.Image:
-        """As RGB. Raises `FaultError`."""
-        with located(self.file, self.row, self.column):
-            return self.pictures.decode(self.number)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One episode of L steps: state (L, P), action (L, A), an instruction per step, images per camera and step.
-
-    file, row: where its first step is stored, for messages. An image is None where the camera is absent.
-    """
-
-    file: str
-    row: int
-    state: NDArray[np.float32]
-    action: NDArray[np.float32]
-    prompts: list[str]
-    images: list[list[Picture | None]]
-    is_terminal: bool
-
-    @property
-    def length(self) -> int:
-        return len(self.action)
-
-    def where(self, step: int = 0) -> str:
-        """File and row of a step."""
-        return f"{self.file}: row {self.row + step}"
-
-
-class Recordings:
-    """The episodes of an index, one by one, for whoever writes them in another format. cameras: numbers, from 0."""
-
-    def __init__(self, index: EpisodeIndex, cameras: Sequence[int]) -> None:
-        self.index, self.cameras = index, tuple(cameras)
-        self.reader = EpisodeReader(index, max(cameras) + 1, EPISODE_CACHE_BYTES)
-        self._terminal_rows = lru_cache(maxsize=16)(self._read_terminal_rows)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, episode: int) -> Recording:
-        """One episode; images are decoded when they are asked for. Raises `DataError` naming file, row and column."""
-        index = self.index
-        file, start, length = (int(values[episode]) for values in (index.file, index.start, index.length))
-        path, rows = index.paths[file], range(start, start + length)
-        states, prompts = [], []
-        images: list[list[Picture | None]] = [[] for _ in self.cameras]
-        for row in rows:
-            group, number = self.reader.group_of(file, row)
-            states.append(group.state[number])
-            with located(path, row, schema.PROMPT):
-                prompts.append(prompt_of(group.prompt, number))
-            for camera, column in zip(self.cameras, images, strict=True):
-                pictures = group.images[camera]
-                present = pictures is not None and pictures.present(number)
-                name = schema.image_column(camera + 1)
-                column.append(Picture(pictures, number, path, row, name) if pictures is not None and present else None)
-        return Recording(
-            file=path,
-            row=start,
-            state=np.stack(states),
-            action=self.reader.actions(file, start, start + length),
-            prompts=prompts,
-            images=images,
-            is_terminal=rows[-1] in self._terminal_rows(file),
-        )
-
-    def instructions(self) -> list[str]:
-        """Different instructions of all steps, in the order of their first occurrence. Raises `DataError`."""
-        found: dict[str, None] = {}
-        for file in np.unique(self.index.file).tolist():
-            rows = np.arange(self.index.row_groups(file)[-1])
-            found.update(dict.fromkeys(_prompts(self.index.paths[file], rows[self.index.has_rows(file, rows)])))
-        return list(found)
-
-    def _read_terminal_rows(self, file: int) -> frozenset[int]:
-        with open_file(self.index.paths[file]) as source:
-            return frozenset(read_flags(source).terminal.tolist())

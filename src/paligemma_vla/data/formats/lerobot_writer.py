@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from paligemma_vla.data.convert import Recording
 from paligemma_vla.data.images import encode_image
-from paligemma_vla.data.reader import Recording
 from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.data.writer import parquet_writer
 from paligemma_vla.errors import DataError
@@ -202,7 +202,10 @@ class LeRobotOutput:
             for recording in recordings:
                 episode, step = first[0] + len(entries), first[1] + sum(entry["length"] for entry in entries)
                 begins = [video.frames / self.fps for video in videos]
-                stats, images = self._write_images(recording, videos, sizes)
+                stats, images = dict[str, Stats](), dict[str, list[bytes]]()
+                for camera, key in enumerate(self.camera_keys):
+                    video = videos[camera] if self.video else None
+                    stats[key], images[key] = self._write_camera(recording, camera, video, sizes)
                 columns = self._values(recording, episode, step)
                 table.write_table(self._table(columns, images), row_group_size=max(recording.length, 1))
                 stats.update({key: _number_stats(values) for key, values in columns.items()})
@@ -210,31 +213,30 @@ class LeRobotOutput:
                 entry = {"episode_index": episode, "tasks": tasks, "length": recording.length, "from": step}
                 entries.append({**entry, "file": number, "begins": begins, "stats": stats})
 
-    def _write_images(
-        self, recording: Recording, videos: Sequence[VideoWriter], sizes: dict[str, Size]
-    ) -> tuple[dict[str, Stats], dict[str, list[bytes]]]:
-        """Write frames, or collect encoded images, by camera; and statistics of some of them."""
-        stats, stored = {}, {}
-        sampled = _sampled_steps(recording.length)
-        for camera, (key, pictures) in enumerate(zip(self.camera_keys, recording.images, strict=True)):
-            images, counted = list[bytes](), list[Stats]()
-            for step, picture in enumerate(pictures):
-                where = f"{recording.where(step)}: camera {key}"
-                if picture is None:
-                    text = "got no image, expected one: LeRobot cannot leave one out"
-                    raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
-                if self.video or step in sampled or step == 0:
-                    pixels = np.asarray(picture.decode())
-                    _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
-                    if step in sampled:
-                        thin = max(1, max(pixels.shape) // LARGEST_SIDE)
-                        counted.append(_number_stats(pixels[::thin, ::thin].reshape(-1, 3)))
-                    if self.video:
-                        videos[camera].write(pixels, where)
-                if not self.video:
-                    images.append(picture.encoded() or encode_image(picture.decode(), "png"))
-            stats[key], stored[key] = _image_stats(counted), images
-        return stats, {} if self.video else stored
+    def _write_camera(
+        self, recording: Recording, camera: int, video: VideoWriter | None, sizes: dict[str, Size]
+    ) -> tuple[Stats, list[bytes]]:
+        """Write the frames of one camera, or return its encoded images; and statistics of some of them."""
+        key, sampled = self.camera_keys[camera], _sampled_steps(recording.length)
+        images, counted = list[bytes](), list[Stats]()
+        for step in range(recording.length):
+            where = f"{recording.where(step)}: camera {key}"
+            if recording.pictures[camera][step] is None:
+                text = "got no image, expected one: LeRobot cannot leave one out"
+                raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
+            data = recording.encoded(camera, step) if video is None else None
+            if data is None or step in sampled or step == 0:
+                picture = recording.decode(camera, step)
+                pixels = np.asarray(picture)
+                _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
+                if step in sampled:
+                    thin = max(1, max(pixels.shape) // LARGEST_SIDE)
+                    counted.append(_number_stats(pixels[::thin, ::thin].reshape(-1, 3)))
+                if video is not None:
+                    video.write(pixels, where)
+                    continue
+            images.append(data or encode_image(picture, "png"))
+        return _image_stats(counted), images
 
     def _values(self, recording: Recording, episode: int, step: int) -> dict[str, NDArray[Any]]:
         """Everything but images, by column. episode, step: numbers of the episode and of its first step."""
@@ -251,19 +253,16 @@ class LeRobotOutput:
         }
 
     def _table(self, columns: dict[str, NDArray[Any]], images: dict[str, list[bytes]]) -> pa.Table:
-        arrays, schema = [], self.schema()
+        schema, rows = self.schema(), dict[str, list[Any]]()
         for field in schema:
             if field.name in images:
                 kinds = [".png" if data.startswith(b"\x89PNG") else ".jpg" for data in images[field.name]]
-                names = [f"frame-{step:06d}{kind}" for step, kind in enumerate(kinds)]
-                parts = [pa.array(images[field.name], pa.binary()), pa.array(names, pa.string())]
-                arrays.append(pa.StructArray.from_arrays(parts, names=["bytes", "path"]))
-            elif pa.types.is_fixed_size_list(field.type):
-                values = np.ascontiguousarray(columns[field.name], np.float32)
-                arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
+                stored = enumerate(zip(images[field.name], kinds, strict=True))
+                rows[field.name] = [{"bytes": data, "path": f"frame-{step:06d}{kind}"} for step, (data, kind) in stored]
             else:
-                arrays.append(pa.array(columns[field.name].reshape(-1), field.type))
-        return pa.table(arrays, schema=schema)
+                values = columns[field.name]
+                rows[field.name] = (values if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)).tolist()
+        return pa.table(rows, schema=schema)
 
     def _write_lists(self, meta: Path, entries: Sequence[dict[str, Any]]) -> None:
         """The lists of tasks and of episodes."""
