@@ -23,7 +23,7 @@ from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import VLADataset
-from paligemma_vla.evaluation.open_loop import Samples, predict
+from paligemma_vla.evaluation.open_loop import predict, read_sample
 from paligemma_vla.model.quantize import KINDS, quantize, weight_bytes
 
 ROUNDS, COMPARED = 200, 256
@@ -44,8 +44,7 @@ def by_main_eval(args: argparse.Namespace, weights: str | None) -> dict[str, flo
 def changes(policies: list[Policy], data: str) -> list[float]:
     """How far each policy's actions lie from the first one's, from the same noise: mean absolute difference, real units."""
     dataset = VLADataset(EpisodeIndex.build(data), policies[0].preprocessor, policies[0].config)
-    samples = Samples(dataset, policies[0])
-    chosen = [samples.read(int(number)) for number in np.linspace(0, len(dataset) - 1, COMPARED)]
+    chosen = [read_sample(dataset, int(number)) for number in np.linspace(0, len(dataset) - 1, COMPARED)]
     answers = [predict(policy, chosen, 0, None) for policy in policies]
     return [float(np.abs(answer - answers[0]).mean()) for answer in answers]
 

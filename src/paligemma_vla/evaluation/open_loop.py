@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, batches, read_chunk
 from paligemma_vla.data.order import SampleRef, ValidationSampler
+from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
-from paligemma_vla.schema import Observation
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.storage import atomic_file
 
@@ -85,16 +85,15 @@ def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: O
     began = time.perf_counter()
     index = data if isinstance(data, EpisodeIndex) else EpisodeIndex.build(data, "--eval_data_path")
     check_same_robot(index, policy)
-    samples = Samples(VLADataset(index, policy.preprocessor, policy.config), policy)
+    dataset = VLADataset(index, policy.preprocessor, policy.config)
     try:
-        table, velocity_loss, chosen = _errors(policy, samples, config)
-        euler = _euler_table(policy, samples, config)
-        traces = tuple(_traces(policy, samples, config))
+        figures, chosen = _errors(policy, dataset, config)
+        euler = _euler_table(policy, dataset, config)
+        traces = tuple(_traces(policy, dataset, config))
     except torch.OutOfMemoryError as error:
         raise VLAError(f"out of memory with --batch_size {config.batch_size}: reduce it, or use --device cpu") from error
     metrics = {
-        **_figures(policy, table),
-        "velocity_loss": velocity_loss,
+        **figures,
         "euler_steps": euler,
         "samples": chosen,
         "samples_available": index.steps,
@@ -149,36 +148,39 @@ class Sample:
     index: int
     episode: int
     step: int
-    observation: Observation
+    observation: dict[str, Any]
     actions: Floats
     mask: NDArray[np.bool_]
 
 
-class Samples:
-    """Steps of episodes as a robot would present them, read from the files behind a `VLADataset`."""
+def read_observation(reader: EpisodeReader, episode: int, step: int) -> dict[str, Any]:
+    """A step as a robot would present it: state, prompt, and `image_1 ...` (H, W, 3) uint8 of the cameras that have a picture.
 
-    def __init__(self, dataset: VLADataset, policy: Policy) -> None:
-        self.dataset, self.index = dataset, dataset.index
-        self.cameras, self.horizon = len(policy.metadata["cameras"]), int(policy.metadata["horizon"])
+    Raises `DataError` naming file, row and column.
+    """
+    index = reader.index
+    file, row = int(index.file[episode]), int(index.start[episode]) + step
+    rows, number = reader.group_of(file, row)
+    observation = {"state": rows.state[number], "prompt": rows.prompt[number].as_py()}
+    for camera, column in enumerate(rows.images, start=1):
+        if column is not None and column.present(number):
+            where = f"{index.paths[file]}: row {row}, column {schema.image_column(camera)}"
+            observation[schema.image_key(camera)] = np.asarray(decode_picture(column, number, where))
+    return observation
 
-    def batches(self, count: int, batch_size: int) -> Iterator[tuple[list[SampleRef], list[Sample]]]:
-        """So many steps, evenly spread over the data."""
-        for refs in ValidationSampler(len(self.dataset), count, batch_size, 0, 1):
-            yield refs, [self.read(ref.sample) for ref in refs]
 
-    def read(self, sample: int) -> Sample:
-        """Decode one step. Raises `DataError` naming file, row and column."""
-        episode, step = self.dataset.locate(sample)
-        file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
-        rows, number = self.dataset.reader.group_of(file, row)
-        observation: dict[str, Any] = {"state": rows.state[number], "prompt": rows.prompt[number].as_py()}
-        for camera, column in enumerate(rows.images[: self.cameras], start=1):
-            if column is not None and column.present(number):
-                where = f"{self.index.paths[file]}: row {row}, column {schema.image_column(camera)}"
-                observation[schema.image_key(camera)] = np.asarray(decode_picture(column, number, where))
-        actions, mask = read_chunk(self.dataset.reader, episode, step, self.horizon)
-        actions = self.dataset.preprocessor.actions.canonical(actions)  # rotations written as the policy writes them
-        return Sample(sample, episode, step, observation, actions, mask)  # type: ignore[arg-type]
+def read_sample(dataset: VLADataset, sample: int) -> Sample:
+    """Decode one step and the actions that followed. Raises as `read_observation`."""
+    episode, step = dataset.locate(sample)
+    actions, mask = read_chunk(dataset.reader, episode, step, dataset.config.model.action_head_config.horizon)
+    actions = dataset.preprocessor.actions.canonical(actions)  # rotations written as the policy writes them
+    return Sample(sample, episode, step, read_observation(dataset.reader, episode, step), actions, mask)
+
+
+def _batches(dataset: VLADataset, count: int, batch_size: int) -> Iterator[tuple[list[SampleRef], list[Sample]]]:
+    """So many steps, evenly spread over the data."""
+    for refs in ValidationSampler(len(dataset), count, batch_size, 0, 1):
+        yield refs, [read_sample(dataset, ref.sample) for ref in refs]
 
 
 def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int | None) -> Floats:
@@ -188,64 +190,60 @@ def predict(policy: Policy, samples: Sequence[Sample], seed: int, num_steps: int
 
 
 class ErrorSums:
-    """Sums of absolute and squared errors per horizon step and dimension, over the valid steps only; the range of the true."""
+    """Sums of absolute and of squared errors (2, K, A), over the valid steps only; the range of the true."""
 
     def __init__(self, horizon: int, dimension: int) -> None:
-        self.sums = {"mae": np.zeros((horizon, dimension)), "mse": np.zeros((horizon, dimension))}
-        self.count = np.zeros(horizon, np.int64)
+        self.sums, self.count = np.zeros((2, horizon, dimension)), np.zeros(horizon, np.int64)
         self.low, self.high = np.full(dimension, np.inf), np.full(dimension, -np.inf)
 
     def add(self, predicted: NDArray[Any], true: Floats, mask: NDArray[np.bool_]) -> None:
         """predicted broadcasts to true (B, K, A); mask (B, K)."""
         difference = np.where(mask[..., None], predicted - true.astype(np.float64), 0.0)
-        self.sums["mae"] += np.abs(difference).sum(0)
-        self.sums["mse"] += np.square(difference).sum(0)
+        self.sums += np.abs(difference).sum(0), np.square(difference).sum(0)
         self.count += mask.sum(0)
         self.low, self.high = np.minimum(self.low, true[mask].min(0)), np.maximum(self.high, true[mask].max(0))
 
     @property
     def total(self) -> dict[str, float]:
-        return {name: float(sums.sum() / (self.count.sum() * sums.shape[1])) for name, sums in self.sums.items()}
+        mae, mse = (float(sums.sum() / (self.count.sum() * sums.shape[1])) for sums in self.sums)
+        return {"mae": mae, "mse": mse}
 
     def per_dimension(self) -> list[dict[str, float]]:
-        means = {name: sums.sum(0) / self.count.sum() for name, sums in self.sums.items()}
-        return [{name: float(mean[n]) for name, mean in means.items()} for n in range(len(self.low))]
+        means = self.sums.sum(1) / self.count.sum()
+        return [{"mae": float(mae), "mse": float(mse)} for mae, mse in means.T]
 
     def per_step(self) -> list[dict[str, Any]]:
         """One entry per horizon step; null where no episode is long enough to have that step."""
-        return [
-            {
-                "step": step,
-                **{name: float(sums[step].mean() / count) if count else None for name, sums in self.sums.items()},
-                "count": int(count),
-            }
-            for step, count in enumerate(self.count)
-        ]
+        rows = []
+        for step, count in enumerate(self.count.tolist()):
+            mae, mse = ((self.sums[:, step].mean(1) / count).tolist()) if count else (None, None)
+            rows.append({"step": step, "mae": mae, "mse": mse, "count": count})
+        return rows
 
 
-def _errors(policy: Policy, samples: Samples, config: OpenLoopConfig) -> tuple[dict[str, ErrorSums], float, int]:
-    """The pass over the data: error sums of the policy and of the baselines, the velocity loss, the number of samples."""
-    dimension, available = int(policy.metadata["action_dim"]), len(samples.dataset)
-    table = {name: ErrorSums(samples.horizon, dimension) for name in ("policy", "mean_action", "zero_action")}
-    wanted = min(config.max_samples or available, available)
+def _errors(policy: Policy, dataset: VLADataset, config: OpenLoopConfig) -> tuple[dict[str, Any], int]:
+    """The pass over the data: figures of the policy and of the baselines, and the number of samples."""
+    dimension, horizon = policy.metadata["action_dim"], policy.metadata["horizon"]
+    table = {name: ErrorSums(horizon, dimension) for name in ("policy", "mean_action", "zero_action")}
+    wanted = min(config.max_samples or len(dataset), len(dataset))
     loss, count = np.zeros(2), 0
     with contextlib.ExitStack() as stack:
-        write = None
+        writer = None
         if config.predictions_path is not None:
-            names = policy.metadata["action_names"]
-            write = stack.enter_context(prediction_file(config.predictions_path, samples.horizon, dimension, names))
+            file = stack.enter_context(atomic_file(config.predictions_path))
+            writer = stack.enter_context(pq.ParquetWriter(file, prediction_schema(policy), compression="ZSTD"))
         bar = stack.enter_context(tqdm(total=wanted, desc="open loop", unit="sample", disable=None))
-        for refs, batch in samples.batches(wanted, config.batch_size):
-            loss += _velocity_loss(policy, samples.dataset, refs)
+        for refs, batch in _batches(dataset, wanted, config.batch_size):
+            loss += _velocity_loss(policy, dataset, refs)
             predicted = predict(policy, batch, config.seed, config.num_steps)
             guesses = {"policy": predicted, "mean_action": _mean_action(policy, batch), "zero_action": np.zeros(dimension)}
             for name, guess in guesses.items():
                 table[name].add(guess, *_recorded(batch))
-            if write is not None:
-                write(batch, predicted)
+            if writer is not None:
+                writer.write_table(_prediction_rows(batch, predicted, writer.schema))
             count += len(batch)
             bar.update(len(batch))
-    return table, float(loss[0] / loss[1]), count
+    return {**_figures(policy, table), "velocity_loss": float(loss[0] / loss[1])}, count
 
 
 def _recorded(batch: Sequence[Sample]) -> tuple[Floats, NDArray[np.bool_]]:
@@ -278,13 +276,14 @@ def _figures(policy: Policy, table: dict[str, ErrorSums]) -> dict[str, Any]:
     names = policy.metadata["action_names"] or [f"action[{n}]" for n in range(dimension)]
     units = policy.metadata["action_units"] or [""] * dimension
     statistics, converted = policy.preprocessor.statistics.action, policy.preprocessor.actions.dimensions
-    baselines = {name: errors.per_dimension() for name, errors in table.items() if name != "policy"}
+    mean, zero = table["mean_action"].per_dimension(), table["zero_action"].per_dimension()
     per_dimension = [
         {
             "name": names[n],
             "unit": units[n],
             **entry,
-            **{f"{name}_mae": values[n]["mae"] for name, values in baselines.items()},
+            "mean_action_mae": mean[n]["mae"],
+            "zero_action_mae": zero[n]["mae"],
             "recorded_range": [float(sums.low[n]), float(sums.high[n])],
             # Of a dimension that the model sees converted, the statistics do not know it.
             "training_range": None if n in converted else [float(statistics.min[n]), float(statistics.max[n])],
@@ -296,13 +295,13 @@ def _figures(policy: Policy, table: dict[str, ErrorSums]) -> dict[str, Any]:
         **total,
         # 1 is perfect, 0 is no better than always playing the mean action, as R squared.
         "explained": 1 - total["mse"] / constant if constant > 0 else None,
-        "baselines": {name: table[name].total for name in baselines},
+        "baselines": {name: table[name].total for name in ("mean_action", "zero_action")},
         "per_dimension": per_dimension,
         "per_step": sums.per_step(),
     }
 
 
-def _euler_table(policy: Policy, samples: Samples, config: OpenLoopConfig) -> list[dict[str, Any]]:
+def _euler_table(policy: Policy, dataset: VLADataset, config: OpenLoopConfig) -> list[dict[str, Any]]:
     """Error and time for each number of Euler steps, on the same samples from the same noise.
 
     `change`: mean absolute difference from the finest integration, in real units: what the coarser one costs.
@@ -310,10 +309,10 @@ def _euler_table(policy: Policy, samples: Samples, config: OpenLoopConfig) -> li
     used = config.num_steps or policy.metadata["num_inference_timesteps"]
     counts = sorted({*EULER_STEPS, used})
     wanted = min(config.euler_samples, config.max_samples or config.euler_samples)
-    errors = {n: ErrorSums(samples.horizon, int(policy.metadata["action_dim"])) for n in counts}
+    errors = {n: ErrorSums(policy.metadata["horizon"], policy.metadata["action_dim"]) for n in counts}
     change, seconds, seen = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0), 0
     first: list[Sample] = []
-    for _, batch in tqdm(samples.batches(wanted, config.batch_size), "Euler steps", unit="batch", disable=None):
+    for _, batch in tqdm(_batches(dataset, wanted, config.batch_size), "Euler steps", unit="batch", disable=None):
         if not first:
             first = batch[:1]
             predict(policy, batch, config.seed, 1)  # the first call pays for allocation and kernels
@@ -351,40 +350,33 @@ def _latency(policy: Policy, sample: Sequence[Sample], num_steps: int) -> float:
     return 1000 * float(np.median(times))
 
 
-def _traces(policy: Policy, samples: Samples, config: OpenLoopConfig) -> Iterator[Trace]:
+def _traces(policy: Policy, dataset: VLADataset, config: OpenLoopConfig) -> Iterator[Trace]:
     """Whole episodes, spread over the data, with a chunk predicted at every `horizon`-th step."""
-    length = samples.index.length
+    length, horizon = dataset.index.length, policy.metadata["horizon"]
     first = np.cumsum(length, dtype=np.int64) - length  # sample at which each episode begins
     shown = min(config.episodes_shown, len(length))
     for episode in np.unique(np.linspace(0, len(length) - 1, shown).round().astype(int)):
-        starts = np.arange(0, length[episode], samples.horizon, dtype=np.int64)
-        steps = [samples.read(int(first[episode] + start)) for start in starts]
+        starts = np.arange(0, length[episode], horizon, dtype=np.int64)
+        steps = [read_sample(dataset, int(first[episode] + start)) for start in starts]
         parts = [steps[n : n + config.batch_size] for n in range(0, len(steps), config.batch_size)]
         predicted = np.concatenate([predict(policy, part, config.seed, config.num_steps) for part in parts])
         actions = np.concatenate([step.actions[step.mask] for step in steps])  # (L, A)
         yield Trace(int(episode), steps[0].observation["prompt"], actions, starts, predicted)
 
 
-@contextlib.contextmanager
-def prediction_file(
-    path: Path, horizon: int, dimension: int, action_names: Sequence[str]
-) -> Iterator[Callable[[Sequence[Sample], Floats], None]]:
-    """Write samples and their predicted chunks (B, K, A) to a Parquet file; an error in the block leaves none.
-
-    Columns: episode, step (int32); predicted, true (K lists of A float32, real units); mask (K bool, False past the
-    episode's end, where `true` repeats the last action); prompt.
-    """
-    chunk = pa.list_(pa.list_(pa.float32(), dimension), horizon)
+def prediction_schema(policy: Policy) -> pa.Schema:
+    """Columns of predictions.parquet: episode, step (int32); predicted, true (K lists of A float32, real units); mask (K bool,
+    False past the episode's end, where `true` repeats the last action); prompt."""
+    horizon = policy.metadata["horizon"]
+    chunk = pa.list_(pa.list_(pa.float32(), policy.metadata["action_dim"]), horizon)
     columns = [("episode", pa.int32()), ("step", pa.int32()), ("predicted", chunk), ("true", chunk)]
     columns += [("mask", pa.list_(pa.bool_(), horizon)), ("prompt", pa.string())]
-    columns_schema = pa.schema(columns, metadata={"action_names": json.dumps(list(action_names))})
-    with atomic_file(path) as file, pq.ParquetWriter(file, columns_schema, compression="ZSTD") as writer:
+    return pa.schema(columns, metadata={"action_names": json.dumps(list(policy.metadata["action_names"]))})
 
-        def write(samples: Sequence[Sample], predicted: Floats) -> None:
-            rows = [
-                (s.episode, s.step, chunk.tolist(), s.actions.tolist(), s.mask.tolist(), s.observation["prompt"])
-                for s, chunk in zip(samples, predicted, strict=True)
-            ]
-            writer.write_table(pa.table(list(zip(*rows, strict=True)), schema=columns_schema))
 
-        yield write
+def _prediction_rows(samples: Sequence[Sample], predicted: Floats, columns: pa.Schema) -> pa.Table:
+    rows = [
+        (s.episode, s.step, chunk.tolist(), s.actions.tolist(), s.mask.tolist(), s.observation["prompt"])
+        for s, chunk in zip(samples, predicted, strict=True)
+    ]
+    return pa.table(list(zip(*rows, strict=True)), schema=columns)

@@ -9,34 +9,33 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
+from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, episode_prompts
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.evaluation.charts import Line, chunk_chart, columns, line_chart, number, smooth
+from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace, read_observation
 from paligemma_vla.evaluation.rollout import wilson_interval
 from paligemma_vla.storage import atomic_write, read_json
 
-if TYPE_CHECKING:
-    from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace
-
 VIDEO_BYTES = 3_600_000  # of .mp4 in one page; base64 makes a third more of it
-VIDEOS_PER_CONDITION = 6
+FILMS = 6  # of the headline, and of a condition but the first
+TASK_FIGURES = ("successes", "episodes", "rate", "ci95")
 CONTROLS = (("policy", "random"), ("image", "grey"), ("prompts", "opposite"))  # settings under which success is a bad sign
 EPISODES_SHOWN, FRAMES_SHOWN, FRAME_PIXELS = 4, 8, 128
 DIMENSIONS_SHOWN, CAMERAS_SHOWN, PROMPTS_SHOWN, FILES_READ = 8, 3, 16, 64
@@ -133,105 +132,69 @@ def _data_url(data: bytes, kind: str) -> str:
 # Closed loop.
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Successes of some episodes, their rate and its 95 % interval."""
+def read_condition(label: str, note: str, folder: Path) -> dict[str, Any]:
+    """A `rollout.json` as the page shows it: its tasks and videos, and successes, episodes, rate and interval of all tasks.
 
-    successes: int
-    episodes: int
-
-    @property
-    def rate(self) -> float:
-        return self.successes / self.episodes
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.successes, self.episodes)
-
-
-@dataclass(frozen=True)
-class Condition(Counts):
-    """One rollout.json. `videos` as there; wanted_low: a control, where success is a bad sign."""
-
-    label: str
-    note: str
-    wanted_low: bool
-    folder: Path
-    tasks: dict[str, Counts]
-    videos: list[dict[str, Any]]
-
-
-def read_condition(label: str, note: str, folder: Path) -> Condition:
-    """Read `folder/rollout.json`. Raises `DataError`."""
+    wanted_low: a control, where success is a bad sign. Raises `DataError`.
+    """
     path = Path(folder) / "rollout.json"
     remedy = "give the folder of a `paligemma-vla rollout`, or run it again"
     raw = read_json(path, DataError, remedy)
     try:
-        settings, videos = raw["settings"], list(raw.get("videos", []))
-        tasks = {task: Counts(int(entry["successes"]), int(entry["episodes"])) for task, entry in raw["tasks"].items()}
-        wanted_low = any(settings.get(name) == value for name, value in CONTROLS)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        tasks = {task: {name: entry[name] for name in TASK_FIGURES} for task, entry in raw["tasks"].items()}
+        successes, episodes = (sum(entry[name] for entry in tasks.values()) for name in TASK_FIGURES[:2])
+        return {
+            **{"label": label, "note": note, "tasks": tasks, "successes": successes, "episodes": episodes},
+            "rate": successes / episodes,
+            "ci95": wilson_interval(successes, episodes),
+            "wanted_low": any(raw["settings"].get(name) == value for name, value in CONTROLS),
+            "videos": [{**video, "folder": path.parent / "videos"} for video in raw.get("videos", [])],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{path}: not a result of `paligemma-vla rollout` ({reason}); {remedy}") from error
-    if not tasks or any(not counts.episodes for counts in tasks.values()):
-        raise DataError(f"{path}: got no episodes, expected at least one of each task; {remedy}")
-    successes, episodes = (sum(getattr(counts, key) for counts in tasks.values()) for key in ("successes", "episodes"))
-    return Condition(successes, episodes, label, note, wanted_low, Path(folder), tasks, videos)
 
 
-def _rollouts(conditions: list[Condition]) -> dict[str, Any]:
+def _rollouts(conditions: list[dict[str, Any]]) -> dict[str, Any]:
     """Conditions, videos of the headline (one success per task), and the other videos of each condition."""
     if not conditions:
         return {"conditions": []}
-    main, budget = conditions[0], _VideoBudget()
-    solved: dict[str, dict[str, Any]] = {}
-    for video in main.videos:
-        if video["success"]:
-            solved.setdefault(video["task"], video)
-    headline = list(solved.values())[:6]
-    hero = [budget.load(main, video) for video in headline]
-    groups = []
+    headline = _one_per_task([video for video in conditions[0]["videos"] if video["success"]])
+    films = [headline]
     for condition in conditions:
-        rest = sorted((video for video in condition.videos if video not in headline), key=lambda video: bool(video["success"]))
-        if condition is not main:
-            rest = _one_task_after_another(rest)[:VIDEOS_PER_CONDITION]
-        if rest:
-            groups.append((condition, [budget.load(condition, video) for video in rest]))
-    tasks = list(dict.fromkeys(task for condition in conditions for task in condition.tasks))
-    return {"conditions": conditions, "tasks": tasks, "hero_films": hero, "film_groups": groups}
+        rest = sorted(
+            (video for video in condition["videos"] if video not in headline), key=lambda video: bool(video["success"])
+        )
+        films.append(rest if condition is conditions[0] else _one_per_task(rest))
+    left = VIDEO_BYTES
+    for video in chain(*films):
+        left -= _load(video, left)
+    tasks = list(dict.fromkeys(task for condition in conditions for task in condition["tasks"]))
+    groups = [(condition, rest) for condition, rest in zip(conditions, films[1:], strict=True) if rest]
+    return {"conditions": conditions, "tasks": tasks, "hero_films": headline, "film_groups": groups}
 
 
-class _VideoBudget:
-    """Loads videos into the page; once VIDEO_BYTES are used, a still stands for a video."""
-
-    def __init__(self) -> None:
-        self.left = VIDEO_BYTES
-
-    def load(self, condition: Condition, entry: dict[str, Any]) -> dict[str, Any]:
-        """An entry of `videos` in a rollout.json, with `data:` addresses. Raises `DataError` for a file that is not there,
-        or outside its folder: a page must not carry other files out."""
-        path, poster = condition.folder / entry["path"], condition.folder / entry["poster"]
-        for file in (path, poster):
-            if not file.resolve().is_relative_to(condition.folder.resolve()):
-                where = condition.folder / "rollout.json"
-                raise DataError(f"{where}: videos: got {file}, expected a file inside {condition.folder}")
-        try:
-            still, content = poster.read_bytes(), path.read_bytes() if path.stat().st_size <= self.left else b""
-        except OSError as error:
-            raise DataError(f"{path}: named by rollout.json, but it cannot be read ({error.strerror})") from error
-        self.left -= len(content)
-        video = _data_url(content, "video/mp4") if content else ""
-        return {**entry, "name": path.name, "still": _data_url(still, "image/jpeg"), "video": video}
-
-
-def _one_task_after_another(videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One video of each task in turn, so that a cut leaves all tasks in sight."""
-    seen: Counter[str] = Counter()
-    turns = []
+def _one_per_task(videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first video of each task, of at most FILMS tasks."""
+    first: dict[str, dict[str, Any]] = {}
     for video in videos:
-        seen[video["task"]] += 1
-        turns.append(seen[video["task"]])
-    return [videos[n] for n in np.argsort(turns, kind="stable")]
+        first.setdefault(video["task"], video)
+    return list(first.values())[:FILMS]
+
+
+def _load(video: dict[str, Any], most: int) -> int:
+    """Put the files of a video into its entry as `data:` addresses, the video itself only if it has at most so many bytes.
+
+    Returns how many bytes it has taken. Raises `DataError` for a file that is not in the rollout's folder.
+    """
+    path, poster = (video["folder"] / Path(video[name]).name for name in ("path", "poster"))
+    try:
+        still, content = poster.read_bytes(), path.read_bytes() if path.stat().st_size <= most else b""
+    except OSError as error:
+        raise DataError(f"{path}: named by rollout.json, but it cannot be read ({error.strerror})") from error
+    video |= {"name": path.name, "still": _data_url(still, "image/jpeg")}
+    video["video"] = _data_url(content, "video/mp4") if content else ""
+    return len(content)
 
 
 # Open loop.
@@ -265,50 +228,35 @@ def _trace(trace: Trace, dimensions: list[dict[str, Any]], most: int) -> dict[st
 
 
 Curves = dict[str, tuple[list[float], list[float]]]  # steps and values by name
+FACTS: tuple[tuple[str, str, Callable[[list[float]], str]], ...] = (
+    ("step", "optimiser steps", lambda values: number(max(values))),
+    ("epoch", "epochs", lambda values: f"{max(values):.1f}"),
+    ("val/epoch_loss", "best validation loss", lambda values: number(min(values))),
+    ("val/action_mae", "best action error", lambda values: number(min(values))),
+    ("train/samples_per_s", "samples per second", lambda values: number(float(np.median(values)))),
+)
 
 
 def _training(run_dir: Path) -> dict[str, Any]:
-    """A run from its metrics.jsonl and config.yaml. Raises `DataError` when they are missing."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
+    """A run from its metrics.jsonl and config.yaml. Raises `DataError` when they are missing or damaged."""
+    path = run_dir / "metrics.jsonl"
     try:
         config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as error:
-        raise DataError(f"{run_dir / 'config.yaml'}: cannot be read ({error.strerror}); give the folder of a run") from error
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); give the folder of a run") from error
     curves: Curves = {}
-    for name in sorted({key for row in rows for key in row if "/" in key}):
-        pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-        curves[name] = ([float(step) for step, _ in pairs], [float(value) for _, value in pairs])
-    return {"facts": _training_facts(rows, curves), "charts": list(_training_charts(curves)), "config": config}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last line cut short by a kill is left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the folder of a training run") from error
-    rows = []
-    for count, line in enumerate(lines, start=1):
-        try:
-            row = {**json.loads(line)}
-            rows.append(row | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError) as error:
-            if count < len(lines):
-                raise DataError(f"{path}: line {count}: expected a JSON object with a step; restore the file") from error
-    return rows
-
-
-def _training_facts(rows: list[dict[str, Any]], curves: Curves) -> list[tuple[str, str]]:
-    facts = [("optimiser steps", number(max((row["step"] for row in rows), default=0)))]
-    epochs = [row["epoch"] for row in rows if "epoch" in row]
-    if epochs:
-        facts.append(("epochs", f"{max(epochs):.1f}"))
-    for name, label in [("val/epoch_loss", "best validation loss"), ("val/action_mae", "best action error")]:
-        if name in curves and curves[name][1]:
-            facts.append((label, number(min(curves[name][1]))))
-    if "train/samples_per_s" in curves:
-        facts.append(("samples per second", number(float(np.median(curves["train/samples_per_s"][1])))))
-    return facts
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
+        for name in sorted({key for row in rows for key in row}):
+            pairs = [(float(row["step"]), float(row[name])) for row in rows if isinstance(row.get(name), (int, float))]
+            if pairs:
+                curves[name] = [step for step, _ in pairs], [value for _, value in pairs]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{path}: expected JSON objects with a step ({reason}); restore the file") from error
+    facts = [(label, text(curves[name][1])) for name, label, text in FACTS if name in curves]
+    return {"facts": facts, "charts": list(_training_charts(curves)), "config": config}
 
 
 def _training_charts(curves: Curves) -> Iterator[dict[str, Any]]:
@@ -361,31 +309,27 @@ def _data(index: EpisodeIndex) -> dict[str, Any]:
 def _example(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> dict[str, Any]:
     """One episode: pictures of each camera, evenly picked, and curves of the first action dimensions."""
     file, start, length = int(index.file[episode]), int(index.start[episode]), int(index.length[episode])
-    prompt = ""
-    strips: list[list[tuple[int, str]]] = [[] for _ in range(reader.cameras)]
-    for step in np.linspace(0, length - 1, min(FRAMES_SHOWN, length)).round().astype(int):
-        rows, row = reader.group_of(file, start + int(step))
-        prompt = prompt or str(rows.prompt[row].as_py())
-        for camera, column in enumerate(rows.images):
-            picture = ""
-            if column is not None and column.present(row):
-                where = f"{index.paths[file]}: row {start + step}, column {schema.image_column(camera + 1)}"
-                picture = _thumbnail(decode_picture(column, row, where))
-            strips[camera].append((int(step), picture))
+    steps = np.linspace(0, length - 1, min(FRAMES_SHOWN, length)).round().astype(int).tolist()
+    seen = [read_observation(reader, episode, step) for step in steps]
+    cameras = [schema.image_key(camera + 1) for camera in range(reader.cameras)]
     actions = reader.actions(file, start, start + length)
     shown = min(actions.shape[1], DIMENSIONS_SHOWN)
     metadata = index.layout.metadata
     names = metadata.action_names or [f"action[{n}]" for n in range(shown)]
     names = [labelled(name, unit) for name, unit in zip_longest(names, metadata.action_units, fillvalue="")]
     return {
-        "prompt": prompt,
-        "strips": strips,
+        "prompt": seen[0]["prompt"],
+        "strips": [[(step, _thumbnail(view.get(name))) for step, view in zip(steps, seen, strict=True)] for name in cameras],
         "chart": line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120),
         "lines": [(f"c{n}", names[n]) for n in range(shown)],
         "note": f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else "",
     }
 
 
-def _thumbnail(image: Image.Image) -> str:
+def _thumbnail(pixels: NDArray[np.uint8] | None) -> str:
+    """Address of a small picture; nothing where there is none."""
+    if pixels is None:
+        return ""
+    image = Image.fromarray(pixels)
     image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
     return _data_url(encode_image(image, "jpeg", 82), "image/jpeg")
