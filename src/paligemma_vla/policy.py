@@ -167,11 +167,11 @@ class Policy:
             if image is not None and not _is_image(image):
                 faults.append(f"{name}: got {got}, expected a uint8 array (H, W, 3)")
         try:
-            state = np.asarray(observation.get("state", ()))
-        except ValueError:  # ragged lists
+            state = np.asarray(observation.get("state", ()), np.float64)
+        except (ValueError, TypeError):  # ragged lists, or no numbers
             state = np.empty(0)
-        if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
-            faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
+        if state.shape != (dimension,) or not np.isfinite(state).all():
+            faults.append(f"state: got {observation.get('state')!r:.80}, expected {dimension} finite numbers")
         elif not self.preprocessor.actions.starts_from(state):
             rotation = self.preprocessor.actions.rotation
             faults.append(f"state: got {state.tolist()}, expected a rotation in it as {rotation}: a length of 0 is none")
@@ -291,12 +291,30 @@ def _file_errors(location: str | Path) -> Iterator[None]:
 
 
 def _read_folder(folder: Path) -> Trained:
+    """An exported folder, whose files hold each fact once, as a checkpoint holds it.
+
+    Every file is compared with its sha256: a flipped byte in a weight would move a robot otherwise than it learned.
+    """
     raw = read_config(folder)
     with _file_errors(folder):
-        shards = _check_files(folder, raw["files"])
+        shards = sorted(name for name in raw["files"] if name.endswith(".safetensors"))
+        for name in (RUN_STATISTICS, TOKENIZER, PROCESSOR, *shards):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: no such file; {AGAIN}")
+            if sha256(folder / name) != raw["files"][name]:
+                raise CheckpointError(f"{folder / name}: damaged or edited: its sha256 differs from {CONFIG}; {AGAIN}")
+        described, tokenizer = raw["preprocessor"], (folder / TOKENIZER).read_text(encoding="utf-8")
+        images = read_json(folder / PROCESSOR, CheckpointError, AGAIN)["image_processor"]
+        settings = {ours: images[theirs] for theirs, ours in IMAGE_SETTINGS.items()}
+        preprocessor = {
+            **described,
+            "prompts": {**described["prompts"], "tokenizer_json": tokenizer},
+            "image": {**described["image"], **settings, "size": images["size"]["height"]},
+            "statistics": read_json(folder / RUN_STATISTICS, CheckpointError, AGAIN),
+        }
         return Trained(
             config=raw["configuration"],
-            preprocessor=_preprocessor(folder, raw["preprocessor"]),
+            preprocessor=preprocessor,
             backbone=raw["backbone"],
             metadata=json.dumps(raw["metadata"]),
             versions=dict(raw["versions"]),
@@ -318,29 +336,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{path}: got format {raw.get('format')!r}, expected {FORMAT}; update paligemma-vla, or {AGAIN}")
     return raw
-
-
-def _check_files(folder: Path, expected: Mapping[str, str]) -> list[str]:
-    """Check the sha256 of every file that will be read, and return the names of those with weights.
-
-    A flipped byte in a weight would move a robot otherwise than it learned.
-    """
-    shards = sorted(name for name in expected if name.endswith(".safetensors"))
-    for name in (RUN_STATISTICS, TOKENIZER, PROCESSOR, *shards):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: no such file; {AGAIN}")
-        if sha256(folder / name) != expected[name]:
-            raise CheckpointError(f"{folder / name}: damaged or edited: its sha256 differs from {CONFIG}; {AGAIN}")
-    return shards
-
-
-def _preprocessor(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's description of the preprocessing, gathered from the files of the folder."""
-    images = read_json(folder / PROCESSOR, CheckpointError, AGAIN)["image_processor"]
-    settings = {ours: images[theirs] for theirs, ours in IMAGE_SETTINGS.items()}
-    return {
-        **raw,
-        "prompts": {**raw["prompts"], "tokenizer_json": (folder / TOKENIZER).read_text(encoding="utf-8")},
-        "image": {**raw["image"], **settings, "size": images["size"]["height"]},
-        "statistics": read_json(folder / RUN_STATISTICS, CheckpointError, AGAIN),
-    }

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.errors import CheckpointError
-from paligemma_vla.export.folder import ExportOptions, write_export
+from paligemma_vla.export import folder as module
+from paligemma_vla.export.folder import write_export
 from paligemma_vla.policy import CONFIG, Trained, fingerprint, load_trained
 from paligemma_vla.storage import sha256
-from support import train_here
+from support import identical, train_here
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +42,19 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 def write(output: Path, trained: Trained, **options: Any) -> Path:
-    return write_export(output, Policy(trained, "test"), ExportOptions(**options))
-
-
-def observations(count: int) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    prompts = ("open the drawer", "push the window shut", "turn the faucet on")
-    made: list[dict[str, Any]] = []
-    for n in range(count):
-        pictures = rng.integers(0, 256, (2, 40, 28, 3), dtype=np.uint8)
-        made.append({"image_1": pictures[0], "state": rng.normal(size=3).astype(np.float32), "prompt": prompts[n % 3]})
-        if n % 2:
-            made[-1]["image_2"] = pictures[1]
-    return made
+    return write_export(output, Policy(trained, "test"), **options)
 
 
 def answers(policy: Policy) -> np.ndarray[Any, Any]:
-    given = observations(5)
-    return np.stack([policy.infer(observation, seed=n)["actions"] for n, observation in enumerate(given)])
+    rng = np.random.default_rng(0)
+    answers = []
+    for n, prompt in enumerate(("open the drawer", "push the window shut", "turn the faucet on")):
+        pictures = rng.integers(0, 256, (2, 40, 28, 3), dtype=np.uint8)
+        given = {"image_1": pictures[0], "state": rng.normal(size=3).astype(np.float32), "prompt": prompt}
+        if n and len(policy.metadata["cameras"]) > 1:
+            given["image_2"] = pictures[1]
+        answers.append(policy.infer(given, seed=n)["actions"])
+    return np.stack(answers)
 
 
 def test_exported_folder_answers_as_the_checkpoint_to_the_last_bit(policy: Policy, exported: Path) -> None:
@@ -67,25 +63,16 @@ def test_exported_folder_answers_as_the_checkpoint_to_the_last_bit(policy: Polic
     assert again.metadata == policy.metadata
     assert again.preprocessor.to_dict() == policy.preprocessor.to_dict()
     assert again.config == policy.config
-    both = again.model.state_dict(), policy.model.state_dict()
-    assert both[0].keys() == both[1].keys()
-    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+    assert identical(dict(again.model.state_dict()), dict(policy.model.state_dict()))
 
 
-def test_exported_weights_are_the_averaged_ones(trained: Trained, checkpoint: Path, exported: Path) -> None:
-    raw = torch.load(checkpoint, weights_only=True)
-    kept = load_file(exported / "model.safetensors")
-    assert trained.training["averaged_weights"]
-    for name, value in raw["ema"]["average"].items():
-        assert torch.equal(kept[name], value)
-    assert any(not torch.equal(kept[name], value) for name, value in raw["state_dict"].items())
-
-
-def test_export_of_an_export_is_the_same(exported: Path, folder: Path) -> None:
-    write(folder, load_trained(exported))  # which replaces an export
-    names = {path.name for path in exported.iterdir()}
-    assert {path.name for path in folder.iterdir()} == names
-    assert all((folder / name).read_bytes() == (exported / name).read_bytes() for name in names)
+def test_export_of_an_export_replaces_it_by_the_same(exported: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
+    (tmp_path / ".policy.export.tmp").mkdir()  # what a killed call left
+    write(folder, load_trained(exported))
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    before, after = ({path.name: path.read_bytes() for path in place.iterdir()} for place in (exported, folder))
+    assert after == before
 
 
 def test_exported_files_hold_no_pickle_and_each_fact_once(exported: Path) -> None:
@@ -122,13 +109,14 @@ def test_exported_processor_is_that_of_the_backbone(exported: Path, tiny_model_d
         np.testing.assert_allclose(got["pixel_values"][0], (pixels - vlm.pixel_mean) / vlm.pixel_std, atol=1e-6)
 
 
-def test_exported_shards_are_read_as_one(trained: Trained, policy: Policy, exported: Path, tmp_path: Path) -> None:
-    output = write(tmp_path / "shards", trained, shard="40KB")
+def test_exported_shards_are_read_as_one(
+    trained: Trained, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHARD", "40KB")
+    output = write(tmp_path / "shards", trained)
     assert len(list(output.glob("model-*-of-*.safetensors"))) > 2
     assert (output / "model.safetensors.index.json").is_file()
-    whole, parts = load_trained(exported).state_dict, load_trained(output).state_dict
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in parts.items())
+    assert identical(load_trained(output).state_dict, load_trained(exported).state_dict)
     next(output.glob("model-00002-*")).unlink()
     with pytest.raises(CheckpointError, match=r"model-00002.*no such file; fetch or export it again"):
         Policy.from_checkpoint(output)
@@ -155,23 +143,10 @@ def test_fingerprint_tells_exports_apart(exported: Path, folder: Path, checkpoin
     assert fingerprint(folder) != fingerprint(exported)
 
 
-def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        raw = json.loads((folder / CONFIG).read_text())
-        change(raw)
-        (folder / CONFIG).write_text(json.dumps(raw))
-
-    return damage
-
-
-def rewritten(name: str, change: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """A file changed, and its sha256 in config.json with it: what a careful hand would do."""
-
-    def damage(folder: Path) -> None:
-        change(folder / name)
-        edited(lambda raw: raw["files"].update({name: sha256(folder / name)}))(folder)
-
-    return damage
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    raw = json.loads((folder / CONFIG).read_text())
+    change(raw)
+    (folder / CONFIG).write_text(json.dumps(raw))
 
 
 def without_a_weight(path: Path) -> None:
@@ -180,35 +155,35 @@ def without_a_weight(path: Path) -> None:
     save_file(weights, path)
 
 
-def flipped(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
-        (lambda f: (f / CONFIG).write_text('{"model_type": "paligemma"}'), "got a model of type 'paligemma', expected"),
-        (edited(lambda raw: raw.update(format=99)), "got format 99, expected 1"),
-        (edited(lambda raw: raw["preprocessor"].pop("prompts")), "does not describe a policy"),
-        (edited(lambda raw: raw["configuration"]["data"].update(state_dimm=3)), "state_dimm: unknown key"),
-        (edited(lambda raw: raw["configuration"]["data"].update(state_dim=5)), "do not fit: size mismatch"),
-        (edited(lambda raw: raw["metadata"].update(control_hz="fast")), "control_hz: got"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
-        (lambda f: flipped(f / "model.safetensors"), "model.safetensors: damaged or edited"),
-        (rewritten("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])), "does not describe a policy"),
-        (rewritten("model.safetensors", without_a_weight), "action_head.velocity.weight"),
-        (rewritten("tokenizer.json", lambda path: path.write_text("{}")), "does not describe a policy"),
-        (rewritten("normalization_stats.json", lambda path: path.write_text("{}")), "version: got"),
+        (lambda raw: raw.update(format=99), "got format 99, expected 1"),
+        (lambda raw: raw["preprocessor"].pop("prompts"), "does not describe a policy"),
+        (lambda raw: raw["configuration"]["data"].update(state_dimm=3), "state_dimm: unknown key"),
+        (lambda raw: raw["configuration"]["data"].update(state_dim=5), "do not fit: size mismatch"),
+        (lambda raw: raw["metadata"].update(control_hz="fast"), "control_hz: got"),
+        (("model.safetensors", Path.unlink), "model.safetensors: no such file"),
+        (("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])), "does not describe a policy"),
+        (("model.safetensors", without_a_weight), "action_head.velocity.weight"),
+        (("tokenizer.json", lambda path: path.write_text("{}")), "does not describe a policy"),
+        (("normalization_stats.json", lambda path: path.write_text("{}")), "version: got"),
     ],
 )
-def test_damaged_folder_is_a_checkpoint_error(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
-    damage(folder)
+def test_damaged_folder_is_a_checkpoint_error(folder: Path, change: Any, message: str) -> None:
+    """config.json edited, or another file: then its sha256 tells, or the content once the sha256 was corrected."""
+    if callable(change):
+        edit(folder, change)
+    else:
+        name, damage = change
+        damage(folder / name)
+        with pytest.raises(CheckpointError, match=f"{name}: (damaged or edited|no such file)"):
+            Policy.from_checkpoint(folder)
+        if (folder / name).exists():
+            edit(folder, lambda raw: raw["files"].update({name: sha256(folder / name)}))
     with pytest.raises(CheckpointError) as caught:
         Policy.from_checkpoint(folder)
-    assert message in str(caught.value)
-    assert str(folder) in str(caught.value)
+    assert message in str(caught.value) and str(folder) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +237,6 @@ def test_export_does_not_replace_what_it_did_not_write(trained: Trained, folder:
     assert {path: path.read_bytes() for path in folder.parent.rglob("*.*")} == before
 
 
-def test_export_replaces_an_earlier_one_and_leaves_nothing_beside(trained: Trained, folder: Path, tmp_path: Path) -> None:
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
-    (tmp_path / ".policy.export.tmp").mkdir()  # what a killed call left
-    write(folder, trained)
-    assert not (folder / "model-00001-of-00002.safetensors").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
-
-
 @pytest.mark.parametrize("before", ["nothing", "an export", "an export that was set aside"])
 def test_export_that_fails_leaves_what_was_there(trained: Trained, folder: Path, tmp_path: Path, before: str) -> None:
     """A kill between the two renames leaves the earlier export set aside; the next call brings it back, even if it fails."""
@@ -290,36 +257,23 @@ def test_export_that_fails_leaves_what_was_there(trained: Trained, folder: Path,
         assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
 
 
-def test_export_of_a_run_with_adapters_is_a_model_without(session_config: ConfigFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adapted", "bfloat16"])
+def test_export_answers_as_the_checkpoint_of_a_run_with(session_config: ConfigFactory, tmp_path: Path, kind: str) -> None:
+    """Adapters are merged into the weights; weights that are held in bfloat16 in training are float32 in the checkpoint."""
     changes = {
-        "model.vlm_config.lora": {"rank": 2, "alpha": 8.0},
-        "training.experiment_name": "adapted",
-        "optimizer.vlm_lr": 0.03,
+        "adapted": {"model.vlm_config.lora": {"rank": 2, "alpha": 8.0}, "optimizer.vlm_lr": 0.03},
+        "bfloat16": {"model.vlm_config.dtype": "bfloat16"},
     }
-    config = session_config({**changes, "training.max_steps": 6}, cameras=2)
+    config = session_config({**changes[kind], "training.experiment_name": kind, "training.max_steps": 3}, cameras=2)
     train_here(config)
     checkpoint = config.run_dir / "checkpoints" / "last.pth.tar"
     trained = load_trained(checkpoint)
-    assert any(".lora_" in name for name in trained.state_dict)
     folder = write(tmp_path / "policy", trained)
     again, policy = Policy.from_checkpoint(folder), Policy.from_checkpoint(checkpoint)
     np.testing.assert_array_equal(answers(again), answers(policy))
-    assert not any("lora_" in name for name in load_trained(folder).state_dict)
-    assert json.loads((folder / CONFIG).read_text())["configuration"]["model"]["vlm_config"]["lora"] is None
-    assert again.config == policy.config
-
-
-def test_export_of_a_model_held_in_bfloat16_is_not_rounded(session_config: ConfigFactory, tmp_path: Path) -> None:
-    config = session_config(
-        {"training.experiment_name": "brief", "training.max_steps": 2, "model.vlm_config.dtype": "bfloat16"}
-    )
-    train_here(config)
-    checkpoint = config.run_dir / "checkpoints" / "last.pth.tar"
-    trained = load_trained(checkpoint)
-    folder = write(tmp_path / "policy", trained)
-    kept = load_trained(folder).state_dict
-    for name, value in trained.state_dict.items():
-        assert torch.equal(kept[name], value)
-    given = [{name: value for name, value in o.items() if name != "image_2"} for o in observations(3)]
-    first, second = (Policy.from_checkpoint(place) for place in (folder, checkpoint))
-    np.testing.assert_array_equal(first.infer_batch(given, [1, 2, 3]), second.infer_batch(given, [1, 2, 3]))
+    assert again.config == policy.config and again.config.model.vlm_config.lora is None
+    if kind == "bfloat16":
+        assert identical(load_trained(folder).state_dict, trained.state_dict), "nothing is rounded"
+    else:
+        assert any(".lora_" in name for name in trained.state_dict)
+        assert not any("lora_" in name for name in load_trained(folder).state_dict)

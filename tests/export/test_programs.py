@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,44 +28,25 @@ def head_config(policy: Policy, steps: int, **changes: object) -> ActionHeadConf
     return policy.config.model.action_head_config.model_copy(update={"num_inference_timesteps": steps, **changes})
 
 
-@pytest.fixture(scope="module")
-def sampler_path(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("program")
-    save_program(folder, "sampler", policy.model, policy.preprocessor, head_config(policy, 3))
-    return folder / "sampler.pt2"
-
-
+@pytest.mark.parametrize("with_state", [True, False])
 @torch.no_grad()
-def test_sampler_program_equals_the_head(policy: Policy, sampler_path: Path) -> None:
-    program, steps = loaded(sampler_path)
+def test_sampler_program_equals_the_head(policy: Policy, tmp_path: Path, with_state: bool) -> None:
+    class Model:
+        head = head_config(policy, 3, use_state_input=with_state)
+        action_head = randomize(FlowmatchingActionHead(head, policy.model.paligemma_vlm.hidden_size, STATE_DIM))
+        paligemma_vlm = policy.model.paligemma_vlm
+
+    save_program(tmp_path, "sampler", Model, policy.preprocessor, Model.head)  # type: ignore[arg-type]
+    program, steps = loaded(tmp_path / "sampler.pt2")
     assert steps == 3
     torch.manual_seed(0)
     for batch, tokens in SHAPES:
         context = torch.randn(batch, tokens, policy.model.paligemma_vlm.hidden_size)
         mask = torch.rand(batch, tokens) > 0.4
-        state, noise = torch.randn(batch, STATE_DIM), flow.draw_noise((batch, HORIZON, ACTION_DIM))
-        expected = policy.model.action_head.sample(context, mask, state, noise, steps)
-        got = program(context, mask, state, noise)
-        assert got.shape == (batch, HORIZON, ACTION_DIM)
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-        # All of it counts: mask, state, noise.
-        assert (program(context, torch.ones_like(mask), state + 1, noise) - expected).abs().max() > 1e-4
-
-
-@torch.no_grad()
-def test_sampler_program_without_state(policy: Policy) -> None:
-    class Stateless:
-        action_head = randomize(FlowmatchingActionHead(head_config(policy, 2, use_state_input=False), 32, STATE_DIM))
-        paligemma_vlm = policy.model.paligemma_vlm
-
-    stateless: Any = Stateless
-    program = export_program("sampler", stateless, policy.preprocessor, head_config(policy, 2, use_state_input=False)).module()
-    for batch, tokens in SHAPES:
-        context, mask = torch.randn(batch, tokens, 32), torch.rand(batch, tokens) > 0.4
         mask[:, 0] = True
-        noise = flow.draw_noise((batch, HORIZON, ACTION_DIM))
-        expected = Stateless.action_head.sample(context, mask, None, noise, 2)
-        torch.testing.assert_close(program(context, mask, None, noise), expected, rtol=0, atol=1e-6)
+        state, noise = torch.randn(batch, STATE_DIM) if with_state else None, flow.draw_noise((batch, HORIZON, ACTION_DIM))
+        expected = Model.action_head.sample(context, mask, state, noise, steps)
+        torch.testing.assert_close(program(context, mask, state, noise), expected, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

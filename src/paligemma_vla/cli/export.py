@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     if args.private and args.push_to_hub is None:
         raise ConfigError("--private: means something with --push_to_hub ORG/NAME only")
     from paligemma_vla.export.card import read_measurement
-    from paligemma_vla.export.folder import ExportOptions, check_replaceable, write_export
+    from paligemma_vla.export.folder import check_replaceable, write_export
     from paligemma_vla.hub import check_can_push, push
     from paligemma_vla.policy import Policy, load_trained
 
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     _check_measured(args.metrics, measurements, args.checkpoint_path)
 
     policy = Policy(load_trained(args.checkpoint_path), args.checkpoint_path)
-    output = write_export(args.output_dir, policy, ExportOptions(args.dtype, args.torch_export, measurements))
+    output = write_export(args.output_dir, policy, args.dtype, args.torch_export, measurements)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     sys.stdout.write(f"{output}: {size:,.1f} MB, step {policy.metadata['training']['step']:,}\n")
     if args.push_to_hub is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +20,12 @@ from paligemma_vla.policy import Policy
 from paligemma_vla.storage import read_json
 
 MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~$&@])")  # characters that Markdown or HTML would take for more than text
+
+SETTINGS = (  # keys of the configuration, for the card
+    "training.seed training.ema_decay data.batch_size data.augmentation.enabled optimizer.lr optimizer.vlm_lr "
+    "optimizer.weight_decay lr_scheduler.type model.vlm_config.dtype model.vlm_config.freeze_vision_tower "
+    "model.vlm_config.freeze_language_model"
+)
 
 
 def model_card(policy: Policy, dtype: str, measurements: Sequence[Measurement]) -> str:
@@ -48,7 +55,7 @@ def model_card(policy: Policy, dtype: str, measurements: Sequence[Measurement]) 
         training=policy.metadata["training"],
         head=Markup(yaml.safe_dump(head, sort_keys=False, allow_unicode=True)),
         files=list(zip(names, digests, strict=False)),
-        settings=_settings(policy),
+        settings=[(key, attrgetter(key)(config)) for key in SETTINGS.split()],
         measurements=measurements,
         dtype=dtype,
     )
@@ -61,26 +68,6 @@ def _escaped(value: object) -> Markup:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _settings(policy: Policy) -> list[tuple[str, str]]:
-    config, trained = policy.config, policy.metadata["training"]
-    vlm, training, optimizer = config.model.vlm_config, config.training, config.optimizer
-    frozen = [name for name, yes in (("vision", vlm.freeze_vision_tower), ("language", vlm.freeze_language_model)) if yes]
-    stages = ", ".join(f"{stage.train} {stage.steps or 'to the end'}" for stage in training.stages)
-    averaged = "averaged" if trained["averaged_weights"] else "not averaged"
-    return [
-        ("optimiser steps, epochs", f"{trained['step']:,}, {trained['epoch']}"),
-        ("batch", f"{config.data.batch_size}"),
-        ("rates (head, backbone)", f"{optimizer.lr:g}, {optimizer.vlm_lr or optimizer.lr:g}; {config.lr_scheduler.type}"),
-        ("weight decay", f"{optimizer.weight_decay:g}"),
-        ("stages", stages or "all at once"),
-        ("frozen", ", ".join(frozen) or "nothing"),
-        ("moving average of the weights", f"{training.ema_decay:g}; these weights are {averaged}"),
-        ("compute type", vlm.dtype),
-        ("augmentation", "on" if config.data.augmentation.enabled else "off"),
-        ("seed", f"{training.seed}"),
-    ]
 
 
 @dataclass(frozen=True)
@@ -139,8 +126,7 @@ def _closed_loop(raw: Mapping[str, Any]) -> Measurement:
 
 
 def _demonstration(raw: Mapping[str, Any]) -> Measurement:
-    suffix = "mean_success"
-    means = [f"{name.removesuffix(f'_{suffix}')} {raw[name]:.3f}" for name in raw if name.endswith(suffix)]
+    means = [f"{name} {value:.3f}" for name, value in raw.items() if name.endswith("mean_success")]
     note = f"Mean success by condition: {', '.join(means)}."
     return Measurement("Closed loop: the demonstration and its controls", SUCCESSES, _successes(raw["tasks"]), note, None)
 

@@ -19,11 +19,12 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -37,8 +38,7 @@ from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 from paligemma_vla.storage import atomic_write, sha256
 
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"  # where transformers and the hub look for shards; config.json names them too
-SHARD = "5GB"  # what the hub recommends for one file
+SHARD: int | str = "5GB"  # largest file of weights: what the hub recommends
 # Names that an export writes: a folder that holds nothing else may be replaced by another export.
 WRITTEN = re.compile(
     r"config\.json|README\.md|normalization_stats\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\w+\.pt2|"
@@ -46,39 +46,31 @@ WRITTEN = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export.
-
-    dtype: of the weights in the file; a policy computes as its configuration says, whatever they were stored in.
-    program: `sampler` or `model`, to add as a `torch.export` program. measurements: for the model card.
-    shard: largest file of weights, as huggingface_hub understands it.
-    """
-
-    dtype: str = "float32"
-    program: str | None = None
-    measurements: Sequence[Measurement] = ()
-    shard: str | int = SHARD
-
-
-def write_export(output: Path, policy: Policy, options: ExportOptions) -> Path:
+def write_export(
+    output: Path,
+    policy: Policy,
+    dtype: str = "float32",
+    program: str | None = None,
+    measurements: Sequence[Measurement] = (),
+) -> Path:
     """Write a policy into the folder `output`, in place of an earlier export there; returns `output`.
 
-    policy: made with `device=None`, its weights as they were trained. Raises `CheckpointError` when `output` holds something
-    else, or cannot be written; it is untouched then.
+    policy: made with `device=None`, its weights as they were trained. dtype: of the weights in the file; a policy computes as
+    its configuration says, whatever they were stored in. program: `sampler` or `model`, to add as a `torch.export` program.
+    measurements: for the model card. Raises `CheckpointError` when `output` holds something else, or cannot be written; it is
+    untouched then.
     """
     output = Path(os.path.realpath(output))  # a link stays one, and the folder behind it is written
     check_replaceable(output)
     with _staged(output) as folder:
-        _write_weights(folder, policy.model.state_dict(), options)
+        _write_weights(folder, policy.model.state_dict(), getattr(torch, dtype))
         policy.preprocessor.statistics.save(folder / RUN_STATISTICS)
         _write_processor(folder, policy.preprocessor.prompts, policy.preprocessor.image)
-        if options.program is not None:
-            head = policy.config.model.action_head_config
-            save_program(folder, options.program, policy.model, policy.preprocessor, head)
-        (folder / CARD).write_text(model_card(policy, options.dtype, options.measurements), encoding="utf-8")
+        if program is not None:
+            save_program(folder, program, policy.model, policy.preprocessor, policy.config.model.action_head_config)
+        (folder / CARD).write_text(model_card(policy, dtype, measurements), encoding="utf-8")
         # Last: a folder without it is no export.
-        atomic_write(folder / CONFIG, f"{json.dumps(_config(folder, policy, options.dtype), indent=2)}\n")
+        atomic_write(folder / CONFIG, f"{json.dumps(_config(folder, policy, dtype), indent=2)}\n")
     return output
 
 
@@ -127,19 +119,16 @@ def _clear(output: Path, folder: Path, old: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], options: ExportOptions) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    dtype = getattr(torch, options.dtype)
+def _write_weights(folder: Path, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     weights = {name: value.to("cpu", dtype if value.is_floating_point() else None) for name, value in state_dict.items()}
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=options.shard)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
         save_file({name: weights[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
+        # safetensors keeps them from everybody else, whatever the umask
+        (folder / file).chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
+    if split.is_sharded:  # where transformers and the hub look for shards; config.json names them too
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for path in folder.glob("*.safetensors"):  # safetensors keeps them from everybody else, whatever the umask
-        path.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_processor(folder: Path, prompts: PromptEncoder, image: ImageSpec) -> None:
