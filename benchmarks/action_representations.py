@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace, representation: str) -> dict[str, Any]:
     seconds = time.monotonic() - began
     with RolloutPool("metaworld", str(config.run_dir / "checkpoints" / LAST), workers=os.cpu_count() or 1) as pool:
         result = pool.run(RolloutConfig(tasks=TASKS, episodes=args.episodes, seed=args.seed))
-    successes, episodes = (sum(entry[name] for entry in result.tasks.values()) for name in ("successes", "episodes"))
+    successes, episodes = (sum(entry[name] for entry in result["tasks"].values()) for name in ("successes", "episodes"))
     return {
         "representation": representation,
         "actions": actions.describe(layout.metadata),
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, representation: str) -> dict[str, Any]:
         "episodes": episodes,
         "ci95": list(wilson_interval(successes, episodes)),
         "tasks": {
-            task: {name: entry[name] for name in ("successes", "episodes", "ci95")} for task, entry in result.tasks.items()
+            task: {name: entry[name] for name in ("successes", "episodes", "ci95")} for task, entry in result["tasks"].items()
         },
         "training_seconds": round(seconds),
     }

@@ -91,45 +91,37 @@ def test_check_compatible_names_every_difference():
 
 
 def test_play_asks_once_per_executed_chunk(env):
-    policy = Expert(env)
+    policy, every = Expert(env), Expert(env)
     outcome = play(env, policy, "faucet-open", 0, Condition(num_steps=3))
     assert outcome.success and outcome.steps < 90
     assert len(policy.calls) == -(-outcome.steps // 2), "half of the horizon of 4 is executed"
     assert {num_steps for _, _, num_steps in policy.calls} == {3}
     assert len({seed for _, seed, _ in policy.calls}) == len(policy.calls), "each chunk starts from other noise"
     assert set(policy.calls[0][0]) == {"image_1", "state", "prompt"}
-    every = Expert(env)
-    steps = play(env, every, "faucet-open", 0, Condition(execute=1)).steps
-    assert len(every.calls) == steps
+    assert play(env, every, "faucet-open", 0, Condition(execute=1)).steps == len(every.calls)
     with pytest.raises(SimulatorError, match="--execute: got 5, expected 1 to 4"):
         play(env, Expert(env), "faucet-open", 0, Condition(execute=5))
 
 
 def test_play_start_depends_on_seed_task_and_number_only(env):
+    """Not on the instruction, nor on what hides the scene."""
+
     def first(task, index, **condition):
         policy = Expert(env)
         outcome = play(env, policy, task, index, Condition(**condition))
-        return outcome.seed, policy.calls[0][0]
+        return outcome.seed, policy.calls
 
-    seed, view = first("faucet-open", 3)
-    for condition in ({"prompts": "opposite"}, {"prompts": "unseen"}, {"num_steps": 5}):
-        other_seed, other = first("faucet-open", 3, **condition)
-        assert other_seed == seed
-        np.testing.assert_array_equal(view["image_1"], other["image_1"])
-    assert len({first("faucet-open", 3, seed=1)[0], first("faucet-close", 3)[0], first("faucet-open", 4)[0], seed}) == 4
-
-
-def test_play_prompts_and_grey_image(env):
-    said = {}
-    for kind in ("own", "opposite", "unseen"):
-        policy = Expert(env)
-        play(env, policy, "drawer-close", 1, Condition(prompts=kind, image="grey"))
-        said[kind] = policy.calls[0][0]["prompt"]
-        assert all((observation["image_1"] == 127).all() for observation, _, _ in policy.calls)
-        assert len({tuple(observation["state"]) for observation, _, _ in policy.calls}) > 5
-    assert said["own"] in env.prompts("drawer-close", "own")
-    assert said["opposite"] in env.prompts("drawer-open", "own")
-    assert said["unseen"] in env.prompts("drawer-close", "unseen")
+    seed, calls = first("drawer-close", 1)
+    for kind, said in {"opposite": env.prompts("drawer-open", "own"), "unseen": env.prompts("drawer-close", "unseen")}.items():
+        other_seed, other = first("drawer-close", 1, prompts=kind)
+        assert other_seed == seed and other[0][0]["prompt"] in said
+        np.testing.assert_array_equal(calls[0][0]["image_1"], other[0][0]["image_1"])
+    assert calls[0][0]["prompt"] in env.prompts("drawer-close", "own")
+    grey_seed, grey = first("drawer-close", 1, image="grey")
+    assert grey_seed == seed and all((observation["image_1"] == 127).all() for observation, _, _ in grey)
+    assert len({tuple(observation["state"]) for observation, _, _ in grey}) > 5
+    others = first("drawer-close", 1, seed=1), first("drawer-open", 1), first("drawer-close", 2)
+    assert len({seed, *(other for other, _ in others)}) == 4
 
 
 def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tmp_path):
@@ -139,11 +131,11 @@ def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tm
         result, randomly = pool.run(config), pool.run(random)
         stock = pool.run(replace(config, resets="stock", episodes=1, output_dir=None))
     with RolloutPool("metaworld", policy_factory=Expert, workers=0) as pool:
-        assert pool.run(replace(config, output_dir=None)).episodes == result.episodes
+        assert pool.run(replace(config, output_dir=None))["episodes"] == result["episodes"]
     with RolloutPool("metaworld", workers=0) as pool:
-        assert pool.run(random).episodes == randomly.episodes, "random actions need no policy"
-    assert result.episodes[0]["seed"] == stock.episodes[0]["seed"] and stock.settings["resets"] == "stock"
-    assert result.mean_success == stock.mean_success == 1.0 and randomly.mean_success == 0.0
+        assert pool.run(random)["episodes"] == randomly["episodes"], "random actions need no policy"
+    assert result["episodes"][0]["seed"] == stock["episodes"][0]["seed"] and stock["settings"]["resets"] == "stock"
+    assert result["mean_success"] == stock["mean_success"] == 1.0 and randomly["mean_success"] == 0.0
     check_written(tmp_path)
 
 
@@ -153,13 +145,8 @@ def test_rollout_plays_a_policy_in_the_control_its_metadata_names():
     for factory in (Expert, Absolute):
         with RolloutPool("metaworld", policy_factory=factory, workers=0) as pool:
             random = pool.run(replace(config, policy="random"))  # before the policy is asked for anything
-            played.append((pool.run(config).episodes, random.mean_success))
+            played.append((pool.run(config)["episodes"], random["mean_success"]))
     assert played[0] == played[1], "the expert's targets lead where its deltas lead"
-    with (
-        RolloutPool("metaworld", policy_factory=Contradictory, workers=0) as pool,
-        pytest.raises(SimulatorError, match=r"action_names: got \('delta_x', .*, expected \('target_x', "),
-    ):
-        pool.run(config)
 
 
 def check_written(folder: Path) -> None:
@@ -184,29 +171,30 @@ def check_written(folder: Path) -> None:
 
 
 def test_rollout_pool_surfaces_what_goes_wrong():
-    config = RolloutConfig(tasks=("faucet-close",), episodes=1)
+    config = RolloutConfig(tasks=("faucet-close",), episodes=1, policy="random")
     with RolloutPool("metaworld", workers=0) as pool:
-        with pytest.raises(SimulatorError, match="got no checkpoint"):
-            pool.run(config)
-        with pytest.raises(SimulatorError, match="did you mean 'drawer-open'"):
-            pool.run(replace(config, policy="random", tasks=("drawer-opem",)))
-        with pytest.raises(SimulatorError, match="--prompts unseen: task 'push' has none"):
-            pool.run(replace(config, policy="random", prompts="unseen", tasks=("push",)))
-    with (
-        RolloutPool("metaworld", policy_factory=DifferentRate, workers=0) as pool,
-        pytest.raises(SimulatorError, match=r"control_hz: got 10.0, expected 80.0"),
-    ):
-        pool.run(config)
+        for change, message in [
+            ({"policy": "checkpoint"}, "got no checkpoint"),
+            ({"tasks": ("drawer-opem",)}, "did you mean 'drawer-open'"),
+            ({"prompts": "unseen", "tasks": ("push",)}, "--prompts unseen: task 'push' has none"),
+        ]:
+            with pytest.raises(SimulatorError, match=message):
+                pool.run(replace(config, **change))
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("factory", "error", "message"),
-    [(dies, WorkerError, "worker process died"), (breaks, RuntimeError, "no such weights")],
+    ("factory", "workers", "error", "message"),
+    [
+        (DifferentRate, 0, SimulatorError, r"control_hz: got 10.0, expected 80.0"),
+        (Contradictory, 0, SimulatorError, r"action_names: got \('delta_x', .*, expected \('target_x', "),
+        (breaks, 1, RuntimeError, "no such weights"),
+        (dies, 1, WorkerError, "worker process died"),  # instead of waiting for it
+    ],
 )
-def test_rollout_pool_reports_a_lost_worker_instead_of_waiting(factory, error, message):
+def test_rollout_pool_reports_a_policy_that_cannot_play(factory, workers, error, message):
     config = RolloutConfig(tasks=("faucet-close",), episodes=3)
-    with RolloutPool("metaworld", policy_factory=factory, workers=1) as pool, pytest.raises(error, match=message):
+    with RolloutPool("metaworld", policy_factory=factory, workers=workers) as pool, pytest.raises(error, match=message):
         pool.run(config)
 
 

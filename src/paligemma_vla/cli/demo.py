@@ -19,7 +19,6 @@ from paligemma_vla.cli.arguments import add_config_arguments, add_workers, confi
 
 if TYPE_CHECKING:
     from paligemma_vla.config import VLAConfig
-    from paligemma_vla.evaluation.rollout import RolloutResult
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +93,8 @@ def main(args: argparse.Namespace) -> int:
         results = _evaluate(args, config)
     fields = ("successes", "episodes", "rate", "ci95")
     summary = {
-        "tasks": {task: {name: entry[name] for name in fields} for task, entry in results["mean_success"].tasks.items()},
-        **{key: result.mean_success for key, result in results.items()},
+        "tasks": {task: {name: entry[name] for name in fields} for task, entry in results["mean_success"]["tasks"].items()},
+        **{key: result["mean_success"] for key, result in results.items()},
         "wall_s": wall,
     }
     path = config.run_dir / "demo_summary.json"
@@ -113,7 +112,7 @@ def _stage(wall: dict[str, float], name: str) -> Iterator[None]:
     wall[name] = round(time.monotonic() - began, 1)
 
 
-def _evaluate(args: argparse.Namespace, config: VLAConfig) -> dict[str, RolloutResult]:
+def _evaluate(args: argparse.Namespace, config: VLAConfig) -> dict[str, dict[str, Any]]:
     """Play every condition; results by their name in the summary."""
     from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
     from paligemma_vla.training.checkpoint import LAST
@@ -135,12 +134,12 @@ def _evaluate(args: argparse.Namespace, config: VLAConfig) -> dict[str, RolloutR
     return results
 
 
-def _table(results: dict[str, RolloutResult]) -> str:
+def _table(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for condition in CONDITIONS:
         result = results[condition.key]
-        successes, episodes = (sum(entry[field] for entry in result.tasks.values()) for field in ("successes", "episodes"))
-        rows.append(f"{condition.label:<24} {successes:>4}/{episodes:<4} {result.mean_success:>5.2f}  {condition.note}")
+        successes, episodes = (sum(entry[field] for entry in result["tasks"].values()) for field in ("successes", "episodes"))
+        rows.append(f"{condition.label:<24} {successes:>4}/{episodes:<4} {result['mean_success']:>5.2f}  {condition.note}")
     return "\n".join(rows)
 
 

@@ -36,10 +36,10 @@ def main(args: argparse.Namespace) -> int:
     with RolloutPool(args.env, args.checkpoint_path, **options) as pool:
         result = pool.run(from_flags(RolloutConfig, args))
     lines: list[str] = []
-    for task, entry in result.tasks.items():
+    for task, entry in result["tasks"].items():
         low, high = entry["ci95"]
         count = f"{entry['successes']}/{entry['episodes']}"
         lines.append(f"{task:28s} {count:>9s} {entry['rate']:.2f}  [{low:.2f}, {high:.2f}]")
-    lines.append(f"{'mean':28s} {'':9s} {result.mean_success:.2f}  -> {args.output_dir / 'rollout.json'}")
+    lines.append(f"{'mean':28s} {'':9s} {result['mean_success']:.2f}  -> {args.output_dir / 'rollout.json'}")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

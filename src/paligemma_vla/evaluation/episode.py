@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets
 
+if TYPE_CHECKING:
+    from paligemma_vla.policy import Policy
+
 Prompts = Literal["own", "opposite", "unseen"]
 ImageSource = Literal["camera", "grey"]
 Actor = Literal["checkpoint", "random"]
@@ -26,18 +29,6 @@ GREY = 127
 VIDEO_SIZE, VIDEO_FPS, VIDEO_CRF = 256, 20, 30
 SNAPSHOT_EVERY = 2  # steps; at 20 frames a second, videos of an 80 Hz robot run at half speed
 LAST_FRAMES = 12  # the last picture stays, long enough to see how the episode ended
-
-
-class ActingPolicy(Protocol):
-    """What a rollout asks of a policy; `paligemma_vla.Policy` is one."""
-
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-    def infer(
-        self, observation: Mapping[str, Any], *, seed: int | None = None, num_steps: int | None = None
-    ) -> Mapping[str, Any]:
-        """`actions` (K, A) in real units, for an observation with images, `state` and `prompt`."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def instructions(env: Environment, task: str, kind: Prompts) -> tuple[str, ...]:
 
 
 def play(
-    env: Environment, policy: ActingPolicy | None, task: str, index: int, condition: Condition, record: bool = False
+    env: Environment, policy: Policy | None, task: str, index: int, condition: Condition, record: bool = False
 ) -> EpisodeOutcome:
     """Play episode number `index` of `task`; start and instruction depend on (seed, task, index) alone.
 
@@ -119,7 +110,7 @@ def play(
 
 def _actions(
     env: Environment,
-    policy: ActingPolicy | None,
+    policy: Policy | None,
     condition: Condition,
     view: schema.Observation,
     prompt: str,

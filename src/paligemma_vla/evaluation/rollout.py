@@ -10,9 +10,9 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Environment, make_environment
 from paligemma_vla.evaluation.episode import (
-    ActingPolicy,
     Condition,
     EpisodeOutcome,
     check_compatible,
@@ -38,12 +37,13 @@ from paligemma_vla.workers import WorkerPool
 
 if TYPE_CHECKING:
     from paligemma_vla.model.quantize import Weights
+    from paligemma_vla.policy import Policy
 
 log = logging.getLogger(__name__)
 
 VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 
-PolicyFactory = Callable[[Environment], ActingPolicy]
+PolicyFactory = Callable[[Environment], "Policy"]
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,23 @@ class RolloutConfig(Condition):
     output_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class RolloutResult:
-    """What `rollout.json` holds; tasks, episodes and videos have its form already."""
-
-    settings: dict[str, Any]
-    tasks: dict[str, dict[str, Any]]
-    mean_success: float
-    episodes: list[dict[str, Any]]
-    videos: list[dict[str, Any]] = field(default_factory=list)
-    wall_s: float = 0.0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """95 % Wilson score interval of a success rate; unlike the normal one it is right at 0 and 1."""
     from scipy.stats import binomtest  # takes most of a second
 
     interval = binomtest(successes, episodes).proportion_ci(0.95, "wilson")
     return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class _Player:
+    """What plays: names of a simulator and a policy. The arguments of `RolloutPool`, which go to a worker with each job."""
+
+    env: str
+    image_size: int
+    checkpoint_path: str | None
+    weights: Weights | None
+    policy_factory: PolicyFactory | None
 
 
 class RolloutPool:
@@ -103,12 +99,11 @@ class RolloutPool:
         weights: Weights | None = None,
         policy_factory: PolicyFactory | None = None,
     ) -> None:
-        self.env_name, self.checkpoint_path, self.image_size, self.weights = env, checkpoint_path, image_size, weights
-        self._env = make_environment(env, image_size)
-        if policy_factory is None and checkpoint_path is not None:
-            policy_factory = partial(load_checkpoint, download_policy(checkpoint_path), weights)
-        self._has_policy = policy_factory is not None
-        self._pool = WorkerPool(workers, _start_worker, (env, image_size, policy_factory))
+        self.checkpoint_path = checkpoint_path
+        here = None if checkpoint_path is None else download_policy(checkpoint_path)
+        self._player = _Player(env, image_size, here, weights, policy_factory)
+        self._env = _environment(self._player)
+        self._pool = WorkerPool(workers)
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -116,43 +111,51 @@ class RolloutPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.close()
         self._env.close()
-        for worker in _this_worker:  # with `workers=0`
-            worker.env.close()
-        _this_worker.clear()
+        _environment.cache_clear()
+        _policy.cache_clear()
 
-    def run(self, config: RolloutConfig) -> RolloutResult:
-        """Play one condition; episode k of a task is the same for any number of workers or tasks."""
+    def run(self, config: RolloutConfig) -> dict[str, Any]:
+        """Play one condition; episode k of a task is the same for any number of workers or tasks.
+
+        Returns what `rollout.json` holds: settings; by task its successes, episodes, rate and 95 % interval; mean_success over
+        the tasks; the episodes; the videos; seconds.
+        """
         started = time.monotonic()
         tasks = self._check(config)
-        if config.output_dir is not None:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-        most = config.max_videos if config.output_dir else 0
-        jobs = ((task, index, config, most > 0) for task in tasks for index in range(config.episodes))
+        folder = config.output_dir
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        most = config.max_videos if folder else 0
+        jobs = ((self._player, task, index, config, most > 0) for task in tasks for index in range(config.episodes))
         label = f"{config.prompts}/{config.resets}/{config.image}/{config.policy}"
         outcomes: list[EpisodeOutcome] = []
-        recorded: dict[str, EpisodeOutcome] = {}  # by the name of the video
+        videos, video_jobs = [], []
         count: Counter[str] = Counter()
         played = self._pool.map(_play_job, jobs)
         for outcome in tqdm(played, label, config.episodes * len(tasks), unit="episode", disable=None):
             kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
             count[kind] += 1
-            if count[kind] <= most:
-                recorded[f"{kind}_{count[kind]}"] = outcome
+            if folder is not None and count[kind] <= most:
+                path = f"videos/{kind}_{count[kind]}.mp4"
+                described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
+                videos.append({**described, "path": path, "poster": path.replace(".mp4", ".jpg")})
+                video_jobs.append((self._player, folder / path, outcome))
             outcomes.append(replace(outcome, snapshots=[]))
-        videos = self._write_videos(recorded, config.output_dir) if config.output_dir else []
+        list(self._pool.map(_video_job, video_jobs))
         by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task]) for task in tasks}
         names = ("task", "index", "seed", "prompt", "success", "steps")
-        result = RolloutResult(
-            settings=self._settings(config, tasks),
-            tasks=by_task,
-            mean_success=float(np.mean([entry["rate"] for entry in by_task.values()])),
-            episodes=[{name: getattr(outcome, name) for name in names} for outcome in outcomes],
-            videos=videos,
-            wall_s=round(time.monotonic() - started, 2),
-        )
-        if config.output_dir is not None:
-            atomic_write(config.output_dir / "rollout.json", result.to_json())
-        log.info("%s: mean success %.3f, %.0f s", label, result.mean_success, result.wall_s)
+        mean = float(np.mean([entry["rate"] for entry in by_task.values()]))
+        result = {
+            "settings": self._settings(config, tasks),
+            "tasks": by_task,
+            "mean_success": mean,
+            "episodes": [{name: getattr(outcome, name) for name in names} for outcome in outcomes],
+            "videos": videos,
+            "wall_s": round(time.monotonic() - started, 2),
+        }
+        if folder is not None:
+            atomic_write(folder / "rollout.json", json.dumps(result, indent=2) + "\n")
+        log.info("%s: mean success %.3f, %.0f s", label, mean, result["wall_s"])
         return result
 
     def _check(self, config: RolloutConfig) -> tuple[str, ...]:
@@ -160,20 +163,11 @@ class RolloutPool:
         tasks = tuple(dict.fromkeys(self._env.canonical(task) for task in config.tasks))
         if not tasks or config.episodes < 1:
             raise SimulatorError(f"rollout: got {len(tasks)} tasks, {config.episodes} episodes, expected at least 1 of each")
-        if config.policy == "checkpoint" and not self._has_policy:
+        if config.policy == "checkpoint" and not (self._player.checkpoint_path or self._player.policy_factory):
             raise SimulatorError("rollout: got no checkpoint; give --checkpoint_path, or --policy random")
         for task in tasks:
             instructions(self._env, task, config.prompts)
         return tasks
-
-    def _write_videos(self, recorded: dict[str, EpisodeOutcome], folder: Path) -> list[dict[str, Any]]:
-        videos: list[dict[str, Any]] = []
-        for name, outcome in recorded.items():
-            described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
-            videos.append({**described, "path": f"videos/{name}.mp4", "poster": f"videos/{name}.jpg"})
-        jobs = [(folder / video["path"], outcome) for video, outcome in zip(videos, recorded.values(), strict=True)]
-        list(self._pool.map(_video_job, jobs))
-        return videos
 
     def _settings(self, config: RolloutConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
         sha256 = None
@@ -184,13 +178,13 @@ class RolloutPool:
         return asdict(config) | {
             "tasks": list(tasks),
             "output_dir": str(config.output_dir) if config.output_dir else None,
-            "env": self.env_name,
-            "image_size": self.image_size,
+            "env": self._player.env,
+            "image_size": self._player.image_size,
             "workers": self._pool.workers,
             "checkpoint_path": self.checkpoint_path,
             "checkpoint_sha256": sha256,
-            "weights": self.weights or "full",
-            "versions": dict(_versions()),
+            "weights": self._player.weights or "full",
+            "versions": {found.name: found.version for found in importlib.metadata.distributions() if found.name in VERSIONED},
         }
 
 
@@ -206,67 +200,49 @@ def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
     }
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in VERSIONED:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+# What a worker process does: it keeps one simulator and one policy from job to job. The first job that needs them builds them,
+# where an error can be reported.
 
 
-# What a worker process does: it keeps one simulator and one policy from job to job.
+@lru_cache(maxsize=1)
+def _environment(player: _Player) -> Environment:
+    return make_environment(player.env, player.image_size)
 
 
-class _Worker:
-    """One simulator and one policy. The first job that needs them builds them, where an error can be reported."""
-
-    def __init__(self, env_name: str, image_size: int, factory: PolicyFactory | None) -> None:
-        self.env_name, self.image_size, self.factory = env_name, image_size, factory
-
-    @cached_property
-    def env(self) -> Environment:
-        return make_environment(self.env_name, self.image_size)
-
-    @cached_property
-    def policy(self) -> ActingPolicy | None:
-        if self.factory is None:
-            return None
-        policy = self.factory(self.env)
-        if control := policy.metadata.get("action_representation"):
-            self.env.use_control(control)
-        check_compatible(policy.metadata, self.env.spec)
-        return policy
+@lru_cache(maxsize=1)
+def _policy(player: _Player) -> Policy | None:
+    env = _environment(player)
+    if player.policy_factory is not None:
+        policy = player.policy_factory(env)
+    elif player.checkpoint_path is not None:
+        policy = load_checkpoint(player.checkpoint_path, player.weights)
+    else:
+        return None
+    if control := policy.metadata.get("action_representation"):
+        env.use_control(control)
+    check_compatible(policy.metadata, env.spec)
+    return policy
 
 
-_this_worker: list[_Worker] = []  # one in a worker process; none in the process that started the pool
-
-
-def _start_worker(env_name: str, image_size: int, factory: PolicyFactory | None) -> None:
-    _this_worker[:] = [_Worker(env_name, image_size, factory)]
-
-
-def _play_job(job: tuple[str, int, Condition, bool]) -> EpisodeOutcome:
-    """Play one episode: (task, number, condition, whether to take snapshots for a video)."""
-    (worker,) = _this_worker
-    task, index, condition, record = job
+def _play_job(job: tuple[_Player, str, int, Condition, bool]) -> EpisodeOutcome:
+    """Play one episode: (player, task, number, condition, whether to take snapshots for a video)."""
+    player, task, index, condition, record = job
     # The policy first: random actions, too, are of its kind of control, whichever condition is played first.
-    policy = worker.policy
-    return play(worker.env, policy, task, index, condition, record)
+    policy = _policy(player)
+    return play(_environment(player), policy, task, index, condition, record)
 
 
-def _video_job(job: tuple[Path, EpisodeOutcome]) -> None:
-    (worker,) = _this_worker
-    path, outcome = job
-    write_video(path, worker.env, outcome)
+def _video_job(job: tuple[_Player, Path, EpisodeOutcome]) -> None:
+    player, path, outcome = job
+    write_video(path, _environment(player), outcome)
 
 
-def load_checkpoint(path: str, weights: Weights | None, env: Environment) -> ActingPolicy:
-    """The default `PolicyFactory`: a checkpoint on one CPU thread, since the bits of a result depend on their number."""
+def load_checkpoint(path: str, weights: Weights | None) -> Policy:
+    """A checkpoint on one CPU thread, since the bits of a result depend on their number."""
     quiet_libraries()
     import torch
 
     from paligemma_vla.policy import Policy
 
     torch.set_num_threads(1)
-    policy: ActingPolicy = Policy.from_checkpoint(path, device="cpu", weights=weights)
-    return policy
+    return Policy.from_checkpoint(path, device="cpu", weights=weights)

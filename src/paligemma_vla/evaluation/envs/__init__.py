@@ -124,10 +124,10 @@ class Environment(Protocol):
         """The first camera's picture at another size: (size, size, 3) uint8 RGB."""
 
     def snapshot(self) -> object:
-        """The present state, complete and picklable: what `restore` takes, in this or in another process."""
+        """What there is to see at present, picklable: `restore` takes it, in this or in another process."""
 
     def restore(self, snapshot: object) -> None:
-        """Go back to a state that `snapshot` returned."""
+        """Let `render` draw what `snapshot` saw. An episode does not go on from there: `reset` comes next."""
 
     def close(self) -> None:
         """Free the graphics contexts."""

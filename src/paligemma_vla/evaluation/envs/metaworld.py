@@ -6,16 +6,24 @@ The policy is shown one picture and where its own hand is; never where the objec
 from __future__ import annotations
 
 import warnings
-from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest
 from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
-from paligemma_vla.evaluation.envs.metaworld_tasks import OPPOSITES, SCENES, SWEEPS, TASKS, draw_start, move_hand_away, prompts
+from paligemma_vla.evaluation.envs.metaworld_tasks import (
+    OPPOSITES,
+    SCENES,
+    SWEEPS,
+    TASKS,
+    draw_start,
+    move_hand_away,
+    physics_of,
+    prompts,
+)
 from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
 from paligemma_vla.schema import DatasetMetadata, Observation
 
@@ -55,8 +63,8 @@ ABSOLUTE_SPEC = EnvSpec(
     action_scale=(STROKE, STROKE, STROKE, 1.0),
 )
 
-
 Positions = tuple[NDArray[np.float64], NDArray[np.float64]]  # of bodies and sites
+Snapshot = tuple[str, NDArray[np.float64], Positions]  # task, MuJoCo's numbers, where the episode has put things in the model
 
 
 def _positions(model: Any) -> Positions:
@@ -66,17 +74,6 @@ def _positions(model: Any) -> Positions:
 
 def _put(model: Any, positions: Positions) -> None:
     model.body_pos[:], model.site_pos[:] = positions
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A complete state: MuJoCo's numbers, where the episode has put things in the model, and MetaWorld's own variables."""
-
-    task: str
-    physics: NDArray[np.float64]
-    positions: Positions
-    variables: dict[str, Any]
-    observed: NDArray[np.float64]
 
 
 class _Task:
@@ -95,11 +92,6 @@ class _Task:
         if size not in self.cameras:
             self.cameras[size] = OffscreenCamera(self.simulator.model, size, VIEW)
         return self.cameras[size]
-
-    def variables(self) -> dict[str, Any]:
-        """MetaWorld's plain attributes (targets, counters, last observations), copied."""
-        kept = (bool, int, float, np.ndarray, type(None))
-        return {name: copy(value) for name, value in vars(self.simulator).items() if type(value) in kept}
 
 
 class MetaWorldEnvironment:
@@ -229,24 +221,15 @@ class MetaWorldEnvironment:
 
     def snapshot(self) -> Snapshot:
         task = self._task()
-        model, data, kind = task.simulator.model, task.simulator.data, self._mujoco.mjtState.mjSTATE_INTEGRATION
-        physics = np.zeros(self._mujoco.mj_stateSize(model, kind))
-        self._mujoco.mj_getState(model, data, physics, kind)
-        return Snapshot(task.name, physics, _positions(model), task.variables(), self._observed.copy())
+        return task.name, physics_of(task.simulator), _positions(task.simulator.model)
 
     def restore(self, snapshot: object) -> None:
-        assert isinstance(snapshot, Snapshot), f"restore: got {type(snapshot).__name__}, expected what snapshot() returned"
-        task = self._current = self._load(snapshot.task)
-        model, data = task.simulator.model, task.simulator.data
-        _put(model, snapshot.positions)
-        kind = self._mujoco.mjtState.mjSTATE_INTEGRATION
-        self._mujoco.mj_setState(model, data, snapshot.physics, kind)
-        self._mujoco.mj_forward(model, data)
-        # The forward pass leaves a warm start of its own behind, from which the solver would go on slightly differently.
-        self._mujoco.mj_setState(model, data, snapshot.physics, kind)
-        for name, value in snapshot.variables.items():
-            setattr(task.simulator, name, copy(value))
-        self._observed = snapshot.observed.copy()
+        name, physics, positions = cast(Snapshot, snapshot)
+        self._current = self._load(name)
+        simulator = self._current.simulator
+        _put(simulator.model, positions)
+        self._mujoco.mj_setState(simulator.model, simulator.data, physics, self._mujoco.mjtState.mjSTATE_INTEGRATION)
+        self._mujoco.mj_forward(simulator.model, simulator.data)
 
     def close(self) -> None:
         for task in self._loaded.values():
