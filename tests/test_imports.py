@@ -18,6 +18,11 @@ def test_import_of_the_package_is_light() -> None:
     assert not names & {"torch", "numpy", "pydantic", "transformers"}
 
 
+def test_help_and_a_wrong_flag_are_quick() -> None:
+    names = loaded("paligemma_vla.cli.main, paligemma_vla.cli.train, paligemma_vla.config")
+    assert not names & {"torch", "transformers"}
+
+
 def test_import_of_the_policy_loads_neither_training_nor_a_simulator() -> None:
     names = loaded("paligemma_vla.policy")
     training = {name for name in names if name.startswith("paligemma_vla.training")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import shlex
 import subprocess
@@ -121,28 +120,6 @@ def test_ddp_command_with_wandb_and_its_resume(run, workplace: Path) -> None:
     assert after[: len(before)] == before
     assert len(after) > len(before)
     assert [path.name for path in (workplace / "experiments").glob("production_training*")] == ["production_training"]
-
-
-def test_resume_auto_starts_a_fresh_run_and_goes_on_with_an_old_one(run, workplace: Path) -> None:
-    command = "main_train.py --config_path configs/vla_config.yaml --experiment_name auto_run --resume_checkpoint auto"
-    run(command, "--epochs 3 --set training.stop_after_epoch=1")
-    folder = workplace / "experiments" / "auto_run"
-    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
-    printed = run(command, "--epochs 3")
-    assert re.search(r"resumed .*checkpoint_epoch_1\.pth\.tar: step \d+, 1 epochs completed", printed)
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "train/lr" in line]
-    assert steps == list(range(1, steps[-1] + 1))
-    assert (folder / "checkpoints" / "checkpoint_epoch_3.pth.tar").exists()
-
-
-def test_second_run_of_a_name_moves_the_first_aside(run, workplace: Path) -> None:
-    command = "main_train.py --config_path configs/vla_config.yaml --experiment_name twice --set training.max_steps=1"
-    run(command)
-    printed = run(command)
-    (aside,) = (workplace / "experiments").glob("twice.*")
-    assert str(aside.relative_to(workplace)) in printed
-    assert (aside / "checkpoints" / "last.pth.tar").exists()
-    assert (workplace / "experiments" / "twice" / "checkpoints" / "last.pth.tar").exists()
 
 
 def test_scripts_run_as_programs(workplace: Path) -> None:
