@@ -18,7 +18,7 @@ from benchmarks.run import report
 from paligemma_vla.cli.main import main as command
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.images import encode_image
-from paligemma_vla.data.loader import VLADataset, batches, build_loader
+from paligemma_vla.data.loader import VLADataset, load_batches
 from paligemma_vla.data.order import RunSampler, SampleOrder
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.model.tiny import TinySpec
@@ -55,7 +55,7 @@ def convert(*arguments: object) -> None:
 def load(dataset: VLADataset, config: VLAConfig) -> None:
     """Read the first batches of a shuffled run."""
     sampler = RunSampler(SampleOrder([len(dataset)], None, BATCH, seed=0), 0, STEPS, 0, 1, 1)
-    for _ in batches(build_loader(dataset, sampler, config, pin_memory=False)):
+    for _ in load_batches(dataset, sampler, config, pin_memory=False):
         pass
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common import Row, best_seconds, demo_config, write_episodes
 from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.data.loader import run_batches
+from paligemma_vla.data.loader import load_batches
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.model.tiny import TinySpec
@@ -32,7 +32,7 @@ def measure() -> list[Row]:
             config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH, data__reading=reading)
             _, data, _ = prepare(config, Distributed(0, 1, torch.device("cpu")))
             sampler = RunSampler(data.order, 0, STEPS, 0, 1, 1)
-            streams[reading] = partial(run_batches, data.train, sampler, config, pin_memory=False)
+            streams[reading] = partial(load_batches, data.train, sampler, config, pin_memory=False)
 
         def load(reading: str) -> None:
             for _ in streams[reading]():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ import torch
 from PIL import Image
 
 from paligemma_vla import flow
-from paligemma_vla.config import VLAConfig, source_paths
+from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.formats import parquet
-from paligemma_vla.data.loader import Collator, VLADataset, batches, build_loader, build_preprocessor
+from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor, load_batches
 from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef
 from paligemma_vla.errors import DataError
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.seeding import derive_seed
-from support import ACTION_DIM, HORIZON, STATE_DIM, read_rows, write_episodes
+from support import ACTION_DIM, HORIZON, STATE_DIM, identical, read_rows, write_episodes
 
 ConfigFactory = Callable[..., VLAConfig]
 
@@ -68,9 +69,12 @@ def test_items_equal_rows_read_naively(two_camera_dataset: VLADataset, two_camer
                 np.testing.assert_array_equal(item[f"image_{camera}"].permute(1, 2, 0), np.asarray(resized))
         assert item["raw_prompt_text"] == row["prompt"]
         assert item["position"] == number
+        assert two_camera_dataset.locate(number) == (row["episode"], row["step"])
         present, masked = present + int(item["image_mask"][1]), masked + valid.count(False)
     assert 0 < present < len(rows)  # the test data does hold both cases
     assert masked > 0
+    with pytest.raises(IndexError):
+        two_camera_dataset[len(rows)]
 
 
 def test_item_shapes_and_types_are_the_promised_ones(dataset: VLADataset) -> None:
@@ -90,13 +94,6 @@ def test_item_shapes_and_types_are_the_promised_ones(dataset: VLADataset) -> Non
     assert item["image_1"].dtype == torch.uint8
     assert item["state"].dtype == item["action"].dtype == item["flow_noise"].dtype == torch.float32
     assert item["action_mask"].dtype == item["image_mask"].dtype == item["vlm_attention_mask"].dtype == torch.bool
-
-
-def test_locate_is_the_naive_count(dataset: VLADataset, episode_dir: Path) -> None:
-    assert [dataset.locate(n) for n in range(len(dataset))] == [(row["episode"], row["step"]) for row in read_rows(episode_dir)]
-    for outside in (-1, len(dataset)):
-        with pytest.raises(IndexError):
-            dataset[outside]
 
 
 def test_flow_draws_are_a_function_of_seed_stream_and_position(dataset: VLADataset, tiny_config: ConfigFactory) -> None:
@@ -171,13 +168,6 @@ def test_batch_is_its_items_with_prompts_laid_out_together(two_camera_dataset: V
         assert real.tolist() == item["input_ids"][item["vlm_attention_mask"]].tolist()
 
 
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(
-        torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
-        for name, value in first.items()
-    )
-
-
 def test_workers_prefetch_and_where_a_run_goes_on_change_no_batch(
     tiny_config: ConfigFactory, two_camera_dataset: VLADataset
 ) -> None:
@@ -186,7 +176,7 @@ def test_workers_prefetch_and_where_a_run_goes_on_change_no_batch(
     def read(start: int, **loading: int) -> list[dict[str, Any]]:
         config = tiny_config({f"data.{key}": value for key, value in loading.items()}, cameras=2)
         data = make(config, two_camera_dataset.preprocessor, training=True)
-        return list(batches(build_loader(data, RunSampler(order, start, 9, 0, 1, 2), config, pin_memory=False)))
+        return list(load_batches(data, RunSampler(order, start, 9, 0, 1, 2), config, pin_memory=False))
 
     expected = read(3, num_workers=0)
     assert len(expected) == 12
@@ -197,16 +187,17 @@ def test_workers_prefetch_and_where_a_run_goes_on_change_no_batch(
         (8, {"num_workers": 0, "cache_mb": 0}),
     ]:
         got = read(start, **loading)
-        assert all(same(a, b) for a, b in zip(got, expected[2 * (start - 3) :], strict=True))
+        assert identical(got, expected[2 * (start - 3) :])
 
 
-def corrupt_image(folder: Path, row: int, value: bytes | None) -> None:
-    """Replace one image of a folder's first file."""
+def change(folder: Path, name: str, values: dict[int, Any]) -> Path:
+    """Replace values of some rows of a folder's first file; returns its path."""
     path = sorted(folder.glob("*.parquet"))[0]
     table = pq.read_table(path)
-    images = table["image_1_bytes"].to_pylist()
-    images[row] = value
-    pq.write_table(table.set_column(0, "image_1_bytes", pa.array(images, pa.binary())), path, row_group_size=5)
+    column = [values.get(row, value) for row, value in enumerate(table[name].to_pylist())]
+    position = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(position, name, pa.array(column, table[name].type)), path, row_group_size=5)
+    return path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -214,18 +205,17 @@ def test_error_in_a_worker_arrives_as_it_was_raised(
     tmp_path: Path, tiny_config: ConfigFactory, dataset: VLADataset, workers: int
 ) -> None:
     write_episodes(tmp_path / "data")
-    corrupt_image(tmp_path / "data", 11, b"\xff\xd8\xff broken")
+    path = change(tmp_path / "data", "image_1_bytes", {11: b"\xff\xd8\xff broken"})
     config = tiny_config({"data.num_workers": workers})
     data = make(config, dataset.preprocessor, tmp_path / "data")
     assert len(data) == len(dataset)  # corrupt image bytes do not disturb indexing
-    loader = build_loader(data, [[SampleRef(n, n)] for n in (0, 10, 11, 12)], config, pin_memory=False)
-    stream = batches(loader)
+    stream = load_batches(data, [[SampleRef(n, n)] for n in (0, 10, 11, 12)], config, pin_memory=False)
     assert [next(stream)["position"].tolist() for _ in range(2)] == [[0], [10]]
     with pytest.raises(DataError) as caught:
         next(stream)
-    path = sorted((tmp_path / "data").glob("*.parquet"))[0]
     assert str(caught.value).startswith(f"{path}: row 11, column image_1_bytes: cannot be decoded as JPEG or PNG")
     assert "Traceback" not in str(caught.value)
+    assert not active_children()  # although the traceback is still there
     assert caught.value.__cause__ is None or workers == 0
 
 
@@ -233,21 +223,12 @@ def test_missing_main_image_and_bad_prompts_name_the_row(
     tmp_path: Path, tiny_config: ConfigFactory, dataset: VLADataset
 ) -> None:
     write_episodes(tmp_path / "data")
-    corrupt_image(tmp_path / "data", 4, None)
+    change(tmp_path / "data", "image_1_bytes", {4: None})
+    change(tmp_path / "data", "prompt", {2: None, 3: "word " * 200})
     data = make(tiny_config(), dataset.preprocessor, tmp_path / "data")
-    with pytest.raises(DataError, match="row 4, column image_1_bytes: got null"):
-        data[4]
-    path = sorted((tmp_path / "data").glob("*.parquet"))[0]
-    table = pq.read_table(path)
-    prompts = table["prompt"].to_pylist()
-    prompts[2], prompts[3] = None, "word " * 200
-    column = table.schema.get_field_index("prompt")
-    pq.write_table(table.set_column(column, "prompt", pa.array(prompts)), path)
-    data = make(tiny_config(), dataset.preprocessor, tmp_path / "data")
-    with pytest.raises(DataError, match="row 2, column prompt: got null"):
-        data[2]
-    with pytest.raises(DataError, match=r"row 3, column prompt: .*prompt_max_len"):
-        data[3]
+    for row, message in [(4, "image_1_bytes: got null"), (2, "prompt: got null"), (3, "prompt: .*prompt_max_len")]:
+        with pytest.raises(DataError, match=f"row {row}, column {message}"):
+            data[row]
 
 
 def test_data_that_does_not_fit_the_configuration_names_every_key(
@@ -283,19 +264,8 @@ def test_narrower_actions_are_padded_and_masked_when_asked_for(tiny_config: Conf
         assert not mask[:, ACTION_DIM:].any()
 
 
-def test_filler_counts_for_nothing(dataset: VLADataset) -> None:
-    assert dataset[SampleRef(3, 3)]["action_mask"].any()
-    assert not dataset[SampleRef(3, 3, valid=False)]["action_mask"].any()
-
-
 def test_processor_may_be_a_folder(tiny_config: ConfigFactory, tiny_model_dir: Path, dataset: VLADataset) -> None:
     config = tiny_config({"model.vlm_config.model_name_or_path": "somewhere/else"})
     built = VLADataset(config.data.train_parquet_files, str(tiny_model_dir), config)
-    assert same(dict(built[5]), dict(dataset[5]))
+    assert identical(dict(built[5]), dict(dataset[5]))
     assert build_preprocessor(tiny_config()).to_dict() == built.preprocessor.to_dict()
-
-
-def test_source_paths_drop_the_weights(tiny_config: ConfigFactory) -> None:
-    assert source_paths("a") == ["a"]
-    config = tiny_config({"data.train_parquet_files": ["a", {"path": "b", "weight": 2.0}]})
-    assert source_paths(config.data.train_parquet_files) == ["a", "b"]

@@ -19,7 +19,7 @@ from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.index import EpisodeIndex, expand_paths
-from paligemma_vla.data.loader import VLADataset, batches, build_loader, run_batches
+from paligemma_vla.data.loader import VLADataset, load_batches
 from paligemma_vla.data.order import RunSampler, SampleOrder, StreamedOrder
 from paligemma_vla.data.reader import EpisodeReader, cut_blocks, episode_prompts
 from paligemma_vla.data.statistics import compute_statistics
@@ -114,9 +114,9 @@ def test_a_bad_store_changes_no_sample(
     remote = VLADataset(index, preprocessor, config, True, EpisodeReader(index, 2, 2**30 if streamed else 1, blocks))
     sampler = RunSampler(order, 0, order.steps_per_epoch, 0, 1, 1)
     with store.failing(Faults(latency=0.002, unavailable=0.2, cut=0.1, short=0.1)), caplog.at_level(logging.WARNING):
-        got = list(run_batches(remote, sampler, config, pin_memory=False))
+        got = list(load_batches(remote, sampler, config, pin_memory=False))
     plain = VLADataset(local, preprocessor, config, training=True)
-    assert identical(got, list(batches(build_loader(plain, sampler, config, pin_memory=False))))
+    assert identical(got, list(load_batches(plain, sampler, config, pin_memory=False)))
     assert sum(len(batch["position"]) for batch in got) == local.steps
     assert "again in" in caplog.text
 
@@ -128,9 +128,9 @@ def test_loader_workers_read_from_a_store(store: Store, two_camera_dataset: VLAD
     sampler = RunSampler(SampleOrder([len(remote)], None, 16, seed=0), 0, 4, 0, 1, 1)
     remote[0]  # a client of this process must not be the workers'
     with store.failing(Faults(unavailable=0.05)):
-        got = list(batches(build_loader(remote, sampler, config, pin_memory=False)))
-    local = build_loader(two_camera_dataset, sampler, session_config(cameras=2), pin_memory=False)
-    assert identical(got, list(batches(local)))
+        got = list(load_batches(remote, sampler, config, pin_memory=False))
+    local = load_batches(two_camera_dataset, sampler, session_config(cameras=2), pin_memory=False)
+    assert identical(got, list(local))
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.data.loader import AHEAD, PartSampler, VLADataset, batches, build_loader, run_batches
+from paligemma_vla.data.loader import AHEAD, PartSampler, VLADataset, load_batches
 from paligemma_vla.data.order import RunSampler, SampleRef, StreamedOrder
 from paligemma_vla.data.reader import FOOTER_BYTES, Blocks, EpisodeReader, cut_blocks, streaming_cache_bytes
 from paligemma_vla.errors import DataError
@@ -54,18 +54,18 @@ def test_batches_are_the_same_bits_for_any_number_of_workers_and_those_of_the_ot
     assert order.epoch_size % 16 == 13  # the last batch of an epoch is smaller
     start, stop = order.steps_per_epoch - 3, order.steps_per_epoch + 4
     plain = VLADataset(index, preprocessor, config, training=True)
-    expected = list(batches(build_loader(plain, RunSampler(order, start, stop, 0, 1, 2), config, pin_memory=False)))
+    expected = list(load_batches(plain, RunSampler(order, start, stop, 0, 1, 2), config, pin_memory=False))
     assert len(expected) == 14
     assert sorted({len(batch["position"]) for batch in expected}) == [5, 8]
     for loading in ({"num_workers": 0}, {"num_workers": 1, "prefetch_factor": 1}, {"num_workers": 3}):
         config = tiny_config({f"data.{key}": value for key, value in loading.items()}, cameras=2)
         data, _ = dataset_of(folder, preprocessor, config)
-        got = list(run_batches(data, RunSampler(order, start, stop, 0, 1, 2), config, pin_memory=False))
+        got = list(load_batches(data, RunSampler(order, start, stop, 0, 1, 2), config, pin_memory=False))
         assert [list(batch) for batch in got] == [list(batch) for batch in expected]
         assert identical(got, expected), loading
     data, _ = dataset_of(folder, preprocessor, config, pool=1)
     config = tiny_config({"data.num_workers": 0}, cameras=2)
-    assert identical(list(run_batches(data, RunSampler(order, stop - 1, stop, 0, 1, 2), config, False)), expected[-2:])
+    assert identical(list(load_batches(data, RunSampler(order, stop - 1, stop, 0, 1, 2), config, False)), expected[-2:])
 
 
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (4, 9)])
@@ -75,9 +75,8 @@ def test_parts_are_the_micro_batches_between_the_same_slots(folder: Path, world:
     homes: dict[int, set[tuple[int, int]]] = {}
     for rank in range(world):
         run = RunSampler(order, 3, 70, rank, world, 1)
-        sampler = PartSampler(run, parts, blocks)
-        stream = list(sampler)
-        assert len(stream) == len(sampler) == len(run) * parts
+        stream = list(PartSampler(run, parts, blocks))
+        assert len(stream) == len(run) * parts
         for number, micro in enumerate(run):
             pieces = stream[number * parts : (number + 1) * parts]
             assert [ref for piece in pieces for ref in piece.refs] == micro
@@ -126,7 +125,7 @@ def test_each_block_is_read_once_in_a_pass_and_again_where_two_slots_share_it(
         needed = {block for samples in slots for block in blocks.of_samples(samples).tolist()}
         before = Counter(fetched)
         data = VLADataset(index, preprocessor, config, True, EpisodeReader(index, 2, room, blocks))
-        for _ in run_batches(data, RunSampler(order, 0, len(steps), rank, 4, 1), config, pin_memory=False):
+        for _ in load_batches(data, RunSampler(order, 0, len(steps), rank, 4, 1), config, pin_memory=False):
             assert len(reading_threads()) == 4
         deadline = time.monotonic() + 5
         while reading_threads() and time.monotonic() < deadline:
@@ -158,7 +157,7 @@ def test_what_goes_wrong_ahead_arrives_at_its_step(
     got: list[Tensor] = []
 
     def read() -> Iterator[None]:
-        for batch in run_batches(data, RunSampler(order, 0, 30, 0, 1, 1), config, pin_memory=False):
+        for batch in load_batches(data, RunSampler(order, 0, 30, 0, 1, 1), config, pin_memory=False):
             got.append(batch["position"])
             yield
 
@@ -176,12 +175,12 @@ def test_a_filler_and_empty_parts_change_nothing(folder: Path, preprocessor: Pre
     last = order.steps_per_epoch - 1
     positions, samples = order.batch(last)
     assert len(positions) == 5
-    (filler,) = run_batches(data, RunSampler(order, last, last + 1, 5, 6, 1), config, pin_memory=False)
+    (filler,) = load_batches(data, RunSampler(order, last, last + 1, 5, 6, 1), config, pin_memory=False)
     assert not filler["action_mask"].any()
     assert len(filler["position"]) == 1
     run = RunSampler(order, last, last + 1, 2, 6, 1)
     assert [len(part.refs) for part in PartSampler(run, 2, blocks)] == [1, 0]
-    (batch,) = run_batches(data, run, tiny_config({"data.num_workers": 2}, cameras=2), pin_memory=False)
+    (batch,) = load_batches(data, run, tiny_config({"data.num_workers": 2}, cameras=2), pin_memory=False)
     assert batch["position"].tolist() == [positions[4]]
     plain = VLADataset(data.index, preprocessor, config, training=True)
     assert torch.equal(batch["image_1"][0], plain[SampleRef(int(positions[4]), int(samples[4]))]["image_1"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.loader import VLADataset, batches, build_loader, build_preprocessor
+from paligemma_vla.data.loader import VLADataset, build_preprocessor, load_batches
 from paligemma_vla.data.order import SampleRef
 from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
 from paligemma_vla.model import VLAModel
@@ -42,7 +42,7 @@ def with_random_adapters(model: VLAModel) -> VLAModel:
 def batch(session_config: ConfigFactory) -> dict[str, Any]:
     config = session_config()
     dataset = VLADataset(config.data.train_parquet_files, build_preprocessor(config), config)
-    return next(batches(build_loader(dataset, [[SampleRef(n, n) for n in range(4)]], config, pin_memory=False)))
+    return next(load_batches(dataset, [[SampleRef(n, n) for n in range(4)]], config, pin_memory=False))
 
 
 def context(model: VLAModel, batch: dict[str, Any]) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, tee
 from multiprocessing import forkserver
 from typing import Any, NamedTuple, TypedDict
 
@@ -137,9 +136,12 @@ class VLADataset(Dataset[Item]):
         }
         return item  # type: ignore[return-value]
 
-    def __getitems__(self, refs: list[SampleRef]) -> list[Item] | VLAError:
-        """A micro-batch, called by torch's fetcher. An error that a user should read is returned, not raised: raised in a
-        worker it would come wrapped in two tracebacks."""
+    def __getitems__(self, refs: list[SampleRef] | Part) -> list[Item] | VLAError:
+        """A micro-batch or a part of one, called by torch's fetcher. An error that a user should read is returned, not raised:
+        raised in a worker it would come wrapped in two tracebacks."""
+        if isinstance(refs, Part):
+            self.reader.prefetch(refs.ahead)
+            refs = refs.refs
         try:
             return [self[ref] for ref in refs]
         except VLAError as error:
@@ -222,22 +224,42 @@ def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None)
 
 
 class Collator:
-    """List of items to a batch; the keys are in INTERFACES. Prompts are laid out for the cameras this batch has."""
+    """List of items to a batch; the keys are in INTERFACES. Prompts are laid out for the cameras this batch has.
+
+    Raises the `VLAError` that a worker returned instead of items.
+    """
 
     def __init__(self, prompts: PromptEncoder) -> None:
         self.prompts = prompts
 
-    def __call__(self, items: list[Item] | VLAError) -> Batch | VLAError:
-        return items if isinstance(items, VLAError) else self.add_tokens(_stack(items))
+    def __call__(self, items: list[Item] | VLAError) -> Batch:
+        return self.join([_stack(items)])
 
-    def add_tokens(self, batch: Batch) -> Batch:
-        """A stacked batch with its prompts as tokens."""
+    def join(self, parts: Iterable[Batch | VLAError | None]) -> Batch:
+        """The parts of a batch that workers stacked; a part without a slot is None."""
+        stacked: list[Batch] = []
+        for part in parts:
+            if isinstance(part, VLAError):
+                raise part
+            if part is not None:
+                stacked.append(part)
+        batch = {key: _join([part[key] for part in stacked]) for key in stacked[0]}
         ids, mask = self.prompts.encode(batch["raw_prompt_text"], batch["image_mask"].numpy())
         return {**batch, "input_ids": torch.from_numpy(ids), "vlm_attention_mask": torch.from_numpy(mask)}
 
 
-def _stack(items: list[Item]) -> Batch:
-    """A batch but for its tokens, which depend on the longest of its prompts."""
+def _join(values: list[Any]) -> Any:
+    if len(values) == 1:
+        return values[0]
+    return torch.cat(values) if isinstance(values[0], Tensor) else list(chain.from_iterable(values))
+
+
+def _stack(items: list[Item] | VLAError) -> Batch | VLAError | None:
+    """A batch but for its tokens, which depend on the longest of its prompts; None without items."""
+    if isinstance(items, VLAError):
+        return items
+    if not items:
+        return None
     batch: Batch = {}
     for key, value in items[0].items():
         if isinstance(value, Tensor) and key not in ("input_ids", "vlm_attention_mask"):
@@ -247,26 +269,44 @@ def _stack(items: list[Item]) -> Batch:
     return batch
 
 
-def build_loader(
-    dataset: VLADataset, sampler: Iterable[list[SampleRef]], config: VLAConfig, pin_memory: bool
-) -> DataLoader[Any]:
-    """A torch DataLoader over micro-batches; iterate it through `batches`, which raises what a worker met."""
-    collate = Collator(dataset.preprocessor.prompts)
-    return _start_loader(dataset, sampler, config, collate, pin_memory and config.data.pin_memory)
+def load_batches(
+    dataset: VLADataset, sampler: Iterable[list[SampleRef] | Part], config: VLAConfig, pin_memory: bool
+) -> Iterator[Batch]:
+    """Micro-batches of a sampler, in random order or streamed as the data set's reader is: whatever the number of workers,
+    bit for bit what one process alone would make. Raises what a worker met.
 
-
-def batches(loader: Iterable[Batch | VLAError]) -> Iterator[Batch]:
-    """Batches of a loader; raises the `VLAError` that a worker met."""
-    for batch in loader:
-        if isinstance(batch, VLAError):
-            raise batch
-        yield batch
-
-
-def run_batches(dataset: VLADataset, sampler: RunSampler, config: VLAConfig, pin_memory: bool) -> Iterator[Batch]:
-    """Micro-batches of a run, in random order or streamed as its reader is."""
-    loader = build_loader if dataset.reader.blocks is None else _streamed_batches
-    return batches(loader(dataset, sampler, config, pin_memory))
+    A worker makes a whole micro-batch of random order, and its part of every one that is streamed. Workers start through
+    forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
+    """
+    blocks, workers, parts, work = dataset.reader.blocks, config.data.num_workers, 1, sampler
+    if blocks is not None:
+        assert isinstance(sampler, RunSampler)
+        parts = max(1, workers)
+        work = PartSampler(sampler, parts, blocks)
+    if workers:
+        _start_forkserver()
+    pin, collator = pin_memory and config.data.pin_memory, Collator(dataset.preprocessor.prompts)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=work,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=pin and parts == 1,
+        prefetch_factor=config.data.prefetch_factor if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=partial(_prepare_worker, os.getpid()),
+        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
+        generator=torch.Generator(),
+    )
+    stream = iter(loader)
+    try:
+        while pieces := list(islice(stream, parts)):
+            batch = collator.join(pieces)
+            yield {key: value.pin_memory() if pin and isinstance(value, Tensor) else value for key, value in batch.items()}
+    finally:
+        del stream  # which ends its workers: the traceback of an error would keep them
+        if blocks is not None:
+            dataset.reader.close()
 
 
 class Part(NamedTuple):
@@ -287,94 +327,19 @@ class PartSampler:
     def __init__(self, run: RunSampler, parts: int, blocks: Blocks) -> None:
         self.run, self.parts, self.blocks = run, parts, blocks
 
-    def __len__(self) -> int:
-        return len(self.run) * self.parts
-
     def __iter__(self) -> Iterator[Part]:
         bounds = [0, *np.cumsum([len(slots) for slots in np.array_split(np.arange(self.run.width), self.parts)]).tolist()]
         cut = ([refs[first:stop] for first, stop in pairwise(bounds)] for refs in self.run)
-        coming = deque(islice(cut, AHEAD * self.run.accumulation))
-        ahead = [[block for micro in coming for block in self._blocks(micro[number])] for number in range(self.parts)]
-        while coming:
-            now = coming.popleft()
-            if following := next(cut, None):
-                coming.append(following)
-                ahead = [known + self._blocks(refs) for known, refs in zip(ahead, following, strict=True)]
-            yield from map(Part, now, ahead)
-            ahead = [[] for _ in range(self.parts)]
+        micros, later = tee(cut)
+        count = AHEAD * self.run.accumulation + 1
+        for micro in micros:
+            following, count = list(islice(later, count)), 1
+            for number, refs in enumerate(micro):
+                yield Part(refs, [block for ahead in following for block in self._blocks(ahead[number])])
 
     def _blocks(self, refs: list[SampleRef]) -> list[int]:
         blocks: list[int] = np.unique(self.blocks.of_samples(np.array([ref.sample for ref in refs], np.int64))).tolist()
         return blocks
-
-
-class _Parts(Dataset[Any]):
-    """A data set that is asked for `Part`s."""
-
-    def __init__(self, dataset: VLADataset) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, part: Part) -> list[Item] | VLAError:
-        self.dataset.reader.prefetch(part.ahead)
-        return self.dataset.__getitems__(part.refs)
-
-
-def _streamed_batches(
-    dataset: VLADataset, sampler: RunSampler, config: VLAConfig, pin_memory: bool
-) -> Iterator[Batch | VLAError]:
-    """Micro-batches out of the parts that workers make: bit for bit what one process alone would make."""
-    parts, collator = max(1, config.data.num_workers), Collator(dataset.preprocessor.prompts)
-    assert dataset.reader.blocks is not None
-    sampled = PartSampler(sampler, parts, dataset.reader.blocks)
-    stream = iter(_start_loader(_Parts(dataset), sampled, config, _stack_part, pin_memory=False))
-    try:
-        while pieces := list(islice(stream, parts)):
-            error = next((piece for piece in pieces if isinstance(piece, VLAError)), None)
-            yield error or _pin(collator.add_tokens(_join(pieces)), pin_memory and config.data.pin_memory)
-    finally:
-        dataset.reader.close()
-
-
-def _stack_part(items: list[Item] | VLAError) -> Batch | VLAError | None:
-    return items if isinstance(items, VLAError) else _stack(items) if items else None
-
-
-def _join(pieces: list[Batch | None]) -> Batch:
-    """Stacked parts as one batch; a part without a slot is None."""
-    parts = [part for part in pieces if part is not None]
-    batch: Batch = {}
-    for key, value in parts[0].items():
-        values = [part[key] for part in parts]
-        batch[key] = torch.cat(values) if isinstance(value, Tensor) else list(chain.from_iterable(values))
-    return batch
-
-
-def _pin(batch: Batch, pin_memory: bool) -> Batch:
-    return {key: value.pin_memory() if pin_memory and isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _start_loader(
-    dataset: Dataset[Any], sampler: Iterable[Any], config: VLAConfig, collate: Callable[[Any], Any], pin_memory: bool
-) -> DataLoader[Any]:
-    """A torch DataLoader over whatever `sampler` has for `dataset.__getitems__`.
-
-    Workers start through forkserver: forking a process that has run OpenMP, CUDA or gloo threads can hang.
-    """
-    workers = config.data.num_workers
-    if workers:
-        _start_forkserver()
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        prefetch_factor=config.data.prefetch_factor if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=partial(_prepare_worker, os.getpid()),
-        # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
-        generator=torch.Generator(),
-    )
 
 
 def _start_forkserver() -> None:

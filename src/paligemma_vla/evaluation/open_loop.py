@@ -25,7 +25,7 @@ from tqdm import tqdm
 from paligemma_vla import schema
 from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
-from paligemma_vla.data.loader import Collator, VLADataset, batches, read_chunk
+from paligemma_vla.data.loader import Collator, VLADataset, read_chunk
 from paligemma_vla.data.order import SampleRef, ValidationSampler
 from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.errors import DataError, VLAError
@@ -263,8 +263,7 @@ def _mean_action(policy: Policy, batch: Sequence[Sample]) -> NDArray[Any]:
 @torch.inference_mode()
 def _velocity_loss(policy: Policy, dataset: VLADataset, refs: list[SampleRef]) -> NDArray[np.float64]:
     """Sum of the training objective's squared errors over a batch, and their number (2,)."""
-    collated = Collator(dataset.preprocessor.prompts)(dataset.__getitems__(refs))
-    (batch,) = batches([collated])
+    batch = Collator(dataset.preprocessor.prompts)(dataset.__getitems__(refs))
     batch = {key: value.to(policy.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     output = policy.model(**arguments_from_batch(batch))
     return np.array([output.loss_sum.item(), output.valid_count.item()])

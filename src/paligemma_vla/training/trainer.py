@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.loader import Batch, run_batches
+from paligemma_vla.data.loader import Batch, load_batches
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
@@ -197,7 +197,7 @@ class Trainer:
         rank, world_size = self.distributed.rank, self.distributed.world_size
         accumulation = self.config.training.gradient_accumulation_steps
         sampler = RunSampler(self.data.order, self.step, stop, rank, world_size, accumulation)
-        return run_batches(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
+        return load_batches(self.data.train, sampler, self.config, self.distributed.device.type == "cuda")
 
     def _enter_stage(self) -> None:
         """At the first step, and at the first of each stage, choose what learns."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.loader import Batch, VLADataset, batches, build_loader
+from paligemma_vla.data.loader import Batch, VLADataset, load_batches
 from paligemma_vla.data.order import ValidationSampler
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.vla_model import arguments_from_batch
@@ -57,7 +57,7 @@ def _batches(data: VLADataset, samples: int, config: VLAConfig, distributed: Dis
     sampler = ValidationSampler(len(data), samples, size, distributed.rank, distributed.world_size)
     # Validation sets are small and read often: starting workers each time would take longer than they save.
     no_workers = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
-    for batch in batches(build_loader(data, sampler, no_workers, pin_memory=False)):
+    for batch in load_batches(data, sampler, no_workers, pin_memory=False):
         yield to_device(batch, distributed.device)
 
 
