@@ -168,13 +168,9 @@ def _features(video: bool) -> dict[str, Any]:
     }
 
 
-def write_tasks(path: Path, with_note: bool = True, name: str = "__index_level_0__") -> None:
-    """The tasks as pandas writes them, its note about the index included or not."""
-    table = pa.table({"task_index": pa.array(range(len(TASKS)), pa.int64()), name: pa.array(TASKS)})
-    if with_note:
-        note = {"index_columns": [name], "column_indexes": [], "columns": [], "pandas_version": "2.2.0"}
-        table = table.replace_schema_metadata({b"pandas": json.dumps(note).encode()})
-    pq.write_table(table, path)
+def write_tasks(path: Path, name: str = "__index_level_0__") -> None:
+    """The tasks as pandas writes them. name: of the index."""
+    pq.write_table(pa.table({"task_index": pa.array(range(len(TASKS)), pa.int64()), name: pa.array(TASKS)}), path)
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -227,11 +227,15 @@ def test_folder_of_something_else_or_with_lost_files_is_left_alone(native: Path,
     refuses(capfd, f"{tmp_path / 'out'}", *arguments)
 
 
-def test_prefix_of_the_input_says_its_format(tmp_path: Path, capfd: Any) -> None:
-    truth = write_set(tmp_path / "set", "v2.1", video=False)
+def test_commands_take_a_lerobot_set_by_its_name(tmp_path: Path, capfd: Any) -> None:
+    truth = write_set(tmp_path / "set", "v2.1")
+    code, out, _ = call(capfd, "data", "info", f"{truth.name}?episodes=0:3", "--json")
+    facts = json.loads(out)
+    assert (code, facts["episodes"], facts["camera_names"], facts["control_hz"]) == (0, 3, list(CAMERAS), 10.0)
     arguments = ["--input", f"{truth.name}?episodes=0:3", "--output_dir", tmp_path / "out", "--episodes", "1:3"]
-    assert run(*arguments) == 0
+    assert run(*arguments, "--image_format", "jpeg") == 0
     assert EpisodeIndex.build(str(tmp_path / "out")).length.tolist() == list(LENGTHS[1:3])
+    assert pq.read_table(tmp_path / "out")["image_1_bytes"][0].as_py().startswith(b"\xff\xd8\xff")
     refuses(capfd, f"--from: got native, expected lerobot as --input says ({truth.name}", *arguments, "--from", "native")
     code, _, err = call(capfd, "data", "info", truth.root)
     assert (code, f"this is data of another format; write lerobot:{truth.root}" in err) == (2, True)
@@ -367,12 +371,3 @@ def test_several_processes_write_what_one_does(native: Path, tmp_path: Path) -> 
     shutil.move(tmp_path / "out", tmp_path / "by_two")
     assert main([*arguments, "0"]) == 0
     assert contents(tmp_path / "by_two") == contents(tmp_path / "out")
-
-
-def test_commands_take_a_lerobot_set_by_its_name(capfd: Any, tmp_path: Path) -> None:
-    truth = write_set(tmp_path / "set", "v2.1")
-    code, out, _ = call(capfd, "data", "info", f"{truth.name}?episodes=0:3", "--json")
-    facts = json.loads(out)
-    assert (code, facts["episodes"], facts["camera_names"], facts["control_hz"]) == (0, 3, list(CAMERAS), 10.0)
-    assert run("--input", truth.name, "--output_dir", tmp_path / "jpeg", "--image_format", "jpeg", "--episodes", "0:1") == 0
-    assert pq.read_table(tmp_path / "jpeg")["image_1_bytes"][0].as_py().startswith(b"\xff\xd8\xff")

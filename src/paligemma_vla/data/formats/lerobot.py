@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults
+from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults
 from paligemma_vla.data.formats import EpisodeFile, Pictures
 from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Metadata, Selection, VideoSpans, find_root, load_metadata
-from paligemma_vla.data.formats.parquet import ParquetEpisodes, is_list, sample_digest
-from paligemma_vla.data.images import decode
+from paligemma_vla.data.formats.parquet import EncodedPictures, ParquetEpisodes, is_list, sample_digest
 from paligemma_vla.data.video import VideoDecoders
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import open_source
 
@@ -167,7 +166,7 @@ class LeRobotFile(ParquetEpisodes):
             return _number_lists(table[self._numbers[name]].combine_chunks())
         camera = self._cameras[name]
         if camera.dtype == "image":
-            return table[camera.key].combine_chunks()
+            return self._image_bytes(camera.key, table[camera.key].combine_chunks(), rows)
         episodes, frames = self._locate(rows)
         times = frames / self.metadata.info.fps
         if "timestamp" in table.column_names:
@@ -182,6 +181,15 @@ class LeRobotFile(ParquetEpisodes):
             "frame": frames,
         }
         return pa.StructArray.from_arrays(list(map(pa.array, values.values())), names=list(values))
+
+    def _image_bytes(self, key: str, column: pa.StructArray, rows: Rows) -> pa.Array:
+        """The encoded images. Raises `FaultError` for one in a file of its own, which LeRobot does not leave behind."""
+        data, paths = (pa.compute.struct_field(column, name) for name in ("bytes", "path"))
+        outside = pa.compute.and_(data.is_null(), paths.is_valid()).to_numpy(zero_copy_only=False)
+        for slot in np.flatnonzero(outside)[:1].tolist():
+            text = f"got the file {paths[slot]}, expected an image within the row; write the data set anew"
+            raise FaultError(Fault(self.path, Kind.IMAGE, text, int(rows[slot]), key))
+        return data
 
     def _locate(self, rows: Rows) -> tuple[Rows, Rows]:
         """Of some rows of the file, the episode (its row in the metadata), and the frame in it."""
@@ -215,8 +223,8 @@ class LeRobotFile(ParquetEpisodes):
             raise FaultError(Fault(self.path, Kind.FLAGS, text, int(rows[slot]), "timestamp"))
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
-        if _is_stored_image(column.type):
-            return StoredPictures(column, self.metadata.root)
+        if not pa.types.is_struct(column.type):
+            return EncodedPictures(column)
         spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
         return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.info.fps, videos)
 
@@ -297,33 +305,3 @@ class FramePictures(Pictures):
 
     def encoded(self, row: int) -> bytes | None:
         return None
-
-
-class StoredPictures(Pictures):
-    """Images in a column of struct<bytes, path>: in the bytes, or in a file within the data set."""
-
-    def __init__(self, column: pa.Array, root: str) -> None:
-        self.column, self.root = column, os.path.realpath(root)
-
-    def present(self, row: int) -> bool:
-        value = self.column[row]
-        return bool(value.is_valid and (value["bytes"].is_valid or value["path"].is_valid))
-
-    def decode(self, row: int) -> Image.Image:
-        data = self.column[row]["bytes"]
-        return decode(data.as_buffer() if data.is_valid else self._read_file(row))
-
-    def encoded(self, row: int) -> bytes | None:
-        data = self.column[row]["bytes"]
-        return data.as_py() if data.is_valid else self._read_file(row)
-
-    def _read_file(self, row: int) -> bytes:
-        name = self.column[row]["path"].as_py()
-        path = os.path.realpath(os.path.join(self.root, name))
-        if not path.startswith(self.root + os.sep):
-            raise Unusable(Kind.IMAGE, f"got the path {name!r}, expected one within the data set; mend it, or {LEAVE_OUT}")
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise Unusable(Kind.IMAGE, f"{path}: cannot be read ({first_line(error)}); restore it, or {LEAVE_OUT}") from error

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from paligemma_vla.data.formats import READ_ERRORS
 from paligemma_vla.data.formats.parquet import MAX_DIMENSION
 from paligemma_vla.errors import DataError, closest, first_line
-from paligemma_vla.schema import Rows
+from paligemma_vla.schema import Rows, first_fault
 from paligemma_vla.storage import read_json
 
 INFO = "meta/info.json"
@@ -32,6 +31,7 @@ VERSIONS = ("v2.1", "v3.0")
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of every row, in every data set
 CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
+UNNAMED = "__index_level_0__"  # a table's index without a name, as pandas stores it; in v3.0 the tasks are one
 EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE&action=FEATURE, each of them if wanted"
 
 
@@ -255,9 +255,7 @@ def _read_info(path: str) -> Info:
     try:
         info = Info.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        got = f"{'.'.join(map(str, first['loc']))}: got {json.dumps(first['input'])[:120]}"
-        raise DataError(f"{path}: {got}, expected otherwise ({first['msg']}); restore the file") from error
+        raise DataError(f"{path}: {first_fault(error)}; restore the file") from error
     features = {key: feature.model_copy(update={"key": key}) for key, feature in info.features.items()}
     return info.model_copy(update={"features": features})
 
@@ -271,16 +269,12 @@ def _dimension_names(raw: Any) -> tuple[str, ...]:
 
 
 def _read_tasks(path: str) -> dict[int, str]:
-    """Instructions by their numbers. In v3.0 they are a pandas index: the one column of strings, whatever its name."""
-    table = _read_table(path, {"task_index": pa.int64(), "task": pa.string()}, everything=True)
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    text = next((name for name in ("task", "__index_level_0__", *texts) if name in texts), "task")
-    values = _checked_columns(path, table, {"task_index": pa.int64(), text: pa.string()})
-    tasks = dict(zip(values["task_index"].tolist(), values[text].tolist(), strict=True))
-    if len(tasks) != table.num_rows:
-        raise DataError(
-            f"{path}: task_index: got {table.num_rows} rows of {len(tasks)} numbers, expected each once; restore it"
-        )
+    """Instructions by their numbers."""
+    columns = _read_columns(path, {"task_index": pa.int64(), "task": pa.string()})
+    tasks = dict(zip(columns["task_index"].tolist(), columns["task"].tolist(), strict=True))
+    if len(tasks) != len(columns["task"]):
+        got = f"got {len(columns['task'])} rows of {len(tasks)} numbers"
+        raise DataError(f"{path}: task_index: {got}, expected each once; restore it")
     return tasks
 
 
@@ -291,39 +285,31 @@ def _read_episodes(root: str, listed: Sequence[str], files: Sequence[str]) -> di
     kinds |= {f"{file}/from_timestamp": pa.float64() for file in files if file != "data"}
     if not listed:
         raise DataError(f"{root}/meta/episodes: got no Parquet file there, expected chunk-000/file-000.parquet; restore it")
-    parts = [_checked_columns(path, _read_table(path, kinds), kinds) for path in (f"{root}/{name}" for name in listed)]
+    parts = [_read_columns(f"{root}/{name}", kinds) for name in listed]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in kinds}
     order = np.argsort(columns["episode_index"])
     return {name: values[order] for name, values in columns.items()}
 
 
-def _read_table(path: str, kinds: dict[str, pa.DataType], everything: bool = False) -> pa.Table:
-    """Those of some columns that a table in JSON Lines (v2.1) or Parquet (v3.0) has. everything: all columns of Parquet."""
+def _read_columns(path: str, kinds: dict[str, pa.DataType]) -> dict[str, NDArray[Any]]:
+    """Columns of a table in JSON Lines (v2.1) or Parquet (v3.0). Raises `DataError` when one is missing or unusable."""
     try:
         if path.endswith(".parquet"):
             with pq.ParquetFile(path) as file:
-                wanted = [name for name in file.schema_arrow.names if everything or name in kinds]
-                return file.read(columns=wanted, use_threads=False)
-        options = arrow_json.ReadOptions(use_threads=False, block_size=os.path.getsize(path) + 1)  # no line is cut in two
-        parse = arrow_json.ParseOptions(explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore")
-        return arrow_json.read_json(path, options, parse)
-    except READ_ERRORS as error:
+                table = file.read(columns=[*kinds, UNNAMED], use_threads=False)
+            table = table.rename_columns(["task" if name == UNNAMED else name for name in table.column_names])
+        else:
+            options = arrow_json.ReadOptions(use_threads=False, block_size=os.path.getsize(path) + 1)  # no line is cut in two
+            parse = arrow_json.ParseOptions(explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore")
+            table = arrow_json.read_json(path, options, parse)
+        arrays = {name: table[name].cast(kind).to_numpy() for name, kind in kinds.items()}
+        for name, values in arrays.items():
+            usable = kinds[name] == pa.string() or ((values >= 0) & (values < LARGEST)).all()
+            if table[name].null_count or not usable:
+                raise ValueError(f"{name}: got others, expected {kinds[name]} in every row, numbers from 0 to {LARGEST - 1}")
+    except (KeyError, *READ_ERRORS) as error:
         raise DataError(f"{path}: cannot be read as a table ({first_line(error)}); restore it") from error
-
-
-def _checked_columns(path: str, table: pa.Table, kinds: dict[str, pa.DataType]) -> dict[str, NDArray[Any]]:
-    """Columns of a table as arrays. Raises `DataError` for one that is missing or has unusable values."""
-    columns: dict[str, NDArray[Any]] = {}
-    for name, kind in kinds.items():
-        try:
-            values = columns[name] = table[name].cast(kind).to_numpy()
-        except (KeyError, *READ_ERRORS) as error:
-            raise DataError(f"{path}: {name}: cannot be read as {kind} ({first_line(error)}); restore the file") from error
-        usable = not table[name].null_count if kind == pa.string() else ((values >= 0) & (values < LARGEST)).all()
-        if not usable:
-            expected = "text" if kind == pa.string() else f"numbers from 0 to {LARGEST - 1}"
-            raise DataError(f"{path}: {name}: got others, expected {expected} in every row; restore the file")
-    return columns
+    return arrays
 
 
 def _fill(template: str, where: str, **values: object) -> str:
