@@ -55,9 +55,12 @@ def test_model_that_cannot_be_had_says_what_to_do(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--nproc 4 --set training.parallel=hsdp --set training.shard_processes=3", "--nproc: got 4, expected a"),
+        (
+            "--nproc 4 --set training.parallel=hsdp --set training.shard_processes=3",
+            "shard_processes: got 3, expected a divisor",
+        ),
         ("--nproc 4 --nproc_per_machine 3", "--nproc: got 4, expected a multiple of --nproc_per_machine (3)"),
-        ("--nproc 1024", "--nproc: got 1024, expected at most data.batch_size (256)"),
+        ("--nproc 1024", "data.batch_size: got 256, expected at least processes * gradient_accumulation_steps = 1024"),
         ("--memory_gb nan", "--memory_gb: got nan, expected gigabytes"),
     ],
 )

@@ -27,7 +27,8 @@ def main(args: argparse.Namespace) -> int:
 
     from paligemma_vla.model.architectures import architecture_to_plan
     from paligemma_vla.model.memory_plan import device_memory, plan_memory, with_remedies
-    from paligemma_vla.training.distributed import choose_device
+    from paligemma_vla.training.distributed import Distributed, choose_device
+    from paligemma_vla.training.preflight import check_processes
 
     device = choose_device(None)
     if args.device or args.memory_gb:
@@ -38,13 +39,9 @@ def main(args: argparse.Namespace) -> int:
         name = config.model.vlm_config.model_name_or_path
         sys.stdout.write(f"{name} is not here; planned with its published sizes\n")
     on_machine = args.nproc_per_machine or min(args.nproc, 8)
-    if args.nproc % on_machine or args.nproc % config.training.processes_per_copy(args.nproc, on_machine):
-        raise ConfigError(
-            f"--nproc: got {args.nproc}, expected a multiple of --nproc_per_machine ({on_machine}) and of "
-            f"training.shard_processes"
-        )
-    if args.nproc > config.data.batch_size:
-        raise ConfigError(f"--nproc: got {args.nproc}, expected at most data.batch_size ({config.data.batch_size})")
+    if args.nproc % on_machine:
+        raise ConfigError(f"--nproc: got {args.nproc}, expected a multiple of --nproc_per_machine ({on_machine})")
+    check_processes(config, Distributed(0, args.nproc, device, 0, on_machine))
     if args.memory_gb is not None and not 0 < args.memory_gb < 1e6:
         raise ConfigError(f"--memory_gb: got {args.memory_gb}, expected gigabytes, more than 0")
     plan = with_remedies(plan_memory(config, architecture, device, available, args.nproc, on_machine))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,28 +172,23 @@ def plan_memory(
 
 
 def with_remedies(plan: MemoryPlan) -> MemoryPlan:
-    """The plan with activations counted, and with at most four settings that would lower its total, the gentlest first."""
+    """The plan with activations counted, and with the settings that would lower its total, the gentlest first."""
 
     def planned(config: VLAConfig) -> MemoryPlan:
         device = torch.device(plan.device)
         return plan_memory(config, plan.architecture, device, plan.available, plan.processes, plan.shards)
 
-    vlm, training = plan.config.model.vlm_config, plan.config.training
-    settings: dict[str, Any] = {"model.vlm_config.activation_checkpointing": True}
-    if plan.config.data.batch_size % (halved := 2 * training.gradient_accumulation_steps) == 0:
-        settings["training.gradient_accumulation_steps"] = halved
-    if training.parallel != "ddp":
-        settings["training.cpu_offload"] = True
-    else:
-        key, value = ("training.parallel", "fsdp") if plan.processes > 1 else ("optimizer.type", "adamw_8bit")
-        settings[key] = value
-    if vlm.lora is None:
-        settings["model.vlm_config.lora"] = {}
-    else:
-        settings["model.vlm_config.freeze_vision_tower"] = True
+    settings: list[tuple[str, Any]] = [
+        ("model.vlm_config.activation_checkpointing", True),
+        ("training.gradient_accumulation_steps", 2 * plan.config.training.gradient_accumulation_steps),
+        ("training.cpu_offload", True),
+        ("training.parallel", "fsdp"),
+        ("optimizer.type", "adamw_8bit"),
+        ("model.vlm_config.freeze_vision_tower", True) if plan.config.model.vlm_config.lora else ("model.vlm_config.lora", {}),
+    ]
     current = plan if plan.step is not None else planned(plan.config)
     remedies = []
-    for key, value in settings.items():
+    for key, value in settings:
         with contextlib.suppress(ConfigError):  # it contradicts another setting
             total = planned(config_from_dict(plan.config.model_dump(mode="json"), {key: value})).total
             if total < WORTHWHILE * current.total:
@@ -218,7 +213,7 @@ def plan_run(
     if available is None or plan.standing >= SMALL_SHARE * available:
         plan = plan_memory(config, architecture, device, available, processes, on_machine)
     all_at_once = on_machine * (plan.full_weights + plan.host)
-    return replace(plan, one_at_a_time=plan.shards > 1 and machine is not None and all_at_once > machine)
+    return replace(plan, one_at_a_time=plan.shards > 1 and all_at_once > machine)
 
 
 def _check_standing(plan: MemoryPlan, where: str, needed: float, available: float | None) -> None:
@@ -296,7 +291,7 @@ def _follow_step(
     model.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _move_to_fake_cpu(model)
+            model.to_empty(device="cpu")  # autocast acts on fake tensors of the CPU, not on those of the meta device
             for unit in [*backbone_layers(model), *large_tables(model)] if sharded else []:
                 for parameter in unit.parameters():
                     if parameter.requires_grad:
@@ -337,16 +332,6 @@ def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _move_to_fake_cpu(model: nn.Module) -> None:
-    """Replace tensors of the meta device by fake ones of the CPU, the only ones that autocast acts on."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-            module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of live storages, and their peak, leaving out those of the `standing` tensors."""
 
@@ -383,43 +368,27 @@ def device_memory(device: torch.device) -> float | None:
     return available_bytes() if device.type == "cpu" else None
 
 
-def available_bytes() -> int | None:
-    """Bytes this process may still allocate: the least that the machine, its control group and its own limit leave.
-
-    None if unknown (not on Linux).
-    """
-    if not sys.platform.startswith("linux"):
-        return None
-    bounds = [_kernel_number("/proc/meminfo", "MemAvailable:"), *_left_in_control_groups()]
-    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], _kernel_number("/proc/self/status", "VmSize:")
-    if limit != resource.RLIM_INFINITY and used is not None:
-        bounds.append(max(0, limit - used))
-    return min((bound for bound in bounds if bound is not None), default=None)
+def available_bytes() -> int:
+    """Bytes this process may still allocate: the least that the machine, its control groups and its own limit leave."""
+    bounds: list[int] = [psutil.virtual_memory().available, *_left_in_control_groups()]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        bounds.append(limit - psutil.Process().memory_info().vms)
+    return max(0, min(bounds))
 
 
 def _left_in_control_groups() -> Iterator[int]:
     """Of cgroup v2 and v1: of the process's own group, and of the root that a container sees."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
+    listed = Path("/proc/self/cgroup")
+    lines = listed.read_text().splitlines() if listed.exists() else []
     groups = {kind: group.strip("/") for _, kind, group in (line.split(":", 2) for line in lines)}
     for root, kind, limit, used, reclaimable in [
         (CGROUPS, "", "memory.max", "memory.current", "inactive_file"),
         (CGROUPS / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ]:
         for folder in (root, root / groups.get(kind, "")):
-            most, taken = _kernel_number(folder / limit), _kernel_number(folder / used)
-            if most is not None and taken is not None:
+            with contextlib.suppress(OSError, ValueError):  # there is no such group, or no limit ("max")
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
                 # Cached files count as used, but the kernel gives the inactive ones up when memory is short.
-                yield max(0, most - taken + (_kernel_number(folder / "memory.stat", reclaimable) or 0))
-
-
-def _kernel_number(path: str | Path, name: str = "") -> int | None:
-    """The number after `name` in a file of the kernel, in bytes; None where there is none (`max`)."""
-    try:
-        line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name))
-        number, *unit = line.removeprefix(name).split()
-        return int(number) * (1024 if unit == ["kB"] else 1)
-    except (OSError, ValueError, StopIteration):
-        return None
+                numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield left + int(numbers.get(reclaimable, 0))
