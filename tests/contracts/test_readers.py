@@ -143,11 +143,11 @@ def test_memory_stays_within_its_bound_and_what_left_it_is_read_again(
         if reader.blocks is not None and number % 3 == 0:
             reader.prefetch([number % len(reader.blocks)])
         assert content(reader, file, row)["prompt"] == expected[reader.index.paths[file].removeprefix("file://"), row]["prompt"]
-        assert reader._cached_bytes == sum(cached.nbytes for cached in reader._cache.values())
+        assert reader._cached_bytes == sum(nbytes for nbytes, _ in reader._cache.values())
         assert reader._cached_bytes + reader._files.nbytes <= whole // 2
-    for cached in reader._cache.values():
-        if cached.groups is not None:
-            assert cached.nbytes == sum(group.nbytes for group in cached.groups.values())
+    for nbytes, block in reader._cache.values():
+        if isinstance(block, dict):
+            assert nbytes == sum(group.nbytes for group in block.values())
 
 
 def touch(path: Path) -> None:

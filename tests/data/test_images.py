@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from paligemma_vla.config import AugmentationConfig
-from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.formats.parquet import EncodedPictures
 from paligemma_vla.data.images import jitter_colour, random_crop
+from paligemma_vla.data.reader import Picture
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import to_pixels
 from support import encode_image
@@ -28,15 +28,15 @@ def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> byt
     return stream.getvalue()
 
 
-def decode_image(data: bytes, where: str) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """An image as it is decoded out of a column."""
-    return decode_picture(EncodedPictures(pa.array([data], pa.binary())), 0, where)
+    return Picture(EncodedPictures(pa.array([data], pa.binary())), 0, "f.parquet", 3, "image_1_bytes").decode()
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("JPEG", "CMYK")])
 def test_decode_gives_rgb(kind: str, mode: str) -> None:
     data = encoded(kind, mode)
-    image = decode_image(data, "x")
+    image = decode_image(data)
     assert (image.mode, image.size) == ("RGB", (8, 6))
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
@@ -55,29 +55,29 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("side", [6000, 60000])
 def test_decode_refuses_a_bomb_before_any_pixel(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-    with warnings.catch_warnings(), pytest.raises(DataError, match=r"^f\.parquet: row 3: "):
+    with warnings.catch_warnings(), pytest.raises(DataError, match=r"^f\.parquet: row 3, column image_1_bytes: "):
         warnings.simplefilter("ignore")
-        decode_image(png_header(side, side), "f.parquet: row 3")
+        decode_image(png_header(side, side))
 
 
 def test_decode_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paligemma_vla.data.images.MAX_PIXELS", 48)
-    assert decode_image(encoded("PNG", size=(8, 6)), "x").size == (8, 6)
+    assert decode_image(encoded("PNG", size=(8, 6))).size == (8, 6)
     with pytest.raises(DataError, match="7 x 7"):
-        decode_image(encoded("PNG", size=(7, 7)), "x")
+        decode_image(encoded("PNG", size=(7, 7)))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM"])
 def test_decode_takes_jpeg_and_png_only(kind: str) -> None:
-    with pytest.raises(DataError, match="x: cannot be decoded as JPEG or PNG"):
-        decode_image(encoded(kind), "x")
+    with pytest.raises(DataError, match="image_1_bytes: cannot be decoded as JPEG or PNG"):
+        decode_image(encoded(kind))
 
 
 def test_decode_refuses_16_bits_per_channel() -> None:
     stream = io.BytesIO()
     Image.fromarray(np.arange(0, 48000, 1000, dtype=np.uint16).reshape(6, 8)).save(stream, "PNG")
     with pytest.raises(DataError, match="16 bits per channel, expected 8"):
-        decode_image(stream.getvalue(), "x")
+        decode_image(stream.getvalue())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -96,7 +96,7 @@ def test_decode_of_damaged_bytes_is_an_image_or_a_data_error(kind: str) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                decode_image(bytes(damaged), "x")
+                decode_image(bytes(damaged))
         except DataError:
             refused += 1
     assert refused >= 100

@@ -20,12 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from paligemma_vla import flow, schema
 from paligemma_vla.actions import resolve_actions
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.faults import FaultError, check_prompt, layout_misfits, located, missing_image, no_rotation, prompt_of
-from paligemma_vla.data.formats import Pictures
+from paligemma_vla.data.faults import FaultError, check_prompt, layout_misfits, located, missing_image, no_rotation
 from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.order import RunSampler, SampleRef
-from paligemma_vla.data.reader import Blocks, EpisodeReader
+from paligemma_vla.data.reader import Blocks, EpisodeReader, Picture
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
@@ -107,10 +106,10 @@ class VLADataset(Dataset[Item]):
         file, row = int(self.index.file[episode]), int(self.index.start[episode]) + step
         where = self.index.paths[file], row
         group, number = self.reader.group_of(file, row)
+        prompt = group.instruction(number)
         with located(*where, schema.PROMPT):
-            prompt = prompt_of(group.prompt, number)
             check_prompt(prompt, preprocessor.prompts)
-        images, present = self._images(group.images, number, where, ref.position)
+        images, present = self._images(group.pictures(number), where, ref.position)
         input_ids, attention_mask = preprocessor.prompts.encode([prompt], present[None])
         recorded, real = read_chunk(self.reader, episode, step, head.horizon)
         values = preprocessor.encode_actions(recorded, group.state[number])
@@ -148,27 +147,23 @@ class VLADataset(Dataset[Item]):
             return error
 
     def _images(
-        self, columns: Sequence[Pictures | None], number: int, where: tuple[str, int], position: int
+        self, pictures: Sequence[Picture | None], where: tuple[str, int], position: int
     ) -> tuple[list[NDArray[np.uint8]], NDArray[np.bool_]]:
         """Images of one row, (3, H, W) uint8 per camera, and which cameras are present (N,)."""
         spec, augmentation = self.preprocessor.image, self.augmentation
-        present = np.array([column is not None and column.present(number) for column in columns])
-        if not present[0]:
+        if pictures[0] is None:
             raise FaultError(missing_image().at(*where, schema.image_column(1)))
         rng = np.random.default_rng(derive_seed(self.config.training.seed, "augmentation", position))
         images = []
-        for camera, column in enumerate(columns):
-            if column is None or not present[camera]:
+        for picture in pictures:
+            if picture is None:
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
-                continue
-            with located(*where, schema.image_column(camera + 1)):
-                image = column.decode(number)
-            if augmentation is None:
-                images.append(spec.apply(image))
+            elif augmentation is None:
+                images.append(spec.apply(picture.decode()))
             else:
-                fitted = spec.fit(image, random_crop(augmentation.crop_scale, rng))
+                fitted = spec.fit(picture.decode(), random_crop(augmentation.crop_scale, rng))
                 images.append(to_pixels(jitter_colour(fitted, augmentation, rng)))
-        return images, present
+        return images, np.array([picture is not None for picture in pictures])
 
 
 def read_chunk(reader: EpisodeReader, episode: int, step: int, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

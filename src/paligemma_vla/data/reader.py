@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import (
-    Fault,
     FaultError,
-    Kind,
     located,
     number_faults,
     prompt_of,
@@ -26,7 +24,7 @@ from paligemma_vla.data.faults import (
     to_matrix,
     unreadable_group,
 )
-from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, open_file, read_columns
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, open_file, read_columns, reading
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
@@ -38,17 +36,55 @@ Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One image of an episode. file, row, column: where it is stored, for messages."""
+
+    pictures: Pictures
+    number: int
+    file: str
+    row: int
+    column: str
+
+    def encoded(self) -> bytes | None:
+        """As it is stored, when that is an encoded image of its own. Raises `FaultError`."""
+        with located(self.file, self.row, self.column):
+            return self.pictures.encoded(self.number)
+
+    def decode(self) -> Image.Image:
+        """As RGB. Raises `FaultError`."""
+        with located(self.file, self.row, self.column):
+            return self.pictures.decode(self.number)
+
+
+@dataclass(frozen=True)
 class RowGroup:
-    """Rows that were read together: state (R, P), action (R, A), prompts, images per camera (None: no such column).
+    """Rows of a file that were read together, from row `first` on: state (R, P), action (R, A), prompts, images per camera
+    (None: no such column).
 
     Rows of episodes that the index does not have may be of any content.
     """
 
+    file: str
+    first: int
     state: NDArray[np.float32]
     action: NDArray[np.float32]
     prompt: pa.Array
     images: tuple[Pictures | None, ...]
     nbytes: int
+
+    def instruction(self, number: int) -> str:
+        """Of one row, counted from the first. Raises `FaultError` when there is none."""
+        with located(self.file, self.first + number, schema.PROMPT):
+            return prompt_of(self.prompt, number)
+
+    def pictures(self, number: int) -> list[Picture | None]:
+        """Of one row, counted from the first: one for each camera, None where it is absent."""
+        return [
+            Picture(images, number, self.file, self.first + number, schema.image_column(camera))
+            if images is not None and images.present(number)
+            else None
+            for camera, images in enumerate(self.images, start=1)
+        ]
 
 
 @dataclass(frozen=True)
@@ -116,15 +152,6 @@ def streaming_cache_bytes(blocks: Blocks, slots: int, window: int, ahead: int) -
 Block = dict[int, RowGroup]  # by number of the row group in its file
 
 
-@dataclass
-class _Cached:
-    """A block that was read, or that is `coming`. nbytes: what it takes, or is expected to."""
-
-    nbytes: int
-    groups: Block | None = None
-    coming: AsyncResult[Block] | None = None
-
-
 class EpisodeReader:
     """Read rows on demand, through a cache of blocks (images still compressed) and open files of `cache_bytes` together.
 
@@ -143,7 +170,8 @@ class EpisodeReader:
     def _reset(self) -> None:
         self._files = _OpenFiles(self.index, ranges=self.blocks is not None)
         self._videos = VideoDecoders()
-        self._cache: OrderedDict[int, _Cached] = OrderedDict()
+        # A block that was read or is being read ahead, and what it takes or is expected to.
+        self._cache: OrderedDict[int, tuple[int, Block | AsyncResult[Block]]] = OrderedDict()
         self._cached_bytes = 0
         self._threads: ThreadPool | None = None
 
@@ -178,51 +206,41 @@ class EpisodeReader:
             if block in self._cache:
                 self._cache.move_to_end(block)
             else:
-                cached = _Cached(int(self.blocks.nbytes[block]))
-                self._insert(block, cached)
-                cached.coming = self._threads.apply_async(self._read_ahead, (block,))
+                expected = int(self.blocks.nbytes[block])
+                self._insert(block, expected, {})  # first, since a block that has been dropped is not read ahead
+                self._cache[block] = expected, self._threads.apply_async(self._read_ahead, (block,))
 
     def close(self) -> None:
         """Give up what is being read ahead, and what is cached. The reader can be used again."""
         self._cache.clear()
         if self._threads is not None:
             self._threads.terminate()
-        self._files.close()
         self._reset()
 
     def _block(self, number: int) -> Block:
         """The row groups of a block."""
-        cached = self._cache.get(number)
-        if cached is None:
-            groups = self._read(number)
-            cached = _Cached(_nbytes(groups), groups)
-            self._insert(number, cached)
-        elif cached.groups is None:
-            assert cached.coming is not None
+        _, block = self._cache.get(number, (0, None))
+        if not isinstance(block, dict):
             try:
-                cached.groups = cached.coming.get()
-            except BaseException:
-                self._drop(number)  # whoever needs it next reads it again
-                raise
-            cached.coming = None
-            self._cached_bytes += _nbytes(cached.groups) - cached.nbytes
-            cached.nbytes = _nbytes(cached.groups)
+                block = self._read(number) if block is None else block.get()
+            finally:
+                self._drop(number)  # no error is kept: whoever needs the block next reads it again
+            self._insert(number, sum(group.nbytes for group in block.values()), block)
         self._cache.move_to_end(number)
         self._make_room()
-        assert cached.groups is not None
-        return cached.groups
+        return block
 
-    def _insert(self, block: int, cached: _Cached) -> None:
-        self._cache[block] = cached
-        self._cached_bytes += cached.nbytes
+    def _insert(self, number: int, nbytes: int, block: Block) -> None:
+        self._cache[number] = nbytes, block
+        self._cached_bytes += nbytes
         self._make_room()
 
     def _make_room(self) -> None:
         while self._cached_bytes + self._files.nbytes > self.cache_bytes and len(self._cache) > 1:
             self._drop(next(iter(self._cache)))
 
-    def _drop(self, block: int) -> None:
-        self._cached_bytes -= self._cache.pop(block).nbytes
+    def _drop(self, number: int) -> None:
+        self._cached_bytes -= self._cache.pop(number, (0, None))[0]
 
     def _read_ahead(self, block: int) -> Block:
         return self._read(block) if block in self._cache else {}  # nobody asks for a block that has been dropped
@@ -230,14 +248,15 @@ class EpisodeReader:
     def _read(self, block: int) -> Block:
         """Read a block; may be called from any thread."""
         file, groups = self._groups(block)
+        columns = [schema.STATE, schema.ACTION, schema.PROMPT, *(schema.image_column(n + 1) for n in range(self.cameras))]
         read, group = {}, groups[0]
         try:
-            with self._files.opened(file) as source:
-                tables = source.read_groups(_columns(source.columns, self.cameras), groups)
-                for group in groups:
-                    read[group] = self._row_group(file, group, next(tables).combine_chunks(), source)
-                # After reading: what was read before a change is what was indexed.
-                self.index.check_unchanged(file, source.identity)
+            source = self._files.open(file)
+            tables = source.read_groups([name for name in columns if name in source.columns], groups)
+            for group in groups:
+                read[group] = self._row_group(file, group, next(tables).combine_chunks(), source)
+            # After reading: what was read before a change is what was indexed.
+            self.index.check_unchanged(file, source.identity)
         except UnreachableError:
             raise  # the store has been asked often enough
         except (DataError, StorageError, *READ_ERRORS) as error:
@@ -268,18 +287,14 @@ class EpisodeReader:
         images = [arrays.get(schema.image_column(n + 1)) for n in range(self.cameras)]
         rows = np.arange(bounds[group], bounds[group + 1])
         return RowGroup(
+            file=index.paths[file],
+            first=int(bounds[group]),
             state=_numbers(index, file, schema.STATE, arrays[schema.STATE], rows),
             action=_numbers(index, file, schema.ACTION, arrays[schema.ACTION], rows),
             prompt=arrays[schema.PROMPT],
             images=tuple(None if column is None else source.pictures(column, self._videos) for column in images),
             nbytes=table.nbytes,
         )
-
-
-def _columns(available: Sequence[str], cameras: int) -> list[str]:
-    """What a sample is made of, of the columns that a file has."""
-    wanted = [schema.STATE, schema.ACTION, schema.PROMPT, *(schema.image_column(n + 1) for n in range(cameras))]
-    return [name for name in wanted if name in available]
 
 
 def _numbers(index: EpisodeIndex, file: int, name: str, column: pa.Array, rows: Rows) -> NDArray[np.float32]:
@@ -292,57 +307,37 @@ def _numbers(index: EpisodeIndex, file: int, name: str, column: pa.Array, rows: 
 
 
 class _Entry:
-    """A file that is open as long as somebody uses it, and a while after."""
+    """A file that is opened when it is first needed."""
 
     def __init__(self) -> None:
-        self.lock, self.users = threading.Lock(), 0
+        self.lock = threading.Lock()
         self.file: EpisodeFile | None = None
 
 
 class _OpenFiles:
-    """The OPEN_FILES files that were used last, for several threads. nbytes: memory they take."""
+    """The OPEN_FILES files that were used last, for several threads. The others are closed when nobody uses them any more."""
 
     def __init__(self, index: EpisodeIndex, ranges: bool) -> None:
         self.index, self.ranges = index, ranges
-        self.nbytes, self._limit = 0, OPEN_FILES
         self._lock = threading.Lock()
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
 
-    @contextmanager
-    def opened(self, file: int) -> Iterator[EpisodeFile]:
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        with self._lock:
+            return sum(entry.file.nbytes for entry in self._entries.values() if entry.file is not None)
+
+    def open(self, file: int) -> EpisodeFile:
         with self._lock:
             entry = self._entries.setdefault(file, _Entry())
             self._entries.move_to_end(file)
-            entry.users += 1
-        try:
-            with entry.lock:  # the first that needs it opens it
-                if entry.file is None:
-                    entry.file = open_file(self.index.paths[file], ranges=self.ranges)
-                    with self._lock:
-                        self.nbytes += entry.file.nbytes
-            yield entry.file
-        finally:
-            with self._lock:
-                entry.users -= 1
-                self._trim()
-
-    def close(self) -> None:
-        """Close every file, those in use as soon as nobody uses them."""
-        with self._lock:
-            self._limit = 0
-            self._trim()
-
-    def _trim(self) -> None:
-        idle = [file for file, entry in self._entries.items() if not entry.users]
-        for file in idle[: max(0, len(self._entries) - self._limit)]:
-            closed = self._entries.pop(file).file
-            if closed is not None:
-                self.nbytes -= closed.nbytes
-                closed.close()
-
-
-def _nbytes(groups: Block) -> int:
-    return sum(group.nbytes for group in groups.values())
+            if len(self._entries) > OPEN_FILES:
+                self._entries.popitem(last=False)
+        with entry.lock:
+            if entry.file is None:
+                entry.file = open_file(self.index.paths[file], ranges=self.ranges)
+            return entry.file
 
 
 def _name_thread() -> None:
@@ -362,20 +357,12 @@ def iterate_numbers(
     groups = [group for group in range(len(bounds) - 1) if wanted[bounds[group] : bounds[group + 1]].any()]
     numbers = np.concatenate([np.arange(bounds[group], bounds[group + 1]) for group in groups] or [bounds[:0]])
     with open_file(index.paths[file], stream=True) as source:
-        batches = source.batches(columns, groups, rows)
-        while (batch := _next(batches, source.path)) is not None:
-            here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
-            state, action = (_numbers(index, file, name, batch[name], here) for name in columns)
-            yield state[wanted[here]], action[wanted[here]]
+        with reading(source.path, columns):
+            for batch in source.batches(columns, groups, rows):
+                here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
+                state, action = (_numbers(index, file, name, batch[name], here) for name in columns)
+                yield state[wanted[here]], action[wanted[here]]
         index.check_unchanged(file, source.identity)
-
-
-def _next(batches: Iterator[pa.RecordBatch], path: str) -> pa.RecordBatch | None:
-    try:
-        return next(batches, None)
-    except READ_ERRORS as error:
-        text = f"columns state, action: cannot be read ({first_line(error)}); restore the file"
-        raise FaultError(Fault(path, Kind.GROUP, text)) from error
 
 
 def episode_prompts(index: EpisodeIndex, file: int) -> list[str]:

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from paligemma_vla import schema
-from paligemma_vla.data.formats import decode_picture
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, read_chunk
 from paligemma_vla.data.order import SampleRef, ValidationSampler
@@ -162,10 +161,9 @@ def read_observation(reader: EpisodeReader, episode: int, step: int) -> dict[str
     file, row = int(index.file[episode]), int(index.start[episode]) + step
     rows, number = reader.group_of(file, row)
     observation = {"state": rows.state[number], "prompt": rows.prompt[number].as_py()}
-    for camera, column in enumerate(rows.images, start=1):
-        if column is not None and column.present(number):
-            where = f"{index.paths[file]}: row {row}, column {schema.image_column(camera)}"
-            observation[schema.image_key(camera)] = np.asarray(decode_picture(column, number, where))
+    for camera, picture in enumerate(rows.pictures(number), start=1):
+        if picture is not None:
+            observation[schema.image_key(camera)] = np.asarray(picture.decode())
     return observation
 
 

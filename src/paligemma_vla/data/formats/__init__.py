@@ -10,6 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import TracebackType
@@ -18,9 +19,9 @@ from typing import Protocol, Self
 import pyarrow as pa
 from PIL import Image
 
-from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults, raise_first
+from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults, raise_first
 from paligemma_vla.data.video import VideoDecoders
-from paligemma_vla.errors import DataError, first_line
+from paligemma_vla.errors import first_line
 from paligemma_vla.schema import Layout, Rows
 from paligemma_vla.storage import is_url, open_source
 
@@ -46,14 +47,6 @@ class Pictures(ABC):
     @abstractmethod
     def encoded(self, row: int) -> bytes | None:
         """A present image as it is stored, when that is an encoded image of its own; raises `Unusable`."""
-
-
-def decode_picture(pictures: Pictures, row: int, where: str) -> Image.Image:
-    """A present image as RGB; raises `DataError`, starting with `where` (file, row, column)."""
-    try:
-        return pictures.decode(row)
-    except Unusable as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 class EpisodeFile(ABC):
@@ -132,18 +125,24 @@ def read_layout(file: EpisodeFile) -> Layout:
     return layout
 
 
-def read_columns(file: EpisodeFile, columns: Sequence[str]) -> pa.Table:
-    """Some columns of all rows of an open file; raises `FaultError` when they cannot be read."""
-    rows = int(file.bounds[-1])
+@contextmanager
+def reading(path: str, columns: Sequence[str]) -> Iterator[None]:
+    """Turn what pyarrow raises while some columns of a file are read into a `FaultError` that names them."""
     try:
-        table = file.read(columns)
-        if table.num_rows != rows:
-            raise ValueError(f"got {table.num_rows} rows, expected {rows} as its footer says")
-        return table
+        yield
     except READ_ERRORS as error:
         what = f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
         text = f"{what}: cannot be read ({first_line(error)}); restore the file"
-        raise FaultError(Fault(file.path, Kind.GROUP, text)) from error
+        raise FaultError(Fault(path, Kind.GROUP, text)) from error
+
+
+def read_columns(file: EpisodeFile, columns: Sequence[str]) -> pa.Table:
+    """Some columns of all rows of an open file; raises `FaultError` when they cannot be read."""
+    with reading(file.path, columns):
+        table = file.read(columns)
+        if table.num_rows != file.bounds[-1]:
+            raise ValueError(f"got {table.num_rows} rows, expected {file.bounds[-1]} as its footer says")
+        return table
 
 
 class Format(Protocol):
