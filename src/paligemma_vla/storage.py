@@ -20,7 +20,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
@@ -37,7 +37,6 @@ Range = tuple[int, int]  # offset, and the first byte after it
 
 NATIVE = ("s3://", "gs://", "gcs://", "hdfs://", "viewfs://")  # URLs that pyarrow opens
 CONNECT_SECONDS, SILENT_SECONDS = 5.0, 20.0  # until a connection stands; and without a byte coming through it
-FETCH_BYTES = 2**23  # of one request, where a file is copied
 
 # A store that restarts is back within minutes. What takes longer needs a human, and a run can be resumed.
 ATTEMPTS = 10
@@ -49,7 +48,6 @@ REMEDY = "check the address, the network and the credentials (for s3:// the usua
 GAP_BYTES = 2**20
 REQUEST_BYTES = 2**23  # of one request at most
 CACHE_BYTES = 2**25
-TAIL_BYTES = 2**19  # at the end of a file; most Parquet footers are smaller
 
 logger = logging.getLogger(__name__)
 _jitter = random.Random()  # its own generator: training's random numbers must not depend on the network
@@ -320,9 +318,6 @@ class ByteSource(ABC):
             raise StorageError(f"{self.location}: bytes {offset} to {offset + count - 1} were asked for, it has {self.size}")
         return self._read(offset, count) if count else b""
 
-    def expect(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - only a cache has a use for it
-        """Announce the ranges that will be read from now on, so that near ones can be fetched together."""
-
     @abstractmethod
     def _read(self, offset: int, count: int) -> bytes: ...
 
@@ -338,6 +333,8 @@ def open_source(location: str | Path) -> ByteSource:
 
 class LocalSource(ByteSource):
     """A file on this machine."""
+
+    _descriptor = -1
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -362,7 +359,11 @@ class LocalSource(ByteSource):
         return StorageError(f"{self.location}: cannot be read ({first_line(error)}); restore it")
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    __del__ = close
 
 
 MARKS = (0xA5, 0x5A)  # see `RemoteSource._request`
@@ -379,7 +380,12 @@ class RemoteSource(ByteSource):
         self._lock = threading.Lock()
 
     def _read(self, offset: int, count: int) -> bytes:
-        return retry(self.location, lambda: self._request(offset, count), f"bytes {offset} to {offset + count - 1}")
+        """In requests of REQUEST_BYTES at most, each of them retried by itself."""
+        parts = []
+        for first in range(offset, offset + count, REQUEST_BYTES):
+            size = min(REQUEST_BYTES, offset + count - first)
+            parts.append(retry(self.location, partial(self._request, first, size), f"bytes {first} to {first + size - 1}"))
+        return b"".join(parts)
 
     def _request(self, offset: int, count: int) -> bytes:
         """All the bytes, or an error.
@@ -434,66 +440,46 @@ def _version_number(version: bytes) -> int:
 
 
 class CachedSource(ByteSource):
-    """A source that fetches announced ranges in few large requests and keeps them until they are read. For one thread."""
+    """A source of which some ranges are fetched in few large requests, each when it is first needed. For one thread.
 
-    def __init__(self, source: ByteSource) -> None:
+    Of what was fetched the ranges are kept, up to CACHE_BYTES, but not what lies between them. Everything else is read as it
+    is asked for.
+    """
+
+    def __init__(self, source: ByteSource, ranges: Iterable[Range]) -> None:
         self.source = source
         self.location, self.size, self.identity = source.location, source.size, source.identity
-        self.expect([(self.size - TAIL_BYTES, self.size)])
-
-    def expect(self, ranges: Iterable[Range]) -> None:
-        """As `ByteSource.expect`; what is cached is dropped."""
-        self._ranges = sorted(part for start, stop in ranges for part in _pieces(max(0, start), min(stop, self.size)))
-        self._starts = [start for start, _ in self._ranges]
-        self._requests = [together for together in _near_together(self._ranges) for _ in together]  # of each range
-        self._cache: dict[int, bytes] = {}  # by number of the range, the oldest first
+        self._requests: list[list[Range]] = []
+        for start, stop in sorted(ranges):
+            together = self._requests[-1] if self._requests else []
+            if not 0 <= start < stop <= min(start + REQUEST_BYTES, self.size):
+                continue
+            if together and start - together[-1][1] <= GAP_BYTES and stop - together[0][0] <= REQUEST_BYTES:
+                together.append((start, stop))
+            else:
+                self._requests.append([(start, stop)])
+        self._cache: dict[int, dict[Range, bytes]] = {}  # by number of the request, the oldest first
 
     def _read(self, offset: int, count: int) -> bytes:
-        parts, stop = [], offset + count
-        while offset < stop:
-            number = bisect_right(self._starts, offset) - 1
-            start, end = self._ranges[number] if number >= 0 else (0, 0)
-            if start <= offset < end:
-                parts.append(self._content(number)[offset - start : min(stop, end) - start])
-            else:  # not announced
-                following = self._starts[number + 1] if number + 1 < len(self._starts) else stop
-                parts.append(self.source.read_at(offset, min(stop, following) - offset))
-            offset += len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        number = bisect_right(self._requests, offset, key=lambda together: together[0][0]) - 1
+        for start, stop in self._requests[number] if number >= 0 else ():
+            if start <= offset and offset + count <= stop:
+                return self._fetch(number)[start, stop][offset - start : offset - start + count]
+        return self.source.read_at(offset, count)
 
-    def _content(self, number: int) -> bytes:
-        """Bytes of a range; those that are fetched with it are kept, but not what lies between them."""
-        if number in self._cache:
-            return self._cache[number]
-        together = self._requests[number]
-        first = self._ranges[together[0]][0]
-        answer = self.source.read_at(first, max(self._ranges[n][1] for n in together) - first)
-        parts = {n: answer[self._ranges[n][0] - first : self._ranges[n][1] - first] for n in together}
-        self._cache |= parts
-        size = sum(map(len, self._cache.values()))
-        while size > CACHE_BYTES:
-            size -= len(self._cache.pop(next(iter(self._cache))))
-        return parts[number]
+    def _fetch(self, number: int) -> dict[Range, bytes]:
+        """The ranges of a request."""
+        if number not in self._cache:
+            ranges = self._requests[number]
+            first, last = ranges[0][0], max(stop for _, stop in ranges)
+            answer = self.source.read_at(first, last - first)
+            self._cache[number] = {(start, stop): answer[start - first : stop - first] for start, stop in ranges}
+            while sum(len(content) for parts in self._cache.values() for content in parts.values()) > CACHE_BYTES:
+                del self._cache[next(iter(self._cache))]
+        return self._cache[number]
 
     def close(self) -> None:
         self.source.close()
-
-
-def _pieces(start: int, stop: int) -> Iterator[Range]:
-    for first in range(start, stop, REQUEST_BYTES):
-        yield first, min(stop, first + REQUEST_BYTES)
-
-
-def _near_together(ranges: list[Range]) -> Iterator[range]:
-    """Numbers of the ranges (sorted) that one request fetches: with small gaps between them, and not too much in all."""
-    first = 0
-    for number in range(1, len(ranges) + 1):
-        if number < len(ranges):
-            start, stop = ranges[number]
-            if start - ranges[number - 1][1] <= GAP_BYTES and stop - ranges[first][0] <= REQUEST_BYTES:
-                continue
-        yield range(first, number)
-        first = number
 
 
 class ByteFile(io.RawIOBase):
@@ -529,6 +515,6 @@ def fetch(url: str, target: Path) -> Path:
     """Copy a file behind a URL to `target`. Raises `StorageError`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_source(url) as source, atomic_file(target) as file:
-        for offset in range(0, source.size, FETCH_BYTES):
-            file.write(source.read_at(offset, min(FETCH_BYTES, source.size - offset)))
+        for offset in range(0, source.size, REQUEST_BYTES):
+            file.write(source.read_at(offset, min(REQUEST_BYTES, source.size - offset)))
     return target

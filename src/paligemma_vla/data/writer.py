@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paligemma_vla import schema
-from paligemma_vla.data.formats.parquet import ROWS_PER_GROUP, open_parquet
+from paligemma_vla.data.formats.parquet import ROWS_PER_GROUP, ParquetEpisodes
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_file, lock_file
@@ -233,8 +233,8 @@ def _read_journal(path: Path) -> list[pa.RecordBatch]:
 
 def stored_schema(path: Path) -> pa.Schema:
     """Schema of a file of episodes; raises `DataError` when it cannot be read."""
-    with open_parquet(str(path)) as file:
-        return file.schema_arrow
+    with ParquetEpisodes(str(path), str(path)) as file:
+        return file.arrow
 
 
 def _episodes_in(path: Path) -> int:

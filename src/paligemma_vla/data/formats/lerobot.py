@@ -107,7 +107,7 @@ class LeRobotFile(ParquetEpisodes):
         self._tasks = pa.array([self.metadata.tasks[number] for number in self._task_numbers.tolist()], pa.string())
 
     def _present(self, *names: str) -> list[str]:
-        return [name for name in names if name in self._file.schema_arrow.names]
+        return [name for name in names if name in self.arrow.names]
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         faults = [*self._column_faults(), *self._video_faults()]
@@ -129,7 +129,7 @@ class LeRobotFile(ParquetEpisodes):
         return Layout(len(self.cameras), state.shape[0], action.shape[0], described), faults
 
     def _column_faults(self) -> Iterator[Fault]:
-        names = self._file.schema_arrow.names
+        names = self.arrow.names
         images = [camera.key for camera in self.cameras if camera.dtype == "image"]
         for name, matches, expected in [
             *((name, _is_numeric, "numbers, or lists of them") for name in self._numbers.values()),
@@ -138,7 +138,7 @@ class LeRobotFile(ParquetEpisodes):
         ]:
             if name not in names:
                 yield Fault(self.path, Kind.COLUMN, f"missing; got {', '.join(names)[:500]}; restore the file", column=name)
-            elif not matches(kind := self._file.schema_arrow.field(name).type):
+            elif not matches(kind := self.arrow.field(name).type):
                 yield Fault(self.path, Kind.TYPE, f"got type {kind}, expected {expected}; restore the file", column=name)
 
     def _video_faults(self) -> Iterator[Fault]:

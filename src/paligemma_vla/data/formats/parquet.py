@@ -6,7 +6,6 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +19,13 @@ from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import ByteFile, ByteSource, CachedSource, Range, is_url, open_source
+from paligemma_vla.storage import REQUEST_BYTES, ByteFile, ByteSource, CachedSource, Range, is_url, open_source
 
 FOOTER_UNFOLDS = 10  # a parsed footer against its bytes: 148 kB of 256 row groups with 7 columns took 1.5 MB
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
 ROWS_PER_GROUP = 32  # of EpisodeWriter, which begins a row group with each episode
 STREAM_BUFFER = 2**18
+TAIL_BYTES = 2**19  # at the end of a file behind a URL; most footers are smaller
 SAMPLED_ROWS = 1024
 MAX_DIMENSION = 4096  # of a state or an action, as in the configuration
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a file that is digested
@@ -56,45 +56,63 @@ class ParquetEpisodes(EpisodeFile):
     Parquet files have other columns overrides `_stored_columns` and `_translate`.
     """
 
+    _file: pq.ParquetFile | None = None
+    _source: ByteSource | None = None
+
     def __init__(self, name: str, location: str, stream: bool = False, ranges: bool = False) -> None:
         self.path, self._location, self._stream = name, location, stream
-        self._source: CachedSource | None = None
         if ranges or is_url(location):
             with file_faults(name):
-                self._source = CachedSource(open_source(location))
+                self._source = open_source(location)
+                self._footer = read_footer(self._source)
         if self._source is not None and is_url(name):
             self._identified = self._source.identity, time.monotonic()
-        file = open_parquet(location, stream, self._source)
+        file = self._open()
+        if self._source is None:
+            self._file, self.nbytes = file, FOOTER_UNFOLDS * int(file.metadata.serialized_size)
+        else:  # of many open files the footers are kept as they are stored
+            self.nbytes = len(self._footer)
+        self.arrow = file.schema_arrow
         self.bounds = group_bounds(file)
         self.outside = np.empty((0, 2), np.int64)
-        if self._source is None:
-            self._file = file
-            self.nbytes = FOOTER_UNFOLDS * int(file.metadata.serialized_size)
-        else:  # of many open files the footers are kept as they are stored
-            self.nbytes = int(file.metadata.serialized_size) + FOOTER_TAIL
-            self._footer = self._source.read_at(self._source.size - self.nbytes, self.nbytes)
-        self.columns = file.schema_arrow.names
-        cameras = range(1, count_cameras(file.schema_arrow) + 1)
-        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS, *map(schema.image_column, cameras)}
+        self.columns = self.arrow.names
+        known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS}
+        known |= {schema.image_column(n + 1) for n in range(count_cameras(self.arrow))}
         self.unused = [column for column in self.columns if column not in known]
 
-    @cached_property
-    def _file(self) -> pq.ParquetFile:
-        return open_parquet(self._location, self._stream, self._source, self._metadata())
+    def _open(self, columns: Iterable[str] = (), groups: Iterable[int] = ()) -> pq.ParquetFile:
+        """The file, to read some stored columns of some row groups. Raises `FaultError` when it is not Parquet or is cut short.
 
-    def _metadata(self) -> pq.FileMetaData:
-        return pq.read_metadata(pa.BufferReader(self._footer))
+        What is read by ranges is opened anew each time, with a cache of its own, so that several threads can read.
+        """
+        if self._file is not None:
+            return self._file
+        options = {
+            "memory_map": False,  # reading a mapped file that was cut short kills the process
+            "pre_buffer": False,  # it goes through other threads, which costs a small row group more than it saves
+            "page_checksum_verification": True,
+        }
+        try:
+            if self._source is None:
+                return pq.ParquetFile(self._location, buffer_size=STREAM_BUFFER if self._stream else 0, **options)
+            metadata = pq.read_metadata(pa.BufferReader(self._footer))
+            source = ByteFile(CachedSource(self._source, column_ranges(metadata, columns, groups)))
+            return pq.ParquetFile(source, metadata=metadata, buffer_size=REQUEST_BYTES if self._stream else 0, **options)
+        except READ_ERRORS as error:
+            text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
+            raise FaultError(Fault(self.path, Kind.FILE, text)) from error
 
     def survey(self) -> tuple[Layout, list[Fault]]:
-        path, arrow = self.path, self._file.schema_arrow
-        if self._file.metadata.num_rows == 0:
+        path, arrow = self.path, self.arrow
+        if self.bounds[-1] == 0:
             text = "got 0 rows, expected at least one episode; take the file out of the data"
             return Layout(0, 0, 0, DatasetMetadata()), [Fault(path, Kind.EMPTY, text)]
         faults = list(_column_faults(path, arrow))
         dimensions = {schema.STATE: 0, schema.ACTION: 0}
+        file = self._open(dimensions, [0])
         for name in dimensions.keys() - {fault.column for fault in faults}:
             try:
-                dimensions[name] = _dimension(path, self._file, name)
+                dimensions[name] = _dimension(path, file, name)
             except FaultError as error:
                 faults.append(error.fault)
         metadata, stored = DatasetMetadata(), (arrow.metadata or {}).get(schema.METADATA_KEY)
@@ -107,39 +125,25 @@ class ParquetEpisodes(EpisodeFile):
         return Layout(count_cameras(arrow), dimensions[schema.STATE], dimensions[schema.ACTION], metadata), faults
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        stored = self._expect(columns, range(len(self.bounds) - 1))
-        table = self._file.read(columns=stored, use_threads=False)
-        if self._source is not None:
-            self._source.expect(())  # what was cached is in the table
+        stored = self._stored_columns(columns)
+        table = self._open(stored, range(len(self.bounds) - 1)).read(columns=stored, use_threads=False)
         return self._translate(columns, table, np.arange(self.bounds[-1]))
 
     def read_groups(self, columns: Sequence[str], groups: Sequence[int]) -> Iterator[pa.Table]:
         stored = self._stored_columns(columns)
-        if self._source is None:
-            file = self._file
-        else:  # with a cache and a parser of its own, so that several threads can read
-            self._source.expect(())
-            source, metadata = CachedSource(self._source.source), self._metadata()
-            source.expect(column_ranges(metadata, stored, groups))
-            file = open_parquet(self._location, source=source, metadata=metadata)
+        file = self._open(stored, groups)
         for group in groups:
             table = file.read_row_group(group, columns=stored, use_threads=False)
             yield self._translate(columns, table, np.arange(*self.bounds[group : group + 2]))
 
     def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        stored = self._expect(columns, groups)
+        stored = self._stored_columns(columns)
+        file = self._open(stored, groups)
         numbers = np.concatenate([self.bounds[:0], *(np.arange(*self.bounds[group : group + 2]) for group in groups)])
-        for batch in self._file.iter_batches(rows, row_groups=list(groups), columns=stored, use_threads=False):
+        for batch in file.iter_batches(rows, row_groups=list(groups), columns=stored, use_threads=False):
             here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
             table = self._translate(columns, pa.Table.from_batches([batch]), here)
             yield table.combine_chunks().to_batches()[0]
-
-    def _expect(self, columns: Sequence[str], groups: Iterable[int]) -> list[str]:
-        """Announce what will be read; returns the columns of the file that hold it."""
-        stored = self._stored_columns(columns)
-        if self._source is not None:
-            self._source.expect(column_ranges(self._file.metadata, stored, groups))
-        return stored
 
     def _stored_columns(self, columns: Sequence[str]) -> list[str]:
         """Columns of the file that hold `columns`."""
@@ -153,42 +157,21 @@ class ParquetEpisodes(EpisodeFile):
         return EncodedPictures(column)
 
     def digest(self) -> int:
+        metadata = self._open().metadata
+        complete = schema.CONTENT_KEY in (metadata.metadata or {})
         if self._source is not None:
-            return file_digest(self._source, self._file.metadata)
+            return file_digest(self._source, self._footer, complete)
         with file_faults(self.path), open_source(self._location) as source:
-            return file_digest(source, self._file.metadata)
+            length = metadata.serialized_size + FOOTER_TAIL
+            return file_digest(source, source.read_at(source.size - length, length), complete)
 
     def flags_from_footer(self) -> list[Rows] | None:
-        return flag_rows(self._file.metadata, self.bounds)
+        return flag_rows(self._open().metadata, self.bounds)
 
     def close(self) -> None:
-        if self._source is None:
-            self._file.close()
-        else:
-            self._source.close()
-
-
-def open_parquet(
-    path: str, stream: bool = False, source: ByteSource | None = None, metadata: pq.FileMetaData | None = None
-) -> pq.ParquetFile:
-    """Open one file; its page checksums, where it has them, are verified by whatever reads from it.
-
-    stream: columns are read piece by piece, so that a large row group need not fit into memory. source: its bytes, for a
-    file behind a URL. metadata: its footer, where that has been read.
-    Raises `FaultError` when it is not Parquet or is cut short.
-    """
-    try:
-        return pq.ParquetFile(
-            path if source is None else ByteFile(source),
-            metadata=metadata,
-            memory_map=False,  # reading a mapped file that was cut short kills the process
-            pre_buffer=False,  # it goes through other threads, which costs a small row group more than it saves
-            buffer_size=STREAM_BUFFER if stream else 0,
-            page_checksum_verification=True,
-        )
-    except READ_ERRORS as error:
-        text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
-        raise FaultError(Fault(path, Kind.FILE, text)) from error
+        for opened in (self._file, self._source):
+            if opened is not None:
+                opened.close()
 
 
 def group_bounds(file: pq.ParquetFile) -> Rows:
@@ -275,16 +258,22 @@ def _dimension(path: str, file: pq.ParquetFile, name: str) -> int:
     return dimension
 
 
-def file_digest(source: ByteSource, metadata: pq.FileMetaData) -> int:
+def read_footer(source: ByteSource) -> bytes:
+    """The end of a Parquet file: its footer, the length of that, and the magic. Of a damaged file it may be anything."""
+    tail = source.read_at(max(0, source.size - TAIL_BYTES), min(source.size, TAIL_BYTES))
+    length = min(source.size, int.from_bytes(tail[-FOOTER_TAIL:-4], "little") + FOOTER_TAIL)
+    return tail[-length:] if length <= len(tail) else source.read_at(source.size - length, length)
+
+
+def file_digest(source: ByteSource, footer: bytes, complete: bool) -> int:
     """64 bits over a readable Parquet file: its footer, and blocks spread evenly over it (all of a small file).
 
-    The footer, of which `metadata` is made, holds sizes, offsets, statistics, schema and metadata. EpisodeWriter puts a
-    digest of every value there, so of its files nothing else is read. What another writer left without statistics may change
-    between the blocks unseen. It does not depend on the file's name, location and dates.
+    The footer holds sizes, offsets, statistics, schema and metadata. complete: EpisodeWriter put a digest of every value
+    there, so nothing else is read. What another writer left without statistics may change between the blocks unseen. It does
+    not depend on the file's name, location and dates.
     """
-    length = int.from_bytes(source.read_at(source.size - FOOTER_TAIL, 4), "little")
-    digest = hashlib.blake2b(source.read_at(source.size - FOOTER_TAIL - length, length), digest_size=8)
-    if schema.CONTENT_KEY not in (metadata.metadata or {}):
+    digest = hashlib.blake2b(footer[:-FOOTER_TAIL], digest_size=8)
+    if not complete:
         _digest_blocks(digest, source)
     return int.from_bytes(digest.digest(), "little")
 
@@ -301,7 +290,8 @@ def _digest_blocks(digest: hashlib.blake2b, source: ByteSource) -> None:
     blocks = [(n * (size - BLOCK_BYTES) // last, BLOCK_BYTES) for n in range(SAMPLED_BLOCKS)]
     if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
         blocks = [(0, size)]
-    source.expect((offset, offset + count) for offset, count in blocks)
+    if is_url(source.location):
+        source = CachedSource(source, [(offset, offset + count) for offset, count in blocks])
     for offset, count in blocks:
         digest.update(source.read_at(offset, count))
 
