@@ -131,19 +131,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
 
-def other_version(path: Path) -> None:
-    arrays = dict(np.load(path))
-    header = arrays["header"].tobytes().replace(f'"version": {index_module.CACHE_VERSION}'.encode(), b'"version": 9')
-    assert header != arrays["header"].tobytes()
-    np.savez(path, **{**arrays, "header": np.frombuffer(header, np.uint8)})  # type: ignore[arg-type]
-
-
 def folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-@pytest.mark.parametrize("damage", [cut, other_version, folder])
+@pytest.mark.parametrize("damage", [cut, folder])
 def test_damaged_cache_is_as_good_as_none(data: Path, cache: Path, opened: Opened, damage: Callable[[Path], None]) -> None:
     first = EpisodeIndex.build(str(data))
     (kept,) = cache.iterdir()
@@ -156,17 +149,19 @@ def test_damaged_cache_is_as_good_as_none(data: Path, cache: Path, opened: Opene
     assert [path.name for path in cache.iterdir()] == [kept.name]  # nothing half-written stays
 
 
-def test_flipped_bytes_in_the_cache_never_give_another_index(data: Path, cache: Path) -> None:
+def test_flipped_byte_in_the_cache_or_another_version_is_found(
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     EpisodeIndex.build(str(data))
     (path,) = cache.iterdir()
-    whole, facts = path.read_bytes(), repr(index_module.load_facts(path))
-    refused = 0
+    whole = path.read_bytes()
     for place in range(0, len(whole), 13):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
-        loaded = index_module.load_facts(path)
-        refused += not loaded
-        assert not loaded or repr(loaded) == facts
-    assert refused > 100
+        assert not index_module.load_facts(path)
+    path.write_bytes(whole)
+    assert len(index_module.load_facts(path)) == 3
+    monkeypatch.setattr(index_module, "CACHE_VERSION", 1)
+    assert not index_module.load_facts(path)
 
 
 def test_cache_that_cannot_be_written_is_no_error(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

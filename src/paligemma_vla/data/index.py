@@ -13,16 +13,18 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, raise_first, robot_faults
@@ -38,15 +40,24 @@ from paligemma_vla.data.formats import (
     read_layout,
 )
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.schema import DatasetMetadata, Layout, Rows, joint_layout
+from paligemma_vla.schema import DatasetMetadata, Layout, Rows, first_fault, joint_layout
 from paligemma_vla.storage import atomic_file, atomic_write, cache_dir, is_url, join_url, list_files, read_json, split_url
 
 REQUESTS = 32  # to a store, at a time
-CACHE_VERSION, EXCLUSIONS_VERSION = 7, 1
+CACHE_VERSION, EXCLUSIONS_VERSION = 8, 1
+DIGEST_BYTES = 16
 NOTHING: Rows = np.empty((0, 2), np.int64)
 COPY_IT = "copy it to this machine; `paligemma-vla data convert` makes episode files of it, which may be behind URLs"
 CHECK_AGAIN = "run `paligemma-vla data check` again"
-ROWS = ("groups", "outside", "first", "last", "terminal", "null")  # arrays of a `FileFacts` and its flags
+ROWS = ("first", "last", "terminal", "null", "groups", "outside")  # arrays of a `FileFacts`
+CACHE_SCHEMA = pa.schema(
+    {
+        "path": pa.binary(),
+        "layout": pa.dictionary(pa.int32(), pa.string()),
+        "digest": pa.uint64(),
+        **dict.fromkeys(("identity", *ROWS), pa.large_list(pa.int64())),
+    }
+)
 logger = logging.getLogger(__name__)
 
 
@@ -203,26 +214,32 @@ class FlagRows:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """What indexing learns from one file, exclusions aside.
+class FileFacts(FlagRows):
+    """What indexing learns from one file, exclusions aside: its flags, and the rest.
 
-    identity: see `ByteSource.identity`. digest: see `EpisodeFile.digest`. groups: see `group_bounds`. outside: row ranges
-    [first, stop) that were not selected, one after the other (2 X,).
+    groups: see `group_bounds`. outside: row ranges [first, stop) that were not selected, one after the other (2 X,).
+    identity: see `ByteSource.identity`. digest: see `EpisodeFile.digest`.
     """
 
+    groups: Rows
+    outside: Rows
     identity: Identity
     layout: Layout
     digest: int
-    groups: Rows
-    outside: Rows
-    flags: FlagRows
 
 
 def read_facts(path: str) -> FileFacts:
     """Read footer and flags of one file. Raises `FaultError` naming file and column."""
     with open_file(path) as file:
         identity = file.identity()  # before it is read: a change in between is found later
-        return FileFacts(identity, read_layout(file), file.digest(), file.bounds, file.outside.ravel(), find_flags(file))
+        return FileFacts(
+            identity=identity,
+            layout=read_layout(file),
+            digest=file.digest(),
+            groups=file.bounds,
+            outside=file.outside.ravel(),
+            **vars(find_flags(file)),
+        )
 
 
 def find_flags(file: EpisodeFile) -> FlagRows:
@@ -294,8 +311,8 @@ def _index_file(path: str, facts: FileFacts, exclude: ExclusionList | None) -> E
     rows = int(facts.groups[-1])
     left_out = exclude.ranges(path, rows, facts.digest) if exclude else NOTHING
     ranges = np.concatenate([left_out, facts.outside.reshape(-1, 2)])
-    raise_first(chain_faults(path, facts.flags, rows, ranges))
-    starts, lengths = segment(facts.flags, rows, ranges)
+    raise_first(chain_faults(path, facts, rows, ranges))
+    starts, lengths = segment(facts, rows, ranges)
     return EpisodeIndex(
         paths=(path,),
         layout=facts.layout,
@@ -314,7 +331,7 @@ def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str])
     """Facts of the kept files: from the cache where their identity is the same, else from the files, in parallel."""
     cache = cache_path(arguments)
     cached = load_facts(cache)
-    absolute = {path: absolute_name(path) for path in files}
+    absolute = {path: map_path(path, os.path.abspath) for path in files}
     known = [path for path in kept if absolute[path] in cached]
     remote = any(map(is_url, kept))  # a store is waited for, so it is asked many things at once; a disk's files are work
     with ThreadPoolExecutor(REQUESTS if remote else 2 * (os.cpu_count() or 1)) as pool:
@@ -331,59 +348,58 @@ def _gather(arguments: Sequence[str], files: Sequence[str], kept: Sequence[str])
 
 def cache_path(arguments: Sequence[str]) -> Path:
     """Where the facts about the files behind some arguments (files, folders, globs) are kept."""
-    absolute = "\n".join(map(absolute_name, arguments))
+    absolute = "\n".join(map_path(argument, os.path.abspath) for argument in arguments)
     key = hashlib.blake2b(os.fsencode(absolute), digest_size=16).hexdigest()
-    return cache_dir("index") / f"{key}.npz"
+    return cache_dir("index") / f"{key}.arrow"
 
 
 def load_facts(path: Path) -> dict[str, FileFacts]:
     """Facts by absolute path of the file; none when there is no cache that can be used."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return _unpack({name: arrays[name] for name in arrays.files})
-    except Exception as error:  # of any kind: bytes on a disk can be anything, and the files themselves are there
+        kept = path.read_bytes()
+        digest, content = kept[:DIGEST_BYTES], memoryview(kept)[DIGEST_BYTES:]
+        if digest != _digest(content):
+            raise ValueError("it is damaged, or of another version")
+    except (OSError, ValueError) as error:
         logger.debug("%s: no index is taken from there (%s)", path, error)
         return {}
+    columns = pa.ipc.open_file(content).read_all().combine_chunks().to_batches()[0]
+    found = {name: columns[name].to_pylist() for name in ("path", "identity", "layout", "digest")}
+    found |= {name: np.split(columns[name].values.to_numpy(), columns[name].offsets.to_numpy()[1:-1]) for name in ROWS}
+    layouts = {text: _parse_layout(text) for text in set(found["layout"])}
+    return {
+        os.fsdecode(name): FileFacts(
+            **dict(zip(ROWS, rows, strict=True)), identity=tuple(identity), layout=layouts[layout], digest=digest
+        )
+        for name, identity, layout, digest, *rows in zip(*found.values(), strict=True)
+    }
+
+
+def _parse_layout(text: str) -> Layout:
+    raw = json.loads(text)
+    return Layout(**{**raw, "metadata": DatasetMetadata.from_json(raw["metadata"])})
+
+
+def _digest(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES, person=b"index %d" % CACHE_VERSION).digest()
 
 
 def save_facts(path: Path, facts: Mapping[str, FileFacts]) -> None:
     """Replace the cache by these facts; does nothing where it cannot be written."""
+    entries = list(facts.values())
+    layouts = [json.dumps({**vars(entry.layout), "metadata": entry.layout.metadata.to_json()}) for entry in entries]
+    columns = {name: [getattr(entry, name) for entry in entries] for name in ("identity", "digest", *ROWS)}
+    table = pa.table({"path": list(map(os.fsencode, facts)), "layout": layouts, **columns}, CACHE_SCHEMA)
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, CACHE_SCHEMA) as writer:
+        writer.write_table(table)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            np.savez(file, **_pack(facts))  # type: ignore[arg-type]
+            file.write(_digest(content.getvalue()))
+            file.write(content.getvalue())
     except OSError as error:
         logger.debug("%s: the index is not kept (%s)", path, error)
-
-
-def _pack(facts: Mapping[str, FileFacts]) -> dict[str, NDArray[Any]]:
-    entries = [{**vars(entry), **vars(entry.flags)} for entry in facts.values()]
-    layouts = [json.dumps({**vars(entry.layout), "metadata": entry.layout.metadata.to_json()}) for entry in facts.values()]
-    distinct = sorted(set(layouts))
-    number = {text: position for position, text in enumerate(distinct)}
-    header = json.dumps({"version": CACHE_VERSION, "paths": list(facts), "layouts": distinct})
-    return {
-        "header": np.frombuffer(header.encode(), np.uint8),
-        "identity": np.array([entry["identity"] for entry in entries], np.int64),
-        "digest": np.array([entry["digest"] for entry in entries], np.uint64),
-        "layout": np.array([number[text] for text in layouts], np.int64),
-        **{name: np.concatenate([np.empty(0, np.int64), *(entry[name] for entry in entries)]) for name in ROWS},
-        **{f"{name}_count": np.array([len(entry[name]) for entry in entries], np.int64) for name in ROWS},
-    }
-
-
-def _unpack(arrays: Mapping[str, NDArray[Any]]) -> dict[str, FileFacts]:
-    header = json.loads(arrays["header"].tobytes())
-    if header["version"] != CACHE_VERSION:
-        raise ValueError(f"version {header['version']}")
-    raw = map(json.loads, header["layouts"])
-    layouts = [Layout(**{**layout, "metadata": DatasetMetadata.from_json(layout["metadata"])}) for layout in raw]
-    parts = [np.split(arrays[name], np.cumsum(arrays[f"{name}_count"])[:-1]) for name in ROWS]
-    columns = (arrays["identity"].tolist(), arrays["layout"].tolist(), arrays["digest"].tolist(), *parts)
-    return {
-        path: FileFacts(tuple(identity), layouts[layout], digest, groups, outside, FlagRows(*flags))
-        for path, identity, layout, digest, groups, outside, *flags in zip(header["paths"], *columns, strict=True)
-    }
 
 
 def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
@@ -426,65 +442,72 @@ def _remote_files(url: str, where: str) -> list[str]:
     scheme, _, path = head.rstrip("/").partition("://")
     if not path.strip("/"):
         raise DataError(f"{where}: got '{url}', which names no place; give a bucket, or a folder or file in it")
-    glob_start = re.search(r"[*\[]", path)  # a question mark begins the options of a URL
     folder, pattern = path, ""
-    if glob_start:
+    if glob_start := re.search(r"[*\[]", path):  # a question mark begins the options of a URL
         folder = path[: glob_start.start()].rpartition("/")[0]
         pattern = path[len(folder) + 1 :]
     base = f"{scheme}://{folder}{options}"
-    # By their names without empty parts, which stores allow; of two that are the same then, the one with an empty part.
-    listed = sorted(list_files(base), key=lambda name: "//" in f"/{name}")
-    names = {"/".join(filter(None, name.split("/"))): name for name in listed}
+    names = list_files(base)
     if not names and not pattern:
         return [url]  # a file, or nothing: opening it tells
     found = set()
-    for match, name in _matches(list(names), pattern):
-        rest = name.removeprefix(match).strip("/")
+    for match, rest in _matches(names, pattern):
         for form, mark in MARKS.items():
             if rest == mark:
                 place = join_url(base, match) if match else url
                 raise DataError(f"{where}: {place}: this is {form} data, which is read from a disk only; {COPY_IT}")
-        if not rest or (name.endswith(".parquet") and not PurePosixPath(name).name.startswith(".")):
+        name = f"{match}/{rest}".strip("/")
+        if not rest or (rest.endswith(".parquet") and not rest.rpartition("/")[2].startswith(".")):
             found.add(name)
-    for name in found:
-        if names[name] != name:  # a disk has no such path
-            raise DataError(f"{where}: {join_url(base, names[name])}: has a part without a name in its path; rename it")
+    for name in names:
+        if name.endswith(".parquet") and "//" in f"/{name}":  # a disk has no such path, so no pattern matches it
+            raise DataError(f"{where}: {join_url(base, name)}: has a part without a name in its path; rename it")
     return [join_url(base, name) for name in sorted(found)]
 
 
-def _matches(names: Sequence[str], pattern: str) -> list[tuple[str, str]]:
-    """Files and folders that match a pattern, each with the names of the files in it (of a file, its own).
+def _matches(names: Sequence[str], pattern: str) -> Iterator[tuple[str, str]]:
+    """Files and folders that match a pattern, and the path below each of every file in it (of a file, an empty one).
 
     A name that is the pattern itself is no glob. Hidden names match only a pattern that has a hidden part.
     """
     from fsspec.utils import glob_translate
 
-    if not pattern:
-        return [("", name) for name in names]
-    literal = any(name == pattern or name.startswith(f"{pattern}/") for name in names)
-    expression = re.compile(f"{re.escape(pattern)}$" if literal else glob_translate(pattern))
-    hidden = literal or re.search(r"(^|/)\.", pattern)
-    return [
-        (candidate, name)
-        for name in names
-        for candidate in (name, *(str(parent) for parent in PurePosixPath(name).parents if str(parent) != "."))
-        if expression.match(candidate) and (hidden or not re.search(r"(^|/)\.", candidate))
-    ]
+    literal = not pattern or any(name == pattern or name.startswith(f"{pattern}/") for name in names)
+    expression = re.compile(re.escape(pattern) if literal else glob_translate(pattern))
+    hidden = re.compile(r"(^|/)\.")
+    for name in names:
+        parts = name.split("/")
+        for depth in range(len(parts) + 1):
+            match = "/".join(parts[:depth])
+            if expression.fullmatch(match) and (literal or hidden.search(pattern) or not hidden.search(match)):
+                yield match, "/".join(parts[depth:])
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """An episode to leave out, by its rows in a file; with first_row None, the whole file.
+    """An episode to leave out, by its rows in a file; with first_row and rows None, the whole file.
 
     file: absolute, without links. episode: its number in the file. digest: of the file as `data check` saw it.
     """
 
     file: str
-    first_row: int | None
-    rows: int | None
-    episode: int | None
-    reasons: tuple[str, ...]
-    digest: str | None
+    first_row: Annotated[int, Field(ge=0)] | None
+    rows: Annotated[int, Field(gt=0)] | None
+    episode: int | None = None
+    reasons: tuple[str, ...] = ()
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.first_row is None) != (self.rows is None):
+            raise ValueError("first_row and rows: expected whole numbers, or both null")
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """JSON of an `ExclusionList`."""
+
+    version: Literal[1]
+    episodes: tuple[Excluded, ...]
 
 
 class ExclusionList:
@@ -519,8 +542,8 @@ class ExclusionList:
     def save(self) -> None:
         """Write the list; its files are named relative to its folder, so that data and list can move together."""
         target = os.path.realpath(self.path)
-        folder = os.path.dirname(target)
-        episodes = [{**vars(entry), "file": relative_name(entry.file, folder)} for entry in self.entries]
+        relative = partial(os.path.relpath, start=os.path.dirname(target))
+        episodes = [{**vars(entry), "file": map_path(entry.file, relative)} for entry in self.entries]
         try:
             atomic_write(target, json.dumps({"version": EXCLUSIONS_VERSION, "episodes": episodes}, indent=1) + "\n")
         except OSError as error:
@@ -541,27 +564,11 @@ def load_exclusions(path: str | None) -> ExclusionList | None:
     missing = "write it with `paligemma-vla data check`, or set the key to null"
     raw, folder = read_json(path, DataError, CHECK_AGAIN, missing, where), os.path.dirname(os.path.realpath(path))
     try:
-        if raw["version"] != EXCLUSIONS_VERSION or not isinstance(raw["episodes"], list):
-            raise ValueError(f"expected version {EXCLUSIONS_VERSION} and a list of episodes")
-        return ExclusionList(path, [_excluded(item, folder) for item in raw["episodes"]])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: not a list of episodes to leave out ({first_line(error)}); {CHECK_AGAIN}") from error
-
-
-def _excluded(raw: dict[str, Any], folder: str) -> Excluded:
-    """An entry of the list. Raises an error of Python's for anything else."""
-    first, rows, digest = raw["first_row"], raw["rows"], raw.get("digest")
-    some_rows = type(first) is int and type(rows) is int and first >= 0 and rows > 0
-    if not (some_rows or first is rows is None) or not isinstance(digest, str | None):
-        expected = "first_row and rows as whole numbers, or both null"
-        raise ValueError(f"got {json.dumps(raw)[:120]}, expected {expected}")
-    file = joined_name(folder, raw["file"])
-    return Excluded(file, first, rows, raw.get("episode"), tuple(map(str, raw.get("reasons") or ())), digest)
-
-
-def absolute_name(name: str) -> str:
-    """A name that means the same from any folder."""
-    return _with_path(name, os.path.abspath)
+        listed = TypeAdapter(_Listed).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise DataError(f"{where}: not a list of episodes to leave out ({first_fault(error)}); {CHECK_AGAIN}") from error
+    real = lambda path: os.path.realpath(os.path.join(folder, path))  # noqa: E731
+    return ExclusionList(path, [replace(entry, file=map_path(entry.file, real)) for entry in listed.episodes])
 
 
 def real_name(name: str) -> str:
@@ -581,16 +588,7 @@ def share_episodes(first: str, second: str) -> bool:
     return max(start for start, _ in ranges) < min(stop for _, stop in ranges)
 
 
-def relative_name(name: str, folder: str) -> str:
-    """A name as seen from a folder (a URL is the same from anywhere); `joined_name` is the way back."""
-    return _with_path(name, lambda path: os.path.relpath(path, folder))
-
-
-def joined_name(folder: str, name: str) -> str:
-    """The real name behind a name as seen from a folder."""
-    return _with_path(name, lambda path: os.path.realpath(os.path.join(folder, path)))
-
-
-def _with_path(name: str, change: Callable[[str], str]) -> str:
+def map_path(name: str, change: Callable[[str], str]) -> str:
+    """A name with its path changed; a URL means the same from anywhere."""
     prefix, _, location = find_format(name)
     return prefix + (location if is_url(location) else change(location))
