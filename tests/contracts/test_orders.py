@@ -47,9 +47,12 @@ def test_every_sample_comes_once_per_epoch_each_in_another_order(make: Make, set
     assert total <= max(10, batch) or epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("batch", [4, 7, 16])
-def test_weights_are_the_shares_of_every_epoch_and_each_set_is_gone_through_evenly(make: Make, batch: int) -> None:
-    order = make(SETS, WEIGHTS, batch, 0)
+def test_weights_are_the_shares_of_every_epoch_and_each_set_is_gone_through_evenly(
+    make: Make, weights: list[float] | None, batch: int
+) -> None:
+    order, wanted = make(SETS, weights, batch, 0), np.array(weights or SIZES)
     ends = np.cumsum(SIZES)
     times: Counter[int] = Counter()
     for epoch in range(5):
@@ -57,7 +60,7 @@ def test_weights_are_the_shares_of_every_epoch_and_each_set_is_gone_through_even
         times.update(samples)
         shares = np.bincount(np.searchsorted(ends, samples, side="right"), minlength=3)
         assert len(samples) == order.epoch_size == sum(SIZES)
-        assert np.abs(shares - np.array(WEIGHTS) / sum(WEIGHTS) * len(samples)).max() < 1
+        assert np.abs(shares - wanted / wanted.sum() * len(samples)).max() < 1
         assert sum(a < ends[0] <= b for a, b in itertools.pairwise(samples)) > 10  # not one set after the other
     for stop, size in zip(ends.tolist(), SIZES, strict=True):
         counts = [times[sample] for sample in range(stop - size, stop)]

@@ -1,14 +1,11 @@
-"""The order of a run: a permutation per epoch, shares as asked for, and the same whoever takes part."""
+"""Permutations and seeds, and what validation takes; `contracts/test_orders.py` has the orders of a run."""
 
 from __future__ import annotations
-
-import itertools
-from collections import Counter
 
 import numpy as np
 import pytest
 
-from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef, ValidationSampler, share_out
+from paligemma_vla.data.order import SampleRef, ValidationSampler
 from paligemma_vla.seeding import derive_seed, permute
 
 
@@ -38,100 +35,6 @@ def test_derive_seed_differs_by_seed_stream_and_position_and_never_changes() -> 
     assert len(seeds) == 2000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "training flow", 0) == derive_seed(0, "training flow", 0)
-
-
-def epoch_samples(order: SampleOrder, epoch: int) -> list[int]:
-    first = epoch * order.steps_per_epoch
-    return [int(i) for step in range(first, first + order.steps_per_epoch) for i in order.batch(step)[1]]
-
-
-@pytest.mark.parametrize(("sizes", "batch"), [([53], 8), ([53], 53), ([53], 64), ([10, 43, 1], 7), ([8], 1)])
-def test_order_without_weights_sees_every_sample_once_per_epoch(sizes: list[int], batch: int) -> None:
-    order = SampleOrder(sizes, None, batch, seed=3)
-    assert order.steps_per_epoch == -(-sum(sizes) // batch)
-    epochs = [epoch_samples(order, epoch) for epoch in range(3)]
-    for samples in epochs:
-        assert sorted(samples) == list(range(sum(sizes)))
-    if sum(sizes) > 10:
-        assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_order_positions_are_step_times_batch_plus_slot() -> None:
-    order = SampleOrder([53], None, 8, seed=0)
-    for step in (0, 5, 6, 7, 100):
-        positions, samples = order.batch(step)
-        last = step % order.steps_per_epoch == order.steps_per_epoch - 1
-        assert positions.tolist() == [step * 8 + slot for slot in range(53 % 8 if last else 8)]
-        assert len(samples) == len(positions)
-
-
-def test_order_depends_on_the_seed_alone() -> None:
-    assert epoch_samples(SampleOrder([53], None, 8, 1), 1) == epoch_samples(SampleOrder([53], None, 8, 1), 1)
-    assert epoch_samples(SampleOrder([53], None, 8, 1), 1) != epoch_samples(SampleOrder([53], None, 8, 2), 1)
-
-
-def test_order_weights_give_the_shares_and_go_through_each_set_evenly() -> None:
-    sizes, weights = [10, 90, 40], [3.0, 1.0, 1.0]
-    order = SampleOrder(sizes, weights, 16, seed=0)
-    epochs = 5
-    counts: Counter[int] = Counter()
-    for epoch in range(epochs):
-        samples = epoch_samples(order, epoch)
-        assert len(samples) == 140
-        per_set = [sum(first <= s < first + size for s in samples) for first, size in ((0, 10), (10, 90), (100, 40))]
-        assert per_set == [84, 28, 28]
-        counts.update(samples)
-    for first, size in ((0, 10), (10, 90), (100, 40)):
-        times = [counts[sample] for sample in range(first, first + size)]
-        assert max(times) - min(times) <= 1  # passes of its own: no sample is drawn again before all others were
-
-
-@pytest.mark.parametrize("weights", [None, [1.0, 2.0]])
-def test_order_mixes_its_sets_anew_in_every_epoch(weights: list[float] | None) -> None:
-    order = SampleOrder([60, 60], weights, 16, seed=0)
-    pattern = [[sample < 60 for sample in epoch_samples(order, epoch)] for epoch in range(2)]
-    assert pattern[0] != pattern[1]
-    for epoch in pattern:
-        switches = sum(a != b for a, b in itertools.pairwise(epoch))
-        assert switches > 30  # not one set after the other
-
-
-def test_order_weights_that_do_not_divide_evenly_still_fill_the_epoch() -> None:
-    order = SampleOrder([3, 5, 9], [1.0, 1.0, 1.0], 4, seed=0)
-    assert order.quota.sum() == order.epoch_size == 17
-    assert max(order.quota) - min(order.quota) <= 1
-    assert len(epoch_samples(order, 0)) == 17
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_share_out_cuts_in_order_and_leaves_nobody_without(parts: int, size: int) -> None:
-    positions, samples = np.arange(100, 100 + size), np.arange(size)[::-1].copy()
-    slices = share_out(positions, samples, parts)
-    assert len(slices) == parts
-    assert all(slices)
-    valid = [ref for part in slices for ref in part if ref.valid]
-    assert valid == [SampleRef(int(p), int(s)) for p, s in zip(positions, samples, strict=True)]
-    assert sum(not ref.valid for part in slices for ref in part) == max(0, parts - size)
-    lengths = [sum(ref.valid for ref in part) for part in slices]
-    assert max(lengths) - min(lengths) <= 1
-
-
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_run_is_the_same_for_any_number_of_processes_and_accumulation(world: int, accumulation: int) -> None:
-    order = SampleOrder([53], None, 8, seed=0)
-    samplers = [RunSampler(order, 2, 16, rank, world, accumulation) for rank in range(world)]
-    streams = [list(sampler) for sampler in samplers]
-    assert all(len(stream) == len(sampler) == 14 * accumulation for stream, sampler in zip(streams, samplers, strict=True))
-    for number, step in enumerate(range(2, 16)):
-        together = [
-            ref
-            for stream in streams
-            for micro in stream[number * accumulation : (number + 1) * accumulation]
-            for ref in micro
-            if ref.valid
-        ]
-        assert together == [SampleRef(int(p), int(s)) for p, s in zip(*order.batch(step), strict=True)]
 
 
 @pytest.mark.parametrize(("size", "samples"), [(100, 2048), (1000, 37), (5, 5), (1, 10)])

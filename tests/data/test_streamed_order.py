@@ -101,16 +101,3 @@ def test_neighbours_in_a_batch_are_of_other_blocks_and_the_order_forgets_the_fil
     assert successive < 0.05  # within a window neither the order of the rows nor that of the blocks
     changes = np.mean(np.diff(np.searchsorted(ends, lane, side="right")) != 0)
     assert changes > 0.6
-
-
-@pytest.mark.parametrize("weights", [None, [1.0, 1.0]])
-def test_a_slot_touches_the_blocks_of_its_lane_alone(weights: list[float] | None) -> None:
-    sets = [uneven(100), uneven(100, 1)]
-    order = StreamedOrder(sets, weights, 8, 0, 4)
-    sizes = np.concatenate(sets)
-    ends = np.cumsum(sizes)
-    lane, batches = order.epoch_size / 8, epoch(order, 1)
-    for slot in range(8):
-        touched = {int(np.searchsorted(ends, s, side="right")) for s in of_slot(batches, slot)}
-        assert len(touched) <= 200 / 8 + 2 + 3 * np.sqrt(200 / 8)
-        assert sizes[sorted(touched)].sum() <= lane + 3 * sizes.max()
