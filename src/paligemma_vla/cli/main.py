@@ -7,7 +7,6 @@ when nobody reads what it prints.
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import signal
@@ -122,15 +121,6 @@ def _write(message: str) -> None:
 
 
 LONGEST_LINE, MOST_LINES = 500, 40
-SPACE, ACCESS = "free some space, or give a path on another disk", "give a path that you may use"
-REMEDIES = {
-    errno.ENOSPC: SPACE,
-    errno.EDQUOT: SPACE,
-    errno.EACCES: ACCESS,
-    errno.EPERM: ACCESS,
-    errno.EROFS: ACCESS,
-    errno.ENOENT: "it is not there, or was removed during the run; give another path",
-}
 
 
 def _status_and_message(error: Exception) -> tuple[int, str]:
@@ -138,8 +128,7 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
         return 2, f"error: {error}"
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        remedy = REMEDIES.get(error.errno, "check this path and its disk, or give another path")
-        return 2, f"error: {where}{error.strerror}; {remedy}"
+        return 2, f"error: {where}{error.strerror}; check this path, its rights and the space on its disk, or give another path"
     if isinstance(error, MemoryError):
         return 2, "error: out of memory; lower data.batch_size, data.cache_mb or data.num_workers, or the sizes of the model"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"
