@@ -217,6 +217,7 @@ def checkpoint_units() -> dict[str, float]:
 
     from paligemma_vla.storage import sha256
     from paligemma_vla.training.checkpoint import IN_SHARDS, read_checkpoint, save_checkpoint, verify_checkpoint
+    from paligemma_vla.training.distributed import Distributed
     from paligemma_vla.training.sharded import ShardedWriter
 
     torch.manual_seed(0)
@@ -225,7 +226,7 @@ def checkpoint_units() -> dict[str, float]:
     payload = {"state_dict": weights, "optimizer": {}, "ema": None, "step": 1}
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         shards, file = Path(name) / "shards.dcp", Path(name) / "file.pth.tar"
-        writer = ShardedWriter(None)
+        writer = ShardedWriter(Distributed(0, 1, torch.device("cpu")))
         blocked, _ = timed(lambda: writer.save(shards, payload, lambda: None))
         behind, _ = timed(writer.wait)
         hashed = sum(timed(lambda path=path: sha256(path))[0] for path in shards.glob("*.safetensors"))  # type: ignore[misc]

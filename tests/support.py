@@ -181,9 +181,10 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> Path:
     """Save a checkpoint of the kind that its suffix says."""
     from paligemma_vla.training.checkpoint import save_checkpoint
     from paligemma_vla.training.sharded import ShardedWriter
+    from ranks import ALONE
 
     if path.suffix == ".dcp":
-        writer = ShardedWriter(None)
+        writer = ShardedWriter(ALONE)
         writer.save(path, payload, lambda: None)
         writer.wait()
     else:

@@ -58,7 +58,7 @@ def write_statistics(
 
     def prepare() -> tuple[str | None, EpisodeIndex, ActionTransform]:
         config = configure()
-        with group.local_main_first():  # the others find its index on the disk
+        with group.one_at_a_time():  # the others find its index on the disk
             excluded = load_exclusions(config.data.exclude_episodes)
             index = EpisodeIndex.build(source_paths(config.data.train_parquet_files), where, excluded)
         layout = index.layout

@@ -120,7 +120,7 @@ def train(
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     with explain_communication():
-        remote = RemoteRun.of(config)
+        remote = RemoteRun(config.run_dir, config.run_url) if config.run_url is not None else None
         checkpoint, verified = find_checkpoint(config, resume_checkpoint, remote, distributed)
         trainer = Trainer(config, distributed, checkpoint, force, verified, remote)
 
@@ -163,7 +163,7 @@ def find_checkpoint(
         folder = config.run_dir / "checkpoints"
         found = distributed.broadcast(remote.newest_checkpoint) if remote else newest_checkpoint(folder, distributed)
         if found is not None:
-            with distributed.local_main_first():
+            with distributed.one_at_a_time():
                 if remote is not None and not found.exists():  # rank 0 has fetched it, on its machine
                     remote.fetch_checkpoint(found.name)
             if not found.exists():

@@ -370,17 +370,17 @@ def _verify_to_resume(path: Path, together: Distributed | None) -> None:
 
     A process that does not see the checkpoint (on another machine) verifies nothing.
     """
-    error = None
     rank, processes = (together.rank, together.world_size) if together else (0, 1)
-    try:
+
+    def verify() -> None:
         verify_checkpoint(path, rank, processes)
         if rank == 0:
             _with_keys(read_checkpoint(path), path, RESUME_KEYS)
-    except CheckpointError as met:
-        error = met
-    for each in together.all_gather(error) if together else [error]:
-        if each is not None:
-            raise each
+
+    if together is None:
+        verify()
+    else:
+        together.on_all(verify)
 
 
 def prune_checkpoints(folder: Path, keep_last: int | None) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ COMMUNICATION_REMEDY = (
 class Distributed:
     """This process among `world_size`; rank 0 writes files. A single process has no process group.
 
-    local_rank, local_world_size: the same on its machine.
+    local_rank, local_world_size: the same on its machine. group: the process group of `all_gather`, None for that of the run.
     """
 
     rank: int
@@ -44,6 +44,7 @@ class Distributed:
     device: torch.device
     local_rank: int = 0
     local_world_size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -64,7 +65,7 @@ class Distributed:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def gather(self, value: Any) -> Iterator[Any]:
@@ -78,17 +79,24 @@ class Distributed:
             dist.recv_object_list(received, src=rank)
             yield received[0]
 
-    def on_main(self, function: Callable[[], Result]) -> Result | None:
-        """What `function` returns on rank 0, None on the others. Every process raises its `VLAError` or `OSError`."""
-        result, failure = None, None
-        if self.main:
-            try:
-                result = function()
-            except (VLAError, OSError) as error:
-                failure = error
-        if (failure := self.all_gather(failure)[0]) is not None:
-            raise failure
+    def on_all(self, function: Callable[[], Result]) -> Result | None:
+        """What `function` returns here, when it has returned on all. After an error of one process all raise it, instead of
+        waiting for that process: of several errors that of the lowest rank. `function` must not call collectives."""
+        result, failure, shown = None, None, None
+        try:
+            result = function()
+        except Exception as error:  # of any kind: it is raised again
+            failure = error
+            # Not every error can be sent.
+            shown = error if isinstance(error, (VLAError, OSError)) else TrainingError(f"rank {self.rank}: {first_line(error)}")
+        for rank, theirs in enumerate(self.all_gather(shown)):
+            if theirs is not None:
+                raise failure if failure is not None and rank == self.rank else theirs
         return result
+
+    def on_main(self, function: Callable[[], Result]) -> Result | None:
+        """What `function` returns on rank 0, None on the others. Raises as `on_all`."""
+        return self.on_all(lambda: function() if self.main else None)
 
     def broadcast(self, function: Callable[[], Result]) -> Result:
         """What `function` returns on rank 0 (plain data), on every process. Raises as `on_main`."""
@@ -99,22 +107,11 @@ class Distributed:
         return result
 
     @contextlib.contextmanager
-    def local_main_first(self) -> Iterator[None]:
-        """Run the block on one process of each machine, then on the machine's others, which find its files on the disk.
-
-        After an error of the first the others run it too, and raise their own.
-        """
-        if self.local_rank:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if not self.local_rank:
-                self.barrier()
-
-    @contextlib.contextmanager
     def one_at_a_time(self) -> Iterator[None]:
-        """Run the block on the processes of each machine one after the other. It must not call collectives."""
+        """Run the block on the processes of each machine one after the other, so that they find the files of the first.
+
+        After an error of one the others run it too. The block must not call collectives.
+        """
         turns = max(self.all_gather(self.local_world_size))
         for _ in range(self.local_rank):
             self.barrier()
@@ -123,22 +120,6 @@ class Distributed:
         finally:
             for _ in range(self.local_rank, turns):
                 self.barrier()
-
-    @contextlib.contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """After an error of one process in the block all raise one, instead of waiting for it. The block must not call
-        collectives."""
-        failure = None
-        try:
-            yield
-        except Exception as error:  # of any kind: it is raised again
-            failure = error
-        reasons = self.all_gather(None if failure is None else first_line(failure))
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise TrainingError(f"rank {rank}: {reason}")
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -221,12 +202,11 @@ def init_single_process_group(distributed: Distributed) -> None:
         dist.init_process_group(_backend(distributed.device), store=HashStore(), rank=0, world_size=1)
 
 
-def new_checkpoint_group(distributed: Distributed) -> dist.ProcessGroup | None:
-    """A group for the threads that write checkpoints: in the trainer's own group their collectives would mix with its."""
+def with_new_group(distributed: Distributed) -> Distributed:
+    """In a group for threads that write checkpoints: in the group of the run their collectives would mix with the trainer's."""
     if distributed.world_size == 1:
-        return None
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_timeout())
-    return group
+        return distributed
+    return replace(distributed, group=dist.new_group(backend="gloo", timeout=_timeout()))
 
 
 def _backend(device: torch.device) -> str:

@@ -78,15 +78,11 @@ def prepare(
     with faults.collect():
         sources, validation = _index_once(config, distributed)
         train = EpisodeIndex.concatenate(sources)
-        with faults.collect():
-            check_sizes(train, config)
-        with faults.collect():
-            check_reading(train, config)
-        for index in [train] if validation is None else [train, validation]:
+        checks = [partial(check_episodes, train, config), partial(check_actions, train.layout, statistics, config, trained)]
+        checks += [partial(check_fit, index, statistics, config) for index in (train, validation) if index is not None]
+        for check in checks:
             with faults.collect():
-                check_fit(index, statistics, config)
-        with faults.collect():
-            check_actions(train.layout, statistics, config, trained)
+                check()
     if not (faults.errors or trained or config.data.allow_other_statistics):
         assert statistics is not None
         for index in sources:
@@ -114,7 +110,7 @@ def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[Episo
     locations = source_paths(config.data.train_parquet_files) + source_paths(config.data.val_parquet_files or [])
     if all(map(is_url, locations)):
         return distributed.broadcast(partial(index_sources, config))
-    with distributed.local_main_first():  # the others find the index in the cache
+    with distributed.one_at_a_time():  # the others find the index in the cache
         return index_sources(config)
 
 
@@ -214,8 +210,9 @@ def check_processes(config: VLAConfig, distributed: Distributed) -> None:
         )
 
 
-def check_sizes(train: EpisodeIndex, config: VLAConfig) -> None:
-    """The batch against the number of samples, the horizon against the longest episode."""
+def check_episodes(train: EpisodeIndex, config: VLAConfig) -> None:
+    """The batch against the number of samples, the horizon against the longest episode, streamed reading against formats
+    that have no blocks."""
     horizon, batch_size, longest = config.model.action_head_config.horizon, config.data.batch_size, int(train.length.max())
     faults = []
     if batch_size > train.steps:
@@ -225,18 +222,14 @@ def check_sizes(train: EpisodeIndex, config: VLAConfig) -> None:
             f"model.action_head_config.horizon: got {horizon}, expected at most {longest}, the steps of the longest training "
             f"episode; reduce it, or check where episodes end"
         )
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-def check_reading(train: EpisodeIndex, config: VLAConfig) -> None:
-    """Streamed reading against formats that have no blocks."""
     foreign = next((path for path in train.paths if find_format(path)[1] is not None), None)
     if config.data.streamed and foreign is not None:
-        raise ConfigError(
+        faults.append(
             f"data.reading: got {config.data.reading or 'null with a URL'}, so data is streamed, but {foreign} is of a foreign "
             f"format, which is read in random order only; set it to random, or convert that (`paligemma-vla data convert`)"
         )
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:

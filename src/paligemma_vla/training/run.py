@@ -264,11 +264,6 @@ class RemoteRun:
         self._published: dict[str, tuple[int, int]] = {}
         self._steps: dict[str, float] = {}
 
-    @classmethod
-    def of(cls, config: VLAConfig) -> RemoteRun | None:
-        """That of a run whose checkpoint_dir is a URL."""
-        return cls(config.run_dir, config.run_url) if config.run_url is not None else None
-
     def newest_checkpoint(self) -> Path | None:
         """Fetch the newest checkpoint that verifies; what is passed over is logged."""
         names = ckpt.newest_first(self._numbered(self._names()), self._read_step)
@@ -292,7 +287,7 @@ class RemoteRun:
         aside = f"{CHECKPOINTS}/after_step_{step}.{ckpt.time_stamp()}"
         for name in names:
             if name.removesuffix(ckpt.DIGEST) in later:
-                self._move(name, f"{self.root}/{aside}/{Path(name).name}")
+                self._write(self.system.mv, f"{self.root}/{name}", f"{self.root}/{aside}/{Path(name).name}")
             elif name == best or not name.startswith(f"{CHECKPOINTS}/"):
                 self._fetch(name)
         if later:
@@ -304,7 +299,7 @@ class RemoteRun:
         aside = f"{self.root}.{ckpt.time_stamp()}"
         if names := self._names():
             for name in names:
-                self._move(name, f"{aside}/{name}")
+                self._write(self.system.mv, f"{self.root}/{name}", f"{aside}/{name}")
             logger.info("%s held an earlier run; it was moved to %s", self.url, aside)
 
     def publish(self, keep_last: int | None) -> None:
@@ -325,19 +320,15 @@ class RemoteRun:
                     retry(self.url, partial(self.system.rm_file, f"{self.root}/{file}"))
 
     def _copy(self, path: Path, name: str) -> None:
-        target = f"{self.root}/{name}"
         if path.is_symlink():  # a store has no links: a copy there, not a second transfer
-            self._write(target, partial(self.system.cp_file, f"{self.root}/{CHECKPOINTS}/{path.resolve().name}", target))
+            self._write(self.system.cp_file, f"{self.root}/{CHECKPOINTS}/{path.resolve().name}", f"{self.root}/{name}")
         else:
-            self._write(target, partial(self.system.put_file, str(path), target))
+            self._write(self.system.put_file, str(path), f"{self.root}/{name}")
 
-    def _move(self, name: str, target: str) -> None:
-        self._write(target, partial(self.system.mv, f"{self.root}/{name}", target))
-
-    def _write(self, target: str, action: Callable[[], Any]) -> None:
-        """Run `action`, which makes the file `target`; on disks, unlike in stores, its folder has to be there."""
+    def _write(self, action: Callable[[str, str], Any], source: str, target: str) -> None:
+        """Copy or move a file; on disks, unlike in stores, the folder of `target` has to be there."""
         retry(self.url, lambda: self.system.makedirs(target.rpartition("/")[0], exist_ok=True), target)
-        retry(self.url, action, target)
+        retry(self.url, lambda: action(source, target), target)
 
     def _names(self) -> list[str]:
         """Names of all files there, relative to the run's folder."""

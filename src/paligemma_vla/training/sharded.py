@@ -21,22 +21,21 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map, tree_map_with_path
 
-from paligemma_vla.errors import CheckpointError
+from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.storage import atomic_file, sha256, sync_folder
 from paligemma_vla.training.checkpoint import DIGESTS, IN_SHARDS, RECORD, fill, placeholders, read_tensors, reason_of
-from paligemma_vla.training.distributed import is_communication
+from paligemma_vla.training.distributed import Distributed, is_communication
 from paligemma_vla.training.parallel import copy_local, distribute_like, full_tensor
 
 
 class ShardedWriter:
     """Writes one checkpoint at a time, in a thread of each process. Every process has to make the same calls.
 
-    group: a process group for these threads alone; None for one process.
+    processes: with a group for these threads alone.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._rank = dist.get_rank(group) if group is not None else 0
+    def __init__(self, processes: Distributed) -> None:
+        self._processes = processes
         # Also from DCP's own thread, for one process alone.
         warnings.filterwarnings("ignore", ".*torch.distributed is disabled", UserWarning)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -54,10 +53,10 @@ class ShardedWriter:
         tensors, record = split(payload)
         record = copy.deepcopy(record)  # it is written later, when training has gone on
         temporary = path.with_name(f".{path.name}.tmp")
-        if self._rank == 0:
+        if self._processes.main:
             shutil.rmtree(temporary, ignore_errors=True)  # what a failed save left; no other process writes before the plan
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        copied = async_save(tensors, storage_writer=writer, process_group=self._group)
+        copied = async_save(tensors, storage_writer=writer, process_group=self._processes.group)
         assert isinstance(copied, Future)
         self._pending = self._thread.submit(self._complete, copied, temporary, path, record, completed)
 
@@ -70,9 +69,14 @@ class ShardedWriter:
     def _complete(
         self, written: Future[Any], temporary: Path, path: Path, record: dict[str, Any], completed: Callable[[], None]
     ) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
+
         def hash_shards() -> dict[str, str]:
-            written.result()
-            return {shard.name: sha256(shard) for shard in temporary.glob(f"shard-{self._rank + 1:05d}-*")}
+            try:
+                written.result()
+            except CheckpointException as error:  # it is no `Exception`
+                raise OSError(reason_of(error)) from error
+            return {shard.name: sha256(shard) for shard in temporary.glob(f"shard-{self._processes.rank + 1:05d}-*")}
 
         def finish() -> None:
             shards = {name: digest for found in parts for name, digest in found.items()}
@@ -86,30 +90,15 @@ class ShardedWriter:
             completed()
 
         try:
-            parts = self._on_each(hash_shards)
-            self._on_each(finish if self._rank == 0 else lambda: None)
-        except OSError as error:
-            if self._rank == 0:
+            parts = self._processes.all_gather(self._processes.on_all(hash_shards))
+            self._processes.on_main(finish)
+        except Exception as error:  # of any kind: the disk's, torch's, or of what is called at the end
+            if is_communication(error):
+                raise
+            if self._processes.main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"{path}: cannot be written ({error}); the checkpoints before it are intact") from error
-
-    def _on_each(self, act: Callable[[], Any]) -> list[Any]:
-        """What `act` returns on each process. Raises `OSError` on all when it failed on one."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
-        result, reason = None, None
-        try:
-            result = act()
-        except (CheckpointException, Exception) as error:  # of any kind: the others wait for this process
-            reason = reason_of(error)
-        values: list[Any] = [(result, reason)]
-        if self._group is not None:
-            values = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(values, (result, reason), group=self._group)
-        for _, reason in values:
-            if reason is not None:
-                raise OSError(reason)
-        return [result for result, _ in values]
+            reason = first_line(error)
+            raise CheckpointError(f"{path}: cannot be written ({reason}); the checkpoints before it are intact") from error
 
 
 def split(payload: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

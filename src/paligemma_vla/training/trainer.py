@@ -34,7 +34,7 @@ from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training import checkpoint as ckpt
-from paligemma_vla.training.distributed import Distributed, new_checkpoint_group
+from paligemma_vla.training.distributed import Distributed, with_new_group
 from paligemma_vla.training.interrupt import StopRequest
 from paligemma_vla.training.metrics import LossMonitor, Meter, ProgressOutput, Step, Tracker
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
@@ -80,11 +80,14 @@ class Trainer:
 
         mesh = build_mesh(config.training, distributed)
         one_at_a_time = distributed.any(self.plan.one_at_a_time)
-        with distributed.all_or_none(), distributed.one_at_a_time() if one_at_a_time else contextlib.nullcontext():
-            self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
-            with self._explained():
-                self.parallel = parallelize(self.model, distributed, config.training, mesh)
 
+        def build() -> None:
+            with distributed.one_at_a_time() if one_at_a_time else contextlib.nullcontext():
+                self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
+                with self._explained():
+                    self.parallel = parallelize(self.model, distributed, config.training, mesh)
+
+        distributed.on_all(build)
         self.step, steps_per_epoch = 0, self.data.order.steps_per_epoch
         self.total_steps = min(config.training.epochs * steps_per_epoch, config.training.max_steps or sys.maxsize)
         self.stages = self._stages()
@@ -95,8 +98,8 @@ class Trainer:
         self.ema = ExponentialMovingAverage(self.model, decay) if decay else None
         self.monitor = LossMonitor(config, self.data, distributed)
         self.best_metric, self.stale = float("inf"), 0
-        self.group = new_checkpoint_group(distributed)
-        self.sharded = ShardedWriter(self.group) if config.training.saves_shards else None
+        self.writers = with_new_group(distributed)
+        self.sharded = ShardedWriter(self.writers) if config.training.saves_shards else None
         self.saved_step: int | None = None
         if saved is not None:
             self._restore(saved, str(resume))
@@ -122,8 +125,8 @@ class Trainer:
         """Epochs completed."""
         return self.step // self.data.order.steps_per_epoch
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end, or to where the configuration says to stop. Returns the last validation's metrics.
+    def run(self) -> None:
+        """Train to the end, or to where the configuration says to stop.
 
         After Ctrl-C or SIGTERM the step is finished and saved, the command to go on is logged, and the signal delivered.
         """
@@ -136,7 +139,6 @@ class Trainer:
         if self.distributed.main:
             self.tracker = Tracker(self.config, self.step)
             self._describe(stop)
-        validation: dict[str, Any] = {}
         stream = self._stream(stop)
         hidden = not self.distributed.main
         bar = tqdm(total=stop, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, file=ProgressOutput())
@@ -176,7 +178,6 @@ class Trainer:
         if self.step < stop:
             self._log_how_to_go_on(request.name)
             request.deliver()
-        return validation
 
     def _log_how_to_go_on(self, reason: str) -> None:
         if not self.distributed.main:
@@ -351,7 +352,7 @@ class Trainer:
     def _restore(self, saved: dict[str, Any], where: str) -> None:
         """Restore everything from a checkpoint; raise `CheckpointError` for one of another model."""
         settings = [dict(group) for group in self.optimizer.param_groups]
-        saved = read_shards(Path(where), saved, self.model, self.optimizer, self.group)
+        saved = read_shards(Path(where), saved, self.model, self.optimizer, self.writers.group)
         try:
             restore_model(self.model, saved["state_dict"])
             restore_optimizer(self.optimizer, saved["optimizer"])
