@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import resource
 import shutil
@@ -52,12 +51,6 @@ def test_checkpoint_is_read_as_it_was_written(save: Save, tmp_path: Path) -> Non
             assert identical(loaded[key], expected[key]), key
     assert identical(ckpt.read_checkpoint(path, ckpt.IN_SHARDS), expected)
     assert not list(tmp_path.glob(".*"))
-
-
-def test_checkpoint_replaces_one_of_the_same_name(save: Save, tmp_path: Path) -> None:
-    for step in (1, 2):
-        assert load_checkpoint(save("epoch_1", step))["step"] == step
-    assert names(tmp_path) == {"epoch_1"}
 
 
 def cut(path: Path) -> None:
@@ -237,22 +230,6 @@ def test_leftovers_of_a_killed_save_go_and_never_come_into_the_next(save: Save, 
     assert newest_checkpoint(tmp_path) != save("step_2", 2) == newest_checkpoint(tmp_path)
     ckpt.remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*"))
-
-
-def test_run_that_goes_on_from_an_older_checkpoint_sets_the_later_ones_aside(
-    save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for step in (1, 2, 3):
-        ckpt.link_checkpoint(path := save(f"epoch_{step}", step), LAST)
-    ckpt.link_checkpoint(path, BEST)
-    resumed = tmp_path / path.name.replace("3", "1")
-    with caplog.at_level(logging.INFO):
-        ckpt.set_aside_later(resumed, 1)
-    assert newest_checkpoint(tmp_path) == resumed
-    assert ckpt.linked_checkpoints(tmp_path) == {resumed.name}
-    (aside,) = tmp_path.glob("after_step_1.*")
-    assert names(aside) == {"epoch_2", "epoch_3"}
-    assert load_checkpoint(aside / path.name)["step"] == 3
 
 
 def test_links_and_pruning_know_both_kinds(tmp_path: Path) -> None:

@@ -40,16 +40,6 @@ def test_second_signal_stops_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_signal_that_a_launcher_repeats_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([100.0, 100.1, 104.0, 106.0])
-    monkeypatch.setattr("paligemma_vla.training.interrupt.time.monotonic", lambda: next(times))
-    with pytest.raises(KeyboardInterrupt), StopRequest(Distributed(0, 2, CPU)) as asked:
-        for _ in range(3):
-            signal.raise_signal(signal.SIGINT)
-        assert asked.number == signal.SIGINT
-        signal.raise_signal(signal.SIGINT)
-
-
 def test_signal_that_was_ignored_from_the_start_stays_so() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

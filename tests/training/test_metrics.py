@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from paligemma_vla.config import VLAConfig
+from conftest import ConfigFactory
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.training.metrics import JsonLines, Tracker
-
-ConfigFactory = Callable[..., VLAConfig]
 
 
 def test_json_lines_resume_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_path: Path) -> None:

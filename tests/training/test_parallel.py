@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ConfigError
@@ -19,7 +19,6 @@ from ranks import Reference, assert_same_curve, last, train_on
 from support import identical, read_metrics, write_episodes
 from zygote import Zygote
 
-ConfigFactory = Callable[..., VLAConfig]
 # 33 samples: of each epoch's five batches of 8 the last has one, which leaves every rank but the first without any.
 LENGTHS = (9, 2, 14, 8)
 SETTINGS = {
@@ -43,6 +42,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "indivisible": {**BRIEF, **ONE_PART, "data.batch_size": 7},
     "validating": {**BRIEF, "training.validate_every_n_steps": 1},
     "adapters": {**BRIEF, "model.vlm_config.lora": {"rank": 4}},
+    "streamed": {**BRIEF, "data.reading": "streamed", "data.stream_block_mb": 0.01, "data.stream_window": 2},
     "longer": {**ONE_PART, "training.epochs": 40, "data.batch_size": 16, "data.num_workers": 1},
 }
 
@@ -77,6 +77,7 @@ def whole(session_config: ConfigFactory, zygote: Zygote, tmp_path_factory: pytes
         case("offloaded-recomputed", "validating", {**FSDP, "training.cpu_offload": True, RECOMPUTED: "selective"}, 2),
         case("recomputed", "validating", {**FSDP, RECOMPUTED: True}, 2, long=True),
         case("adapters", "adapters", FSDP, 2),  # the frozen weights beside them are of another type
+        case("streamed", "streamed", {}, 2),
         # Errors of rounding grow with the steps: the bound is the same.
         case("longer-ddp-8", "longer", {}, 8, long=True),
         case("longer-fsdp-8", "longer", FSDP, 8, long=True),

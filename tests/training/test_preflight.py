@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import ConfigFactory
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import VLAError
 from paligemma_vla.training import preflight
 from paligemma_vla.training.trainer import Trainer
 from ranks import ALONE, Apart
 from support import write_episodes
-
-ConfigFactory = Callable[..., VLAConfig]
 
 
 def message(config: VLAConfig, processes: int = 1) -> str:
@@ -106,6 +106,24 @@ def test_faults_are_told_before_the_backbone_is_loaded(
     config = tiny_config({"data.batch_size": 999}, cameras=2)
     with pytest.raises(VLAError, match=r"data\.batch_size: got 999, expected at most"):
         Trainer(config, ALONE, checkpoint if resuming else None)
+
+
+@pytest.mark.parametrize(("reading", "kind"), [("random", SampleOrder), ("streamed", StreamedOrder)])
+def test_sources_are_mixed_by_weight_and_validation_is_split_off_each(
+    tiny_config: ConfigFactory, episode_dir: Path, two_camera_dir: Path, reading: str, kind: type[Order]
+) -> None:
+    sources = [{"path": str(episode_dir), "weight": 3.0}, {"path": str(two_camera_dir), "weight": 1.0}]
+    settings = {"data.reading": reading, "data.stream_block_mb": 0.01, "data.batch_size": 8}
+    _, data, _ = preflight.prepare(tiny_config({**settings, "data.train_parquet_files": sources}), ALONE)
+    samples = np.concatenate([data.order.batch(step)[1] for step in range(data.order.steps_per_epoch)])
+    of_first = [data.train.where(int(sample)).startswith(str(episode_dir)) for sample in samples]
+    assert np.mean(of_first) == pytest.approx(0.75, abs=0.01)
+    assert isinstance(data.order, kind)
+    assert data.fingerprint.get("order") == data.order.version
+    assert data.validation is not None
+    held_out, trained_on = ({each.where(n) for n in range(len(each))} for each in (data.validation, data.train))
+    assert {place.rpartition("/")[0] for place in held_out} == {str(episode_dir), str(two_camera_dir)}
+    assert not held_out & trained_on
 
 
 def test_source_inside_another_trains_on_nothing_that_is_held_out(tiny_config: ConfigFactory, episode_dir: Path) -> None:

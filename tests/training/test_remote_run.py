@@ -6,15 +6,16 @@ import argparse
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ConfigFactory
 from paligemma_vla import Policy
 from paligemma_vla.cli.train import add_arguments, resolve_config, train
-from paligemma_vla.config import VLAConfig, load_config
+from paligemma_vla.config import load_config
 from paligemma_vla.errors import StorageError
 from paligemma_vla.storage import ByteSource, file_system
 from paligemma_vla.training.checkpoint import load_checkpoint, read_step
@@ -22,7 +23,6 @@ from paligemma_vla.training.run import RemoteRun
 from store import Store
 from support import checkpoint_payload, identical, read_metrics, write_checkpoint
 
-ConfigFactory = Callable[..., VLAConfig]
 Bucket = tuple[RemoteRun, Path]
 SMALL = {"data.batch_size": 8, "data.val_fraction": 0.2}
 
@@ -73,11 +73,16 @@ def copied_bucket(tmp_path: Path) -> Bucket:
     return RemoteRun(tmp_path / "here", f"file://{tmp_path}/store/run"), folder
 
 
-def test_copied_bucket_goes_on_from_its_highest_step(copied_bucket: Bucket) -> None:
-    run, _ = copied_bucket
+def test_copied_bucket_goes_on_from_its_highest_step_that_verifies(
+    copied_bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, folder = copied_bucket
     newest = run.newest_checkpoint()
     assert newest == run.local / "checkpoints" / "checkpoint_epoch_2.pth.tar"
     assert load_checkpoint(newest)["step"] == 18
+    (folder / newest.name).write_bytes(b"damaged")
+    assert RemoteRun(run.local, run.url).newest_checkpoint() == newest.with_name("checkpoint_step_13.pth.tar")
+    assert f"passed over: {newest}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -115,16 +120,6 @@ def test_run_that_goes_on_from_an_older_checkpoint_moves_the_later_ones_aside_th
     again = RemoteRun(run.local, run.url).newest_checkpoint()
     assert again is not None
     assert again.name == "checkpoint_step_9.pth.tar"
-
-
-def test_auto_passes_over_what_is_damaged_behind_the_url(copied_bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
-    run, folder = copied_bucket
-    (folder / "checkpoint_epoch_2.pth.tar").write_bytes(b"damaged")
-    found = run.newest_checkpoint()
-    assert found is not None
-    assert found.name == "checkpoint_step_13.pth.tar"
-    assert "passed over" in caplog.text
-    assert "checkpoint_epoch_2" in caplog.text
 
 
 def test_second_run_of_the_same_name_moves_the_first_aside_in_the_store(

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from conftest import ConfigFactory
 from paligemma_vla.cli.main import main
-from paligemma_vla.config import VLAConfig, load_config
+from paligemma_vla.config import VLAConfig, config_from_dict, load_config
 from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.errors import CheckpointError
 from paligemma_vla.storage import lock_file
 from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.run import git_state, read_starts
+from paligemma_vla.training.run import check_same_run, git_state, read_starts
 from paligemma_vla.training.trainer import Trainer
 from support import identical, read_metrics, write_episodes
-
-ConfigFactory = Callable[..., VLAConfig]
 
 
 def started(config: VLAConfig, folder: Path, *flags: str) -> int:
@@ -162,6 +161,41 @@ def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tiny_config: 
     assert started(config, tmp_path, "--resume_checkpoint", "auto") == 0
     assert identical(load_checkpoint(folder / "last.pth.tar")["state_dict"], expected["state_dict"])
     assert read_metrics(config.run_dir) == lines
+
+
+STREAMED, BLOCKS = {"data.reading": "streamed"}, {"data.stream_block_mb": 0.01, "data.stream_window": 9}
+OTHER_HEAD = {"model.action_head_config.embed_dim": 64, "model.vlm_config.freeze_vision_tower": True}
+OTHER_TRAINING = {"data.augmentation.enabled": False, "optimizer.betas": [0.9, 0.99], "training.best_metric": "val/action_mae"}
+OTHER_STAGES = {"training.stages": [{"train": "head", "steps": 2}, {"train": "all"}], "training.ema_decay": 0.5}
+OTHER_SPLIT = {"data.batch_size": 8, "data.normalization": "mean_std", "data.val_fraction": 0.4, "training.seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differing"),
+    [
+        ({}, {"data.reading": "random", **BLOCKS}, []),  # blocks are of no account in random order
+        ({}, STREAMED, ["data.reading", *BLOCKS]),
+        (STREAMED, {}, ["data.reading", *BLOCKS]),
+        (STREAMED, STREAMED, []),
+        (STREAMED, STREAMED | BLOCKS, [*BLOCKS]),
+        *(({}, change, sorted(change)) for change in (OTHER_HEAD, OTHER_TRAINING, OTHER_STAGES, OTHER_SPLIT)),
+    ],
+)
+def test_resume_that_would_be_another_run_lists_what_differs(
+    tiny_config: ConfigFactory, checkpoint: Path, before: dict[str, Any], now: dict[str, Any], differing: list[str]
+) -> None:
+    saved = load_checkpoint(checkpoint)
+    saved["config"] = config_from_dict(saved["config"], before).model_dump(mode="json")
+    if not before:  # as in older checkpoints, which know random order alone
+        for name in ("reading", "stream_block_mb", "stream_window"):
+            del saved["config"]["data"][name]
+    config = tiny_config({"optimizer.lr": 5e-3, **now}, cameras=2)
+    lines = []
+    try:
+        check_same_run(saved, config, saved["data"], "x")
+    except CheckpointError as error:
+        lines = str(error).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == differing
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\n5\n", b'{"starts": [{}]}'])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from paligemma_vla.config import VLAConfig
+from conftest import ConfigFactory
 from paligemma_vla.data.order import SampleRef
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import CheckpointError, TrainingError
@@ -21,12 +20,9 @@ from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.training.checkpoint import load_checkpoint
-from paligemma_vla.training.preflight import prepare
 from paligemma_vla.training.trainer import Trainer
 from ranks import ALONE
 from support import ACTION_DIM, HORIZON, METADATA, identical, make_episode, read_metrics, train_here, write_episodes
-
-ConfigFactory = Callable[..., VLAConfig]
 
 
 def collate(trainer: Trainer, refs: list[SampleRef], validation: bool = False) -> dict[str, Any]:
@@ -133,66 +129,39 @@ def test_stages_train_what_they_say(session_config: ConfigFactory, uninterrupted
     assert [name for name in start if torch.equal(start[name], end[name]) and "k_proj.bias" not in name] == []
 
 
-def test_learning_rate_logged_is_the_rate_that_was_used(tiny_config: ConfigFactory) -> None:
-    config = tiny_config({"lr_scheduler.warmup_steps": 4})
-    trainer = Trainer(config, ALONE)
-    used: list[float] = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
-    trainer.run()
-    logged = [line["train/lr"] for line in read_metrics(config.run_dir) if "train/lr" in line]
-    assert used[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
-    assert logged == pytest.approx(used)
-
-
-def validation_refs(trainer: Trainer) -> list[SampleRef]:
-    return [SampleRef(n, n) for n in range(len(trainer.data.validation))]
-
-
 def test_validation_equals_a_naive_pass(tiny_config: ConfigFactory, two_camera_dir: Path) -> None:
-    """The objective on fixed noise, and the mean absolute error of sampled actions in real units."""
-    config = tiny_config(
-        {
-            "data.val_parquet_files": str(two_camera_dir),
-            "training.ema_decay": 0.0,
-            "training.max_steps": 4,
-            "training.val_action_samples": 1000,
-        }
-    )
+    """With the averaged weights: the objective on fixed noise, and the mean absolute error of sampled actions in real units.
+    Nothing changes by it."""
+    averaged = {"training.ema_decay": 0.99, "optimizer.lr": 1e-2, "training.max_steps": 6}
+    config = tiny_config({**averaged, "data.val_parquet_files": str(two_camera_dir), "training.val_action_samples": 1000})
     trainer = train_here(config)
-    refs = validation_refs(trainer)
     trainer.model.eval().requires_grad_(False)
-    total, count = naive_sums(trainer, refs, validation=True)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    metrics = trainer.validate()
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert trainer.validate() == metrics
+    assert torch.equal(torch.get_rng_state(), state)
+    assert identical(trainer.model.state_dict(), before)
+
+    refs = [SampleRef(n, n) for n in range(len(trainer.data.validation))]
     scale = (np.array(trainer.preprocessor.statistics.action.max) - trainer.preprocessor.statistics.action.min) / 2
     errors, valid = np.zeros((HORIZON, ACTION_DIM)), np.zeros((HORIZON, ACTION_DIM))
-    for ref in refs:
-        batch = collate(trainer, [ref], validation=True)
-        sampled = trainer.model(**arguments_from_batch(batch, sample=True))[0].numpy()
-        mask = batch["action_mask"][0].numpy()
-        errors += np.abs(sampled - batch["action"].view(HORIZON, ACTION_DIM).numpy()) * scale * mask
-        valid += mask
-    metrics = trainer.validate()
+    of_last_weights, count = naive_sums(trainer, refs, validation=True)
+    with trainer.ema.applied(trainer.model):
+        total, _ = naive_sums(trainer, refs, validation=True)
+        for ref in refs:
+            batch = collate(trainer, [ref], validation=True)
+            sampled = trainer.model(**arguments_from_batch(batch, sample=True))[0].numpy()
+            mask = batch["action_mask"][0].numpy()
+            errors += np.abs(sampled - batch["action"].view(HORIZON, ACTION_DIM).numpy()) * scale * mask
+            valid += mask
     assert metrics["val/epoch_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert abs(metrics["val/epoch_loss"] - (of_last_weights / count).item()) > 1e-4
     assert metrics["val/action_mae"] == pytest.approx(errors.sum() / valid.sum(), rel=1e-4)
     assert metrics["val/action_mae_per_dim"] == pytest.approx((errors.sum(0) / valid.sum(0)).tolist(), rel=1e-4)
     assert metrics["val/action_mae_per_step"] == pytest.approx((errors.sum(1) / valid.sum(1)).tolist(), rel=1e-4)
     assert read_metrics(config.run_dir)[-1]["val/epoch_loss"] == metrics["val/epoch_loss"]
-
-
-def test_validation_is_deterministic_and_looks_at_the_averaged_weights(tiny_config: ConfigFactory) -> None:
-    trainer = train_here(tiny_config({"training.max_steps": 6, "training.ema_decay": 0.99, "optimizer.lr": 1e-2}))
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    first = trainer.validate()
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    assert trainer.validate() == first
-    assert torch.equal(torch.get_rng_state(), state)
-    assert identical(trainer.model.state_dict(), before)
-    refs = validation_refs(trainer)
-    with trainer.ema.applied(trainer.model):
-        total, count = naive_sums(trainer, refs, validation=True)
-    assert first["val/epoch_loss"] == pytest.approx((total / count).item(), rel=1e-5)
-    total, count = naive_sums(trainer, refs, validation=True)
-    assert abs(first["val/epoch_loss"] - (total / count).item()) > 1e-4
 
 
 def test_validation_has_no_figure_where_no_label_reaches(tiny_config: ConfigFactory, tmp_path: Path) -> None:
@@ -265,79 +234,36 @@ def test_one_tiny_batch_is_learned_by_heart(tiny_config: ConfigFactory, tmp_path
     assert read_metrics(config.run_dir)[-1]["val/action_mae"] < 0.25 * spread
 
 
-def test_data_sources_are_mixed_by_weight_and_validation_is_split_off_each(
-    tiny_config: ConfigFactory, episode_dir: Path, two_camera_dir: Path
-) -> None:
-    sources = [{"path": str(episode_dir), "weight": 3.0}, {"path": str(two_camera_dir), "weight": 1.0}]
-    _, data, _ = prepare(tiny_config({"data.train_parquet_files": sources}), ALONE)
-    samples = np.concatenate([data.order.batch(step)[1] for step in range(data.order.steps_per_epoch)])
-    of_first = [data.train.where(int(sample)).startswith(str(episode_dir)) for sample in samples]
-    assert np.mean(of_first) == pytest.approx(0.75, abs=0.01)
-    assert data.validation is not None
-    held_out, trained_on = ({each.where(n) for n in range(len(each))} for each in (data.validation, data.train))
-    assert {place.rpartition("/")[0] for place in held_out} == {str(episode_dir), str(two_camera_dir)}
-    assert not held_out & trained_on
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model.action_head_config.embed_dim": 64, "model.vlm_config.freeze_vision_tower": True},
-        {"data.batch_size": 8, "training.seed": 3},
-        {"data.augmentation.enabled": False, "optimizer.betas": [0.9, 0.99], "training.best_metric": "val/action_mae"},
-        {"training.stages": [{"train": "head", "steps": 2}, {"train": "all"}], "training.ema_decay": 0.5},
-        {"data.val_fraction": 0.4, "data.normalization": "mean_std"},
-    ],
-)
-def test_resume_that_would_be_another_run_lists_what_differs(
-    tiny_config: ConfigFactory, trained_run: Path, change: dict[str, Any]
-) -> None:
-    resume = trained_run / "checkpoints" / "last.pth.tar"
-    trained = {"optimizer.lr": 5e-3}
-    with pytest.raises(CheckpointError, match=r"last\.pth\.tar: this would be another run") as caught:
-        Trainer(tiny_config({**trained, **change}, cameras=2), ALONE, resume)
-    for key in change:
-        assert f"\n  {key}" in str(caught.value)
-    other_split = "data.val_fraction" in change or "training.seed" in change  # which changes the episodes as well
-    assert len(str(caught.value).splitlines()) == 1 + len(change) + other_split * 2
-
-
 def test_resume_on_other_data_is_refused_and_on_moved_data_is_not(
-    session_config: ConfigFactory, trained_run: Path, two_camera_dir: Path, tmp_path: Path
+    session_config: ConfigFactory, checkpoint: Path, two_camera_dir: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    moved, statistics = Path(shutil.copytree(two_camera_dir, tmp_path / "moved")), tmp_path / "gone.json"
+    """The same for the backbone. Statistics may be gone, but not others."""
+    data, statistics, backbone = (
+        "data.train_parquet_files",
+        "data.normalization_stats_path",
+        "model.vlm_config.model_name_or_path",
+    )
+    moved = Path(shutil.copytree(two_camera_dir, tmp_path / "moved"))
+    moved_backbone = shutil.copytree(tiny_model_dir, tmp_path / "moved_backbone")
+    here = {data: str(moved), statistics: str(tmp_path / "gone.json"), backbone: str(moved_backbone)}
 
-    def resume(data: Path) -> Trainer:
-        here = {"data.train_parquet_files": str(data), "data.normalization_stats_path": str(statistics)}
-        config = session_config({"training.experiment_name": "moved", "optimizer.lr": 5e-3, **here}, cameras=2)
-        return Trainer(config, ALONE, trained_run / "checkpoints" / "last.pth.tar")
+    def resume(key: str | None = None, value: Path | None = None) -> Trainer:
+        changes = here if key is None else {**here, key: str(value)}
+        config = session_config({"training.experiment_name": "moved", "optimizer.lr": 5e-3, **changes}, cameras=2)
+        return Trainer(config, ALONE, checkpoint)
 
-    assert resume(moved).step == 10
-    write_episodes(moved, lengths=(5,), cameras=2, seed=9)
-    with pytest.raises(CheckpointError, match=r"\n  data\.train_parquet_files: '\w+' in the checkpoint, '\w+' now"):
-        resume(moved)
-    changed = DatasetStatistics.load(session_config().data.normalization_stats_path)
-    replace(changed, action=changed.state).save(statistics)
-    with pytest.raises(CheckpointError, match=r"\n  data\.normalization_stats_path: .*gone\.json"):
-        resume(two_camera_dir)
-
-
-def test_resume_with_another_backbone_is_refused_and_with_a_moved_one_is_not(
-    tiny_config: ConfigFactory, trained_run: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    key = "model.vlm_config.model_name_or_path"
-    moved = shutil.copytree(tiny_model_dir, tmp_path / "moved")
+    assert resume().step == 10
     spec = TinySpec(image_size=32, patch_size=16, vision_layers=1, text_layers=3, width=32, heads=4, vocabulary=400)
-    other = write_tiny_paligemma(tmp_path / "other", spec)
-
-    def resume(backbone: Path) -> Trainer:
-        config = tiny_config({"optimizer.lr": 5e-3, key: str(backbone)}, cameras=2)
-        return Trainer(config, ALONE, trained_run / "checkpoints" / "last.pth.tar")
-
-    assert resume(moved).step == 10
-    for path in (other, tmp_path / "nothing"):
-        with pytest.raises(CheckpointError, match=rf"\n  {key}: '{tiny_model_dir}' in the checkpoint, '{path}' now"):
-            resume(path)
+    for path in (write_tiny_paligemma(tmp_path / "other", spec), tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match=rf"\n  {backbone}: '{tiny_model_dir}' in the checkpoint, '{path}' now"):
+            resume(backbone, path)
+    changed = DatasetStatistics.load(session_config().data.normalization_stats_path)
+    replace(changed, action=changed.state).save(tmp_path / "other.json")
+    with pytest.raises(CheckpointError, match=rf"\n  {statistics}: .*other\.json"):
+        resume(statistics, tmp_path / "other.json")
+    write_episodes(moved, lengths=(5,), cameras=2, seed=9)
+    with pytest.raises(CheckpointError, match=rf"\n  {data}: '\w+' in the checkpoint, '\w+' now"):
+        resume()
 
 
 def test_resume_with_another_number_of_threads_says_so(
