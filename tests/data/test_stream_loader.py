@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections import Counter
@@ -165,6 +166,7 @@ def test_what_goes_wrong_ahead_arrives_at_its_step(
         list(read())
     assert len(got) == sound
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()  # although `caught` keeps the frames
 
 
 def test_a_filler_and_empty_parts_change_nothing(folder: Path, preprocessor: Preprocessor, tiny_config: ConfigFactory) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, pairwise, tee
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -288,7 +289,7 @@ def load_batches(
         collate_fn=_stack,
         pin_memory=pin and parts == 1,
         prefetch_factor=config.data.prefetch_factor if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=_Context() if workers else None,
         worker_init_fn=partial(_prepare_worker, os.getpid()),
         # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
         generator=torch.Generator(),
@@ -337,9 +338,21 @@ class PartSampler:
         return blocks
 
 
+class _Worker(ForkServerProcess):
+    """A process that ignores SIGTERM: what torch ends with it has to be killed."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(ForkServerContext):
+    Process = _Worker
+
+
 def _start_forkserver() -> None:
-    """Start the process that workers are forked from; it ends with this one. It ignores SIGTERM (and SIGINT anyway): workers
-    whose parent is gone count as dead."""
+    """Start the process that workers are forked from; it ends with this one. It imports what they need, once for all of them.
+    It ignores SIGTERM (and SIGINT anyway): workers whose parent is gone count as dead."""
+    forkserver.set_forkserver_preload(["__main__", __name__])
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may change what a signal does; started from here, it is as torch leaves it
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a program that is started inherits
