@@ -19,7 +19,7 @@ from support import identical, read_metrics
 STEPS_PER_EPOCH = 4
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
-    "training.epochs": 25,
+    "training.epochs": 12,
     "training.save_every_n_steps": 5,
     "training.keep_last": 3,
     "training.validate_every_n_steps": 100,

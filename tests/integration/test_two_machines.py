@@ -92,7 +92,7 @@ def test_two_machines_compute_what_one_process_does_and_a_killed_rank_changes_no
     session_config: ConfigFactory, zygote: Zygote, tmp_path: Path, networks: list[tuple[str, ...]]
 ) -> None:
     write_episodes(tmp_path / "data", lengths=LENGTHS)
-    changes = {"data.train_parquet_files": str(tmp_path / "data"), "training.epochs": 12, "training.experiment_name": "alone"}
+    changes = {"data.train_parquet_files": str(tmp_path / "data"), "training.experiment_name": "alone"}
     alone = Reference(session_config({**SETTINGS, **changes}), tmp_path, zygote)
     alone.train(alone.config, 1)
     together, log = train_on_two(networks, alone, "together")
