@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,18 +14,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # for the processes that tests 
 os.environ.setdefault("MUTATION_SEED", time.strftime("%Y%m%d", time.gmtime()))  # see integration/test_mutations.py
 
 import pytest
-import torch
 
-from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig, config_from_dict
-from paligemma_vla.data.loader import VLADataset, build_preprocessor
-from paligemma_vla.data.statistics import compute_statistics
-from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
-from paligemma_vla.preprocess import Preprocessor
 from support import config_dict, train_here, write_episodes
 from zygote import Zygote
 
-torch.set_num_threads(1)
+# Nothing here may import torch: the process that hands out tests to others would load it before they even start.
+if TYPE_CHECKING:
+    from paligemma_vla import Policy
+    from paligemma_vla.data.loader import VLADataset
+    from paligemma_vla.preprocess import Preprocessor
+
 ConfigFactory = Callable[..., VLAConfig]
 LONGEST_FIRST = ("integration", "training", "evaluation", "cli", "export")  # folders
 
@@ -41,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from, or left in, the cache of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
@@ -51,6 +57,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random PaliGemma in Hugging Face format: 32 px, 4 image tokens, one layer per tower."""
+    from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
+
     spec = TinySpec(image_size=32, patch_size=16, vision_layers=1, text_layers=2, width=32, heads=4, vocabulary=400)
     return write_tiny_paligemma(tmp_path_factory.mktemp("model") / "tiny", spec)
 
@@ -73,6 +81,8 @@ def two_camera_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def statistics_path(tmp_path_factory: pytest.TempPathFactory, episode_dir: Path, two_camera_dir: Path) -> Path:
+    from paligemma_vla.data.statistics import compute_statistics
+
     path = tmp_path_factory.mktemp("statistics") / "normalization_stats.json"
     compute_statistics([str(episode_dir), str(two_camera_dir)], "test").save(path)
     return path
@@ -107,13 +117,17 @@ def session_config(config_parts: dict[str, Path], tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def dataset(session_config: ConfigFactory) -> VLADataset:
     """The one-camera episodes without augmentation."""
-    config = session_config()
-    return VLADataset(config.data.train_parquet_files, build_preprocessor(config), config)
+    return _dataset(session_config())
 
 
 @pytest.fixture(scope="session")
 def two_camera_dataset(session_config: ConfigFactory) -> VLADataset:
-    config = session_config(cameras=2)
+    return _dataset(session_config(cameras=2))
+
+
+def _dataset(config: VLAConfig) -> VLADataset:
+    from paligemma_vla.data.loader import VLADataset, build_preprocessor
+
     return VLADataset(config.data.train_parquet_files, build_preprocessor(config), config)
 
 
@@ -138,6 +152,8 @@ def checkpoint(trained_run: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def policy(checkpoint: Path) -> Policy:
+    from paligemma_vla import Policy
+
     return Policy.from_checkpoint(checkpoint)
 
 
