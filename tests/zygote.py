@@ -18,11 +18,23 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+PROGRAM = """#!{python} -S
+import sys
+from multiprocessing.connection import Client
+with Client({address!r}) as zygote:
+    zygote.send(sys.argv[1:])
+    status, stdout, stderr = zygote.recv()
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.exit(status)
+"""
 LIGHT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -85,6 +97,25 @@ class Zygote:
     def run(self, argv: list[str], cwd: Path, timeout: float = 60) -> Result:
         return self.start(argv, cwd).wait(timeout)
 
+    def run_script(self, script: Path, cwd: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run a shell script that calls `$PALIGEMMA_VLA COMMAND ...`; each call is as `run`."""
+        with Listener() as listener, ThreadPoolExecutor(1) as executor:
+            program = Path(self._folder.name) / "paligemma-vla"
+            program.write_text(PROGRAM.format(python=sys.executable, address=listener.address), encoding="utf-8")
+            program.chmod(0o700)
+            variables = {**os.environ, **environment, "PALIGEMMA_VLA": str(program)}
+            running = executor.submit(
+                subprocess.run, [script], cwd=cwd, env=variables, capture_output=True, text=True, check=False
+            )
+            running.add_done_callback(lambda _: Client(listener.address).close())
+            while True:
+                with listener.accept() as caller:
+                    try:
+                        done = self.run(caller.recv(), cwd, timeout=300)
+                    except EOFError:  # the script is over
+                        return running.result()
+                    caller.send((done.status, done.stdout, done.stderr))
+
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -104,6 +135,7 @@ def serve(folder: str) -> None:
     import gc
 
     import torch
+    import torch.distributed.launcher.api
 
     import paligemma_vla.cli.data
     import paligemma_vla.cli.evaluate

@@ -4,18 +4,19 @@
 #   examples/finetune_lerobot/finetune.sh                      from the project's folder, after `make install`
 #   DATASET=~/my_dataset examples/finetune_lerobot/finetune.sh     a dataset of your own: without the simulator's steps
 #
-# DEMONSTRATIONS per task, STEPS of training, EPISODES played per task and WORK (where everything goes) may be set.
+# DEMONSTRATIONS per task, STEPS of training, EPISODES played per task, WORKERS (processes that simulate, one per core unless
+# set) and WORK (where everything goes) may be set.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-experiments/finetune_lerobot}
 demonstrations=${DEMONSTRATIONS:-60} steps=${STEPS:-1500} episodes=${EPISODES:-10}
-tasks=(drawer-open drawer-close)
+simulator=(--env metaworld --tasks drawer-open drawer-close ${WORKERS:+--workers "$WORKERS"})
 vla=${PALIGEMMA_VLA:-paligemma-vla}
 mkdir -p "$work"
 
 # 1. A LeRobot dataset: two tasks of the demonstration's simulator, with video. Yours takes its place.
 if [ -z "${DATASET:-}" ]; then
-  "$vla" collect --env metaworld --tasks "${tasks[@]}" --episodes "$demonstrations" --output_dir "$work/recorded"
+  "$vla" collect "${simulator[@]}" --episodes "$demonstrations" --output_dir "$work/recorded"
   "$vla" data convert --to lerobot --input "$work/recorded" --output_dir "$work/lerobot" --images video
 fi
 dataset=lerobot:${DATASET:-$work/lerobot}
@@ -43,8 +44,7 @@ checkpoint=$work/experiments/finetune/checkpoints/last.pth.tar
 # 5. How good is it? Errors against the recordings, then success in the simulator.
 "$vla" evaluate --checkpoint_path "$checkpoint" --eval_data_path "$dataset" --output_dir "$work/open_loop" --max_samples 256
 if [ -z "${DATASET:-}" ]; then
-  "$vla" rollout --checkpoint_path "$checkpoint" --env metaworld --tasks "${tasks[@]}" --episodes "$episodes" \
-    --output_dir "$work/closed_loop"
+  "$vla" rollout --checkpoint_path "$checkpoint" "${simulator[@]}" --episodes "$episodes" --output_dir "$work/closed_loop"
 fi
 
 # 6. A folder in Hugging Face format, for the robot or the hub; `Policy.from_checkpoint` takes it.

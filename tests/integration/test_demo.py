@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from zygote import Zygote
+
 
 @pytest.mark.timeout(600)
-def test_demo_of_the_drawer_pair_learns_to_follow_the_instruction(tmp_path: Path) -> None:
+def test_demo_of_the_drawer_pair_learns_to_follow_the_instruction(zygote: Zygote, tmp_path: Path) -> None:
+    """In one process: those of `collect` and `rollout` are tested beside them, and would import everything once more."""
     command = [
-        *(sys.executable, "-m", "paligemma_vla.cli.main", "demo"),
-        *("--config_path", str(Path(__file__).parents[2] / "configs" / "demo.yaml")),
+        *("demo", "--config_path", str(Path(__file__).parents[2] / "configs" / "demo.yaml"), "--workers", "0"),
         *("--tasks", "drawer-open", "drawer-close", "--demonstrations", "16"),
         *("--episodes", "10", "--control_episodes", "5", "--data_dir", "data"),
         *("--set", "training.max_steps=400", "--set", "training.validate_every_n_steps=200"),
         *("--set", "training.stages=[{train: head, steps: 100}, {train: all}]"),
+        *("--set", "model.action_head_config.num_inference_timesteps=4"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = zygote.run(command, tmp_path, timeout=590)
+    assert done.status == 0, done.stderr[-4000:]
     run = tmp_path / "experiments" / "demo"
     summary = json.loads((run / "demo_summary.json").read_text())
     assert set(summary["tasks"]) == {"drawer-open", "drawer-close"}

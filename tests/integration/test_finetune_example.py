@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paligemma_vla import Policy
+from zygote import Zygote
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_lerobot" / "finetune.sh"
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_example_goes_from_a_lerobot_dataset_to_a_policy(tmp_path: Path, learns: bool) -> None:
+def test_example_goes_from_a_lerobot_dataset_to_a_policy(zygote: Zygote, tmp_path: Path, learns: bool) -> None:
     demonstrations, steps, episodes = (16, 300, 5) if learns else (3, 10, 1)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "WORK": "work",
-        "DEMONSTRATIONS": str(demonstrations),
-        "STEPS": str(steps),
-        "EPISODES": str(episodes),
-    }
-    done = subprocess.run([SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    sizes = {"DEMONSTRATIONS": str(demonstrations), "STEPS": str(steps), "EPISODES": str(episodes)}
+    done = zygote.run_script(SCRIPT, tmp_path, {"WORK": "work", "WORKERS": "1", **sizes})
     assert done.returncode == 0, done.stderr[-4000:]
     work = tmp_path / "work"
     info = json.loads((work / "lerobot" / "meta" / "info.json").read_text())

@@ -57,7 +57,7 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(
     zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path
 ) -> None:
     """SIGTERM to the whole group, so that a rank gets it twice: from whoever sent it, and from its launcher."""
-    settings = {"training.epochs": 30, "training.validate_every_n_steps": 1000, "training.save_every_n_epochs": 3}
+    settings = {"training.epochs": 15, "training.validate_every_n_steps": 1000, "training.save_every_n_epochs": 3}
     undisturbed, cut = (tiny_config({**settings, "training.experiment_name": name}) for name in ("undisturbed", "cut"))
     train_on(zygote, undisturbed, 2, tmp_path)
     running = start(cut, tmp_path)
@@ -67,7 +67,7 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(
     assert running.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert stderr.count("stopped by ") == 1
-    assert 0 < last(cut)["step"] < 30 * 5
+    assert 0 < last(cut)["step"] < 15 * 5
     train_on(zygote, cut, 2, tmp_path, "--resume_checkpoint", "auto")
     for key in ("state_dict", "optimizer", "ema", "step"):
         assert identical(last(cut)[key], last(undisturbed)[key]), key
