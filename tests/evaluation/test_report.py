@@ -17,7 +17,6 @@ from paligemma_vla import Policy
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
-from paligemma_vla.evaluation import report as module
 from paligemma_vla.evaluation.charts import Axis, Line, chunk_chart, clean, line_chart, number, smooth
 from paligemma_vla.evaluation.open_loop import OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.evaluation.report import Report, duration, render
@@ -155,16 +154,13 @@ def test_rates_have_wilson_intervals_and_controls_are_marked(tmp_path: Path) -> 
     assert sum(attributes.get("class") == "rate low" for attributes in page.all("svg")) == 3  # card, one task, all tasks
 
 
-def test_every_video_is_inside_the_page_once_or_as_a_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_video_is_inside_the_page_once(tmp_path: Path) -> None:
     folder = write_rollout(tmp_path / "own", {"drawer-open": (1, 2), "drawer-close": (2, 2)})
     report = Report("t", rollouts=[("own", "", folder)])
     videos = Page(render(report)).all("video")
     inside = sorted(base64.b64decode(video["src"].removeprefix("data:video/mp4;base64,")) for video in videos)
     assert inside == sorted(path.read_bytes() for path in (folder / "videos").glob("*.mp4"))
     assert all({"autoplay", "muted", "loop", "playsinline", "controls"} <= video.keys() for video in videos)
-    monkeypatch.setattr(module, "VIDEO_BYTES", len(FILM) + 20)
-    page = Page(render(report))
-    assert (len(page.all("video")), len(page.all("img"))) == (1, 2)
 
 
 def test_damaged_results_are_named_and_files_outside_their_folder_not_carried_out(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace, read_obser
 from paligemma_vla.evaluation.rollout import wilson_interval
 from paligemma_vla.storage import atomic_write, read_json
 
-VIDEO_BYTES = 3_600_000  # of .mp4 in one page; base64 makes a third more of it
-FILMS = 6  # of the headline, and of a condition but the first
+FILMS, MOST_FILMS = 6, 24  # of the headline and of a condition; of the first condition beside the headline
 TASK_FIGURES = ("successes", "episodes", "rate", "ci95")
 CONTROLS = (("policy", "random"), ("image", "grey"), ("prompts", "opposite"))  # settings under which success is a bad sign
 EPISODES_SHOWN, FRAMES_SHOWN, FRAME_PIXELS = 4, 8, 128
@@ -160,18 +159,17 @@ def _rollouts(conditions: list[dict[str, Any]]) -> dict[str, Any]:
     if not conditions:
         return {"conditions": []}
     headline = _one_per_task([video for video in conditions[0]["videos"] if video["success"]])
-    films = [headline]
+    groups = []
     for condition in conditions:
         rest = sorted(
             (video for video in condition["videos"] if video not in headline), key=lambda video: bool(video["success"])
         )
-        films.append(rest if condition is conditions[0] else _one_per_task(rest))
-    left = VIDEO_BYTES
-    for video in chain(*films):
-        left -= _load(video, left)
+        rest = rest[:MOST_FILMS] if condition is conditions[0] else _one_per_task(rest)
+        if rest:
+            groups.append((condition, [_film(video) for video in rest]))
     tasks = list(dict.fromkeys(task for condition in conditions for task in condition["tasks"]))
-    groups = [(condition, rest) for condition, rest in zip(conditions, films[1:], strict=True) if rest]
-    return {"conditions": conditions, "tasks": tasks, "hero_films": headline, "film_groups": groups}
+    hero = [_film(video) for video in headline]
+    return {"conditions": conditions, "tasks": tasks, "hero_films": hero, "film_groups": groups}
 
 
 def _one_per_task(videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -182,19 +180,15 @@ def _one_per_task(videos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(first.values())[:FILMS]
 
 
-def _load(video: dict[str, Any], most: int) -> int:
-    """Put the files of a video into its entry as `data:` addresses, the video itself only if it has at most so many bytes.
-
-    Returns how many bytes it has taken. Raises `DataError` for a file that is not in the rollout's folder.
-    """
+def _film(video: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `videos` in a rollout.json, with `data:` addresses. Raises `DataError` for a file that is not in the
+    rollout's folder."""
     path, poster = (video["folder"] / Path(video[name]).name for name in ("path", "poster"))
     try:
-        still, content = poster.read_bytes(), path.read_bytes() if path.stat().st_size <= most else b""
+        still, content = poster.read_bytes(), path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: named by rollout.json, but it cannot be read ({error.strerror})") from error
-    video |= {"name": path.name, "still": _data_url(still, "image/jpeg")}
-    video["video"] = _data_url(content, "video/mp4") if content else ""
-    return len(content)
+        raise DataError(f"{error.filename}: named by rollout.json, but it cannot be read ({error.strerror})") from error
+    return {**video, "still": _data_url(still, "image/jpeg"), "video": _data_url(content, "video/mp4")}
 
 
 # Open loop.
