@@ -259,17 +259,6 @@ def test_absolute_control_leads_the_hand_to_the_target_at_one_centimetre_per_ste
         env.use_control("delta")
 
 
-def test_snapshot_is_drawn_again_as_it_was_seen(env):
-    env.reset("drawer-open", 4)
-    for _ in range(40):
-        env.step(env.expert_action())
-    snapshot, picture = env.snapshot(), env.render(96)
-    solve(env, "drawer-open", 9, "stock")
-    env.reset("faucet-open", 0)
-    env.restore(snapshot)
-    np.testing.assert_array_equal(env.render(96), picture)
-
-
 @pytest.mark.parametrize("task", ["drawer-close", "window-open", "hammer", "soccer"])
 def test_meshes_out_of_view_are_left_out_and_no_pixel_changes(env, task, monkeypatch):
     left_out = []

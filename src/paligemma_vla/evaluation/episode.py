@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 Prompts = Literal["own", "opposite", "unseen"]
 ImageSource = Literal["camera", "grey"]
 Actor = Literal["checkpoint", "random"]
+Picture = NDArray[np.uint8]  # (H, W, 3)
 
 SEED_DOMAIN = 2  # `collect` has another, so no evaluation starts where a demonstration of the same seed did
 GREY = 127
 VIDEO_SIZE, VIDEO_FPS, VIDEO_CRF = 256, 20, 30
-SNAPSHOT_EVERY = 2  # steps; at 20 frames a second, videos of an 80 Hz robot run at half speed
+FRAME_EVERY = 2  # steps; at 20 frames a second, videos of an 80 Hz robot run at half speed
 LAST_FRAMES = 12  # the last picture stays, long enough to see how the episode ended
 
 
@@ -51,7 +52,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """How an episode went. seed: of its reset. steps: until success, or all of them. snapshots: for a video, if asked for."""
+    """How an episode went. seed: of its reset. steps: until success, or all of them."""
 
     task: str
     index: int
@@ -59,7 +60,6 @@ class EpisodeOutcome:
     prompt: str
     success: bool
     steps: int
-    snapshots: list[object] = field(default_factory=list, repr=False)
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
@@ -85,27 +85,29 @@ def instructions(env: Environment, task: str, kind: Prompts) -> tuple[str, ...]:
 
 
 def play(
-    env: Environment, policy: Policy | None, task: str, index: int, condition: Condition, record: bool = False
+    env: Environment, policy: Policy | None, task: str, index: int, condition: Condition, frames: list[Picture] | None = None
 ) -> EpisodeOutcome:
     """Play episode number `index` of `task`; start and instruction depend on (seed, task, index) alone.
 
-    Every condition meets the same start, so conditions can be compared episode by episode. record: keep snapshots.
+    Every condition meets the same start, so conditions can be compared episode by episode. frames: a list for the pictures of
+    a video.
     """
     seeds = np.random.SeedSequence([SEED_DOMAIN, condition.seed, zlib.crc32(task.encode()), index])
     reset_seed, choice, noise_seed = (int(word) for word in seeds.generate_state(3))
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
     first = env.reset(task, reset_seed, condition.resets)
-    snapshots = [env.snapshot()] if record else []
+    if frames is not None:
+        frames.append(_draw(env))
     steps, success = 0, False
     for action in _actions(env, policy, condition, first, prompt, np.random.default_rng(noise_seed)):
         result = env.step(action)
         steps, success, over = steps + 1, result.success, result.success or result.done
-        if record and (over or steps % SNAPSHOT_EVERY == 0):
-            snapshots.append(env.snapshot())
+        if frames is not None and (over or steps % FRAME_EVERY == 0):
+            frames.append(_draw(env))
         if over:
             break
-    return EpisodeOutcome(task, index, reset_seed, prompt, success, steps, snapshots)
+    return EpisodeOutcome(task, index, reset_seed, prompt, success, steps)
 
 
 def _actions(
@@ -136,14 +138,18 @@ def _actions(
         view = env.observe()
 
 
-def write_video(path: Path, env: Environment, outcome: EpisodeOutcome) -> None:
-    """Draw an episode again from its snapshots, larger than the policy saw it: `path` (.mp4), and its end beside it (.jpg)."""
-    frames = []
-    for snapshot in outcome.snapshots:
-        env.restore(snapshot)
-        # Drawn at twice the size and averaged: the camera has no antialiasing.
-        picture = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3).mean((1, 3)).astype(np.uint8)
-        frames.append(caption(picture, outcome.prompt, outcome.success))
+def _draw(env: Environment) -> Picture:
+    """The scene, larger than the policy sees it: at twice the size and averaged, since the camera has no antialiasing."""
+    pixels = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3)
+    picture: Picture = pixels.mean((1, 3)).astype(np.uint8)
+    return picture
+
+
+def write_video(path: Path, env: Environment, policy: Policy | None, task: str, index: int, condition: Condition) -> None:
+    """Play an episode again, which is the same again, and draw it: `path` (.mp4), and its end beside it (.jpg)."""
+    pictures: list[Picture] = []
+    outcome = play(env, policy, task, index, condition, pictures)
+    frames = [caption(picture, outcome.prompt, outcome.success) for picture in pictures]
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, "h264", VIDEO_FPS, VIDEO_CRF, keyframe_every=250) as video:
         for frame in [*frames, *[frames[-1]] * LAST_FRAMES]:
@@ -151,7 +157,7 @@ def write_video(path: Path, env: Environment, outcome: EpisodeOutcome) -> None:
     Image.fromarray(frames[-1]).save(path.with_suffix(".jpg"), quality=85)
 
 
-def caption(image: NDArray[np.uint8], text: str, success: bool) -> NDArray[np.uint8]:
+def caption(image: Picture, text: str, success: bool) -> Picture:
     """The picture (H, W, 3) with `text` on a strip at its lower edge, green for a success and red for a failure."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -125,8 +125,7 @@ class RolloutPool:
         folder = config.output_dir
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        most = config.max_videos if folder else 0
-        jobs = ((self._player, task, index, config, most > 0) for task in tasks for index in range(config.episodes))
+        jobs = ((self._player, config, task, index) for task in tasks for index in range(config.episodes))
         label = f"{config.prompts}/{config.resets}/{config.image}/{config.policy}"
         outcomes: list[EpisodeOutcome] = []
         videos, video_jobs = [], []
@@ -135,21 +134,20 @@ class RolloutPool:
         for outcome in tqdm(played, label, config.episodes * len(tasks), unit="episode", disable=None):
             kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
             count[kind] += 1
-            if folder is not None and count[kind] <= most:
+            if folder is not None and count[kind] <= config.max_videos:
                 path = f"videos/{kind}_{count[kind]}.mp4"
                 described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
                 videos.append({**described, "path": path, "poster": path.replace(".mp4", ".jpg")})
-                video_jobs.append((self._player, folder / path, outcome))
-            outcomes.append(replace(outcome, snapshots=[]))
+                video_jobs.append((self._player, config, outcome.task, outcome.index, folder / path))
+            outcomes.append(outcome)
         list(self._pool.map(_video_job, video_jobs))
         by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task]) for task in tasks}
-        names = ("task", "index", "seed", "prompt", "success", "steps")
         mean = float(np.mean([entry["rate"] for entry in by_task.values()]))
         result = {
             "settings": self._settings(config, tasks),
             "tasks": by_task,
             "mean_success": mean,
-            "episodes": [{name: getattr(outcome, name) for name in names} for outcome in outcomes],
+            "episodes": [asdict(outcome) for outcome in outcomes],
             "videos": videos,
             "wall_s": round(time.monotonic() - started, 2),
         }
@@ -224,17 +222,17 @@ def _policy(player: _Player) -> Policy | None:
     return policy
 
 
-def _play_job(job: tuple[_Player, str, int, Condition, bool]) -> EpisodeOutcome:
-    """Play one episode: (player, task, number, condition, whether to take snapshots for a video)."""
-    player, task, index, condition, record = job
+def _play_job(job: tuple[_Player, Condition, str, int]) -> EpisodeOutcome:
+    player, condition, task, index = job
     # The policy first: random actions, too, are of its kind of control, whichever condition is played first.
     policy = _policy(player)
-    return play(_environment(player), policy, task, index, condition, record)
+    return play(_environment(player), policy, task, index, condition)
 
 
-def _video_job(job: tuple[_Player, Path, EpisodeOutcome]) -> None:
-    player, path, outcome = job
-    write_video(path, _environment(player), outcome)
+def _video_job(job: tuple[_Player, Condition, str, int, Path]) -> None:
+    player, condition, task, index, path = job
+    policy = _policy(player)
+    write_video(path, _environment(player), policy, task, index, condition)
 
 
 def load_checkpoint(path: str, weights: Weights | None) -> Policy:

@@ -123,11 +123,5 @@ class Environment(Protocol):
     def render(self, size: int) -> NDArray[np.uint8]:
         """The first camera's picture at another size: (size, size, 3) uint8 RGB."""
 
-    def snapshot(self) -> object:
-        """What there is to see at present, picklable: `restore` takes it, in this or in another process."""
-
-    def restore(self, snapshot: object) -> None:
-        """Let `render` draw what `snapshot` saw. An episode does not go on from there: `reset` comes next."""
-
     def close(self) -> None:
         """Free the graphics contexts."""

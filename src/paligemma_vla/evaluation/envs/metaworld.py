@@ -7,23 +7,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest
 from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
-from paligemma_vla.evaluation.envs.metaworld_tasks import (
-    OPPOSITES,
-    SCENES,
-    SWEEPS,
-    TASKS,
-    draw_start,
-    move_hand_away,
-    physics_of,
-    prompts,
-)
+from paligemma_vla.evaluation.envs.metaworld_tasks import OPPOSITES, SCENES, SWEEPS, TASKS, draw_start, move_hand_away, prompts
 from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
 from paligemma_vla.schema import DatasetMetadata, Observation
 
@@ -63,18 +54,6 @@ ABSOLUTE_SPEC = EnvSpec(
     action_scale=(STROKE, STROKE, STROKE, 1.0),
 )
 
-Positions = tuple[NDArray[np.float64], NDArray[np.float64]]  # of bodies and sites
-Snapshot = tuple[str, NDArray[np.float64], Positions]  # task, MuJoCo's numbers, where the episode has put things in the model
-
-
-def _positions(model: Any) -> Positions:
-    """Positions that MetaWorld writes into the MuJoCo model itself; resetting the data leaves them as they are."""
-    return model.body_pos.copy(), model.site_pos.copy()
-
-
-def _put(model: Any, positions: Positions) -> None:
-    model.body_pos[:], model.site_pos[:] = positions
-
 
 class _Task:
     """One MetaWorld task in memory: simulator, expert, cameras by size."""
@@ -82,7 +61,8 @@ class _Task:
     def __init__(self, name: str, simulator: Any, expert: Any) -> None:
         self.name, self.simulator, self.expert = name, simulator, expert
         self.cameras: dict[int, OffscreenCamera] = {}
-        self.pristine = _positions(simulator.model)
+        # MetaWorld writes positions of bodies and sites into the model itself; resetting the data leaves them as they are.
+        self.pristine = simulator.model.body_pos.copy(), simulator.model.site_pos.copy()
         # Environments built directly ignore `reset(seed=)`; these make `seed()` count, and show some experts their goal.
         simulator._freeze_rand_vec, simulator.seeded_rand_vec = False, True
         simulator._set_task_called, simulator._partially_observable = True, False
@@ -158,7 +138,7 @@ class MetaWorldEnvironment:
         loaded = self._load(name)
         simulator, scene = loaded.simulator, SCENES.get(name)
         # MetaWorld leaves the last episode's object in the model, where the hand meets it on its way home.
-        _put(simulator.model, loaded.pristine)
+        simulator.model.body_pos[:], simulator.model.site_pos[:] = loaded.pristine
         self._mujoco.mj_resetData(simulator.model, simulator.data)
         simulator._freeze_rand_vec = False
         simulator.seed(seed)
@@ -193,11 +173,17 @@ class MetaWorldEnvironment:
 
     def expert_action(self) -> NDArray[np.float32]:
         """See `Environment.expert_action`. MetaWorld's expert, where there is none of ours."""
-        delta = np.clip(self._expert_delta(), SPEC.action_low, SPEC.action_high).astype(np.float32)
+        task = self._task()
+        if task.name in SWEEPS:
+            action = SWEEPS[task.name].action(self._observed[HAND], self._observed[HANDLE])
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what comes next
+                action = task.expert.get_action(self._observed)
+        delta = np.clip(action, SPEC.action_low, SPEC.action_high).astype(np.float32)
         if self.spec.metadata.action_representation == "delta":
             return delta
-        simulator = self._task().simulator
-        target = np.clip(self._target() + delta[:3] * STROKE, simulator.mocap_low, simulator.mocap_high)
+        target = np.clip(self._target() + delta[:3] * STROKE, task.simulator.mocap_low, task.simulator.mocap_high)
         return np.append(target, delta[3:]).astype(np.float32)
 
     def _target(self) -> NDArray[np.float64]:
@@ -205,31 +191,9 @@ class MetaWorldEnvironment:
         target: NDArray[np.float64] = self._task().simulator.data.mocap_pos[0]
         return target
 
-    def _expert_delta(self) -> NDArray[np.float64]:
-        """The expert's action (4,) in MetaWorld's own terms, not clipped."""
-        task = self._task()
-        if task.name in SWEEPS:
-            return SWEEPS[task.name].action(self._observed[HAND], self._observed[HANDLE])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what comes next
-            action: NDArray[np.float64] = task.expert.get_action(self._observed)
-        return action
-
     def render(self, size: int) -> NDArray[np.uint8]:
         task = self._task()
         return task.camera(size).render(task.simulator.data)
-
-    def snapshot(self) -> Snapshot:
-        task = self._task()
-        return task.name, physics_of(task.simulator), _positions(task.simulator.model)
-
-    def restore(self, snapshot: object) -> None:
-        name, physics, positions = cast(Snapshot, snapshot)
-        self._current = self._load(name)
-        simulator = self._current.simulator
-        _put(simulator.model, positions)
-        self._mujoco.mj_setState(simulator.model, simulator.data, physics, self._mujoco.mjtState.mjSTATE_INTEGRATION)
-        self._mujoco.mj_forward(simulator.model, simulator.data)
 
     def close(self) -> None:
         for task in self._loaded.values():

@@ -201,7 +201,9 @@ def move_hand_away(simulator: Any, rng: np.random.Generator) -> None:
 
     model, data = simulator.model, simulator.data
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    before, start = physics_of(simulator), _objects(simulator)
+    before = np.zeros(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, before, kind)
+    start = _objects(simulator)
     # Some objects are dropped by a reset and still fall: where will they be without the hand?
     falling = _lead_hand(simulator, data.mocap_pos[0].copy(), SETTLE_STEPS)
     low, high = np.maximum(AWAY_LOW, simulator.mocap_low), np.minimum(AWAY_HIGH, simulator.mocap_high)
@@ -219,16 +221,6 @@ def move_hand_away(simulator: Any, rng: np.random.Generator) -> None:
     else:
         mujoco.mj_setState(model, data, before, kind)
     mujoco.mj_forward(model, data)
-
-
-def physics_of(simulator: Any) -> NDArray[np.float64]:
-    """MuJoCo's complete state, which `mj_setState` takes."""
-    import mujoco
-
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.zeros(mujoco.mj_stateSize(simulator.model, kind))
-    mujoco.mj_getState(simulator.model, simulator.data, physics, kind)
-    return physics
 
 
 Objects = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
