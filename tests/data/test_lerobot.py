@@ -142,13 +142,21 @@ def test_tasks_may_be_an_index_with_a_name(copied: Truth) -> None:
     assert [one.prompts[0] for one in read_all(copied.name)] == copied.tasks
 
 
-def test_image_outside_of_its_row_is_refused(tmp_path: Path) -> None:
+def test_images_beside_the_rows_are_read_within_the_data_set_only(tmp_path: Path) -> None:
     truth = write_set(tmp_path / "toy", "v2.1", video=False)
-    image = {"bytes": None, "path": "images/a.png"}
     data, key = truth.root / f"{DATA}episode_000000.parquet", "observation.images.front"
-    edit_table(data, lambda columns: columns[key].__setitem__(1, image))
-    with pytest.raises(DataError, match=rf"episode_000000.parquet: row 1, column {key}: got the file images/a.png"):
-        read_all(truth.name)
+    (truth.root / "images").mkdir()
+    (truth.root / "images/a.png").write_bytes(truth.stored["front"][0])
+
+    def point(path: str) -> None:
+        edit_table(data, lambda columns: columns[key].__setitem__(0, {"bytes": None, "path": path}))
+
+    point("images/a.png")
+    assert np.array_equal(pixels(read_all(truth.name), 0)[0], truth.pixels["front"][0])
+    for path, message in [("../secret.png", "expected one within the data set"), ("images/b.png", "cannot be read")]:
+        point(path)
+        with pytest.raises(DataError, match=rf"episode_000000.parquet: row 0, column image_1_bytes: .*{message}"):
+            pixels(read_all(truth.name), 0)
 
 
 def info(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults
 from paligemma_vla.data.formats import EpisodeFile, Pictures
 from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Metadata, Selection, VideoSpans, find_root, load_metadata
-from paligemma_vla.data.formats.parquet import EncodedPictures, ParquetEpisodes, is_list, sample_digest
+from paligemma_vla.data.formats.parquet import ParquetEpisodes, is_list, sample_digest
+from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
-from paligemma_vla.errors import DataError
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import open_source
 
@@ -166,7 +168,7 @@ class LeRobotFile(ParquetEpisodes):
             return _number_lists(table[self._numbers[name]].combine_chunks())
         camera = self._cameras[name]
         if camera.dtype == "image":
-            return self._image_bytes(camera.key, table[camera.key].combine_chunks(), rows)
+            return table[camera.key].combine_chunks()
         episodes, frames = self._locate(rows)
         times = frames / self.metadata.info.fps
         if "timestamp" in table.column_names:
@@ -181,15 +183,6 @@ class LeRobotFile(ParquetEpisodes):
             "frame": frames,
         }
         return pa.StructArray.from_arrays(list(map(pa.array, values.values())), names=list(values))
-
-    def _image_bytes(self, key: str, column: pa.StructArray, rows: Rows) -> pa.Array:
-        """The encoded images. Raises `FaultError` for one in a file of its own, which LeRobot does not leave behind."""
-        data, paths = (pa.compute.struct_field(column, name) for name in ("bytes", "path"))
-        outside = pa.compute.and_(data.is_null(), paths.is_valid()).to_numpy(zero_copy_only=False)
-        for slot in np.flatnonzero(outside)[:1].tolist():
-            text = f"got the file {paths[slot]}, expected an image within the row; write the data set anew"
-            raise FaultError(Fault(self.path, Kind.IMAGE, text, int(rows[slot]), key))
-        return data
 
     def _locate(self, rows: Rows) -> tuple[Rows, Rows]:
         """Of some rows of the file, the episode (its row in the metadata), and the frame in it."""
@@ -223,8 +216,8 @@ class LeRobotFile(ParquetEpisodes):
             raise FaultError(Fault(self.path, Kind.FLAGS, text, int(rows[slot]), "timestamp"))
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
-        if not pa.types.is_struct(column.type):
-            return EncodedPictures(column)
+        if _is_stored_image(column.type):
+            return StoredPictures(column, self.metadata.root)
         spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
         return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.info.fps, videos)
 
@@ -305,3 +298,30 @@ class FramePictures(Pictures):
 
     def encoded(self, row: int) -> bytes | None:
         return None
+
+
+class StoredPictures(Pictures):
+    """Images in a column of struct<bytes, path>: in the bytes, or in a file within the data set."""
+
+    def __init__(self, column: pa.Array, root: str) -> None:
+        self.column, self.root = column, os.path.realpath(root)
+
+    def present(self, row: int) -> bool:
+        value = self.column[row]
+        return bool(value.is_valid and (value["bytes"].is_valid or value["path"].is_valid))
+
+    def decode(self, row: int) -> Image.Image:
+        return decode(self.encoded(row))
+
+    def encoded(self, row: int) -> bytes:
+        data: bytes | None = self.column[row]["bytes"].as_py()
+        if data is not None:
+            return data
+        name = self.column[row]["path"].as_py()
+        path = os.path.realpath(os.path.join(self.root, name))
+        if not path.startswith(self.root + os.sep):
+            raise Unusable(Kind.IMAGE, f"got the path {name!r}, expected one within the data set; mend it, or {LEAVE_OUT}")
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise Unusable(Kind.IMAGE, f"{path}: cannot be read ({first_line(error)}); restore it, or {LEAVE_OUT}") from error
