@@ -33,6 +33,7 @@ from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
 
 RECORD, LOCK, WORK = ".conversion.json", ".lock", ".shard"
+NOTES = f"{WORK}-notes"  # folder of a note for each shard that is complete
 VERSION = 1
 NATIVE_EPISODES = 16  # of a file: few enough that a small data set keeps several processes busy
 SAMPLED = 4  # images of an episode and camera that are decoded and compared, when their bytes are not the same
@@ -126,14 +127,14 @@ class OutputFormat(Protocol):
     def shards(self, lengths: Sequence[int]) -> list[range]:
         """The episodes of each shard, given the length of every episode."""
 
-    def is_written(self, folder: Path, shard: int) -> bool:
-        """True if a shard is complete."""
+    def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterator[Recording]) -> Any:
+        """Write a shard, also over what a killed process has left of it; returns what `finish` needs of it, fit for JSON.
 
-    def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterator[Recording]) -> None:
-        """Write a shard; when this is killed, it is not complete. first: number of its first episode and step."""
+        first: number of its first episode and step.
+        """
 
-    def finish(self, folder: Path, shards: int) -> None:
-        """What is left to do when all shards are complete. Folders `.shard*` are removed after it."""
+    def finish(self, folder: Path, notes: list[Any]) -> None:
+        """What is left to do when all shards are complete. notes: what `write` returned for each."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,6 @@ class NativeOutput:
     def shards(self, lengths: Sequence[int]) -> list[range]:
         return [range(n, min(n + NATIVE_EPISODES, len(lengths))) for n in range(0, len(lengths), NATIVE_EPISODES)]
 
-    def is_written(self, folder: Path, shard: int) -> bool:
-        return self._path(folder, shard).is_file()
-
     def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterator[Recording]) -> None:
         own = folder / f"{WORK}-{shard:05d}"
         shutil.rmtree(own, ignore_errors=True)
@@ -163,14 +161,11 @@ class NativeOutput:
             for recording in recordings:
                 writer.write(self._episode(recording))
         (written,) = own.glob("*.parquet")
-        written.replace(self._path(folder, shard))
+        written.replace(folder / f"episodes-{shard:05d}.parquet")
         own.rmdir()
 
-    def finish(self, folder: Path, shards: int) -> None:
+    def finish(self, folder: Path, notes: list[Any]) -> None:
         """Nothing: each file describes itself."""
-
-    def _path(self, folder: Path, shard: int) -> Path:
-        return folder / f"episodes-{shard:05d}.parquet"
 
     def _episode(self, recording: Recording) -> Episode:
         prompt = recording.prompts[0]
@@ -213,23 +208,25 @@ class Conversion:
         episodes = self.shards[shard]
         return int(self.index.length[episodes.start : episodes.stop].sum())
 
+    def note(self, shard: int) -> Path:
+        """Where the note about a shard is, once the shard is complete."""
+        return self.partial / NOTES / f"{shard:05d}.json"
+
     def missing(self) -> list[int]:
         """Shards that are not complete."""
-        return [shard for shard in range(len(self.shards)) if not self.form.is_written(self.partial, shard)]
+        return [shard for shard in range(len(self.shards)) if not self.note(shard).is_file()]
 
-    def record(self) -> dict[str, Any]:
+    @property
+    def record(self) -> str:
         """What a resumed conversion must agree in, and what stays with its result."""
         source = {"fingerprint": self.index.fingerprint, "episodes": len(self.index), "cameras": self.cameras}
         target = {"format": self.form.name, **asdict(cast(Any, self.form))}
-        record: dict[str, Any] = json.loads(json.dumps({"version": VERSION, "source": source, "target": target}))
-        return record
+        return json.dumps({"version": VERSION, "source": source, "target": target}, indent=1)
 
-    def recorded(self, folder: Path) -> bool:
+    def is_recorded(self, folder: Path) -> bool:
         """True if the record in a folder is the one of this conversion."""
-        try:
-            return bool(json.loads((folder / RECORD).read_bytes()) == self.record())
-        except (OSError, ValueError):
-            return False
+        path = folder / RECORD
+        return path.is_file() and path.read_bytes() == self.record.encode()
 
     @cached_property
     def result(self) -> EpisodeIndex:
@@ -286,7 +283,7 @@ def convert(conversion: Conversion, workers: int) -> str | None:
             logger.info("%s: going on, %d of %d shards are there", folder, shards - len(missing), shards)
         for steps in pool.map(_write, missing):
             bar.update(steps)
-        conversion.form.finish(folder, shards)
+        conversion.form.finish(folder, [json.loads(conversion.note(shard).read_bytes()) for shard in range(shards)])
         conversion.open_result(folder)
         for shard, compared in enumerate(pool.map(_verify, range(shards))):
             comparison.add(compared)
@@ -299,7 +296,7 @@ def _is_done(conversion: Conversion) -> bool:
     output = conversion.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not conversion.recorded(output):
+    if not conversion.is_recorded(output):
         raise DataError(f"{output}: is there already, and is not this conversion; delete it, or give another --output_dir")
     conversion.open_result(output)
     return True
@@ -318,12 +315,12 @@ def _workspace(conversion: Conversion) -> Iterator[Path]:
         raise DataError(f"{folder}: another process converts into it; wait for it, or give another --output_dir")
     try:
         others = [path.name for path in folder.iterdir() if path.name == RECORD or not path.name.startswith(".")]
-        if others and not conversion.recorded(folder):
+        if others and not conversion.is_recorded(folder):
             text = "is there already, and is not what this conversion of this data left unfinished"
             raise DataError(f"{folder}: {text}; delete it, or give another --output_dir")
         for leftover in folder.rglob("*.tmp"):  # of a killed process
             leftover.unlink()
-        atomic_write(folder / RECORD, json.dumps(conversion.record(), indent=1))
+        atomic_write(folder / RECORD, conversion.record)
         try:
             yield folder
         except BaseException:
@@ -350,7 +347,9 @@ def _write(shard: int) -> int:
     episodes = conversion.shards[shard]
     first = episodes.start, int(conversion.index.length[: episodes.start].sum())
     recordings = read_episodes(conversion.index, conversion.cameras, episodes)
-    conversion.form.write(conversion.partial, shard, first, recordings)
+    note = conversion.form.write(conversion.partial, shard, first, recordings)
+    conversion.note(shard).parent.mkdir(exist_ok=True)
+    atomic_write(conversion.note(shard), json.dumps(note))
     return conversion.steps(shard)
 
 

@@ -105,8 +105,8 @@ class LeRobotFile(ParquetEpisodes):
         self.columns = list(self._stored)
         used = {*self._numbers.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *self._success}
         self.unused = [key for key in self.metadata.info.features if key not in used]
-        self._task_numbers = np.array(sorted(self.metadata.tasks), np.int64)
-        self._tasks = pa.array([self.metadata.tasks[number] for number in self._task_numbers.tolist()], pa.string())
+        self._task_numbers = pa.array(self.metadata.tasks.keys(), pa.int64())
+        self._tasks = pa.array(self.metadata.tasks.values(), pa.string())
 
     def _present(self, *names: str) -> list[str]:
         return [name for name in names if name in self.arrow.names]
@@ -160,10 +160,8 @@ class LeRobotFile(ParquetEpisodes):
 
     def _column(self, name: str, table: pa.Table, rows: Rows) -> pa.Array:
         if name == schema.PROMPT:
-            numbers = _column_values(table["task_index"], -1)
-            index = np.minimum(np.searchsorted(self._task_numbers, numbers), len(self._task_numbers) - 1)
-            unknown = self._task_numbers[index] != numbers
-            return pa.DictionaryArray.from_arrays(pa.array(index.astype(np.int32), mask=unknown), self._tasks)
+            index = pa.compute.index_in(table["task_index"].combine_chunks().cast(pa.int64()), self._task_numbers)
+            return pa.DictionaryArray.from_arrays(index, self._tasks)
         if name in self._numbers:
             return _number_lists(table[self._numbers[name]].combine_chunks())
         camera = self._cameras[name]

@@ -1,7 +1,6 @@
 """Writing LeRobot data sets, v2.1 and v3.0: shard by shard, then the metadata over all shards.
 
-A shard is a run of episodes: in v3.0 one data file and one video per camera, in v2.1 a file of each per episode. What the
-metadata needs of it lies in a note, written last: a shard without one is written again.
+A shard is a run of episodes in one data file, and one video per camera; in v2.1 each episode is a shard.
 
 Statistics are as LeRobot keeps them, per episode and of all together: minimum, maximum, mean, standard deviation (of the
 population) and count. Images are sampled, and their values are in [0, 1] per channel, of shape (3, 1, 1). LeRobot's optional
@@ -32,7 +31,6 @@ from paligemma_vla.storage import atomic_file, atomic_write
 
 VIDEO_STEPS, IMAGE_STEPS = 5000, 2000  # of a file of v3.0, about
 CHUNK = 1000  # files per folder
-NOTES = ".shards"  # removed by `data.convert` when the conversion is done
 STATE, ACTION, SUCCESS = "observation.state", "action", "next.success"
 PATHS = {
     "v2.1": {
@@ -74,7 +72,9 @@ class LeRobotOutput:
         return not self.video
 
     def shards(self, lengths: Sequence[int]) -> list[range]:
-        most, shards, first, steps = VIDEO_STEPS if self.video else IMAGE_STEPS, [], 0, 0
+        most, shards, first, steps = (VIDEO_STEPS if self.video else IMAGE_STEPS), list[range](), 0, 0
+        if self.version == "v2.1":
+            most = 0
         for episode, length in enumerate(lengths):
             if episode > first and steps + length > most:
                 shards.append(range(first, episode))
@@ -82,21 +82,38 @@ class LeRobotOutput:
             steps += length
         return [*shards, range(first, len(lengths))]
 
-    def is_written(self, folder: Path, shard: int) -> bool:
-        return _note_path(folder, shard).is_file()
-
-    def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterable[Recording]) -> None:
+    def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterable[Recording]) -> dict[str, Any]:
+        """One data file, and one video per camera."""
         sizes: dict[str, Size] = {}
         entries: list[dict[str, Any]] = []
-        one_by_one = self.version == "v2.1"
-        for part in ([recording] for recording in recordings) if one_by_one else [recordings]:
-            self._write_file(folder, first[0] + len(entries) if one_by_one else shard, first, part, sizes, entries)
-        _note_path(folder, shard).parent.mkdir(exist_ok=True)
-        atomic_write(_note_path(folder, shard), json.dumps({"sizes": sizes, "episodes": entries}))
+        with ExitStack() as stack:
 
-    def finish(self, folder: Path, shards: int) -> None:
+            def create(kind: str, **values: str) -> IO[bytes]:
+                path = folder / self.path(kind, shard, **values)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return stack.enter_context(atomic_file(path))
+
+            stored = [] if self.video else self.camera_keys
+            table = stack.enter_context(parquet_writer(create("data_path"), self.schema(), stored, "SNAPPY", "task_index"))
+            files = [create("video_path", video_key=key) for key in self.camera_keys] if self.video else []
+            videos = [stack.enter_context(VideoWriter(file, self.codec, self.fps, self.crf)) for file in files]
+            for recording in recordings:
+                episode, step = first[0] + len(entries), first[1] + sum(entry["length"] for entry in entries)
+                begins = [video.frames / self.fps for video in videos]
+                stats, images = dict[str, Stats](), dict[str, list[bytes]]()
+                for camera, key in enumerate(self.camera_keys):
+                    video = videos[camera] if self.video else None
+                    stats[key], images[key] = self._write_camera(recording, camera, video, sizes)
+                columns = self._values(recording, episode, step)
+                table.write_table(self._table(columns, images), row_group_size=max(recording.length, 1))
+                stats.update({key: _number_stats(values) for key, values in columns.items()})
+                tasks = list(dict.fromkeys(recording.prompts))
+                entry = {"episode_index": episode, "tasks": tasks, "length": recording.length, "from": step}
+                entries.append({**entry, "file": shard, "begins": begins, "stats": stats})
+        return {"sizes": sizes, "episodes": entries}
+
+    def finish(self, folder: Path, notes: list[dict[str, Any]]) -> None:
         """Write everything in `meta/`, from the shards' notes; info.json is written last."""
-        notes = [json.loads(_note_path(folder, number).read_bytes()) for number in range(shards)]
         sizes: dict[str, Size] = {}
         for note in notes:
             for key, (height, width) in note["sizes"].items():
@@ -177,41 +194,6 @@ class LeRobotOutput:
         facts = {"height": height, "width": width, "codec": self.codec, "pix_fmt": "yuv420p", "is_depth_map": False}
         facts |= {"fps": _json_number(self.fps), "channels": 3}
         return {"dtype": "video", **feature, "info": {**{f"video.{k}": v for k, v in facts.items()}, "has_audio": False}}
-
-    def _write_file(
-        self,
-        folder: Path,
-        number: int,
-        first: tuple[int, int],
-        recordings: Iterable[Recording],
-        sizes: dict[str, Size],
-        entries: list[dict[str, Any]],
-    ) -> None:
-        """One data file, and one video per camera. entries: what the metadata needs of each episode of the shard."""
-        with ExitStack() as stack:
-
-            def create(kind: str, **values: str) -> IO[bytes]:
-                path = folder / self.path(kind, number, **values)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                return stack.enter_context(atomic_file(path))
-
-            stored = [] if self.video else self.camera_keys
-            table = stack.enter_context(parquet_writer(create("data_path"), self.schema(), stored, "SNAPPY", "task_index"))
-            files = [create("video_path", video_key=key) for key in self.camera_keys] if self.video else []
-            videos = [stack.enter_context(VideoWriter(file, self.codec, self.fps, self.crf)) for file in files]
-            for recording in recordings:
-                episode, step = first[0] + len(entries), first[1] + sum(entry["length"] for entry in entries)
-                begins = [video.frames / self.fps for video in videos]
-                stats, images = dict[str, Stats](), dict[str, list[bytes]]()
-                for camera, key in enumerate(self.camera_keys):
-                    video = videos[camera] if self.video else None
-                    stats[key], images[key] = self._write_camera(recording, camera, video, sizes)
-                columns = self._values(recording, episode, step)
-                table.write_table(self._table(columns, images), row_group_size=max(recording.length, 1))
-                stats.update({key: _number_stats(values) for key, values in columns.items()})
-                tasks = list(dict.fromkeys(recording.prompts))
-                entry = {"episode_index": episode, "tasks": tasks, "length": recording.length, "from": step}
-                entries.append({**entry, "file": number, "begins": begins, "stats": stats})
 
     def _write_camera(
         self, recording: Recording, camera: int, video: VideoWriter | None, sizes: dict[str, Size]
@@ -294,10 +276,6 @@ class LeRobotOutput:
             row |= {f"videos/{key}/from_timestamp": begin, f"videos/{key}/to_timestamp": begin + entry["length"] / self.fps}
         row |= {f"stats/{key}/{name}": value for key, stats in entry["stats"].items() for name, value in stats.items()}
         return {**row, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-
-
-def _note_path(folder: Path, shard: int) -> Path:
-    return folder / NOTES / f"{shard:05d}.json"
 
 
 def _check_size(sizes: dict[str, Size], key: str, size: Size, where: str) -> None:
