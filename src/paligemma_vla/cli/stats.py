@@ -6,13 +6,14 @@ import argparse
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_vla.actions import ActionTransform, resolve_actions
+from paligemma_vla.actions import resolve_actions
 from paligemma_vla.cli.arguments import add_config_arguments, configured
 from paligemma_vla.config import VLAConfig, source_paths
 from paligemma_vla.data.index import EpisodeIndex, load_exclusions
@@ -22,7 +23,6 @@ from paligemma_vla.errors import VLAError
 if TYPE_CHECKING:
     from paligemma_vla.training.distributed import Distributed
 
-Result = TypeVar("Result")
 DAY = str(24 * 3600)  # seconds
 logger = logging.getLogger(__name__)
 
@@ -56,43 +56,40 @@ def write_statistics(
     Each process reads every world_size-th file. Rank 0 merges in the order of files, so their number changes nothing.
     """
 
-    def prepare() -> tuple[str | None, EpisodeIndex, ActionTransform]:
+    with _together(group):
         config = configure()
         with group.one_at_a_time():  # the others find its index on the disk
             excluded = load_exclusions(config.data.exclude_episodes)
             index = EpisodeIndex.build(source_paths(config.data.train_parquet_files), where, excluded)
         layout = index.layout
         actions = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
-        return config.data.exclude_episodes, index, actions
-
-    exclusion_list, index, actions = _together(group, prepare)
     files = range(len(index.paths))[group.rank :: group.world_size]
     rows = int(index.length[np.isin(index.file, files)].sum())
-    with tqdm(total=rows, unit=" rows", desc="statistics", dynamic_ncols=True, disable=not group.main) as bar:
-        part = _together(group, lambda: compute_part(index, actions, files, bar.update))
+    bar = tqdm(total=rows, unit=" rows", desc="statistics", dynamic_ncols=True, disable=not group.main)
+    with _together(group), bar:
+        part = compute_part(index, actions, files, bar.update)
     parts = group.gather(part)
-
-    def save() -> None:
+    with _together(group):
         if not group.main:
             deque(parts)  # sends what this process has
             return
         statistics = merge_parts(index, actions, parts)
         statistics.save(output)
-        if exclusion_list is not None:
-            logger.info("%s: %d episodes (or whole files) left out", exclusion_list, index.excluded)
+        if config.data.exclude_episodes is not None:
+            logger.info("%s: %d episodes (or whole files) left out", config.data.exclude_episodes, index.excluded)
         if actions.converts:
-            kind = actions.describe(index.layout.metadata)
+            kind = actions.describe(layout.metadata)
             logger.info("actions, %d steps of chunks of %d: %s", statistics.action.count, actions.horizon, kind)
         sizes = statistics.state.count, len(statistics.datasets), len(statistics.state.min), len(statistics.action.min)
         logger.info("%s: %d rows of %d file(s), state %d, action %d dimensions", output, *sizes)
 
-    _together(group, save)
 
-
-def _together(group: Distributed, action: Callable[[], Result]) -> Result:
-    """The result of `action` when it has succeeded on every process. The first error of any is printed once and ends all."""
+@contextmanager
+def _together(group: Distributed) -> Iterator[None]:
+    """Wait until every process has done the block. The first error of any is printed once and ends all."""
+    error = None
     try:
-        result, error = action(), None
+        yield
     except VLAError as met:
         error = met
     errors = [text for text in group.all_gather(None if error is None else str(error)) if text is not None]
@@ -101,4 +98,3 @@ def _together(group: Distributed, action: Callable[[], Result]) -> Result:
         if group.main:
             raise VLAError(errors[0]) from error
         raise SystemExit(2)
-    return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +38,7 @@ class VideoDecoders:
 
     def __init__(self, limit: int = OPEN_VIDEOS) -> None:
         self.limit = limit
-        self._open: OrderedDict[str, _Video] = OrderedDict()
+        self._open: dict[str, _Video] = {}  # the one used last at the end
 
     def frame(self, path: str, time: float, tolerance: float) -> Image.Image:
         """The frame nearest to `time`, at most `tolerance` away (both in seconds), as RGB. Raises `Unusable`."""
@@ -59,18 +58,13 @@ class VideoDecoders:
         return Image.fromarray(frame.to_ndarray(format="rgb24"))
 
     def _close(self, path: str) -> None:
-        video = self._open.pop(path, None)
-        if video is not None:
-            video.container.close()
+        if path in self._open:
+            self._open.pop(path).container.close()
 
     def _video(self, path: str) -> _Video:
-        video = self._open.get(path)
-        if video is None:
-            video = self._open[path] = _Video(path)
-            if len(self._open) > self.limit:
-                self._close(next(iter(self._open)))
-        else:
-            self._open.move_to_end(path)
+        video = self._open[path] = self._open.pop(path) if path in self._open else _Video(path)
+        if len(self._open) > self.limit:
+            self._close(next(iter(self._open)))
         return video
 
 
@@ -96,7 +90,8 @@ class _Video:
 
     def nearest(self, time: float, tolerance: float) -> av.VideoFrame | None:
         """The frame nearest to `time`, None when it is further away than `tolerance`."""
-        if not self._is_next(time, tolerance):
+        # Decoding on to the current frame or one of the next two is cheaper than seeking.
+        if self.current is None or not -EXACT <= time - _time(self.current) <= 4 * tolerance:
             self._seek(time + tolerance / 2)
             first = next(self._frames, None)
             if first is None or _time(first) > time + tolerance:  # some files are sought too far
@@ -104,10 +99,6 @@ class _Video:
                 first = next(self._frames, None)
             self.current = first
         return self._forward(time, tolerance)
-
-    def _is_next(self, time: float, tolerance: float) -> bool:
-        """True if the wanted frame is the current one or one of the next two: decoding on is cheaper than seeking."""
-        return self.current is not None and -EXACT <= time - _time(self.current) <= 4 * tolerance
 
     def _forward(self, time: float, tolerance: float) -> av.VideoFrame | None:
         """Decode until the wanted time is reached; of the frames around it, the nearer one."""

@@ -147,36 +147,25 @@ class EpisodeWriter:
         self._shard += 1
 
     def _take_over(self) -> None:
-        """Count what the folder holds, and recover what a killed run left."""
+        """Turn the journals of killed runs into shards, but drop one whose shard was published; count what the folder holds."""
+        for leftover in self.output_dir.glob(f".{self.prefix}-?????.parquet.*.tmp"):
+            leftover.unlink()
+        for journal in sorted(self.output_dir.glob(f".{self.prefix}-?????.arrows")):
+            self._shard = int(journal.stem[-5:])
+            if not self._shard_path.exists() and (batches := _read_journal(journal)):
+                self._publish(batches)
+            journal.unlink(missing_ok=True)
         shards = sorted(self.output_dir.glob(f"{self.prefix}-?????.parquet"))
         # Not their count: a shard may have been taken out, and none is ever overwritten.
         self._shard = max((int(path.stem[-5:]) + 1 for path in shards), default=0)
         self.episodes_written = sum(_episodes_in(path) for path in shards)
         if shards:
             self._schema = stored_schema(shards[0])
-        self._recover()
 
     def _unlock(self) -> None:
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
-
-    def _recover(self) -> None:
-        """Turn the journals of killed runs into shards; drop one whose shard is there, so was already published."""
-        following = self._shard
-        for leftover in self.output_dir.glob(f".{self.prefix}-?????.parquet.*.tmp"):
-            leftover.unlink()
-        for journal in sorted(self.output_dir.glob(f".{self.prefix}-?????.arrows")):
-            self._shard = int(journal.stem[-5:])
-            batches = [] if self._shard_path.exists() else _read_journal(journal)
-            if batches:
-                self._schema = batches[0].schema
-                self.episodes_written += len(batches)
-                self._publish(batches)
-                following = max(following, self._shard)
-            else:
-                journal.unlink()
-        self._shard = following
 
 
 def check_episode(episode: Episode, where: str) -> None:
