@@ -66,34 +66,20 @@ def damage(*refused: str, sound: bool = False) -> Callable[..., Any]:
     return enter
 
 
-def damage_vectors(*refused: str) -> Callable[..., Any]:
-    """The same of `change(rng, values, row)`, for state or action as lists of any length; the row is not the first."""
+def damage_column(names: tuple[str, ...], *refused: str, sound: bool = False) -> Callable[..., Any]:
+    """The same of `change(rng, values, row)`, for a row of one of some columns. State and action become lists of any length,
+    and their row is not the first."""
 
     def enter(change: Callable[[Rng, list[Any], int], None]) -> Any:
-        @damage(*refused)
-        @functools.wraps(change)
-        def apply(rng: Rng, table: pa.Table) -> pa.Table:
-            name = choose(rng, VECTORS)
-            values = table[name].to_pylist()
-            change(rng, values, int(rng.integers(1, len(values))))
-            return set_column(table, name, pa.array(values, pa.list_(choose(rng, (pa.float32(), pa.float64())))))
-
-        return apply
-
-    return enter
-
-
-def damage_value(name: str, *refused: str, sound: bool = False) -> Callable[..., Any]:
-    """The same of `change(rng, old)`, for one value of a column."""
-
-    def enter(change: Callable[[Rng, Any], Any]) -> Any:
         @damage(*refused, sound=sound)
         @functools.wraps(change)
         def apply(rng: Rng, table: pa.Table) -> pa.Table:
-            values = table[name].to_pylist()
-            row = int(rng.integers(len(values)))
-            values[row] = change(rng, values[row])
-            return set_column(table, name, values)
+            name = choose(rng, names)
+            values, kind = table[name].to_pylist(), table.schema.field(name).type
+            if name in VECTORS:
+                kind = pa.list_(choose(rng, (pa.float32(), pa.float64())))
+            change(rng, values, int(rng.integers(name in VECTORS, len(values))))
+            return set_column(table, name, pa.array(values, kind))
 
         return apply
 
@@ -231,33 +217,33 @@ def use_other_sound_types(rng: Rng, table: pa.Table) -> pa.Table:
     return set_column(table, name, pa.array(column.to_pylist(), choose(rng, kinds)))
 
 
-@damage_vectors(*NUMBERS)
+@damage_column(VECTORS, *NUMBERS)
 def change_one_length(rng: Rng, values: list[Any], row: int) -> None:
     values[row] = choose(rng, ([], [1.0], [0.5] * 300))
 
 
-@damage_vectors(*NUMBERS)
+@damage_column(VECTORS, *NUMBERS)
 def change_dimension_halfway(rng: Rng, values: list[Any], row: int) -> None:
     values[row:] = [[*value, 0.0] for value in values[row:]]
 
 
-@damage_vectors(*NUMBERS)
+@damage_column(VECTORS, *NUMBERS)
 def move_a_number_to_the_row_before(rng: Rng, values: list[Any], row: int) -> None:
     """As many numbers as there should be, but cut up otherwise: a reshape alone would not notice."""
     values[row - 1], values[row] = values[row - 1] + values[row][:1], values[row][1:]
 
 
-@damage_vectors(*NUMBERS)
+@damage_column(VECTORS, *NUMBERS)
 def make_a_number_infinite(rng: Rng, values: list[Any], row: int) -> None:
     values[row][-1] = choose(rng, (float("nan"), float("inf"), -float("inf"), 1e300, -1e39))
 
 
-@damage_vectors()
+@damage_column(VECTORS)
 def make_a_number_huge(rng: Rng, values: list[Any], row: int) -> None:
     values[row][0] = choose(rng, (3e38, -3.4e38, 1e30, 1e-45, 1e20))
 
 
-@damage_vectors(*NUMBERS)
+@damage_column(VECTORS, *NUMBERS)
 def lose_numbers(rng: Rng, values: list[Any], row: int) -> None:
     """One number, one vector, or all of them."""
     kind = rng.integers(3)
@@ -267,13 +253,9 @@ def lose_numbers(rng: Rng, values: list[Any], row: int) -> None:
         values[row] = [None, *values[row][1:]] if kind else None
 
 
-@damage(*NUMBERS)
-def change_a_flag(rng: Rng, table: pa.Table) -> pa.Table:
-    name = choose(rng, (schema.IS_FIRST, schema.IS_LAST))
-    values = table[name].to_pylist()
-    row = int(rng.integers(len(values)))
+@damage_column((schema.IS_FIRST, schema.IS_LAST), *NUMBERS)
+def change_a_flag(rng: Rng, values: list[Any], row: int) -> None:
     values[row] = choose(rng, (None, not values[row]))
-    return set_column(table, name, values)
 
 
 @damage()
@@ -293,16 +275,15 @@ def slice_rows(rng: Rng, table: pa.Table) -> pa.Table:
     return table.slice(int(rng.integers(1, table.num_rows)), int(rng.integers(1, table.num_rows)))
 
 
-@damage_value(schema.PROMPT, *IMAGES)
-def make_prompt_unusable(rng: Rng, old: str) -> str | None:
+@damage_column((schema.PROMPT,), *IMAGES)
+def make_prompt_unusable(rng: Rng, values: list[Any], row: int) -> None:
     long = ("open the drawer " * 6400, "x" * 100_000, "\n" * 50_000 + "a" * 50_000, "🤖" * 30_000)
-    return choose(rng, (None, "", "  \n\t ", *long))
+    values[row] = choose(rng, (None, "", "  \n\t ", *long))
 
 
-@damage_value(schema.PROMPT)
-def make_prompt_odd(rng: Rng, old: str) -> str:
-    odd = ("<image>", "<image>" * 20 + " a", "<bos><eos><pad>", "a\0b", "\x1b[31mred", "%s {}")
-    return choose(rng, odd)
+@damage_column((schema.PROMPT,))
+def make_prompt_odd(rng: Rng, values: list[Any], row: int) -> None:
+    values[row] = choose(rng, ("<image>", "<image>" * 20 + " a", "<bos><eos><pad>", "a\0b", "\x1b[31mred", "%s {}"))
 
 
 @damage(*IMAGES)
@@ -329,30 +310,31 @@ def png(width: int, height: int, rows: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
 
 
-@damage_value(IMAGE, *IMAGES)
-def make_image_unusable(rng: Rng, old: bytes) -> Any:
+@damage_column((IMAGE,), *IMAGES)
+def make_image_unusable(rng: Rng, values: list[Any], row: int) -> None:
     huge_jpeg = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xff\xff\xff\x03\x01\x22\x00\x02\x11\x01\x03\x11\x01\xff\xd9"
     broken = (None, b"", rng.bytes(500), huge_jpeg, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", png(0, 0), png(2**31 - 1, 2**31 - 1))
     foreign = [encoded(mode, (8, 8), kind) for mode, kind in (("RGB", "GIF"), ("RGB", "BMP"), ("I;16", "PNG"))]
-    return choose(rng, (*broken, *foreign, png(40_000, 40_000, bytes(40_000)), old[: len(old) // 3]))
+    values[row] = choose(rng, (*broken, *foreign, png(40_000, 40_000, bytes(40_000)), values[row][: len(values[row]) // 3]))
 
 
-@damage_value(IMAGE)
-def flip_image(rng: Rng, old: bytes) -> bytes:
+@damage_column((IMAGE,))
+def flip_image(rng: Rng, values: list[Any], row: int) -> None:
     """As JPEG, or as PNG: its headers, or all of it."""
+    data, region = bytearray(values[row]), (0, len(values[row]))
     if rng.random() < 0.5:
-        return bytes(flip(rng, bytearray(old), 0, len(old)))
-    stream = io.BytesIO()
-    Image.open(io.BytesIO(old)).save(stream, "PNG")
-    data = bytearray(stream.getvalue())
-    return bytes(flip(rng, data, 8, choose(rng, (34, len(data)))))
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(data)).save(stream, "PNG")
+        data = bytearray(stream.getvalue())
+        region = (8, choose(rng, (34, len(data))))
+    values[row] = bytes(flip(rng, data, *region))
 
 
-@damage_value(IMAGE, sound=True)
-def use_other_sound_images(rng: Rng, old: bytes) -> bytes:
+@damage_column((IMAGE,), sound=True)
+def use_other_sound_images(rng: Rng, values: list[Any], row: int) -> None:
     kinds = [(mode, (30, 20), "PNG") for mode in ("RGBA", "P", "1", "LA")]
     kinds += [("CMYK", (30, 20), "JPEG"), ("L", (30, 20), "JPEG"), ("RGB", (1, 1), "PNG"), ("RGB", (3000, 1), "PNG")]
-    return encoded(*choose(rng, kinds))
+    values[row] = encoded(*choose(rng, kinds))
 
 
 @damage(*NUMBERS)

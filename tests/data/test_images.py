@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import struct
 import warnings
-import zlib
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from lerobot_sets import encode
+from mutations import flip, png
 from paligemma_vla.config import AugmentationConfig
 from paligemma_vla.data.formats.parquet import EncodedPictures
 from paligemma_vla.data.images import jitter_colour, random_crop
@@ -41,23 +42,12 @@ def test_decode_gives_rgb(kind: str, mode: str) -> None:
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises width x height pixels, in a few bytes."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0" * 1000)),
-        (b"IEND", b""),
-    ]
-    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
 @pytest.mark.parametrize("side", [6000, 60000])
 def test_decode_refuses_a_bomb_before_any_pixel(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     with warnings.catch_warnings(), pytest.raises(DataError, match=r"^f\.parquet: row 3, column image_1_bytes: "):
         warnings.simplefilter("ignore")
-        decode_image(png_header(side, side))
+        decode_image(png(side, side))
 
 
 def test_decode_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,39 +57,27 @@ def test_decode_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(encoded("PNG", size=(7, 7)))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_decode_takes_jpeg_and_png_only(kind: str) -> None:
-    with pytest.raises(DataError, match="image_1_bytes: cannot be decoded as JPEG or PNG"):
-        decode_image(encoded(kind))
+SIXTEEN_BITS = encode(np.arange(0, 48000, 1000, dtype=np.uint16).reshape(6, 8))
+FOREIGN = [(encoded(kind), "image_1_bytes: cannot be decoded as JPEG or PNG") for kind in ("GIF", "BMP", "TIFF", "WEBP", "PPM")]
 
 
-def test_decode_refuses_16_bits_per_channel() -> None:
-    stream = io.BytesIO()
-    Image.fromarray(np.arange(0, 48000, 1000, dtype=np.uint16).reshape(6, 8)).save(stream, "PNG")
-    with pytest.raises(DataError, match="16 bits per channel, expected 8"):
-        decode_image(stream.getvalue())
+@pytest.mark.parametrize(("data", "message"), [*FOREIGN, (SIXTEEN_BITS, "16 bits per channel, expected 8")])
+def test_decode_takes_jpeg_and_png_of_8_bits_only(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        decode_image(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_decode_of_damaged_bytes_is_an_image_or_a_data_error(kind: str) -> None:
     """Truncations and flipped bytes: whatever the decoder meets, nothing but DataError comes out."""
-    data = encode_image(np.random.default_rng(0), kind)
-    rng = np.random.default_rng(1)
-    refused = 0
+    data, rng, decoded = encode_image(np.random.default_rng(0), kind), np.random.default_rng(1), 0
     for trial in range(300):
-        damaged = bytearray(data)
-        if trial % 3 == 0:
-            damaged = damaged[: rng.integers(0, len(data))]
-        else:
-            for place in rng.integers(0, len(data), 4):
-                damaged[place] = rng.integers(0, 256)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                decode_image(bytes(damaged))
-        except DataError:
-            refused += 1
-    assert refused >= 100
+        damaged = flip(rng, bytearray(data), 0, len(data))[: None if trial % 3 else rng.integers(len(data))]
+        with warnings.catch_warnings(), contextlib.suppress(DataError):
+            warnings.simplefilter("ignore")
+            decode_image(bytes(damaged))
+            decoded += 1
+    assert decoded <= 200
 
 
 def test_random_crop_stays_inside_and_keeps_the_scale() -> None:
