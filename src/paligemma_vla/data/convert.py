@@ -18,17 +18,15 @@ from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from paligemma_vla.data.faults import located, prompt_of
-from paligemma_vla.data.formats import Pictures, open_file
+from paligemma_vla.data.formats import open_file
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex, read_flags
-from paligemma_vla.data.reader import EpisodeReader
+from paligemma_vla.data.reader import EpisodeReader, Picture
 from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter
 from paligemma_vla.errors import DataError
-from paligemma_vla.schema import PROMPT, DatasetMetadata, Episode, image_column
+from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
 
@@ -47,18 +45,16 @@ logger = logging.getLogger(__name__)
 class Recording:
     """One episode of L steps, whose images are read when they are asked for.
 
-    file, row: where its first step is stored. cameras: their numbers in the file, from 0. state (L, P), action (L, A).
-    prompts: an instruction per step. pictures: per camera and step, where the image is among those that were read with it;
-    None where the camera is absent.
+    file, row: where its first step is stored. state (L, P), action (L, A). prompts: an instruction per step. pictures: per
+    camera and step, None where the camera is absent.
     """
 
     file: str
     row: int
-    cameras: Sequence[int]
     state: NDArray[np.float32]
     action: NDArray[np.float32]
     prompts: list[str]
-    pictures: list[list[tuple[Pictures, int] | None]]
+    pictures: list[list[Picture | None]]
     is_terminal: bool
 
     @property
@@ -68,23 +64,6 @@ class Recording:
     def where(self, step: int = 0) -> str:
         """File and row of a step."""
         return f"{self.file}: row {self.row + step}"
-
-    def encoded(self, camera: int, step: int) -> bytes | None:
-        """A present image as it is stored, when that is an encoded image of its own. Raises `FaultError`."""
-        pictures, number = self._find(camera, step)
-        with located(self.file, self.row + step, image_column(self.cameras[camera] + 1)):
-            return pictures.encoded(number)
-
-    def decode(self, camera: int, step: int) -> Image.Image:
-        """A present image as RGB. Raises `FaultError`."""
-        pictures, number = self._find(camera, step)
-        with located(self.file, self.row + step, image_column(self.cameras[camera] + 1)):
-            return pictures.decode(number)
-
-    def _find(self, camera: int, step: int) -> tuple[Pictures, int]:
-        found = self.pictures[camera][step]
-        assert found is not None
-        return found
 
 
 def read_episodes(index: EpisodeIndex, cameras: Sequence[int], episodes: Sequence[int]) -> Iterator[Recording]:
@@ -97,18 +76,17 @@ def read_episodes(index: EpisodeIndex, cameras: Sequence[int], episodes: Sequenc
             if file not in terminal:
                 with open_file(path) as source:
                     terminal = {file: set(read_flags(source).terminal.tolist())}
-            states, prompts = [], []
-            pictures: list[list[tuple[Pictures, int] | None]] = [[] for _ in cameras]
-            for row in rows:
-                group, number = reader.group_of(file, row)
-                states.append(group.state[number])
-                with located(path, row, PROMPT):
-                    prompts.append(prompt_of(group.prompt, number))
-                for camera, found in zip(cameras, pictures, strict=True):
-                    column = group.images[camera]
-                    found.append((column, number) if column is not None and column.present(number) else None)
-            action = reader.actions(file, start, start + length)
-            yield Recording(path, start, cameras, np.stack(states), action, prompts, pictures, rows[-1] in terminal[file])
+            groups = [reader.group_of(file, row) for row in rows]
+            images = [group.pictures(number) for group, number in groups]
+            yield Recording(
+                file=path,
+                row=start,
+                state=np.stack([group.state[number] for group, number in groups]),
+                action=reader.actions(file, start, start + length),
+                prompts=[group.instruction(number) for group, number in groups],
+                pictures=[[step[camera] for step in images] for camera in cameras],
+                is_terminal=rows[-1] in terminal[file],
+            )
 
 
 class OutputFormat(Protocol):
@@ -173,17 +151,14 @@ class NativeOutput:
             if text != prompt:
                 got = f"step {step}: got the instruction {text[:60]!r}, expected {prompt[:60]!r} as at the first step"
                 raise DataError(f"{recording.where()}: {got}: an episode file has one; read the data directly: lerobot:PATH")
-        cameras, steps = range(len(recording.pictures)), range(recording.length)
-        images = [[self._encoded(recording, camera, step) for step in steps] for camera in cameras]
+        images = [[None if picture is None else self._encoded(picture) for picture in camera] for camera in recording.pictures]
         return Episode(images, recording.state, recording.action, prompt, recording.is_terminal)
 
-    def _encoded(self, recording: Recording, camera: int, step: int) -> bytes | None:
-        if recording.pictures[camera][step] is None:
-            return None
-        data = recording.encoded(camera, step)
+    def _encoded(self, picture: Picture) -> bytes:
+        data = picture.encoded()
         if data is not None and data.startswith(IMAGE_MAGIC):
             return data
-        return encode_image(recording.decode(camera, step), self.image_format, self.quality)
+        return encode_image(picture.decode(), self.image_format, self.quality)
 
 
 @dataclass(frozen=True)
@@ -374,29 +349,36 @@ def compare_episode(source: Recording, result: Recording, lossless: bool) -> Com
         if (got.tobytes() != expected.tobytes()) if isinstance(got, np.ndarray) else (got != expected):
             raise DataError(difference % f"{name}: got {str(got)[:80]}, expected {str(expected)[:80]}")
     comparison = Comparison()
-    for camera, (before, after) in enumerate(zip(source.pictures, result.pictures, strict=True)):
+    for camera, (before, after) in enumerate(zip(source.pictures, result.pictures, strict=True), 1):
         different = []
         for step, (original, picture) in enumerate(zip(before, after, strict=True)):
-            if (original is None) != (picture is None):
-                raise DataError(difference % f"camera {camera + 1}, step {step}: an image is there in only one of them")
-            if original is None:
+            if original is None or picture is None:
+                if original is not picture:
+                    raise DataError(difference % f"camera {camera}, step {step}: an image is there in only one of them")
                 continue
-            data = source.encoded(camera, step)
-            if data is None or data != result.encoded(camera, step):
+            data = original.encoded()
+            if data is None or data != picture.encoded():
                 different.append(step)
             else:
                 comparison.identical += 1
         for number in np.unique(np.linspace(0, len(different) - 1, min(SAMPLED, len(different))).round().astype(int)):
-            psnr, fault = _compare_frame(source, result, camera, different[number], lossless)
+            psnr, fault = _compare_frame(before, after, different[number], lossless)
             if fault:
-                raise DataError(difference % f"camera {camera + 1}, step {different[number]}: {fault}")
+                raise DataError(difference % f"camera {camera}, step {different[number]}: {fault}")
             comparison.add(Comparison(0, 1, psnr))
     return comparison
 
 
-def _compare_frame(source: Recording, result: Recording, camera: int, step: int, lossless: bool) -> tuple[float, str]:
+def _compare_frame(
+    source: Sequence[Picture | None], result: Sequence[Picture | None], step: int, lossless: bool
+) -> tuple[float, str]:
     """PSNR of one frame, in dB, and what is wrong with it."""
-    expected, got = (np.asarray(recording.decode(camera, step), np.float64) for recording in (source, result))
+
+    def pixels(picture: Picture | None) -> NDArray[np.float64]:
+        assert picture is not None
+        return np.asarray(picture.decode(), np.float64)
+
+    expected, got = pixels(source[step]), pixels(result[step])
     if got.shape != expected.shape:
         return 0.0, f"got an image of {got.shape[:2]}, expected {expected.shape[:2]}"
     error = float(((got - expected) ** 2).mean())
@@ -406,9 +388,7 @@ def _compare_frame(source: Recording, result: Recording, camera: int, step: int,
     if psnr < LEAST_PSNR:
         return psnr, f"got PSNR {psnr:.1f} dB, expected {LEAST_PSNR:g} dB at least; a smaller --crf loses less"
     for neighbour in (step - 1, step + 1):  # a picture that is one step off may still look much the same
-        if not 0 <= neighbour < source.length or source.pictures[camera][neighbour] is None:
-            continue
-        other = np.asarray(source.decode(camera, neighbour), np.float64)
-        if np.abs(got - other).mean() + CLOSER < np.abs(got - expected).mean():
+        other = source[neighbour] if 0 <= neighbour < len(source) else None
+        if other is not None and np.abs(got - pixels(other)).mean() + CLOSER < np.abs(got - expected).mean():
             return psnr, f"got an image more like step {neighbour} than its own"
     return psnr, ""

@@ -201,15 +201,14 @@ class LeRobotOutput:
         """Write the frames of one camera, or return its encoded images; and statistics of some of them."""
         key, sampled = self.camera_keys[camera], _sampled_steps(recording.length)
         images, counted = list[bytes](), list[Stats]()
-        for step in range(recording.length):
+        for step, picture in enumerate(recording.pictures[camera]):
             where = f"{recording.where(step)}: camera {key}"
-            if recording.pictures[camera][step] is None:
+            if picture is None:
                 text = "got no image, expected one: LeRobot cannot leave one out"
                 raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
-            data = recording.encoded(camera, step) if video is None else None
+            data = picture.encoded() if video is None else None
             if data is None or step in sampled or step == 0:
-                picture = recording.decode(camera, step)
-                pixels = np.asarray(picture)
+                pixels = np.asarray(picture.decode())
                 _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
                 if step in sampled:
                     thin = max(1, max(pixels.shape) // LARGEST_SIDE)
@@ -217,7 +216,7 @@ class LeRobotOutput:
                 if video is not None:
                     video.write(pixels, where)
                     continue
-            images.append(data or encode_image(picture, "png"))
+            images.append(data or encode_image(picture.decode(), "png"))
         return _image_stats(counted), images
 
     def _values(self, recording: Recording, episode: int, step: int) -> dict[str, NDArray[Any]]:
