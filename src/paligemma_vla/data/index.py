@@ -491,8 +491,8 @@ class Excluded:
     """
 
     file: str
-    first_row: Annotated[int, Field(ge=0)] | None
-    rows: Annotated[int, Field(gt=0)] | None
+    first_row: Annotated[int, Field(ge=0, strict=True)] | None
+    rows: Annotated[int, Field(gt=0, strict=True)] | None
     episode: int | None = None
     reasons: tuple[str, ...] = ()
     digest: str | None = None
@@ -563,12 +563,13 @@ def load_exclusions(path: str | None) -> ExclusionList | None:
     where = f"data.exclude_episodes: {path}"
     missing = "write it with `paligemma-vla data check`, or set the key to null"
     raw, folder = read_json(path, DataError, CHECK_AGAIN, missing, where), os.path.dirname(os.path.realpath(path))
-    try:
-        listed = TypeAdapter(_Listed).validate_json(json.dumps(raw), strict=True)
-    except ValidationError as error:
-        raise DataError(f"{where}: not a list of episodes to leave out ({first_fault(error)}); {CHECK_AGAIN}") from error
     real = lambda path: os.path.realpath(os.path.join(folder, path))  # noqa: E731
-    return ExclusionList(path, [replace(entry, file=map_path(entry.file, real)) for entry in listed.episodes])
+    try:  # not as JSON, which has no names of files that are not UTF-8
+        listed = TypeAdapter(_Listed).validate_python(raw)
+        return ExclusionList(path, [replace(entry, file=map_path(entry.file, real)) for entry in listed.episodes])
+    except ValueError as error:
+        why = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
+        raise DataError(f"{where}: not a list of episodes to leave out ({why}); {CHECK_AGAIN}") from error
 
 
 def real_name(name: str) -> str:
