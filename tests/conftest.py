@@ -16,7 +16,7 @@ os.environ.setdefault("MUTATION_SEED", time.strftime("%Y%m%d", time.gmtime()))  
 import pytest
 
 from paligemma_vla.config import VLAConfig, config_from_dict
-from support import config_dict, train_here, write_episodes
+from support import config_dict, read_rows, train_here, write_episodes
 from zygote import Zygote
 
 # Nothing here may import torch: the process that hands out tests to others would load it before they even start.
@@ -155,6 +155,21 @@ def policy(checkpoint: Path) -> Policy:
     from paligemma_vla import Policy
 
     return Policy.from_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as `paligemma-vla export` writes it. Not to be changed."""
+    from paligemma_vla.export.folder import write_export
+    from paligemma_vla.policy import Policy, load_trained
+
+    return write_export(tmp_path_factory.mktemp("exported") / "policy", Policy(load_trained(checkpoint), "test"))
+
+
+@pytest.fixture(scope="session")
+def rows(two_camera_dir: Path) -> list[dict[str, Any]]:
+    """Every row of `two_camera_dir`."""
+    return read_rows(two_camera_dir)
 
 
 @pytest.fixture(scope="session")

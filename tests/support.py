@@ -73,6 +73,15 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def observation_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a robot would send at a row: decoded pictures of their own size, real units."""
+    observation: dict[str, Any] = {"state": np.array(row["state"]), "prompt": row["prompt"]}
+    for camera in (1, 2):
+        if row[f"image_{camera}_bytes"] is not None:
+            observation[f"image_{camera}"] = np.asarray(Image.open(io.BytesIO(row[f"image_{camera}_bytes"])))
+    return observation
+
+
 def config_dict(model: Path, data: Path, statistics: Path, runs: Path) -> dict[str, Any]:
     """A configuration for the tiny backbone and the synthetic episodes: seconds to train, every floor exercised."""
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import shutil
 from pathlib import Path
@@ -23,23 +22,9 @@ from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training.checkpoint import load_checkpoint
-from support import ACTION_DIM, HORIZON, METADATA, STATE_DIM, read_rows, train_here, write_episodes
+from support import ACTION_DIM, HORIZON, METADATA, STATE_DIM, observation_of, read_rows, train_here, write_episodes
 
 Observation = dict[str, Any]
-
-
-def observation_of(row: dict[str, Any]) -> Observation:
-    """What a robot would send at this row: decoded pictures of their own size, real units."""
-    observation: Observation = {"state": np.array(row["state"]), "prompt": row["prompt"]}
-    for camera in (1, 2):
-        if row[f"image_{camera}_bytes"] is not None:
-            observation[f"image_{camera}"] = np.asarray(Image.open(io.BytesIO(row[f"image_{camera}_bytes"])))
-    return observation
-
-
-@pytest.fixture(scope="module")
-def rows(two_camera_dir: Path) -> list[dict[str, Any]]:
-    return read_rows(two_camera_dir)
 
 
 @pytest.fixture

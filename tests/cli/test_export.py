@@ -12,14 +12,8 @@ import pytest
 from paligemma_vla import Policy
 from paligemma_vla.evaluation.rollout import load_checkpoint
 from paligemma_vla.export import folder
-from paligemma_vla.export.folder import write_export
-from paligemma_vla.policy import fingerprint, load_trained
+from paligemma_vla.policy import fingerprint
 from support import call
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_export(tmp_path_factory.mktemp("exported") / "policy", Policy(load_trained(checkpoint), "test"))
 
 
 def evaluated(capfd: pytest.CaptureFixture[str], place: Path, data: Path, output: Path, *flags: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from paligemma_vla import Policy
 from paligemma_vla.cli.main import script
@@ -27,14 +25,9 @@ from paligemma_vla.evaluation import open_loop
 from paligemma_vla.evaluation.open_loop import EULER_STEPS, ErrorSums, OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.normalization import DatasetStatistics
 from paligemma_vla.seeding import derive_seed
-from support import ACTION_DIM, HORIZON, METADATA, make_episode, read_rows, train_here, write_episodes
+from support import ACTION_DIM, HORIZON, METADATA, make_episode, observation_of, train_here, write_episodes
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def rows(two_camera_dir: Path) -> Rows:
-    return read_rows(two_camera_dir)
 
 
 @pytest.fixture
@@ -61,12 +54,7 @@ def chunk_after(rows: Rows, number: int) -> list[list[float]]:
 
 
 def predict_alone(policy: Policy, row: dict[str, Any], number: int) -> np.ndarray:
-    observation = {"state": np.array(row["state"], np.float32), "prompt": row["prompt"]}
-    for camera in (1, 2):
-        if row[f"image_{camera}_bytes"] is not None:
-            image = Image.open(io.BytesIO(row[f"image_{camera}_bytes"]))
-            observation[f"image_{camera}"] = np.asarray(image.convert("RGB"))
-    return np.asarray(policy.infer(observation, seed=derive_seed(0, "open loop", number))["actions"])
+    return np.asarray(policy.infer(observation_of(row), seed=derive_seed(0, "open loop", number))["actions"])
 
 
 def test_metrics_equal_a_naive_loop_over_the_rows(

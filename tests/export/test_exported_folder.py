@@ -30,11 +30,6 @@ def trained(checkpoint: Path) -> Trained:
     return load_trained(checkpoint)
 
 
-@pytest.fixture(scope="module")
-def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("exports") / "policy", trained)
-
-
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
     """One of a test's own, to be damaged."""
