@@ -167,11 +167,11 @@ class Policy:
             if image is not None and not _is_image(image):
                 faults.append(f"{name}: got {got}, expected a uint8 array (H, W, 3)")
         try:
-            state = np.asarray(observation.get("state", ()), np.float64)
-        except (ValueError, TypeError):  # ragged lists, or no numbers
+            state = np.asarray(observation.get("state", ()))
+        except ValueError:  # ragged lists
             state = np.empty(0)
-        if state.shape != (dimension,) or not np.isfinite(state).all():
-            faults.append(f"state: got {observation.get('state')!r:.80}, expected {dimension} finite numbers")
+        if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
+            faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
         elif not self.preprocessor.actions.starts_from(state):
             rotation = self.preprocessor.actions.rotation
             faults.append(f"state: got {state.tolist()}, expected a rotation in it as {rotation}: a length of 0 is none")
