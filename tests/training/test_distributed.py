@@ -29,6 +29,7 @@ from support import identical
 from zygote import Zygote
 
 ROOT = Path(__file__).parent.parent.parent
+MISSING = "mps" if not torch.backends.mps.is_available() else "cuda"
 # Each of these runs is ended by its test.
 LONG_RUN = {
     "training.epochs": 2000,
@@ -74,11 +75,10 @@ def test_processes_that_are_terminated_save_together_and_go_on_exactly(
 
 
 def test_error_in_the_ranks_is_one_message(tiny_config: ConfigFactory, tmp_path: Path) -> None:
-    config = tiny_config({"data.normalization_stats_path": str(tmp_path / "missing.json")})
-    failed = start(config, tmp_path)
+    failed = start(tiny_config(), tmp_path, "--device", MISSING)
     stderr = failed.communicate(timeout=240)[1]
     assert failed.returncode == 2, stderr
-    assert stderr.startswith(f"error: {tmp_path / 'missing.json'}: ")
+    assert stderr.startswith(f"error: --device {MISSING}: not available here")
     assert "Traceback" not in stderr
 
 
@@ -211,6 +211,5 @@ def test_restart_goes_on_with_its_own_run_alone(
 
 
 def test_device_that_is_not_there_is_refused() -> None:
-    missing = "mps" if not torch.backends.mps.is_available() else "cuda"
-    with pytest.raises(ConfigError, match=f"--device {missing}: not available here; available: .*cpu"):
-        distributed.choose_device(missing)
+    with pytest.raises(ConfigError, match=f"--device {MISSING}: not available here; available: .*cpu"):
+        distributed.choose_device(MISSING)

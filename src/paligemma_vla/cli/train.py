@@ -110,13 +110,15 @@ def train(
     device: None takes the best there is. resume_checkpoint: a path or URL, or `auto`. force: resume in spite of differences.
     config_path: where the configuration was read, to warn if it repeats a run on other data.
     """
+    from paligemma_vla.training.distributed import explain_communication, join
+
+    distributed = join(device)  # what is wrong with it is told before the slow imports
+
     from paligemma_vla.evaluation.report import Report, write_report
     from paligemma_vla.training.checkpoint import consolidate_links
-    from paligemma_vla.training.distributed import explain_communication, join
     from paligemma_vla.training.run import RemoteRun, begin_run, end_run, warn_of_other_data
     from paligemma_vla.training.trainer import Trainer
 
-    distributed = join(device)
     if not distributed.main:
         logging.getLogger().setLevel(logging.WARNING)
     with explain_communication():
