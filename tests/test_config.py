@@ -40,6 +40,8 @@ def test_config_minimal_has_the_specifications_values() -> None:
     assert (head.horizon, head.per_action_dim, head.action_dim, head.num_inference_timesteps) == (8, 7, 56, 50)
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.lr_scheduler.type) == (1e-4, 0.01, "cosine")
     assert config.run_dir == Path("experiments/default")
+    for key, value, cameras in (("lora", None, 1), ("use_aux_camera", True, 2), ("num_cameras", 4, 4)):
+        assert config_from_dict(MINIMAL, {f"{VLM}.{key}": value}).model.vlm_config.cameras == cameras
     with pytest.raises(ValueError, match="frozen"):
         config.optimizer.lr = 1.0  # type: ignore[misc]
 
@@ -65,7 +67,7 @@ def test_config_reports_every_fault_with_its_path_and_the_nearest_name() -> None
         "data.train_parquet_files.4.path": (None, "missing"),
         f"{HEAD}.horizon": (6, None),
         f"{HEAD}.num_heads": (3, "got 3"),
-        f"{HEAD}.action_dim": (56, "got 56, expected horizon * per_action_dim = 6 * 7 = 42"),
+        f"{HEAD}.action_dim": (56, "got 56, expected horizon * per_action_dim = 6 * 7 = 42; delete it, or fix horizon"),
     }
     found = faults({key: value for key, (value, _) in expected.items() if value is not None})
     assert set(found) == {key for key, (_, message) in expected.items() if message is not None}
@@ -75,17 +77,11 @@ def test_config_reports_every_fault_with_its_path_and_the_nearest_name() -> None
     assert set(found) == {"data.train_parquet_files", f"{VLM}.model_name_or_path", f"{HEAD}.action_dim"}
 
 
-def test_config_action_dim_contradiction_says_where_got_expected_and_remedy() -> None:
-    message = "got 48, expected horizon * per_action_dim = 8 * 7 = 56; delete it, or fix horizon"
-    assert faults({f"{HEAD}.action_dim": 48}) == {f"{HEAD}.action_dim": message}
-
-
 @pytest.mark.parametrize(
     ("key", "overrides"),
     [
         # contradictions between keys
         (f"{HEAD}.num_heads", {f"{HEAD}.num_heads": 3}),
-        (f"{HEAD}.num_flow_samples", {f"{HEAD}.num_flow_samples": 200, f"{HEAD}.horizon": 100}),
         (f"{VLM}.num_cameras", {f"{VLM}.num_cameras": 1, f"{VLM}.use_aux_camera": True}),
         (f"{VLM}.lora", {**FROZEN, f"{VLM}.lora": {}}),
         (f"{VLM}.lora.target_modules", {f"{VLM}.lora": {"target_modules": "("}}),
@@ -104,18 +100,17 @@ def test_config_action_dim_contradiction_says_where_got_expected_and_remedy() ->
         (f"{ACTIONS}.state_dimensions", {f"{ACTIONS}.representation": "delta", f"{ACTIONS}.state_dimensions": [0]}),
         (f"{ACTIONS}.rotation.dimensions", {f"{ACTIONS}.rotation": {"representation": "rotvec", "dimensions": [0]}}),
         # nothing is converted silently; a wrong type causes no second fault
-        (f"{HEAD}.horizon", {f"{HEAD}.horizon": 10.0, f"{HEAD}.action_dim": 70}),
+        *((f"{HEAD}.horizon", {f"{HEAD}.horizon": 10.0, **dim}) for dim in ({}, {f"{HEAD}.action_dim": 70})),
         *((key, {key: value}) for key, value in [("data.batch_size", "32"), (f"{VLM}.use_aux_camera", 1), ("training", None)]),
         # values that no run can have
         ("data.batch_size", {"data.batch_size": 2**31}),
-        ("data.batch_size", {"data.batch_size": [16**5000]}),
         ("data.train_parquet_files", {"data.train_parquet_files": []}),
         ("data.train_parquet_files.0.weight", {"data.train_parquet_files": [{"path": "a", "weight": 1e300}]}),
         ("optimizer.lr", {"optimizer.lr": float("nan")}),
         ("optimizer.betas.1", {"optimizer.betas": [0.9, 1.0]}),
         *(("training.experiment_name", {"training.experiment_name": name}) for name in ("a/b", "..", "x" * 300, "\ud800")),
         (f"{ACTIONS}.dimensions.0", {f"{ACTIONS}.dimensions": [-1]}),
-        ("'a\\nb'", {"a\nb": 3}),
+        ("data.exclude_episodes", {"data.exclude_episodes": "a\0b"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -139,11 +134,6 @@ def test_config_data_files_take_every_form(files: object, parsed: object) -> Non
     assert config.data.train_parquet_files == config.data.val_parquet_files == parsed
 
 
-@pytest.mark.parametrize(("vlm", "cameras"), [({}, 1), ({"use_aux_camera": True}, 2), ({"num_cameras": 4}, 4)])
-def test_config_cameras(vlm: dict[str, Any], cameras: int) -> None:
-    assert config_from_dict(MINIMAL, {f"{VLM}.{key}": value for key, value in vlm.items()}).model.vlm_config.cameras == cameras
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -162,17 +152,10 @@ def test_yaml_refuses_a_key_given_twice(text: str) -> None:
         parse_yaml(text, "f.yaml")
 
 
-@pytest.mark.parametrize(
-    "text", ["[1", "!!python/name:os.system", "b: c", "[" * 9999, "&a [*a]", "!!bool x", "1" * 5000, '"\\0"']
-)
+@pytest.mark.parametrize("text", ["[1", "!!python/name:os.system", "b: c", "[" * 9999, "&a [*a]", "!!bool x", "1" * 5000])
 def test_yaml_faults_name_the_file(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^f\.yaml: not valid YAML: ."):
         parse_yaml(f"a: {text}", "f.yaml")
-
-
-def test_values_too_large_to_show_cost_nothing() -> None:
-    aliases = "\n".join(["l0: &l0 [x]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40))])
-    assert set(faults({"wandb.entity": parse_yaml(aliases, "f.yaml")["l39"]})) == {"wandb.entity"}
 
 
 def test_set_assignments_are_yaml() -> None:
@@ -183,7 +166,7 @@ def test_set_assignments_are_yaml() -> None:
             parse_assignments([assignment])
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"", b"- a", b"a" * 2**21])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"", b"- a"])
 def test_load_config_names_a_file_it_cannot_use(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "c.yaml"
     if content is not None:

@@ -12,82 +12,66 @@ import copy
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core import core_schema
 
 from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import first_fault
 from paligemma_vla.storage import atomic_write, read_json
 
-VERSION = 1
-LOW, HIGH = 0.01, 0.99
+LOW = 0.01
 ORDER = (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max"))
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 ROUNDING = 1e-6  # relative; a mean of equal numbers may lie a little beside them
 AGAIN = "compute the statistics again"
-FIELDS = ("min", "max", "mean", "std", "q01", "q99")
 logger = logging.getLogger(__name__)
+
+
+def _array_of(entry: Any) -> GetPydanticSchema:
+    """For pydantic: an array (n,), float64, which is a list of `entry` in JSON."""
+    write = core_schema.plain_serializer_function_ser_schema(np.ndarray.tolist)
+    return GetPydanticSchema(
+        lambda _, read: core_schema.no_info_after_validator_function(
+            np.array, core_schema.list_schema(read(entry)), serialization=write
+        )
+    )
+
+
+Numbers = Annotated[NDArray[np.float64], _array_of(Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, strict=True)])]
+Spreads = Annotated[NDArray[np.float64], _array_of(Annotated[float, Field(ge=0, le=FLOAT32_MAX, strict=True)])]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of one column over `count` rows; every array has one entry per dimension, float64."""
 
-    min: NDArray[np.float64]
-    max: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    std: NDArray[np.float64]
-    q01: NDArray[np.float64]
-    q99: NDArray[np.float64]
-    count: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**{name: getattr(self, name).tolist() for name in FIELDS}, "count": self.count}
-
-
-Numbers = list[Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, strict=True)]]
-
-
-class _ColumnFile(BaseModel):
-    """JSON of `Statistics`."""
-
     min: Numbers
     max: Numbers
     mean: Numbers
-    std: list[Annotated[float, Field(ge=0, le=FLOAT32_MAX, strict=True)]]
+    std: Spreads
     q01: Numbers
     q99: Numbers
     count: Annotated[int, Field(gt=0, strict=True)]
 
-    def statistics(self, where: str) -> Statistics:
-        """Raises `DataError` for numbers that are no statistics of any data."""
-        arrays = {name: np.array(getattr(self, name), np.float64) for name in FIELDS}
-        lengths = {name: len(array) for name, array in arrays.items()}
+    def check(self, where: str) -> None:
+        """Raise `DataError` for numbers that are no statistics of any data: a file may have been edited."""
+        lengths = {name: len(value) for name, value in vars(self).items() if name != "count"}
         if len(set(lengths.values())) != 1:
             raise DataError(f"{where}: got {lengths}, expected lists of one length; {AGAIN}")
-        slack = ROUNDING * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
+        slack = ROUNDING * np.maximum(np.abs(self.min), np.abs(self.max))
         for low, high in ORDER:
-            for n in np.flatnonzero(arrays[high] < arrays[low] - slack):
-                got = f"got {arrays[high][n]:g}, expected at least {low} = {arrays[low][n]:g}"
+            below, above = getattr(self, low), getattr(self, high)
+            for n in np.flatnonzero(above < below - slack):
+                got = f"got {above[n]:g}, expected at least {low} = {below[n]:g}"
                 raise DataError(f"{where}: {high}, dimension {n}: {got}; {AGAIN}")
-        return Statistics(**arrays, count=self.count)
-
-
-class _File(BaseModel):
-    """JSON of `DatasetStatistics`."""
-
-    version: Literal[1]
-    state: _ColumnFile
-    action: _ColumnFile
-    datasets: tuple[str, ...] = ()
-    digests: tuple[str, ...] = ()
-    actions: ActionTransform = ABSOLUTE  # as all were before there was a choice
 
 
 class Accumulator:
@@ -178,21 +162,16 @@ class DatasetStatistics:
     actions: what the numbers under `action` are of: the model sees no other.
     """
 
+    version: Literal[1] = field(default=1, kw_only=True)
     state: Statistics
     action: Statistics
     datasets: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
-    actions: ActionTransform = ABSOLUTE
+    actions: ActionTransform = ABSOLUTE  # as all were before there was a choice
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "version": VERSION,
-            "state": self.state.to_dict(),
-            "action": self.action.to_dict(),
-            "datasets": list(self.datasets),
-            "digests": list(self.digests),
-            "actions": self.actions.to_dict(),
-        }
+        """Plain data for JSON and for the checkpoint."""
+        return dict(_adapter().dump_python(self, mode="json"))
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
@@ -213,12 +192,18 @@ class DatasetStatistics:
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> DatasetStatistics:
         try:
-            file = _File.model_validate(raw)
+            read = _adapter().validate_python(raw)
         except ValidationError as error:
             raise DataError(f"{where}: {first_fault(error)}; {AGAIN}") from error
-        state, action = file.state.statistics(f"{where}: state"), file.action.statistics(f"{where}: action")
-        file.actions.check(f"{where}: actions", len(state.min), len(action.min))
-        return cls(state, action, file.datasets, file.digests, file.actions)
+        read.state.check(f"{where}: state")
+        read.action.check(f"{where}: action")
+        read.actions.check(f"{where}: actions", len(read.state.min), len(read.action.min))
+        return read
+
+
+@lru_cache
+def _adapter() -> TypeAdapter[DatasetStatistics]:
+    return TypeAdapter(DatasetStatistics)
 
 
 def recompute(path: str | Path) -> str:

@@ -11,6 +11,7 @@ Letters in shape comments, everywhere in this project:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -19,6 +20,7 @@ from typing import Annotated, Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from paligemma_vla.errors import DataError
 
@@ -115,16 +117,11 @@ class DatasetMetadata:
 
     def misfits(self, state_dim: int, action_dim: int) -> list[str]:
         """Names and units that are not one per dimension: field, got, expected."""
-        fields = [
-            ("state_names", state_dim),
-            ("state_units", state_dim),
-            ("action_names", action_dim),
-            ("action_units", action_dim),
-        ]
+        fields = {"state_names": state_dim, "state_units": state_dim, "action_names": action_dim, "action_units": action_dim}
         return [
             f"metadata {name}: got {len(getattr(self, name))}, expected {dimension}, one per dimension (or none)"
-            for name, dimension in fields
-            if getattr(self, name) and len(getattr(self, name)) != dimension
+            for name, dimension in fields.items()
+            if len(getattr(self, name)) not in (0, dimension)
         ]
 
     @classmethod
@@ -137,10 +134,15 @@ class DatasetMetadata:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first of pydantic's faults: field, got, expected."""
-    fault = error.errors(include_url=False)[0]
-    field = "".join(f"{part}: " for part in fault["loc"])
-    return f"{field}got {fault['input']!r:.60}: {fault['msg']}"
+    """The first of pydantic's faults."""
+    return describe_fault(error.errors(include_url=False)[0])
+
+
+def describe_fault(fault: ErrorDetails) -> str:
+    """One of pydantic's faults: dotted field, got, expected."""
+    field = ".".join(map(str, fault["loc"]))
+    expected = re.sub(r"^(Value error, |Input should be )", "", fault["msg"])
+    return f"{field}: got {fault['input']!r:.80}, expected: {expected[:1].lower()}{expected[1:]}".removeprefix(": ")
 
 
 @lru_cache

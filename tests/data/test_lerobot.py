@@ -183,7 +183,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done, an
     "fps": (info(lambda i: i.update(fps=30)), "row 1, column timestamp: got 0.100 s, expected 0.033 s .*at fps 30 of info"),
     "template": (info(lambda i: i.update(data_path="data/{nothing}")), "data_path: got 'data/{nothing}'"),
     "outside": (info(lambda i: i.update(data_path="../{chunk_index}")), "expected a path within the data set"),
-    "feature": (info(lambda i: i["features"].update(action={"dtype": "float32"})), "features: action: shape: got "),
+    "feature": (info(lambda i: i["features"].update(action={"dtype": "float32"})), "features.action.shape: got "),
     "rows": (rows(lambda c: [values.pop() for values in c.values()]), "file-001.parquet: got 12 rows, expected 13"),
     "episode": (rows(lambda c: c["episode_index"].__setitem__(5, 1)), "row 5, column episode_index: got 1, expected 2"),
     "column": (rows(lambda c: c.pop("action")), "column action: missing"),

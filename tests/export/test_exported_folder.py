@@ -162,7 +162,7 @@ def without_a_weight(path: Path) -> None:
         (("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])), "does not describe a policy"),
         (("model.safetensors", without_a_weight), "action_head.velocity.weight"),
         (("tokenizer.json", lambda path: path.write_text("{}")), "does not describe a policy"),
-        (("normalization_stats.json", lambda path: path.write_text("{}")), "version: got"),
+        (("normalization_stats.json", lambda path: path.write_text("{}")), "state: got"),
     ],
 )
 def test_damaged_folder_is_a_checkpoint_error(folder: Path, change: Any, message: str) -> None:

@@ -5,7 +5,6 @@ With `model.vlm_config.lora` its weights stay as they are, and low-rank adapters
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -159,11 +158,11 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
     left_out = ("vision_tower", "multi_modal_projector") * config.freeze_vision_tower
     left_out += ("language_model",) * config.freeze_language_model
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linear if re.fullmatch(lora.target_modules, name) and not name.startswith(left_out)]
+    chosen = [name for name in linear if lora.target_modules.fullmatch(name) and not name.startswith(left_out)]
     if not chosen:
         raise ModelError(
-            f"model.vlm_config.lora.target_modules: got {lora.target_modules!r}, which matches the whole name of no linear "
-            f"layer that is not frozen; there are, for example, {', '.join([*linear[:2], *linear[-2:]])}"
+            f"model.vlm_config.lora.target_modules: got {lora.target_modules.pattern!r}, which matches the whole name of no "
+            f"linear layer that is not frozen; there are, for example, {', '.join([*linear[:2], *linear[-2:]])}"
         )
     backbone.requires_grad_(False)
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
@@ -175,8 +174,7 @@ def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig)
 
 def _weights_dtype(config: VLMConfig) -> torch.dtype:
     """Type to load weights in: float32 for masters that the optimiser updates, the compute type when none of them learns."""
-    frozen = config.lora is not None or (config.freeze_vision_tower and config.freeze_language_model)
-    return getattr(torch, config.dtype) if frozen else torch.float32
+    return getattr(torch, config.dtype) if config.frozen or config.lora is not None else torch.float32
 
 
 def _load(config: VLMConfig) -> PaliGemmaModel:
