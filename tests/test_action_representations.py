@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from conftest import ConfigFactory
 from paligemma_vla import Policy, flow
+from paligemma_vla.actions import ActionTransform
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.index import EpisodeIndex
@@ -112,50 +113,19 @@ def trained(configs: dict[str, VLAConfig]) -> dict[str, Trainer]:
     return {name: train_here(config) for name, config in configs.items()}
 
 
-def turned(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The rotation from one quaternion (x, y, z, w) to another, with w not below 0."""
-    change = (Rotation.from_quat(before).inv() * Rotation.from_quat(after)).as_quat()
-    return change if change[3] >= 0 else -change
+def recorded_after(rows: list[dict[str, Any]], number: int) -> np.ndarray:
+    """The actions (n, 8) that follow a row, within its episode, at most a chunk."""
+    chunk = [row["action"] for row in rows[number : number + HORIZON] if row["episode"] == rows[number]["episode"]]
+    return np.array(chunk, np.float32)
 
 
-def seen_by_the_model(rows: list[dict[str, Any]], number: int, representation: str) -> list[np.ndarray]:
-    """What follows a row, within its episode, at most a chunk: as the model is to see it."""
-    state = np.array(rows[number]["state"])
-    position, turn, seen = state[1:4], state[4:8], []
-    for ahead in range(HORIZON):
-        if number + ahead == len(rows) or rows[number + ahead]["episode"] != rows[number]["episode"]:
-            break
-        action = np.array(rows[number + ahead]["action"])
-        if representation == "absolute":
-            seen.append(action)
-            continue
-        seen.append(np.concatenate([action[:3] - position, turned(turn, action[3:7]), action[7:]]))
-        if representation == "delta":
-            position, turn = action[:3], action[3:7]
-    return seen
+def seen_by_the_model(rows: list[dict[str, Any]], number: int, actions: ActionTransform) -> np.ndarray:
+    """The same as the model is to see it. `test_actions.py` has the loops that `encode` and `decode` equal."""
+    return actions.encode(recorded_after(rows, number), state_of(rows[number]))
 
 
-def undone(seen: np.ndarray, state: np.ndarray, representation: str) -> np.ndarray:
-    """The inverse, step by step."""
-    if representation == "absolute":
-        return seen
-    position, turn, actions = state[1:4].astype(float), Rotation.from_quat(state[4:8]), []
-    for step in seen.astype(float):
-        aim, facing = position + step[:3], turn * Rotation.from_quat(step[3:7])
-        quaternion = facing.as_quat()
-        actions.append(np.concatenate([aim, quaternion * (1 if quaternion[3] >= 0 else -1), step[7:]]))
-        if representation == "delta":
-            position, turn = aim, facing
-    return np.array(actions)
-
-
-def min_max(values: Any, statistics: Any) -> np.ndarray:
-    return 2 * (np.asarray(values) - statistics.min) / (statistics.max - statistics.min) - 1
-
-
-def real_units(values: torch.Tensor, statistics: Any) -> np.ndarray:
-    """The inverse of `min_max`."""
-    return (values.double().numpy() + 1) / 2 * (statistics.max - statistics.min) + statistics.min
+def state_of(row: dict[str, Any]) -> np.ndarray:
+    return np.array(row["state"], np.float32)
 
 
 def policy_of(trainer: Trainer) -> Policy:
@@ -173,10 +143,10 @@ def alone(dataset: VLADataset, number: int) -> dict[str, Any]:
 def test_statistics_are_over_every_step_of_every_chunk(arm: Arm, configs: dict[str, VLAConfig], representation: str) -> None:
     """Over all (t, k) that the loss sees; with absolute actions over every row, as they always were."""
     got = DatasetStatistics.load(configs[representation].data.normalization_stats_path)
-    chunks = [seen_by_the_model(arm.rows, number, representation) for number in range(len(arm.rows))]
+    chunks = [seen_by_the_model(arm.rows, number, got.actions) for number in range(len(arm.rows))]
     if representation == "absolute":
         chunks = [chunk[:1] for chunk in chunks]
-    data = np.array([step for chunk in chunks for step in chunk])
+    data = np.concatenate(chunks).astype(np.float64)
     assert got.action.count == len(data)
     assert got.state.count == len(arm.rows)
     for name, expected in [
@@ -196,17 +166,17 @@ def test_statistics_are_over_every_step_of_every_chunk(arm: Arm, configs: dict[s
 def test_labels_equal_a_loop_over_rows(arm: Arm, configs: dict[str, VLAConfig], representation: str) -> None:
     config = configs[representation]
     data = VLADataset(str(arm.folder), config.model.vlm_config.model_name_or_path, config)
-    statistics = data.preprocessor.statistics
+    preprocessor = data.preprocessor
     assert len(data) == len(arm.rows)
     padded = 0
     for number, row in enumerate(arm.rows):
-        item, expected = data[number], seen_by_the_model(arm.rows, number, representation)
+        item, expected = data[number], seen_by_the_model(arm.rows, number, preprocessor.actions)
         label = item["action"].view(HORIZON, 8).numpy()
-        np.testing.assert_allclose(label[: len(expected)], min_max(expected, statistics.action), atol=2e-5)
-        np.testing.assert_allclose(item["state"], min_max(row["state"], statistics.state), atol=1e-5)
+        np.testing.assert_allclose(label[: len(expected)], preprocessor.action.normalize(expected), atol=2e-5)
+        np.testing.assert_allclose(item["state"], preprocessor.state.normalize(state_of(row)), atol=1e-5)
         assert item["action_mask"].tolist() == [[step < len(expected)] * 8 for step in range(HORIZON)]
         # Past the end the last action is repeated: with deltas, and nowhere else, that is to stay where one is.
-        real = undone(data.preprocessor.action.denormalize(label), np.array(row["state"]), representation)
+        real = preprocessor.decode_actions(label, state_of(row))
         last = np.abs(real[len(expected) :] - real[len(expected) - 1]).max(initial=0)
         assert last < 1e-5
         padded += HORIZON - len(expected)
@@ -215,7 +185,7 @@ def test_labels_equal_a_loop_over_rows(arm: Arm, configs: dict[str, VLAConfig], 
 
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 def test_policy_returns_actions_as_recorded(trained: dict[str, Trainer], arm: Arm, representation: str) -> None:
-    """The model called by hand, denormalised and undone step by step."""
+    """The model called by hand, its answer inverted from the state that was given."""
     trainer = trained[representation]
     policy = policy_of(trainer)
     data = VLADataset(str(arm.folder), trainer.preprocessor, trainer.config)
@@ -225,7 +195,7 @@ def test_policy_returns_actions_as_recorded(trained: dict[str, Trainer], arm: Ar
         batch["flow_noise"] = flow.draw_noise((1, 1, HORIZON, 8), generator)
         with torch.no_grad():
             sampled = trainer.model.eval()(**arguments_from_batch(batch, sample=True))[0]
-        expected = undone(real_units(sampled, data.preprocessor.statistics.action), np.array(row["state"]), representation)
+        expected = data.preprocessor.decode_actions(sampled.numpy(), state_of(row))
         image = np.asarray(Image.open(io.BytesIO(row["image_1_bytes"])))
         observation = {"image_1": image, "state": row["state"], "prompt": row["prompt"]}
         np.testing.assert_allclose(policy.infer(observation, seed=number)["actions"], expected, atol=1e-4)
@@ -238,15 +208,15 @@ def test_policy_returns_actions_as_recorded(trained: dict[str, Trainer], arm: Ar
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 def test_validation_error_is_of_actions_as_recorded(trained: dict[str, Trainer], representation: str) -> None:
     trainer = trained[representation]
-    validation, statistics = trainer.data.validation, trainer.preprocessor.statistics
+    validation, preprocessor = trainer.data.validation, trainer.preprocessor
     assert validation is not None
     errors, count = np.zeros((HORIZON, 8)), np.zeros((HORIZON, 8))
     trainer.model.eval().requires_grad_(False)
     for number in range(len(validation)):
         batch = alone(validation, number)
-        state = real_units(batch["state"][0], statistics.state)
+        state = preprocessor.state.denormalize(batch["state"][0].numpy())
         chunks = trainer.model(**arguments_from_batch(batch, sample=True))[0], batch["action"].view(HORIZON, 8)
-        got, expected = (undone(real_units(chunk, statistics.action), state, representation) for chunk in chunks)
+        got, expected = (preprocessor.decode_actions(chunk.numpy(), state) for chunk in chunks)
         mask = batch["action_mask"][0].numpy()
         errors += np.abs(got - expected) * mask
         count += mask
@@ -260,11 +230,11 @@ def test_open_loop_compares_with_recorded_actions(trained: dict[str, Trainer], a
     """A quaternion recorded as its negative is no error; the baseline is the mean of what the model sees."""
     policy = policy_of(trained[representation])
     entries = evaluate(policy, str(arm.folder), OpenLoopConfig(euler_samples=1, batch_size=16)).metrics["per_dimension"]
-    chunk_of_means = np.tile(policy.preprocessor.statistics.action.mean, (HORIZON, 1))
+    chunk_of_means = np.tile(policy.preprocessor.statistics.action.mean, (HORIZON, 1)).astype(np.float32)
     errors = []
     for number, row in enumerate(arm.rows):
-        constant = undone(chunk_of_means, np.array(row["state"]), representation)
-        for ahead, action in enumerate(seen_by_the_model(arm.rows, number, "absolute")):
+        constant = policy.preprocessor.actions.decode(chunk_of_means, state_of(row))
+        for ahead, action in enumerate(recorded_after(arm.rows, number)):
             quaternion = action[3:7] * (1 if action[6] >= 0 else -1)
             errors.append(np.abs(constant[ahead] - np.concatenate([action[:3], quaternion, action[7:]])))
     np.testing.assert_allclose([entry["mean_action_mae"] for entry in entries], np.mean(errors, axis=0), rtol=1e-4)

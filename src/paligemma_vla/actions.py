@@ -13,7 +13,7 @@ from R to R' it is R^-1 R', written as the rotation it came from. Everything is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -149,10 +149,6 @@ class ActionTransform:
     def _pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.dimensions, self.state_dimensions, strict=True))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON and for the checkpoint."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
     def check(self, where: str, state_dim: int, action_dim: int) -> None:
         """Raise `DataError` unless it fits data of these dimensions: what a file says of it may have been edited."""
         fits = (
@@ -165,7 +161,7 @@ class ActionTransform:
             and len(self.rotation_dimensions) % ROTATIONS.get(self.rotation, 1) == 0
         )
         if not fits:
-            got = f"got {self.to_dict()}, which do not fit {state_dim} state and {action_dim} action dimensions"
+            got = f"got {self}, which does not fit {state_dim} state and {action_dim} action dimensions"
             raise DataError(f"{where}: {got}; compute the statistics again")
 
     def describe(self, metadata: DatasetMetadata) -> str:
@@ -231,39 +227,42 @@ def _numbers(rotation: Rotation, kind: str, usable: NDArray[np.bool_]) -> Wide:
 
 
 def resolve_actions(config: VLAConfig, metadata: DatasetMetadata, state_dim: int, action_dim: int) -> ActionTransform:
-    """What `data.actions` means for data of these dimensions. Raises `ConfigError` with everything that it cannot mean."""
+    """What `data.actions` means for data of these dimensions. Raises `ConfigError` for what it cannot mean."""
     settings = config.data.actions
     action = _Column("action", metadata.action_names, metadata.action_units, action_dim)
     state = _Column("state", metadata.state_names, metadata.state_units, state_dim)
-    faults: list[str] = []
     rotation, turned = "", Numbers()
     if settings.rotation is not None:
-        rotation, recorded = settings.rotation.representation, metadata.action_rotation
-        if recorded and recorded != rotation:
-            faults.append(f"rotation.representation: got {rotation}, expected {recorded} as the data says")
-        turned = action.numbers(settings.rotation.dimensions, "rotation.dimensions", faults)
-    elif metadata.action_rotation and settings.representation != "absolute":
+        rotation = settings.rotation.representation
+        if metadata.action_rotation not in ("", rotation):
+            expected = f"expected {metadata.action_rotation} as the data says"
+            raise ConfigError(f"data.actions.rotation.representation: got {rotation}, {expected}")
+        turned = action.numbers(settings.rotation.dimensions, "rotation.dimensions")
+    if settings.representation == "absolute":
+        return ABSOLUTE
+    if metadata.action_rotation and not rotation:
         held = f"the data's actions hold a rotation as {metadata.action_rotation}, which cannot be subtracted"
-        faults.append(f"rotation: got null, but {held}; name its dimensions")
-    transform = ABSOLUTE
-    if settings.representation != "absolute":
-        if metadata.action_representation == "delta":
-            got = f"representation: got {settings.representation}, but the data's actions are deltas already"
-            faults.append(f"{got}; take absolute, which leaves them as recorded")
-        dimensions = _converted(settings.dimensions, action, faults)
-        starts = _starts(settings.state_dimensions, dimensions, action, state, faults)
-        left = [action.name(number) for number in turned if number not in dimensions]
-        if 0 < len(left) < len(turned):
-            whole = "a rotation is converted as a whole, or not at all"
-            faults.append(f"rotation.dimensions: {', '.join(left)} are not among those converted; {whole}")
-        faults += _unit_faults(zip(dimensions, starts, strict=False), action, state, turned if rotation in ANGLES else ())
-        if left:  # named, and left as recorded
-            rotation, turned = "", ()
-        horizon = config.model.action_head_config.horizon
-        transform = ActionTransform(settings.representation, dimensions, starts, rotation, turned, horizon)
-    if faults:
-        raise ConfigError("\n".join(f"data.actions.{fault}" for fault in faults))
-    return transform
+        raise ConfigError(f"data.actions.rotation: got null, but {held}; name its dimensions")
+    if metadata.action_representation == "delta":
+        got = f"got {settings.representation}, but the data's actions are deltas already"
+        raise ConfigError(f"data.actions.representation: {got}; take absolute, which leaves them as recorded")
+    dimensions = _converted(settings.dimensions, action)
+    starts = _starts(settings.state_dimensions, dimensions, action, state)
+    left = [action.name(number) for number in turned if number not in dimensions]
+    if 0 < len(left) < len(turned):
+        whole = "a rotation is converted as a whole, or not at all"
+        raise ConfigError(f"data.actions.rotation.dimensions: {', '.join(left)} are not among those converted; {whole}")
+    if left:  # named, and left as recorded
+        rotation, turned = "", ()
+    for number, start in zip(dimensions, starts, strict=True):
+        name, unit, other = action.name(number), action.unit(number), state.unit(start)
+        if unit and other and unit != other:
+            differ = f"action {name} is in {unit}, state {state.name(start)} in {other}"
+            raise ConfigError(f"data.actions.state_dimensions: {differ}; list dimensions of one unit, or leave it out")
+        if number in turned and rotation in ANGLES and unit in DEGREES:
+            raise ConfigError(f"data.actions.rotation: action {name} is in {unit}, expected rad; convert the data")
+    horizon = config.model.action_head_config.horizon
+    return ActionTransform(settings.representation, dimensions, starts, rotation, turned, horizon)
 
 
 def matched_by_number(config: VLAConfig, metadata: DatasetMetadata) -> bool:
@@ -290,65 +289,41 @@ class _Column:
     def unit(self, number: int) -> str:
         return self.units[number] if number < len(self.units) else ""
 
-    def numbers(self, given: tuple[Dimension, ...], key: str, faults: list[str]) -> Numbers:
+    def numbers(self, given: tuple[Dimension, ...], key: str) -> Numbers:
         """Dimensions given by number or name, as numbers."""
-        numbers = []
+        known: dict[int | str, int] = {number: number for number in range(self.size)}
+        known |= {name: number for number, name in enumerate(self.names) if self.names.count(name) == 1}
         for entry in given:
-            if isinstance(entry, int) and entry >= self.size:
-                held = f"the data has {self.size} {self.title} dimensions"
-                faults.append(f"{key}: got {entry}, expected at most {self.size - 1}: {held}")
-            elif isinstance(entry, str) and self.names.count(entry) != 1:
-                remedy = closest(entry, self.names) or "; it names none: give numbers (0 is the first)"
-                what = "the name of several" if entry in self.names else "none of the data's"
-                faults.append(f"{key}: got '{entry}', {what} {self.title} dimensions{remedy}")
-            else:
-                numbers.append(entry if isinstance(entry, int) else self.names.index(entry))
+            if entry not in known:
+                expected = f"one of the data's {self.size} {self.title} dimensions: its number (0 is the first), or its name"
+                raise ConfigError(f"data.actions.{key}: got {entry!r}, expected {expected}{closest(str(entry), self.names)}")
+        numbers = tuple(known[entry] for entry in given)
         if len(set(numbers)) < len(numbers):
-            faults.append(f"{key}: got {list(given)}, expected each dimension once")
-        return tuple(numbers)
+            raise ConfigError(f"data.actions.{key}: got {list(given)}, expected each dimension once")
+        return numbers
 
 
-def _converted(given: tuple[Dimension, ...] | None, action: _Column, faults: list[str]) -> Numbers:
+def _converted(given: tuple[Dimension, ...] | None, action: _Column) -> Numbers:
     """Dimensions of an action that are converted: those given, else all that are not named after a gripper."""
     if given is not None:
-        return action.numbers(given, "dimensions", faults)
-    if len(action.names) != action.size:
-        got = f"got null, but the data does not name its {action.size} action dimensions"
-        faults.append(f"dimensions: {got}; list the numbers of those to convert (0 is the first), without the gripper's")
-        return ()
+        return action.numbers(given, "dimensions")
     found = tuple(number for number, name in enumerate(action.names) if "gripper" not in name.casefold())
-    if not found:
-        faults.append(f"dimensions: got null, but all of {', '.join(action.names)} are a gripper's; list those to convert")
+    if not found or len(action.names) != action.size:
+        got = f"got null, but the data names no action dimensions besides a gripper's ({action.size} dimensions)"
+        raise ConfigError(f"data.actions.dimensions: {got}; list the numbers of those to convert (0 is the first)")
     return found
 
 
-def _starts(
-    given: tuple[Dimension, ...] | None, dimensions: Numbers, action: _Column, state: _Column, faults: list[str]
-) -> Numbers:
+def _starts(given: tuple[Dimension, ...] | None, dimensions: Numbers, action: _Column, state: _Column) -> Numbers:
     """For each converted dimension the one of the state that it starts from: of the same name, else of the same number."""
-    key = "state_dimensions"
     if given is not None:
-        return state.numbers(given, key, faults)
+        return state.numbers(given, "state_dimensions")
     names = [action.name(number) for number in dimensions]
     missing = [name for name in names if state.names.count(name) != 1]
     if not missing:
         return tuple(state.names.index(name) for name in names)
-    if len(missing) < len(names):
-        got = f"got null, but the state has no dimension (or several) of the name {', '.join(missing)}, only the others'"
-        faults.append(f"{key}: {got}; it has {', '.join(state.names)}: list them")
-        return ()
-    if beyond := [f"{number} ({action.name(number)})" for number in dimensions if number >= state.size]:
-        got = f"got null, but the state has {state.size} numbers, none for dimension {', '.join(beyond)} of an action"
-        faults.append(f"{key}: {got}; list them, or leave it out of data.actions.dimensions")
+    if len(missing) < len(names) or max(dimensions) >= state.size:
+        got = f"got null, but the state has no dimension (or several) for {', '.join(missing)} of an action"
+        has = f"it has {', '.join(state.names) or f'{state.size} numbers'}"
+        raise ConfigError(f"data.actions.state_dimensions: {got}; {has}: list them, or leave it out of dimensions")
     return dimensions
-
-
-def _unit_faults(pairs: Iterator[tuple[int, int]], action: _Column, state: _Column, angles: Numbers) -> Iterator[str]:
-    """Units that differ between an action and what it starts from, and angles in degrees."""
-    for number, start in pairs:
-        unit, other = action.unit(number), state.unit(start)
-        if unit and other and unit != other:
-            differ = f"action {action.name(number)} is in {unit}, state {state.name(start)} in {other}"
-            yield f"state_dimensions: {differ}; list dimensions of one unit, or leave it out of dimensions"
-        if number in angles and unit in DEGREES:
-            yield f"rotation: action {action.name(number)} is in {unit}, expected rad; convert the data"
