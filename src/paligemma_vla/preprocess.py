@@ -65,6 +65,7 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
     return square
 
 
+@dataclass(eq=False)
 class PromptEncoder:
     """Instruction and number of images to token ids, as `PaliGemmaProcessor` lays them out: images, bos, text, newline.
 
@@ -72,12 +73,16 @@ class PromptEncoder:
     Raises `DataError` for an empty instruction, or one longer than `max_len` unless `overflow` is `truncate`.
     """
 
-    def __init__(
-        self, tokenizer_json: str, bos_id: int, pad_id: int, image_id: int, image_tokens: int, max_len: int, overflow: str
-    ) -> None:
-        self.tokenizer_json, self.bos_id, self.pad_id, self.image_id = tokenizer_json, bos_id, pad_id, image_id
-        self.image_tokens, self.max_len, self.overflow = image_tokens, max_len, overflow
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer_json: str
+    bos_id: int
+    pad_id: int
+    image_id: int
+    image_tokens: int
+    max_len: int
+    overflow: str
+
+    def __post_init__(self) -> None:
+        self._tokenizer = Tokenizer.from_str(self.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._newline = self._ids("\n")
@@ -119,12 +124,8 @@ class PromptEncoder:
             mask[row, images : images + len(text)] = True
         return ids, mask
 
-    def to_dict(self) -> dict[str, Any]:
-        names = ("tokenizer_json", "bos_id", "pad_id", "image_id", "image_tokens", "max_len", "overflow")
-        return {name: getattr(self, name) for name in names}
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return PromptEncoder, tuple(self.to_dict().values())
+        return PromptEncoder, tuple(asdict(self).values())
 
 
 class Preprocessor:
@@ -148,7 +149,7 @@ class Preprocessor:
         """Plain data (str, int, float, list, dict) for the checkpoint."""
         image = asdict(self.image)
         return {
-            "prompts": self.prompts.to_dict(),
+            "prompts": asdict(self.prompts),
             "image": {**image, "mean": list(image["mean"]), "std": list(image["std"])},
             "statistics": self.statistics.to_dict(),
             "normalization": self.normalization,
@@ -165,45 +166,37 @@ class Preprocessor:
         )
 
 
-def configured_prompt_and_image_spec(
-    config: VLAConfig, model_name_or_path: str | None = None
-) -> tuple[PromptEncoder, ImageSpec]:
-    """`load_prompt_and_image_spec` as a configuration says; model_name_or_path instead of its own."""
-    data, vlm = config.data, config.model.vlm_config
-    name = model_name_or_path or vlm.model_name_or_path
-    return load_prompt_and_image_spec(name, vlm.revision, data.prompt_max_len, data.prompt_overflow, data.image_resize)
+def load_prompt_and_image_spec(config: VLAConfig, backbone: str | None = None) -> tuple[PromptEncoder, ImageSpec]:
+    """Read tokenizer and image settings from a backbone's own `PaliGemmaProcessor` (D5), and check it against its config.
 
-
-def load_prompt_and_image_spec(
-    model_name_or_path: str, revision: str | None, max_len: int, overflow: str, resize: str
-) -> tuple[PromptEncoder, ImageSpec]:
-    """Read tokenizer and image settings from a checkpoint's own `PaliGemmaProcessor` (D5), and check it against its config.
-
+    backbone: hub id or folder, instead of the configuration's.
     Raises `ModelError` when they cannot be loaded or disagree on the image token.
     """
     from transformers import AutoConfig, AutoProcessor, PaliGemmaProcessor  # heavy: only where a backbone is loaded
 
-    check_backbone(model_name_or_path, revision)
-    with backbone_errors(model_name_or_path):
-        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+    data, revision = config.data, config.model.vlm_config.revision
+    name = backbone or config.model.vlm_config.model_name_or_path
+    check_backbone(name, revision)
+    with backbone_errors(name):
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        architecture = AutoConfig.from_pretrained(name, revision=revision)
     if not isinstance(processor, PaliGemmaProcessor):
         raise ModelError(
-            f"model.vlm_config.model_name_or_path: '{model_name_or_path}' holds a {config.model_type}, expected a PaliGemma; "
-            f"for another backbone name its class in model.vlm_config.backbone"
+            f"model.vlm_config.model_name_or_path: '{name}' holds a {architecture.model_type}, expected a PaliGemma; for "
+            f"another backbone name its class in model.vlm_config.backbone"
         )
     tokenizer, images = processor.tokenizer, processor.image_processor
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     side = images.size["height"]
-    tokens = (side // config.vision_config.patch_size) ** 2
+    tokens = (side // architecture.vision_config.patch_size) ** 2
     got = image_id, side, images.image_seq_length
-    expected = config.image_token_id, config.vision_config.image_size, tokens
+    expected = architecture.image_token_id, architecture.vision_config.image_size, tokens
     if got != expected:
         raise ModelError(
-            f"{model_name_or_path}: the processor has (<image> token, image size, tokens per image) = {got}, the model "
+            f"{name}: the processor has (<image> token, image size, tokens per image) = {got}, the model "
             f"{expected}; processor and weights do not belong together"
         )
     text, bos, pad = tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.pad_token_id
-    prompts = PromptEncoder(text, bos, pad, image_id, tokens, max_len, overflow)
+    prompts = PromptEncoder(text, bos, pad, image_id, tokens, data.prompt_max_len, data.prompt_overflow)
     mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
-    return prompts, ImageSpec(side, mean, std, int(images.resample), resize)  # type: ignore[arg-type]
+    return prompts, ImageSpec(side, mean, std, int(images.resample), data.image_resize)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import ConfigFactory
 from paligemma_vla.cli import main as cli
 from paligemma_vla.cli import train
 from paligemma_vla.config import VLAConfig
@@ -237,7 +238,9 @@ def test_data_info_does_not_read_images(capfd: pytest.CaptureFixture[str], episo
     assert call(capfd, "data", "info", path)[0] == 0
 
 
-def test_tiny_command_writes_a_backbone_that_loads(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_tiny_command_writes_a_backbone_that_loads(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, tiny_config: ConfigFactory
+) -> None:
     from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
     from paligemma_vla.preprocess import load_prompt_and_image_spec
 
@@ -247,5 +250,5 @@ def test_tiny_command_writes_a_backbone_that_loads(capfd: pytest.CaptureFixture[
     spec = TinySpec(image_size=32, patch_size=8, width=16, vision_layers=1, text_layers=1, seed=1)
     weights = [folder / "model.safetensors" for folder in (tmp_path / "a", write_tiny_paligemma(tmp_path / "b", spec))]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    prompts, image = load_prompt_and_image_spec(str(tmp_path / "a"), None, 64, "error", "stretch")
+    prompts, image = load_prompt_and_image_spec(tiny_config(), str(tmp_path / "a"))
     assert (image.size, prompts.image_tokens) == (32, 16)

@@ -33,7 +33,7 @@ from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
 from paligemma_vla.data.reader import episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
-from paligemma_vla.preprocess import configured_prompt_and_image_spec
+from paligemma_vla.preprocess import load_prompt_and_image_spec
 
 NATIVE, LEROBOT = "native", "lerobot"
 PREFIX = f"{LEROBOT}:"
@@ -145,7 +145,7 @@ def check(args: argparse.Namespace) -> int:
     options = CheckOptions(allow_prompt_changes=args.allow_prompt_changes)
     if args.config_path is not None:
         config = load_config(args.config_path)
-        options = CheckOptions(configured_prompt_and_image_spec(config)[0], config, args.allow_prompt_changes)
+        options = CheckOptions(load_prompt_and_image_spec(config)[0], config, args.allow_prompt_changes)
     bar: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": True}
     with warnings.catch_warnings(), tqdm(total=sum(map(_size, files)), **bar) as progress:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault

@@ -28,7 +28,7 @@ from paligemma_vla.data.order import RunSampler, SampleRef
 from paligemma_vla.data.reader import Blocks, EpisodeReader, Picture
 from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.normalization import DatasetStatistics, recompute
-from paligemma_vla.preprocess import Preprocessor, PromptEncoder, configured_prompt_and_image_spec, to_pixels
+from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
 from paligemma_vla.schema import Layout
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.workers import end_with
@@ -215,7 +215,7 @@ def check_actions(layout: Layout, statistics: DatasetStatistics | None, config: 
 def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None) -> Preprocessor:
     """The preprocessor of a configuration: the backbone's tokenizer and image settings, and the statistics file."""
     statistics = DatasetStatistics.load(config.data.normalization_stats_path)  # first: it costs nothing
-    prompts, image = configured_prompt_and_image_spec(config, model_name_or_path)
+    prompts, image = load_prompt_and_image_spec(config, model_name_or_path)
     return Preprocessor(prompts, image, statistics, config.data.normalization)
 
 

@@ -16,7 +16,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.quantize import Weights, quantize
-from paligemma_vla.preprocess import ImageSpec, PromptEncoder, configured_prompt_and_image_spec
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 
 LARGE_TABLE = 2**20  # numbers; a smaller table is not worth a message of its own
 AUTOCAST = (nn.Linear, nn.Conv2d)  # modules whose weights autocast turns into the type that is computed in
@@ -77,7 +77,7 @@ class VLAModel(nn.Module):
         super().__init__()
         vlm, head = config.model.vlm_config, config.model.action_head_config
         if prompts is None or image is None:
-            prompts, image = configured_prompt_and_image_spec(config)
+            prompts, image = load_prompt_and_image_spec(config)
         backbone = resolve_class(vlm.backbone, "model.vlm_config.backbone", "trainable_parameters")
         action_head = resolve_class(head.head, "model.action_head_config.head", "get_action")
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)

@@ -25,7 +25,7 @@ from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.architectures import read_architecture
 from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
 from paligemma_vla.normalization import DatasetStatistics, Statistics
-from paligemma_vla.preprocess import Preprocessor, configured_prompt_and_image_spec
+from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed
 
@@ -71,7 +71,7 @@ def prepare(
         statistics = preprocessor.statistics if preprocessor else DatasetStatistics.load(config.data.normalization_stats_path)
     with faults.collect():
         if preprocessor is None:
-            prompts, image = configured_prompt_and_image_spec(config)
+            prompts, image = load_prompt_and_image_spec(config)
         if architecture is None:
             architecture = read_architecture(config.model.vlm_config)
         plan = plan_run(config, architecture, distributed.device, distributed.world_size, distributed.local_world_size)
