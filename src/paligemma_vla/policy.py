@@ -26,7 +26,7 @@ from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, DataError, ModelError, VLAError, first_line
 from paligemma_vla.hub import download_policy
 from paligemma_vla.model.quantize import Weights
-from paligemma_vla.model.vla_model import Arithmetic, VLAModel
+from paligemma_vla.model.vla_model import VLAModel, dtype_on
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.seeding import derive_seed
@@ -268,7 +268,7 @@ def _build_model(
         _, _, faults = str(error).partition(":")
         raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
     if adapted:
-        dtype = torch.float32 if device is None else Arithmetic.on(device.type, model.configured_dtype).dtype
+        dtype = torch.float32 if device is None else dtype_on(device.type, model.configured_dtype)
         model.paligemma_vlm.merge_adapters(dtype)
     return model.eval()
 

@@ -13,7 +13,7 @@ from paligemma_vla import Policy
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, build_preprocessor, load_batches
 from paligemma_vla.data.order import SampleRef
-from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
+from paligemma_vla.errors import ModelError
 from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.training.checkpoint import load_checkpoint
@@ -89,30 +89,9 @@ def test_adapters_stand_where_the_configuration_says(
     assert len(adapted) == (6 if f"{VLM}.lora" in overrides else expected)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({f"{VLM}.lora": {"target_modules": "q_proj"}}, r"target_modules: got 'q_proj', .* for example, vision_tower"),
-        ({f"{VLM}.lora": {"target_modules": "(q_proj"}}, r"target_modules: got '\(q_proj'"),
-        ({f"{VLM}.lora": {"rank": 0}}, r"lora\.rank: got 0"),
-        ({**LORA, f"{VLM}.freeze_vision_tower": True, f"{VLM}.freeze_language_model": True}, r"vlm_config\.lora: "),
-    ],
-)
-def test_wrong_settings_are_refused(session_config: ConfigFactory, overrides: dict[str, Any], message: str) -> None:
-    with pytest.raises((ConfigError, ModelError), match=message):
-        build(session_config(overrides))
-
-
-def test_merged_backbone_is_a_plain_one_with_the_same_answer(session_config: ConfigFactory, batch: dict[str, Any]) -> None:
-    model = with_random_adapters(build(session_config(LORA)))
-    expected = context(model, batch)
-    model.paligemma_vlm.merge_adapters()
-    plain = build(session_config())
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    assert model.paligemma_vlm.config.lora is None
-    torch.testing.assert_close(context(model, batch), expected, atol=1e-5, rtol=0)
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(context(plain, batch), context(model, batch))
+def test_pattern_that_no_layer_matches_is_refused_with_examples(session_config: ConfigFactory) -> None:
+    with pytest.raises(ModelError, match=r"target_modules: got 'q_proj', .* for example, vision_tower"):
+        build(session_config({f"{VLM}.lora": {"target_modules": "q_proj"}}))
 
 
 RUN = {**LORA, "training.stages": [{"train": "head", "steps": 2}, {"train": "all"}], "training.ema_decay": 0.0}
@@ -143,12 +122,6 @@ def test_run_with_adapters_resumes_bit_for_bit(trained: Any, session_config: Con
         assert identical(got[key], expected[key]), key
 
 
-def test_resume_with_other_adapters_is_refused(trained: Any, session_config: ConfigFactory) -> None:
-    other = session_config({**RUN, f"{VLM}.lora": {"rank": 8, "alpha": 8.0}, "training.experiment_name": "lora_other"})
-    with pytest.raises(CheckpointError, match=r"model\.vlm_config\.lora\.rank: 4 in the checkpoint, 8 now"):
-        train_here(other, resume=trained.config.run_dir / "checkpoints" / LAST)
-
-
 def test_policy_answers_as_the_trained_model(trained: Any, batch: dict[str, Any]) -> None:
     policy = Policy.from_checkpoint(trained.config.run_dir / "checkpoints" / LAST)
     arguments = arguments_from_batch(batch, sample=True)
@@ -174,7 +147,7 @@ def test_backbone_that_never_learns_is_loaded_and_held_in_bfloat16(
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
-            held = model.arithmetic.dtype if matrix and not parameter.requires_grad else torch.float32
+            held = model.dtype if matrix and not parameter.requires_grad else torch.float32
             assert parameter.dtype is held, f"{name}.{part}"
             if parameter.requires_grad:
                 assert ".lora_" in name or name.startswith("action_head") or part == "position"

@@ -261,7 +261,7 @@ def _count_gathered(model: VLAModel) -> tuple[float, float]:
     layers, tables = backbone_layers(model), large_tables(model)
     for module in (module for layer in layers for module in layer.modules() if isinstance(module, AUTOCAST)):
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(model.arithmetic.dtype)
+            parameter.data = parameter.data.to(model.dtype)
     alone = {parameter for unit in [*layers, *tables] for parameter in unit.parameters()}
     rest, rest_gradient = _sizes(parameter for parameter in model.parameters() if parameter not in alone)
     layer, layer_gradient = (max(sizes) for sizes in zip((0, 0), *(_sizes(unit.parameters()) for unit in layers), strict=True))

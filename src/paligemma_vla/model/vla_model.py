@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,30 +33,10 @@ def resolve_class(path: str, key: str, promised: str) -> Any:
     return found
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How a device computes. dtype: of matrix products. plain_attention: made of products instead of a fused kernel."""
-
-    dtype: torch.dtype
-    plain_attention: bool
-
-    @classmethod
-    def on(cls, device_type: str, configured: torch.dtype) -> Arithmetic:
-        """As configured; but float32 on a CPU without instructions for bfloat16, where that would be slower."""
-        on_cpu = device_type == "cpu"
-        if on_cpu and configured is torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
-            return cls(torch.float32, False)
-        # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; the plain one does not.
-        return cls(configured, on_cpu and configured is torch.bfloat16)
-
-    @contextlib.contextmanager
-    def applied(self, device_type: str, recomputes: bool) -> Iterator[None]:
-        """Autocast. recomputes: backward repeats forward passes."""
-        # Backward repeats the pass outside of this context and must find the same kernel there, so none is chosen.
-        plain = self.plain_attention and not recomputes
-        kernel = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
-        with torch.autocast(device_type, torch.bfloat16, enabled=self.dtype is torch.bfloat16), kernel:
-            yield
+def dtype_on(device_type: str, configured: torch.dtype) -> torch.dtype:
+    """Type of matrix products: as configured, but float32 on a CPU without instructions for bfloat16, where it is faster."""
+    lacking = device_type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    return torch.float32 if lacking else configured
 
 
 class VLAModel(nn.Module):
@@ -85,7 +64,7 @@ class VLAModel(nn.Module):
         self.recomputes = bool(vlm.activation_checkpointing)
         self.detach_context = head.detach_context
         self.configured_dtype = getattr(torch, vlm.dtype)
-        self.arithmetic = Arithmetic.on("cpu", self.configured_dtype)
+        self.dtype = dtype_on("cpu", self.configured_dtype)
         self.set_stage("all")
 
     def to_device(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
@@ -101,12 +80,12 @@ class VLAModel(nn.Module):
 
     def cast_for(self, device: torch.device) -> None:
         """Cast matrices that do not learn to the type that `device` computes in, everything else to float32."""
-        self.arithmetic = Arithmetic.on(device.type, self.configured_dtype)
+        self.dtype = dtype_on(device.type, self.configured_dtype)
         for module in self.modules():
             matrices = isinstance(module, (*AUTOCAST, nn.Embedding))
             for parameter in module.parameters(recurse=False):
                 frozen_matrix = matrices and not parameter.requires_grad
-                parameter.data = parameter.data.to(self.arithmetic.dtype if frozen_matrix else torch.float32)
+                parameter.data = parameter.data.to(self.dtype if frozen_matrix else torch.float32)
 
     def set_stage(self, train: str) -> None:
         """Choose what learns: `head` alone, or `all` that the configuration does not freeze."""
@@ -118,6 +97,16 @@ class VLAModel(nn.Module):
             parameter.requires_grad_(parameter in free)
         self.backbone_learns = bool(free)
 
+    @contextlib.contextmanager
+    def _autocast(self, device_type: str) -> Iterator[None]:
+        # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; the plain one does not. A backward
+        # pass that recomputes does so outside of this context and must find the same kernel there, so none is chosen.
+        half = self.dtype is torch.bfloat16
+        plain = half and device_type == "cpu" and not self.recomputes
+        kernel = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+        with torch.autocast(device_type, torch.bfloat16, enabled=half), kernel:
+            yield
+
     def get_vl_embeddings(
         self,
         image_1_batch: Tensor,
@@ -127,7 +116,7 @@ class VLAModel(nn.Module):
         **more: Any,
     ) -> Tensor:
         """The fused context (B, T, E); arguments as in `forward`."""
-        with self.arithmetic.applied(image_1_batch.device.type, self.recomputes):
+        with self._autocast(image_1_batch.device.type):
             return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
 
     def _context(
@@ -174,7 +163,7 @@ class VLAModel(nn.Module):
 
         Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
         """
-        with self.arithmetic.applied(image_1_batch.device.type, self.recomputes):
+        with self._autocast(image_1_batch.device.type):
             inputs = (image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch)
             context, mask = self._context(*inputs, further_images, input_ids, image_mask)
             if actions_gt_seq is None:

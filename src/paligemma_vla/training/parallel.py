@@ -96,7 +96,7 @@ class Sharded(Parallel):
         model.cast_for(device)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.cpu_offload else OffloadPolicy()
         stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        dtype = model.arithmetic.dtype
+        dtype = model.dtype
         computed = stored if dtype is torch.float32 else replace(stored, param_dtype=dtype)
 
         def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy) -> None:
