@@ -86,6 +86,15 @@ class Faults:
             raise ConfigError("\n  ".join([f"{where}: {len(texts)} faults", *"\n".join(texts).splitlines()]))
 
 
+@contextmanager
+def needs_extra(where: str, extra: str, error: type[VLAError] = ConfigError) -> Iterator[None]:
+    """Turn a package that is missing in the block into an `error` that names the extra with it. where: what asks for it."""
+    try:
+        yield
+    except ImportError as missing:
+        raise error(f"{where}: {first_line(missing)}; pip install 'paligemma-vla[{extra}]'") from missing
+
+
 def first_line(error: BaseException) -> str:
     """The message of a library's error in one line; its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

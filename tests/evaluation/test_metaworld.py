@@ -63,7 +63,7 @@ def test_make_environment_lists_known_names_and_says_what_to_install(monkeypatch
     with pytest.raises(SimulatorError, match="did you mean 'metaworld'"):
         make_environment("metawrld")
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
-    with pytest.raises(SimulatorError, match=r'pip install "paligemma-vla\[metaworld\]"'):
+    with pytest.raises(SimulatorError, match=r"pip install 'paligemma-vla\[metaworld\]'"):
         make_environment("metaworld")
 
 

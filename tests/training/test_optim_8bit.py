@@ -81,7 +81,7 @@ def test_state_goes_through_a_file_and_on_bit_for_bit(tmp_path: Path) -> None:
 def test_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     monkeypatch.delitem(sys.modules, "paligemma_vla.training.optim_8bit", raising=False)
-    with pytest.raises(ConfigError, match=r"adamw_8bit needs torchao .*pip install 'paligemma-vla\[quantization\]'"):
+    with pytest.raises(ConfigError, match=r"adamw_8bit needs torchao: .*pip install 'paligemma-vla\[quantization\]'"):
         trained(EIGHT_BIT, 1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paligemma_vla import quiet_libraries
-from paligemma_vla.errors import ModelError, first_line
+from paligemma_vla.errors import ModelError, first_line, needs_extra
 
 Weights = Literal["int8", "int4"]
 KINDS: tuple[Weights, ...] = get_args(Weights)
@@ -41,12 +41,8 @@ def quantize(module: nn.Module, kind: Weights, device: torch.device) -> None:
     (SigLIP's 4304) becomes int8. Raises `ModelError` where torchao is missing, or has no kernel for the device.
     """
     quiet_libraries()
-    try:
+    with needs_extra(f"weights {kind}", "quantization", ModelError):
         import torchao  # noqa: F401
-    except ImportError as error:
-        raise ModelError(
-            f"weights {kind}: torchao is missing ({first_line(error)}); pip install 'paligemma-vla[quantization]'"
-        ) from error
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             packed = kind == "int4" and layer.in_features % GROUP == 0 and layer.out_features % ROWS == 0

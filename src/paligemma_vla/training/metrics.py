@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, VLADataset
-from paligemma_vla.errors import ConfigError, TrainingError
+from paligemma_vla.errors import ConfigError, TrainingError, needs_extra
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.storage import atomic_write
 from paligemma_vla.training.distributed import Distributed
@@ -92,10 +92,8 @@ def _step_of(line: bytes) -> float:
 
 def start_wandb(config: VLAConfig) -> Any:
     """A run of Weights & Biases (S10.1): named `<experiment>_ddp_<timestamp>`, with the whole configuration."""
-    try:
+    with needs_extra("--use_wandb", "wandb"):
         import wandb
-    except ImportError as error:
-        raise ConfigError('--use_wandb: wandb is not installed; pip install "paligemma-vla[wandb]"') from error
     try:
         return wandb.init(
             project=config.wandb.project,
@@ -110,11 +108,8 @@ def start_wandb(config: VLAConfig) -> Any:
 
 
 def open_tensorboard(folder: Path) -> Any:
-    try:
+    with needs_extra("training.tensorboard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        remedy = 'pip install "paligemma-vla[tensorboard]"'
-        raise ConfigError(f"training.tensorboard: tensorboard is not installed; {remedy}") from error
     return SummaryWriter(str(folder))
 
 

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
-from paligemma_vla.errors import ConfigError, first_line
+from paligemma_vla.errors import needs_extra
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.training.parallel import copy_local, to_local
 
@@ -37,19 +37,11 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
         for (part, decays), params in sorted(groups.items())
     ]
     if config.type == "adamw_8bit":
-        return cast(Optimizer, _adamw_8bit()(settings, betas=config.betas, eps=config.eps))
+        with needs_extra("optimizer.type: adamw_8bit needs torchao", "quantization"):
+            from paligemma_vla.training.optim_8bit import AdamW8bit
+
+        return cast(Optimizer, AdamW8bit(settings, betas=config.betas, eps=config.eps))
     return AdamW(settings, betas=config.betas, eps=config.eps, fused=True)
-
-
-def _adamw_8bit() -> Any:
-    try:
-        from paligemma_vla.training.optim_8bit import AdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer.type: adamw_8bit needs torchao ({first_line(error)}): pip install 'paligemma-vla[quantization]', or "
-            f"take adamw"
-        ) from error
-    return AdamW8bit
 
 
 def build_scheduler(

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.errors import SimulatorError, closest
+from paligemma_vla.errors import SimulatorError, closest, needs_extra
 from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
 from paligemma_vla.evaluation.envs.metaworld_tasks import OPPOSITES, SCENES, SWEEPS, TASKS, draw_start, move_hand_away, prompts
 from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
@@ -86,13 +86,10 @@ class MetaWorldEnvironment:
     def __init__(self, image_size: int = 64) -> None:
         self.spec = replace(SPEC, image_size=image_size)
         ensure_backend()
-        try:
+        with needs_extra("MetaWorld cannot be imported", "metaworld", SimulatorError):
             import mujoco
             from metaworld.env_dict import ENV_CLS_MAP
             from metaworld.policies import ENV_POLICY_MAP
-        except ImportError as error:
-            remedy = 'install it: pip install "paligemma-vla[metaworld]"'
-            raise SimulatorError(f"MetaWorld cannot be imported ({error}); {remedy}") from error
         self._mujoco: Any = mujoco
         self._classes: Any = ENV_CLS_MAP
         self._experts: Any = ENV_POLICY_MAP
