@@ -135,7 +135,6 @@ def serve(folder: str) -> None:
     import gc
 
     import torch
-    import torch.distributed.launcher.api
 
     import paligemma_vla.cli.data
     import paligemma_vla.cli.evaluate
@@ -144,7 +143,9 @@ def serve(folder: str) -> None:
     import paligemma_vla.evaluation.report
     import paligemma_vla.model.paligemma_vlm
     import paligemma_vla.training.trainer  # noqa: F401 - a child finds all of these imported
+    from paligemma_vla.training.run import installed_packages
 
+    installed_packages()
     # Whoever started the tests may have had some signals ignored (nohup, a background job), which the commands would honour.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

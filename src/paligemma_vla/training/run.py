@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def describe_start(data: Data, distributed: Distributed, step: int) -> dict[str,
         "processes": distributed.world_size,
         "launcher": launcher_id(),
         "threads": torch.get_num_threads(),
-        "packages": dict(sorted((found.name, found.version) for found in distributions())),
+        "packages": installed_packages(),
         "git": git_state(Path(paligemma_vla.__file__).parent),
         "data": {
             "fingerprint": data.fingerprint,
@@ -139,6 +139,12 @@ def describe_start(data: Data, distributed: Distributed, step: int) -> dict[str,
             "steps": index.steps,
         },
     }
+
+
+@cache
+def installed_packages() -> dict[str, str]:
+    """Versions by name, read once: a third of the time that a tiny run takes."""
+    return dict(sorted((found.name, found.version) for found in distributions()))
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
