@@ -17,7 +17,7 @@ from paligemma_vla.cli import rollout as command
 from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
-from paligemma_vla.evaluation.episode import Condition, check_compatible, play
+from paligemma_vla.evaluation.episode import Condition, check_compatible, play, write_video
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
 from paligemma_vla.export.card import read_measurement
 from paligemma_vla.schema import DatasetMetadata
@@ -88,6 +88,15 @@ def test_check_compatible_names_every_difference():
     assert all(f"\n  {field}: got " in str(caught.value) for field in ("action", *fields))
     with pytest.raises(SimulatorError, match="cameras: got 2, expected 1"):
         check_compatible(METADATA | {"camera_names": [], "cameras": ["image_1", "image_2"]}, SPEC)
+
+
+def test_video_goes_the_way_of_its_episode(env, tmp_path):
+    outcome = play(env, Expert(env), "window-close", 3, Condition())
+    end = env.observe()
+    env.reset("drawer-open", 0)
+    write_video(tmp_path / "videos" / "film.mp4", env, outcome, "demo")
+    again = env.observe()
+    assert outcome.success and all(np.array_equal(end[key], again[key]) for key in ("state", "image_1"))
 
 
 def test_play_asks_once_per_executed_chunk(env):

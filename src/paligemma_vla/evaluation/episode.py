@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +52,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """How an episode went. seed: of its reset. steps: until success, or all of them."""
+    """How an episode went. seed: of its reset. steps: until success, or all of them. actions: of each step (A,)."""
 
     task: str
     index: int
@@ -60,6 +60,7 @@ class EpisodeOutcome:
     prompt: str
     success: bool
     steps: int
+    actions: list[NDArray[np.floating]] = field(repr=False)
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
@@ -84,30 +85,24 @@ def instructions(env: Environment, task: str, kind: Prompts) -> tuple[str, ...]:
     return found
 
 
-def play(
-    env: Environment, policy: Policy | None, task: str, index: int, condition: Condition, frames: list[Picture] | None = None
-) -> EpisodeOutcome:
+def play(env: Environment, policy: Policy | None, task: str, index: int, condition: Condition) -> EpisodeOutcome:
     """Play episode number `index` of `task`; start and instruction depend on (seed, task, index) alone.
 
-    Every condition meets the same start, so conditions can be compared episode by episode. frames: a list for the pictures of
-    a video.
+    Every condition meets the same start, so conditions can be compared episode by episode.
     """
     seeds = np.random.SeedSequence([SEED_DOMAIN, condition.seed, zlib.crc32(task.encode()), index])
     reset_seed, choice, noise_seed = (int(word) for word in seeds.generate_state(3))
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
     first = env.reset(task, reset_seed, condition.resets)
-    if frames is not None:
-        frames.append(_draw(env))
-    steps, success = 0, False
+    actions, success = [], False
     for action in _actions(env, policy, condition, first, prompt, np.random.default_rng(noise_seed)):
+        actions.append(action)
         result = env.step(action)
-        steps, success, over = steps + 1, result.success, result.success or result.done
-        if frames is not None and (over or steps % FRAME_EVERY == 0):
-            frames.append(_draw(env))
-        if over:
+        success = result.success
+        if success or result.done:
             break
-    return EpisodeOutcome(task, index, reset_seed, prompt, success, steps)
+    return EpisodeOutcome(task, index, reset_seed, prompt, success, len(actions), actions)
 
 
 def _actions(
@@ -138,18 +133,21 @@ def _actions(
         view = env.observe()
 
 
-def _draw(env: Environment) -> Picture:
-    """The scene, larger than the policy sees it: at twice the size and averaged, since the camera has no antialiasing."""
-    pixels = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3)
-    picture: Picture = pixels.mean((1, 3)).astype(np.uint8)
-    return picture
+def write_video(path: Path, env: Environment, outcome: EpisodeOutcome, resets: Resets) -> None:
+    """Take the actions of an episode again and draw it, larger than the policy saw it: `path` (.mp4), and its end beside it
+    (.jpg)."""
 
+    def draw() -> Picture:
+        # At twice the size and averaged: the camera has no antialiasing.
+        pixels = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3)
+        return caption(pixels.mean((1, 3)).astype(np.uint8), outcome.prompt, outcome.success)
 
-def write_video(path: Path, env: Environment, policy: Policy | None, task: str, index: int, condition: Condition) -> None:
-    """Play an episode again, which is the same again, and draw it: `path` (.mp4), and its end beside it (.jpg)."""
-    pictures: list[Picture] = []
-    outcome = play(env, policy, task, index, condition, pictures)
-    frames = [caption(picture, outcome.prompt, outcome.success) for picture in pictures]
+    env.reset(outcome.task, outcome.seed, resets)
+    frames = [draw()]
+    for step, action in enumerate(outcome.actions, start=1):
+        env.step(action)
+        if step % FRAME_EVERY == 0 or step == outcome.steps:
+            frames.append(draw())
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, "h264", VIDEO_FPS, VIDEO_CRF, keyframe_every=250) as video:
         for frame in [*frames, *[frames[-1]] * LAST_FRAMES]:

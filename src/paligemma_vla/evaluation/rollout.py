@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import SimulatorError
-from paligemma_vla.evaluation.envs import Environment, make_environment
+from paligemma_vla.evaluation.envs import Environment, Resets, make_environment
 from paligemma_vla.evaluation.episode import (
     Condition,
     EpisodeOutcome,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EPISODE = ("task", "index", "seed", "prompt", "success", "steps")  # what rollout.json says of one
 VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 
 PolicyFactory = Callable[[Environment], "Policy"]
@@ -138,7 +139,7 @@ class RolloutPool:
                 path = f"videos/{kind}_{count[kind]}.mp4"
                 described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
                 videos.append({**described, "path": path, "poster": path.replace(".mp4", ".jpg")})
-                video_jobs.append((self._player, config, outcome.task, outcome.index, folder / path))
+                video_jobs.append((self._player, outcome, config.resets, folder / path))
             outcomes.append(outcome)
         list(self._pool.map(_video_job, video_jobs))
         by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task]) for task in tasks}
@@ -147,7 +148,7 @@ class RolloutPool:
             "settings": self._settings(config, tasks),
             "tasks": by_task,
             "mean_success": mean,
-            "episodes": [asdict(outcome) for outcome in outcomes],
+            "episodes": [{name: getattr(outcome, name) for name in EPISODE} for outcome in outcomes],
             "videos": videos,
             "wall_s": round(time.monotonic() - started, 2),
         }
@@ -229,10 +230,10 @@ def _play_job(job: tuple[_Player, Condition, str, int]) -> EpisodeOutcome:
     return play(_environment(player), policy, task, index, condition)
 
 
-def _video_job(job: tuple[_Player, Condition, str, int, Path]) -> None:
-    player, condition, task, index, path = job
-    policy = _policy(player)
-    write_video(path, _environment(player), policy, task, index, condition)
+def _video_job(job: tuple[_Player, EpisodeOutcome, Resets, Path]) -> None:
+    player, outcome, resets, path = job
+    _policy(player)  # its kind of control
+    write_video(path, _environment(player), outcome, resets)
 
 
 def load_checkpoint(path: str, weights: Weights | None) -> Policy:
