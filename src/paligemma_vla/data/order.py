@@ -153,23 +153,12 @@ def apportion(shares: NDArray[np.float64], total: int) -> Indices:
     return whole
 
 
-def share_out(
-    positions: Indices, indices: Indices, parts: int, slots: int | None = None, wanted: slice = slice(None)
-) -> list[list[SampleRef]]:
-    """Cut one batch into `parts` consecutive slices (processes x accumulation), each with at least one entry.
-
-    slots: cut where a batch of so many would be, so that a slot goes to the same part also when the batch is smaller.
-    wanted: which slices to return; of hundreds of processes each needs its own alone.
-    """
-    slices = []
-    for chosen in np.array_split(np.arange(slots or len(positions)), parts)[wanted]:
-        refs = [SampleRef(int(positions[i]), int(indices[i])) for i in chosen if i < len(positions)]
-        slices.append(refs or [SampleRef(int(positions[0]), int(indices[0]), valid=False)])
-    return slices
-
-
 class RunSampler:
-    """Micro-batches of one process for optimiser steps [start, stop): `accumulation` lists of references per step."""
+    """Micro-batches of one process for optimiser steps [start, stop): `accumulation` lists of references per step.
+
+    A batch is cut into consecutive slices, one for each process and micro-batch; one that has no sample gets a filler. Where
+    slots are kept, they are cut as in a whole batch, so that a slot goes to the same process also when a batch is smaller.
+    """
 
     def __init__(self, order: Order, start: int, stop: int, rank: int, world_size: int, accumulation: int) -> None:
         self.order, self.start, self.stop = order, start, stop
@@ -184,10 +173,14 @@ class RunSampler:
         return -(-self.order.batch_size // (self.world_size * self.accumulation))
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
-        slots = self.order.batch_size if self.order.keeps_slots else None
-        wanted = slice(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
+        parts = self.world_size * self.accumulation
+        own = slice(self.rank * self.accumulation, (self.rank + 1) * self.accumulation)
         for step in range(self.start, self.stop):
-            yield from share_out(*self.order.batch(step), self.world_size * self.accumulation, slots, wanted)
+            positions, samples = self.order.batch(step)
+            slots = self.order.batch_size if self.order.keeps_slots else len(positions)
+            for chosen in np.array_split(np.arange(slots), parts)[own]:
+                refs = [SampleRef(int(positions[slot]), int(samples[slot])) for slot in chosen if slot < len(positions)]
+                yield refs or [SampleRef(int(positions[0]), int(samples[0]), valid=False)]
 
 
 class ValidationSampler:
