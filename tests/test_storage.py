@@ -16,7 +16,6 @@ from paligemma_vla import storage
 from paligemma_vla.errors import DataError, StorageError, UnreachableError
 from paligemma_vla.storage import (
     MARKS,
-    ByteFile,
     ByteSource,
     CachedSource,
     atomic_file,
@@ -167,9 +166,6 @@ class Counted(ByteSource):
         self.asked.append((offset, offset + count))
         return self.content[offset : offset + count]
 
-    def close(self) -> None:
-        pass
-
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +217,7 @@ def test_near_ranges_are_one_request_and_far_ones_are_not(
 
 def test_python_file_reads_and_seeks_like_a_file() -> None:
     file, source = io.BytesIO(CONTENT), Counted(CONTENT)
-    with io.BufferedReader(ByteFile(source), 512) as ours:
+    with io.BufferedReader(source, 512) as ours:
         for whence, offset, count in ((0, 100, 20), (1, -10, 700), (2, -30, 20), (2, -5, -1), (0, 0, 3)):
             assert ours.seek(offset, whence) == file.seek(offset, whence)
             assert ours.read(count) == file.read(count)

@@ -15,15 +15,14 @@ import re
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from paligemma_vla.errors import StorageError, UnreachableError, VLAError, first_line
@@ -295,22 +294,18 @@ def _fsspec_files(url: str) -> tuple[list[str], str]:
     return [name for name in system.find(path, **strict) if name.rstrip("/") != path.rstrip("/")], path
 
 
-class ByteSource(ABC):
-    """The bytes of one file. It must not be used after a fork; several threads may call `read_at`.
+class ByteSource(io.RawIOBase):
+    """The bytes of one file, and an open binary file of them. It must not be used after a fork.
 
-    location: path or URL. size: in bytes. identity: size, mtime_ns, and ctime_ns of a local file or 63 bits of what a store
-    calls the file's version. All are as they were when the file was opened.
+    Several threads may call `read_at`; `seek` and `read` are for one. location: path or URL. size: in bytes. identity: size,
+    mtime_ns, and ctime_ns of a local file or 63 bits of what a store calls the file's version. All are as they were when the
+    file was opened.
     """
 
     location: str
     size: int
     identity: tuple[int, int, int]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    _position = 0
 
     def read_at(self, offset: int, count: int) -> bytes:
         """Exactly `count` bytes from `offset` on. Raises `StorageError`."""
@@ -321,70 +316,62 @@ class ByteSource(ABC):
     @abstractmethod
     def _read(self, offset: int, count: int) -> bytes: ...
 
-    @abstractmethod
-    def close(self) -> None: ...
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        return self._position
+
+    def read(self, count: int | None = -1) -> bytes:
+        left = max(0, self.size - self._position)
+        content = self.read_at(self._position, left if count is None or count < 0 else min(count, left)) if left else b""
+        self._position += len(content)
+        return content
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def open_source(location: str | Path) -> ByteSource:
     """Open a file at a path or URL. Raises `StorageError` when it is not there, or cannot be reached."""
-    location = str(location)
-    return RemoteSource(location) if is_url(location) else LocalSource(location)
+    return FileSource(str(location))
 
 
-class LocalSource(ByteSource):
-    """A file on this machine."""
-
-    _descriptor = -1
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-        try:
-            self._descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        status = os.fstat(self._descriptor)
-        self.size = status.st_size
-        self.identity = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-    def _read(self, offset: int, count: int) -> bytes:
-        try:
-            content = os.pread(self._descriptor, count, offset)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        if len(content) != count:
-            raise StorageError(f"{self.location}: ends at byte {offset + len(content)}, expected {self.size}; restore it")
-        return content
-
-    def _unreadable(self, error: OSError) -> StorageError:
-        return StorageError(f"{self.location}: cannot be read ({first_line(error)}); restore it")
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor = -1
-
-    __del__ = close
+MARKS = (0xA5, 0x5A)  # see `FileSource._request`
 
 
-MARKS = (0xA5, 0x5A)  # see `RemoteSource._request`
+class FileSource(ByteSource):
+    """A file on this machine or behind a URL, where every request is retried; one is made at a time."""
 
-
-class RemoteSource(ByteSource):
-    """A file behind a URL: every request is retried, and one is made at a time."""
+    _file: Any = None
 
     def __init__(self, location: str) -> None:
         self.location = location
-        open_file = _open_native if location.startswith(NATIVE) else _open_fsspec
-        self._file, self.identity = retry(location, lambda: open_file(location))
+        open_file = _open_local if not is_url(location) else _open_native if location.startswith(NATIVE) else _open_fsspec
+        self._file, self.identity = self._attempt(partial(open_file, location))
         self.size = self.identity[0]
         self._lock = threading.Lock()
+
+    def _attempt(self, action: Callable[[], Result], part: str = "") -> Result:
+        if is_url(self.location):
+            return retry(self.location, action, part)
+        try:
+            return action()
+        except OSError as error:
+            raise StorageError(f"{self.location}: cannot be read ({first_line(error)}); restore it") from error
 
     def _read(self, offset: int, count: int) -> bytes:
         """In requests of REQUEST_BYTES at most, each of them retried by itself."""
         parts = []
         for first in range(offset, offset + count, REQUEST_BYTES):
             size = min(REQUEST_BYTES, offset + count - first)
-            parts.append(retry(self.location, partial(self._request, first, size), f"bytes {first} to {first + size - 1}"))
+            parts.append(self._attempt(partial(self._request, first, size), f"bytes {first} to {first + size - 1}"))
         return b"".join(parts)
 
     def _request(self, offset: int, count: int) -> bytes:
@@ -405,11 +392,20 @@ class RemoteSource(ByteSource):
         raise ConnectionError(f"the answer was shorter than the {count} bytes that were asked for")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def _open_local(path: str) -> tuple[Any, tuple[int, int, int]]:
+    """A file, and its identity."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - the source closes it
+    status = os.fstat(file.fileno())
+    return file, (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _open_native(url: str) -> tuple[Any, tuple[int, int, int]]:
-    """A file that pyarrow opens, and its identity: one request, and one for each range."""
+    """The same of a file that pyarrow opens: one request, and one for each range."""
     system, path = native_system(url)
     file = system.open_input_file(path)
     facts = file.metadata() or {}
@@ -477,38 +473,6 @@ class CachedSource(ByteSource):
             while sum(len(content) for parts in self._cache.values() for content in parts.values()) > CACHE_BYTES:
                 del self._cache[next(iter(self._cache))]
         return self._cache[number]
-
-    def close(self) -> None:
-        self.source.close()
-
-
-class ByteFile(io.RawIOBase):
-    """A source as an open binary file. Closing it does not close the source."""
-
-    def __init__(self, source: ByteSource) -> None:
-        self.source, self._position = source, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.source.size}[whence]
-        return self._position
-
-    def read(self, count: int | None = -1) -> bytes:
-        left = max(0, self.source.size - self._position)
-        count = left if count is None or count < 0 else min(count, left)
-        content = self.source.read_at(self._position, count) if count else b""
-        self._position += len(content)
-        return content
-
-    def readinto(self, buffer: Any) -> int:
-        content = self.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
 
 
 def fetch(url: str, target: Path) -> Path:

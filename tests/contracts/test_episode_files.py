@@ -64,14 +64,14 @@ def upload(folder: Path) -> str:
     return f"memory:/{folder}"
 
 
-def write_native(folder: Path, truth: Truth, offset: float = 0.0) -> None:
-    """The episodes of `write_set` as EpisodeWriter writes them, two to a file. offset: added to the actions."""
+def write_native(folder: Path, truth: Truth, change: Callable[[Episode], Episode] = lambda episode: episode) -> None:
+    """The episodes of `write_set` as EpisodeWriter writes them, two to a file, after a change of each."""
     with EpisodeWriter(folder, METADATA, episodes_per_file=2) as writer:
         starts = np.cumsum([0, *LENGTHS])
         for number, (start, stop) in enumerate(pairwise(starts.tolist())):
             images = [list(truth.stored[camera][start:stop]) for camera in CAMERAS]
-            action, task = truth.action[number] + np.float32(offset), truth.tasks[number]
-            writer.write(Episode(images, truth.state[number], action, task, truth.success[number]))
+            action, task = truth.action[number], truth.tasks[number]
+            writer.write(change(Episode(images, truth.state[number], action, task, truth.success[number])))
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -123,7 +123,8 @@ def test_row_groups_and_batches_are_parts_of_the_columns(data: Data, index: Epis
             assert every.num_rows == file.bounds[-1]
             for group, (first, stop) in enumerate(pairwise(file.bounds.tolist())):
                 assert next(file.read_groups(names, [group])).to_pylist() == every.slice(first, stop - first).to_pylist()
-            batches = list(stream.batches(names, groups, 3))
+            numbers, batches = zip(*stream.batches(names, groups, 3), strict=True)
+            assert np.concatenate(numbers).tolist() == list(range(every.num_rows))
             assert max(batch.num_rows for batch in batches) <= 3
             assert pa.Table.from_batches(batches).to_pylist() == every.to_pylist()
 
@@ -204,12 +205,19 @@ def test_identity_and_digest_stay_until_the_content_changes(data: Data, index: E
 def changes(data: Data) -> list[Callable[[], object]]:
     """Changes of what belongs to a data set, each of which makes other training data of it."""
 
-    def write_anew() -> None:
-        shutil.rmtree(data.folder)
-        write_native(data.folder, data.truth, offset=1)
+    def write_anew(change: Callable[[Episode], Episode]) -> Callable[[], None]:
+        def write() -> None:
+            shutil.rmtree(data.folder)
+            write_native(data.folder, data.truth, change)
 
-    if data.kind != "lerobot":
-        return [write_anew]
+        return write
+
+    if data.kind != "lerobot":  # the same numbers and pictures in another order too
+        return [
+            write_anew(lambda episode: replace(episode, action=episode.action + 1)),
+            write_anew(lambda episode: replace(episode, action=episode.action[::-1])),
+            write_anew(lambda episode: replace(episode, images=[images[::-1] for images in episode.images])),
+        ]
     table = sorted(data.folder.glob("data/*/*.parquet"))[0]
 
     def other_action() -> None:

@@ -27,14 +27,15 @@ LENGTHS = (20, 33, 5, 40, 12, 28, 61, 7, 19, 30, 2, 44)
 LEFT_OUT = [2, 6, 7]  # so that blocks have holes
 Open = Callable[..., EpisodeReader]
 Requests = list[tuple[str, int, int]]
+Written = tuple[Path, dict[tuple[str, int], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Twelve episodes in three files, and their rows read naively."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Twelve episodes in three files, and their rows, read naively, by file and number."""
     path = tmp_path_factory.mktemp("episodes")
     write_episodes(path, LENGTHS, cameras=2, per_file=5)
-    return path, read_rows(path)
+    return path, {(row["file"], row["row"]): row for row in read_rows(path)}
 
 
 @pytest.fixture(params=["disk", "URL"])
@@ -63,18 +64,16 @@ def open_reader(request: pytest.FixtureRequest, url: bool, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def requests(url: bool, monkeypatch: pytest.MonkeyPatch) -> Requests:
+def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
     """Every request for bytes that there was: file, offset, count. (Rows of a disk's row groups are read by pyarrow itself.)"""
     seen: Requests = []
-    source: Any = storage.RemoteSource if url else storage.LocalSource
-    read = source._read
+    read = storage.FileSource._read
 
-    def noted(self: storage.ByteSource, offset: int, count: int) -> bytes:
+    def noted(self: storage.FileSource, offset: int, count: int) -> bytes:
         seen.append((self.location, offset, count))
-        content: bytes = read(self, offset, count)
-        return content
+        return read(self, offset, count)
 
-    monkeypatch.setattr(source, "_read", noted)
+    monkeypatch.setattr(storage.FileSource, "_read", noted)
     return seen
 
 
@@ -88,6 +87,10 @@ def content(reader: EpisodeReader, file: int, row: int) -> dict[str, Any]:
     return {**images, **numbers, "prompt": group.prompt[number].as_py()}
 
 
+def path_of(reader: EpisodeReader, file: int) -> str:
+    return reader.index.paths[file].removeprefix("file://")
+
+
 def shuffled_rows(reader: EpisodeReader) -> list[tuple[int, int]]:
     index = reader.index
     rows = [
@@ -97,24 +100,20 @@ def shuffled_rows(reader: EpisodeReader) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("cache_bytes", [1, 2**30])
-def test_rows_are_those_of_the_files(open_reader: Open, written: tuple[Path, list[dict[str, Any]]], cache_bytes: int) -> None:
+def test_rows_are_those_of_the_files(open_reader: Open, written: Written, cache_bytes: int) -> None:
     folder, rows = written
     reader = open_reader(folder, cache_bytes, LEFT_OUT)
-    expected = {(row["file"], row["row"]): row for row in rows}
     for file, row in shuffled_rows(reader):
-        naive = expected[reader.index.paths[file].removeprefix("file://"), row]
-        got = content(reader, file, row)
+        got, naive = content(reader, file, row), rows[path_of(reader, file), row]
         assert got == {name: naive[name] for name in got}
     for episode in range(len(reader.index)):
         file, start, length = (int(part[episode]) for part in (reader.index.file, reader.index.start, reader.index.length))
         actions = reader.actions(file, start, start + length)
-        assert actions.tolist() == [
-            expected[reader.index.paths[file].removeprefix("file://"), start + n]["action"] for n in range(length)
-        ]
+        assert actions.tolist() == [rows[path_of(reader, file), start + n]["action"] for n in range(length)]
 
 
 def test_a_row_group_or_block_is_one_request_and_a_file_one_more(
-    open_reader: Open, written: tuple[Path, list[dict[str, Any]]], requests: Requests
+    open_reader: Open, written: Written, requests: Requests
 ) -> None:
     index = EpisodeIndex.build(str(written[0]))  # a cached index asks for nothing below
     del requests[:]
@@ -132,17 +131,14 @@ def test_a_row_group_or_block_is_one_request_and_a_file_one_more(
     assert len({request for request in requests if request not in opened}) == units
 
 
-def test_memory_stays_within_its_bound_and_what_left_it_is_read_again(
-    open_reader: Open, written: tuple[Path, list[dict[str, Any]]]
-) -> None:
+def test_memory_stays_within_its_bound_and_what_left_it_is_read_again(open_reader: Open, written: Written) -> None:
     folder, rows = written
-    expected = {(row["file"], row["row"]): row for row in rows}
     whole = sum(os.path.getsize(path) for path in folder.glob("*.parquet"))
     reader = open_reader(folder, whole // 2)
     for number, (file, row) in enumerate(shuffled_rows(reader)):
         if reader.blocks is not None and number % 3 == 0:
             reader.prefetch([number % len(reader.blocks)])
-        assert content(reader, file, row)["prompt"] == expected[reader.index.paths[file].removeprefix("file://"), row]["prompt"]
+        assert content(reader, file, row)["prompt"] == rows[path_of(reader, file), row]["prompt"]
         assert reader._cached_bytes == sum(nbytes for nbytes, _ in reader._cache.values())
         assert reader._cached_bytes + reader._files.nbytes <= whole // 2
     for nbytes, block in reader._cache.values():
@@ -169,7 +165,7 @@ def replace(path: Path) -> None:
 @pytest.mark.parametrize("open_already", [False, True])
 def test_a_file_that_is_no_longer_the_one_indexed_is_refused_by_name(
     open_reader: Open,
-    written: tuple[Path, list[dict[str, Any]]],
+    written: Written,
     tmp_path: Path,
     change: Callable[[Path], None],
     open_already: bool,
@@ -189,9 +185,7 @@ def test_a_file_that_is_no_longer_the_one_indexed_is_refused_by_name(
 
 
 @pytest.mark.parametrize("url", [False])
-def test_reading_goes_on_with_a_file_that_was_put_back(
-    open_reader: Open, written: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_reading_goes_on_with_a_file_that_was_put_back(open_reader: Open, written: Written, tmp_path: Path) -> None:
     path = tmp_path / "episodes-00000.parquet"
     shutil.copy(written[0] / path.name, path)
     reader = open_reader(tmp_path)
@@ -203,9 +197,7 @@ def test_reading_goes_on_with_a_file_that_was_put_back(
     assert reader.group_of(0, 40)[1] == 20
 
 
-def test_damage_is_refused_with_its_row_group_where_it_is_needed(
-    open_reader: Open, written: tuple[Path, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_damage_is_refused_with_its_row_group_where_it_is_needed(open_reader: Open, written: Written, tmp_path: Path) -> None:
     """Another bit in the pictures of a row group; size and dates stay."""
     path = tmp_path / "episodes-00000.parquet"
     shutil.copy(written[0] / path.name, path)
@@ -221,9 +213,7 @@ def test_damage_is_refused_with_its_row_group_where_it_is_needed(
             reader.group_of(0, int(bounds[3]))
 
 
-def test_a_reader_takes_no_more_to_a_worker_than_the_index(
-    open_reader: Open, written: tuple[Path, list[dict[str, Any]]]
-) -> None:
+def test_a_reader_takes_no_more_to_a_worker_than_the_index(open_reader: Open, written: Written) -> None:
     reader = open_reader(written[0])
     reader.group_of(0, 0)
     sent = pickle.dumps(reader)

@@ -18,7 +18,7 @@ import pytest
 from paligemma_vla.data import reader as reader_module
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
-from paligemma_vla.storage import LocalSource
+from paligemma_vla.storage import FileSource
 from support import write_episodes
 
 LENGTHS = (20, 33, 5, 40, 12, 28, 61, 7, 19, 30, 2, 44)
@@ -49,13 +49,13 @@ def reader(index: EpisodeIndex) -> Iterator[EpisodeReader]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Every request there was: offset, bytes."""
     seen: list[tuple[int, int]] = []
-    read = LocalSource._read
+    read = FileSource._read
 
-    def noted(self: LocalSource, offset: int, count: int) -> bytes:
+    def noted(self: FileSource, offset: int, count: int) -> bytes:
         seen.append((offset, count))
         return read(self, offset, count)
 
-    monkeypatch.setattr(LocalSource, "_read", noted)
+    monkeypatch.setattr(FileSource, "_read", noted)
     return seen
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from threading import Event, Lock
 
@@ -33,7 +33,7 @@ from paligemma_vla.data.faults import (
     to_matrix,
     unreadable_group,
 )
-from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, identify_file, open_file
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, identify_file, open_file
 from paligemma_vla.data.index import NOTHING, Excluded, chain_faults, hex_digest, inside, read_flags, real_name, segment
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
@@ -53,20 +53,20 @@ class CheckOptions:
     allow_prompt_changes: bool = False
 
 
-@dataclass(frozen=True)
-class FileReport:
-    """One file: its faults, and the first row of each episode, as far as they are known.
+class FileCheck:
+    """The checks of one file: columns, flags, then the values of each column in the order of rows.
 
-    layout: None when the file cannot be used at all. outside: row ranges that were not selected (X, 2).
+    faults: in the order of rows, first those of the file as a whole. starts: first row of each episode, as far as they are
+    known. layout: None when the file cannot be used at all. outside: row ranges that were not selected (X, 2).
     """
 
-    path: str
-    faults: tuple[Fault, ...]
-    starts: Rows = field(default_factory=lambda: NOTHING[:, 0])
-    rows: int = 0
-    layout: Layout | None = None
-    digest: str | None = None
-    outside: Rows = field(default_factory=lambda: NOTHING)
+    def __init__(self, path: str, options: CheckOptions) -> None:
+        self.path, self.options = path, options
+        self.faults: list[Fault] = []
+        self.starts, self.outside, self.rows = NOTHING[:, 0], NOTHING, 0
+        self.layout: Layout | None = None
+        self.digest: str | None = None
+        self.previous: str | None = None  # instruction
 
     @property
     def episodes(self) -> int:
@@ -109,12 +109,108 @@ class FileReport:
             for n, reasons in sorted(bad.items())
         ]
 
+    def run(self, progress: Progress) -> FileCheck:
+        """Check everything. progress: called with the bytes done since its last call."""
+        with self._collected():
+            size = identify_file(self.path)[0]
+            with open_file(self.path, stream=True) as file:
+                layout, self.faults = file.survey()
+                self.digest, self.rows, self.outside = hex_digest(file.digest()), int(file.bounds[-1]), file.outside
+                broken = {fault.column for fault in self.faults}
+                if self.rows and not broken & set(schema.FLAGS):
+                    with self._collected():
+                        self._check_flags(file)
+                self._check_columns(file, layout, broken, size, progress)
+                self.faults = [fault for fault in self.faults if fault.row is None or not self._is_outside(fault)]
+                self.faults.sort(key=lambda fault: (-1 if fault.row is None else fault.row, fault.column or ""))
+                self.layout = None if self.unusable else layout
+        return self
+
+    @contextmanager
+    def _collected(self) -> Iterator[None]:
+        """Keep a fault that ends a check."""
+        try:
+            yield
+        except FaultError as error:
+            self.faults.append(error.fault)
+
+    def _is_outside(self, fault: Fault) -> bool:
+        """True if a fault is of rows that were not selected."""
+        assert fault.row is not None
+        return bool(inside(np.arange(fault.row, fault.row + fault.rows), self.outside).all())
+
+    def _check_flags(self, file: EpisodeFile) -> None:
+        flags = read_flags(file)
+        self.starts, _ = segment(flags, self.rows, NOTHING)
+        self.faults += chain_faults(self.path, flags, self.rows, self.outside)
+        known = file.flags_from_footer()
+        if known is not None and not all(map(np.array_equal, known, (flags.first, flags.last, flags.terminal))):
+            text = "the footer's statistics contradict them; write the file anew, or take it out of the data"
+            self.faults.append(Fault(self.path, Kind.FLAGS, text, column=", ".join(schema.FLAGS)))
+
+    def _check_columns(self, file: EpisodeFile, layout: Layout, broken: set[str | None], size: int, progress: Progress) -> None:
+        """Values of every column that is not broken, of row groups that hold selected rows. size: bytes to progress by."""
+        cameras = [schema.image_column(n + 1) for n in range(layout.cameras)]
+        columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
+        bounds = list(enumerate(pairwise(file.bounds.tolist())))
+        groups = [group for group, (first, stop) in bounds if not inside(np.arange(first, stop), self.outside).all()]
+        jobs, videos = [(group, column) for group in groups for column in columns], VideoDecoders()
+        for number, (group, column) in enumerate(jobs):
+            with self._collected():
+                for rows, values in self._batches(file, group, column):
+                    if column in (schema.STATE, schema.ACTION):
+                        matrix = to_matrix(values, layout.state_dim if column == schema.STATE else layout.action_dim)
+                        self.faults += number_faults(self.path, column, values, matrix, rows)
+                    else:
+                        pictures = None if column == schema.PROMPT else file.pictures(values, videos)
+                        self._check_values(column, values, pictures, rows)
+            progress(size * (number + 1) // len(jobs) - size * number // len(jobs))
+
+    def _batches(self, file: EpisodeFile, group: int, column: str) -> Iterator[tuple[Rows, pa.Array]]:
+        """One column of one row group, piece by piece (it may be as large as the file), with the numbers of its rows.
+
+        Raises `FaultError` where it cannot be read further.
+        """
+        read, expected = 0, int(np.diff(file.bounds)[group])
+        try:
+            for rows, batch in file.batches([column], [group], BATCH_ROWS):
+                yield rows, batch.column(0)
+                read += batch.num_rows
+            if read != expected:
+                raise ValueError(f"got {read} rows, expected {expected}")
+        except READ_ERRORS as error:
+            raise FaultError(unreadable_group(self.path, group, file.bounds, first_line(error), column)) from error
+
+    def _check_values(self, column: str, values: pa.Array, pictures: Pictures | None, rows: Rows) -> None:
+        """Instructions or pictures of some rows; rows (R,): their numbers in the file."""
+        for slot, row in enumerate(rows.tolist()):
+            try:
+                if pictures is None:
+                    self._check_prompt(values, slot, row)
+                elif pictures.present(slot):
+                    pictures.decode(slot)
+                elif column == schema.image_column(1):
+                    raise missing_image()
+            except Unusable as error:
+                self.faults.append(error.at(self.path, row, column))
+
+    def _check_prompt(self, values: pa.Array, slot: int, row: int) -> None:
+        before, self.previous = self.previous, None
+        prompt = self.previous = prompt_of(values, slot)
+        if self.options.prompts is not None:
+            check_prompt(prompt, self.options.prompts)
+        changed = before not in (None, prompt) and len(self.starts) > 0 and row not in self.starts
+        if changed and not self.options.allow_prompt_changes:
+            text = f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before"
+            remedy = f"two episodes glued? Mend the flags, {LEAVE_OUT}, or allow it with --allow_prompt_changes"
+            raise Unusable(Kind.PROMPT_CHANGE, f"{text}; {remedy}")
+
 
 @dataclass(frozen=True)
 class Diagnosis:
     """Every file that was checked. misfits: what of the configuration fits none of them."""
 
-    files: tuple[FileReport, ...]
+    files: tuple[FileCheck, ...]
     misfits: tuple[Fault, ...]
 
     @property
@@ -150,129 +246,15 @@ def diagnose(files: Sequence[str], options: CheckOptions, progress: Progress) ->
 
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
-        reports = list(pool.map(lambda path: _check_file(path, options, advance), files))
+        checks = list(pool.map(lambda path: FileCheck(path, options).run(advance), files))
     finally:
         stop.set()  # an interrupt does not wait for the files under way
         pool.shutdown(cancel_futures=True)
-    first = next((report for report in reports if report.layout is not None), None)
-    known = None if first is None else first.layout
-    for number, report in enumerate(reports):  # what contradicts the first file that can be used
-        if first is not None and known is not None and report.layout is not None:
-            found = tuple(robot_faults(report.path, report.layout, first.path, known))
-            reports[number] = replace(report, faults=(*found, *report.faults), layout=None if found else report.layout)
-    usable = [report.layout for report in reports if report.layout is not None]
-    misfits: list[Fault] = []
-    if options.config is not None and first is not None:
-        misfits = [Fault(first.path, Kind.CONFIG, text) for text in layout_misfits(joint_layout(usable), options.config)]
-    return Diagnosis(tuple(reports), tuple(misfits))
-
-
-def _check_file(path: str, options: CheckOptions, progress: Progress) -> FileReport:
-    """Every fault of one file by itself."""
-    try:
-        size = identify_file(path)[0]
-        with open_file(path, stream=True) as file:
-            return _FileCheck(file, options).run(size, progress)
-    except FaultError as error:
-        return FileReport(path, (error.fault,))
-
-
-class _FileCheck:
-    """The checks of one open file: columns, flags, then the values of each column in the order of rows."""
-
-    def __init__(self, file: EpisodeFile, options: CheckOptions) -> None:
-        self.file, self.path, self.options = file, file.path, options
-        self.layout, self.faults = file.survey()
-        self.starts: Rows = NOTHING[:, 0]
-        self.videos = VideoDecoders()
-        self.previous: str | None = None  # instruction
-
-    def run(self, size: int, progress: Progress) -> FileReport:
-        """size: bytes that `progress` is called with, all in all."""
-        file, digest, rows = self.file, hex_digest(self.file.digest()), int(self.file.bounds[-1])
-        broken = {fault.column for fault in self.faults}
-        if rows and not broken & set(schema.FLAGS):
-            with self._collected():
-                self._check_flags(rows)
-        cameras = [schema.image_column(n + 1) for n in range(self.layout.cameras)]
-        columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
-        bounds = list(enumerate(pairwise(file.bounds.tolist())))
-        groups = [group for group, (first, stop) in bounds if not inside(np.arange(first, stop), file.outside).all()]
-        steps, reported = len(groups) * len(columns), 0
-        for number, (group, column) in enumerate((group, column) for group in groups for column in columns):
-            with self._collected():
-                for first, values in self._batches(group, column):
-                    self._check_values(column, values, np.arange(first, first + len(values)))
-            done = size * (number + 1) // steps
-            progress(done - reported)
-            reported = done
-        faults = [fault for fault in self.faults if fault.row is None or not self._is_outside(fault)]
-        faults.sort(key=lambda fault: (-1 if fault.row is None else fault.row, fault.column or ""))
-        layout = None if any(fault.row is None for fault in faults) else self.layout
-        return FileReport(self.path, tuple(faults), self.starts, rows, layout, digest, file.outside)
-
-    @contextmanager
-    def _collected(self) -> Iterator[None]:
-        """Keep a fault that ends a check."""
-        try:
-            yield
-        except FaultError as error:
-            self.faults.append(error.fault)
-
-    def _is_outside(self, fault: Fault) -> bool:
-        """True if a fault is of rows that were not selected."""
-        assert fault.row is not None
-        return bool(inside(np.arange(fault.row, fault.row + fault.rows), self.file.outside).all())
-
-    def _check_flags(self, rows: int) -> None:
-        flags = read_flags(self.file)
-        self.starts, _ = segment(flags, rows, NOTHING)
-        self.faults += chain_faults(self.path, flags, rows, self.file.outside)
-        known = self.file.flags_from_footer()
-        if known is not None and not all(map(np.array_equal, known, (flags.first, flags.last, flags.terminal))):
-            text = "the footer's statistics contradict them; write the file anew, or take it out of the data"
-            self.faults.append(Fault(self.path, Kind.FLAGS, text, column=", ".join(schema.FLAGS)))
-
-    def _batches(self, group: int, column: str) -> Iterator[tuple[int, pa.Array]]:
-        """One column of one row group, piece by piece (it may be as large as the file), each with its first row's number.
-
-        Raises `FaultError` where it cannot be read further.
-        """
-        row, stop = (int(bound) for bound in self.file.bounds[group : group + 2])
-        try:
-            for batch in self.file.batches([column], [group], BATCH_ROWS):
-                yield row, batch.column(0)
-                row += batch.num_rows
-            if row != stop:
-                raise ValueError(f"it ends at row {row}")
-        except READ_ERRORS as error:
-            raise FaultError(unreadable_group(self.path, group, self.file.bounds, first_line(error), column)) from error
-
-    def _check_values(self, column: str, values: pa.Array, rows: Rows) -> None:
-        """Values of some rows of a column; rows (R,): their numbers in the file."""
-        if column in (schema.STATE, schema.ACTION):
-            matrix = to_matrix(values, self.layout.state_dim if column == schema.STATE else self.layout.action_dim)
-            self.faults += number_faults(self.path, column, values, matrix, rows)
-            return
-        pictures = None if column == schema.PROMPT else self.file.pictures(values, self.videos)
-        for slot, row in enumerate(rows.tolist()):
-            try:
-                if pictures is None:
-                    self._check_prompt(values, slot, row)
-                elif pictures.present(slot):
-                    pictures.decode(slot)
-                elif column == schema.image_column(1):
-                    raise missing_image()
-            except Unusable as error:
-                self.faults.append(error.at(self.path, row, column))
-
-    def _check_prompt(self, values: pa.Array, slot: int, row: int) -> None:
-        before, self.previous = self.previous, None
-        prompt = self.previous = prompt_of(values, slot)
-        if self.options.prompts is not None:
-            check_prompt(prompt, self.options.prompts)
-        changed = before not in (None, prompt) and len(self.starts) > 0 and row not in self.starts
-        if changed and not self.options.allow_prompt_changes:
-            text = f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before"
-            remedy = f"two episodes glued? Mend the flags, {LEAVE_OUT}, or allow it with --allow_prompt_changes"
-            raise Unusable(Kind.PROMPT_CHANGE, f"{text}; {remedy}")
+    usable = [(check, check.layout) for check in checks if check.layout is not None]
+    for check, layout in usable[1:]:
+        if contradictions := list(robot_faults(check.path, layout, usable[0][0].path, usable[0][1])):
+            check.faults[:0] = contradictions
+            check.layout = None
+    layouts = [check.layout for check in checks if check.layout is not None]
+    misfits = layout_misfits(joint_layout(layouts), options.config) if options.config is not None and layouts else []
+    return Diagnosis(tuple(checks), tuple(Fault(usable[0][0].path, Kind.CONFIG, text) for text in misfits))

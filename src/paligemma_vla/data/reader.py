@@ -355,11 +355,9 @@ def iterate_numbers(
     bounds, columns = index.row_groups(file), [schema.STATE, schema.ACTION]
     wanted = index.has_rows(file, np.arange(bounds[-1]))
     groups = [group for group in range(len(bounds) - 1) if wanted[bounds[group] : bounds[group + 1]].any()]
-    numbers = np.concatenate([np.arange(bounds[group], bounds[group + 1]) for group in groups] or [bounds[:0]])
     with open_file(index.paths[file], stream=True) as source:
         with reading(source.path, columns):
-            for batch in source.batches(columns, groups, rows):
-                here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
+            for here, batch in source.batches(columns, groups, rows):
                 state, action = (_numbers(index, file, name, batch[name], here) for name in columns)
                 yield state[wanted[here]], action[wanted[here]]
         index.check_unchanged(file, source.identity)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, VLAError, first_line
-from paligemma_vla.storage import ByteFile, atomic_file, atomic_write, fetch, is_url, open_source, sha256, sync_folder
+from paligemma_vla.storage import atomic_file, atomic_write, fetch, is_url, open_source, sha256, sync_folder
 
 if TYPE_CHECKING:
     from paligemma_vla.training.distributed import Distributed
@@ -320,7 +320,7 @@ def read_step(location: str | Path) -> float:
     try:
         if is_url(str(location)):
             with open_source(location) as source:
-                saved = torch.load(io.BufferedReader(ByteFile(source), 2**16), map_location="meta", weights_only=True)
+                saved = torch.load(io.BufferedReader(source, 2**16), map_location="meta", weights_only=True)
         else:
             record = Path(location, RECORD) if Path(location).is_dir() else location
             saved = torch.load(record, map_location="meta", weights_only=True, mmap=True)

@@ -99,8 +99,8 @@ class EpisodeFile(ABC):
         """
 
     @abstractmethod
-    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
-        """Columns of some row groups piece by piece, at most `rows` rows each. Raises as `read`."""
+    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[tuple[Rows, pa.RecordBatch]]:
+        """Columns of some row groups piece by piece, at most `rows` rows each, with their numbers. Raises as `read`."""
 
     @abstractmethod
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:

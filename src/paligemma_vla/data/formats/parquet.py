@@ -19,7 +19,7 @@ from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import REQUEST_BYTES, ByteFile, ByteSource, CachedSource, Range, is_url, open_source
+from paligemma_vla.storage import REQUEST_BYTES, ByteSource, CachedSource, Range, is_url, open_source
 
 FOOTER_UNFOLDS = 10  # a parsed footer against its bytes: 148 kB of 256 row groups with 7 columns took 1.5 MB
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
@@ -96,7 +96,7 @@ class ParquetEpisodes(EpisodeFile):
             if self._source is None:
                 return pq.ParquetFile(self._location, buffer_size=STREAM_BUFFER if self._stream else 0, **options)
             metadata = pq.read_metadata(pa.BufferReader(self._footer))
-            source = ByteFile(CachedSource(self._source, column_ranges(metadata, columns, groups)))
+            source = CachedSource(self._source, column_ranges(metadata, columns, groups))
             return pq.ParquetFile(source, metadata=metadata, buffer_size=REQUEST_BYTES if self._stream else 0, **options)
         except READ_ERRORS as error:
             text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
@@ -136,14 +136,14 @@ class ParquetEpisodes(EpisodeFile):
             table = file.read_row_group(group, columns=stored, use_threads=False)
             yield self._translate(columns, table, np.arange(*self.bounds[group : group + 2]))
 
-    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str], groups: Sequence[int], rows: int) -> Iterator[tuple[Rows, pa.RecordBatch]]:
         stored = self._stored_columns(columns)
         file = self._open(stored, groups)
         numbers = np.concatenate([self.bounds[:0], *(np.arange(*self.bounds[group : group + 2]) for group in groups)])
         for batch in file.iter_batches(rows, row_groups=list(groups), columns=stored, use_threads=False):
             here, numbers = numbers[: batch.num_rows], numbers[batch.num_rows :]
             table = self._translate(columns, pa.Table.from_batches([batch]), here)
-            yield table.combine_chunks().to_batches()[0]
+            yield here, table.combine_chunks().to_batches()[0]
 
     def _stored_columns(self, columns: Sequence[str]) -> list[str]:
         """Columns of the file that hold `columns`."""
