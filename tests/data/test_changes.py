@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 import tracemalloc
-from collections.abc import Callable
-from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,11 @@ import pytest
 from episode_files import columns, write
 
 from paligemma_vla.data import index as index_module
-from paligemma_vla.data.formats.parquet import BLOCK_BYTES, SAMPLED_BLOCKS
 from paligemma_vla.data.index import EpisodeIndex, FileFacts, read_facts
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.statistics import compute_statistics
-from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
-from paligemma_vla.schema import Episode
-from support import METADATA, make_episode, write_episodes
+from support import write_episodes
 
 
 @pytest.mark.parametrize("name", ["image_1_bytes", "state", "action", "prompt"])
@@ -82,33 +77,6 @@ def test_fingerprint_is_of_the_data_and_not_of_its_place(tmp_path: Path) -> None
         validation,
     ]
     assert len({index.fingerprint for index in different}) == len(different)
-
-
-def written(folder: Path, change: Callable[[Episode], Episode] = lambda episode: episode) -> str:
-    """Fingerprint of two long episodes, after a change of each."""
-    rng = np.random.default_rng(0)
-    episodes = [make_episode(rng, 500) for _ in range(2)]
-    with EpisodeWriter(folder, METADATA) as writer:
-        for episode in episodes:
-            writer.write(change(episode))
-    assert next(folder.glob("*.parquet")).stat().st_size > SAMPLED_BLOCKS * BLOCK_BYTES
-    return EpisodeIndex.build(str(folder)).fingerprint
-
-
-def pictures_backwards(episode: Episode) -> Episode:
-    return replace_fields(episode, images=[images[::-1] for images in episode.images])
-
-
-def two_actions_swapped(episode: Episode) -> Episode:
-    order = np.arange(episode.length)
-    order[[250, 251]] = 251, 250
-    return replace_fields(episode, action=episode.action[order])
-
-
-def test_fingerprint_of_the_writers_files_tells_every_change_of_their_contents(tmp_path: Path) -> None:
-    first = written(tmp_path / "a")
-    assert written(tmp_path / "b") == first
-    assert len({first, written(tmp_path / "c", pictures_backwards), written(tmp_path / "d", two_actions_swapped)}) == 3
 
 
 @pytest.mark.parametrize("lengths", [(3, 4), (300, 400)])

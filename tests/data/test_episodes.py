@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from episode_files import Columns, columns, flags, put, write
 
 from paligemma_vla.data.formats import open_file, read_layout
-from paligemma_vla.data.index import EpisodeIndex, expand_paths
+from paligemma_vla.data.index import EpisodeIndex, Excluded, ExclusionList, expand_paths
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.errors import DataError
 from support import LENGTHS, METADATA, read_rows
@@ -55,61 +56,57 @@ def test_index_never_reads_image_bytes(tmp_path: Path, episode_dir: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "bad"),
     [
-        (put("is_first", 0, False), r"row 0, column is_first: got false"),
-        (put("is_first", 2, True), r"row 1, column is_last: got false, expected true, because row 2 has is_first"),
-        (put("is_first", 4, False), r"row 4, column is_first: got false, expected true, because row 3 has is_last"),
-        (put("is_last", 2, False), r"row 2, column is_last: got false, expected true, because row 3 has is_first"),
-        (put("is_last", 5, True), r"row 6, column is_first: got false, expected true, because row 5 has is_last"),
-        (put("is_last", 7, False), r"row 7, column is_last: got false, expected true, because it is the last row"),
-        (put("is_first", 3, None), r"row 3, column is_first: got null"),
-        (put("is_last", 6, None), r"row 6, column is_last: got null"),
-        (put("is_terminal", 1, True), r"row 1, column is_terminal: got true, expected false, because only the last row"),
-        (put("is_terminal", 2, None), r"row 2, column is_terminal: got null"),
+        (put("is_first", 0, False), "row 0, column is_first: got false", (0, 3)),
+        (put("is_first", 2, True), "row 1, column is_last: got false, expected true, because row 2 has is_first", (0, 3)),
+        (put("is_first", 4, False), "row 4, column is_first: got false, expected true, because row 3 has is_last", (4, 4)),
+        (put("is_last", 2, False), "row 2, column is_last: got false, expected true, because row 3 has is_first", (0, 3)),
+        (put("is_last", 5, True), "row 6, column is_first: got false, expected true, because row 5 has is_last", (4, 4)),
+        (put("is_last", 7, False), "row 7, column is_last: got false, expected true, because it is the last row", (4, 4)),
+        (put("is_first", 3, None), "row 3, column is_first: got null", (3, 1)),
+        (put("is_last", 6, None), "row 6, column is_last: got null", (4, 4)),
+        (put("is_terminal", 1, True), "row 1, column is_terminal: got true, expected false, because only the last", (0, 3)),
+        (put("is_terminal", 2, None), "row 2, column is_terminal: got null", (0, 3)),
     ],
 )
-def test_broken_chain_names_file_row_and_column(tmp_path: Path, change: Callable[[Columns], None], message: str) -> None:
+def test_broken_chain_names_file_row_and_column_and_is_usable_without_its_bad_episode(
+    tmp_path: Path, change: Callable[[Columns], None], message: str, bad: tuple[int, int]
+) -> None:
     path = write(tmp_path / "bad.parquet", flags(change))
     with pytest.raises(DataError, match=message) as caught:
         EpisodeIndex.build(path)
     assert str(caught.value).startswith(path)
+    index = EpisodeIndex.build(path, "x", ExclusionList("list", [Excluded(os.path.realpath(path), *bad)]))
+    whole = [(0, 3), (3, 1), (4, 4)]
+    assert list(zip(index.start.tolist(), index.length.tolist(), strict=True)) == [each for each in whole if each != bad]
 
 
 def test_file_without_rows_is_refused(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "empty.parquet",
-        {k: v[:0] for k, v in columns().items()},
-        {"prompt": pa.string(), **dict.fromkeys(("is_first", "is_last", "is_terminal"), pa.bool_())},
-    )
+    types = {"prompt": pa.string(), **dict.fromkeys(("is_first", "is_last", "is_terminal"), pa.bool_())}
+    path = write(tmp_path / "empty.parquet", {name: [] for name in columns()}, types)
     with pytest.raises(DataError, match="0 rows"):
         EpisodeIndex.build(path)
 
 
-@pytest.mark.parametrize("name", ["image_1_bytes", "state", "action", "prompt", "is_first", "is_last", "is_terminal"])
-def test_missing_column_is_named(tmp_path: Path, name: str) -> None:
-    content = columns()
-    del content[name]
-    with pytest.raises(DataError, match=f"column {name}: missing; got "):
-        EpisodeIndex.build(write(tmp_path / "x.parquet", content))
-
-
 @pytest.mark.parametrize(
-    ("name", "values", "kind", "expected"),
+    ("name", "values", "kind", "message"),
     [
-        ("image_1_bytes", ["a"] * 8, pa.string(), "binary"),
-        ("state", [[1, 2, 3]] * 8, pa.list_(pa.int64()), "a list of float"),
-        ("action", [1.0] * 8, pa.float32(), "a list of float"),
-        ("prompt", [1] * 8, pa.int64(), "string"),
-        ("is_first", [1] * 8, pa.int8(), "bool"),
-        ("is_terminal", ["no"] * 8, pa.string(), "bool"),
+        *((name, None, None, "missing; got ") for name in columns((1,))),
+        ("image_1_bytes", ["a"] * 8, pa.string(), "got type .*, expected binary"),
+        ("state", [[1, 2, 3]] * 8, pa.list_(pa.int64()), "got type .*, expected a list of float"),
+        ("action", [1.0] * 8, pa.float32(), "got type .*, expected a list of float"),
+        ("prompt", [1] * 8, pa.int64(), "got type .*, expected string"),
+        ("is_first", [1] * 8, pa.int8(), "got type .*, expected bool"),
+        ("is_terminal", ["no"] * 8, pa.string(), "got type .*, expected bool"),
     ],
 )
-def test_column_of_another_type_is_named(
-    tmp_path: Path, name: str, values: list[Any], kind: pa.DataType, expected: str
+def test_column_that_is_missing_or_of_another_type_is_named(
+    tmp_path: Path, name: str, values: list[Any] | None, kind: pa.DataType, message: str
 ) -> None:
-    path = write(tmp_path / "x.parquet", {**columns(), name: values}, {name: kind})
-    with pytest.raises(DataError, match=f"column {name}: got type .*, expected {expected}"):
+    content = {column: values if column == name else own for column, own in columns().items()}
+    path = write(tmp_path / "x.parquet", {column: own for column, own in content.items() if own is not None}, {name: kind})
+    with pytest.raises(DataError, match=f"column {name}: {message}"):
         EpisodeIndex.build(path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +49,6 @@ def test_excluded_rows_are_in_neither_index_nor_statistics_nor_judged(tmp_path: 
         np.testing.assert_array_equal(group.state[place], np.float32(content["state"][row]))
     with pytest.raises(DataError, match="row 3, column state: dimension 0 is nan"):
         EpisodeReader(EpisodeIndex.build(path), 1, 2**20).group_of(0, 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "first_row", "rows"),
-    [
-        (put("is_last", 2, False), 0, 3),
-        (put("is_first", 4, False), 4, 4),
-        (put("is_first", 0, False), 0, 3),
-        (put("is_last", 7, False), 4, 4),
-        (put("is_first", 3, None), 3, 1),
-        (put("is_terminal", 5, True), 4, 4),
-        (put("is_last", 5, True), 4, 4),
-    ],
-)
-def test_broken_chain_is_usable_without_its_bad_episode(
-    tmp_path: Path, change: Callable[[Any], None], first_row: int, rows: int
-) -> None:
-    path = write(tmp_path / "x.parquet", flags(change))
-    with pytest.raises(DataError, match="column is_"):
-        EpisodeIndex.build(path)
-    index = EpisodeIndex.build(path, "x", listed(tmp_path / "list.json", entry("x.parquet", first_row, rows)))
-    whole = [(0, 3), (3, 1), (4, 4)]
-    assert list(zip(index.start.tolist(), index.length.tolist(), strict=True)) == [e for e in whole if e != (first_row, rows)]
 
 
 @pytest.mark.parametrize(

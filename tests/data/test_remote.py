@@ -121,18 +121,6 @@ def test_a_bad_store_changes_no_sample(
     assert "again in" in caplog.text
 
 
-def test_loader_workers_read_from_a_store(store: Store, two_camera_dataset: VLADataset, session_config: ConfigFactory) -> None:
-    config = session_config({"data.num_workers": 2}, cameras=2)
-    # Complete, since workers come from a process that may have been started before the store was.
-    remote = VLADataset(store.complete_url("two"), two_camera_dataset.preprocessor, config)
-    sampler = RunSampler(SampleOrder([len(remote)], None, 16, seed=0), 0, 4, 0, 1, 1)
-    remote[0]  # a client of this process must not be the workers'
-    with store.failing(Faults(unavailable=0.05)):
-        got = list(load_batches(remote, sampler, config, pin_memory=False))
-    local = load_batches(two_camera_dataset, sampler, session_config(cameras=2), pin_memory=False)
-    assert identical(got, list(local))
-
-
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_row_group_or_block_is_one_request_and_a_file_two_more(store: Store, streamed: bool) -> None:
     index = EpisodeIndex.build(store.url("two"))
@@ -312,6 +300,7 @@ def test_lerobot_set_behind_a_url_is_refused(store: Store) -> None:
 def test_weighted_sources_behind_urls_train_as_from_the_disk(
     store: Store, zygote: Zygote, tiny_config: ConfigFactory, tmp_path: Path, episode_dir: Path, reading: str
 ) -> None:
+    """By loader processes, to which this process's client of the store must not go."""
     paths = sorted(map(str, episode_dir.glob("*.parquet")))
     runs = {}
     for name, places in (("local", paths), ("remote", [store.complete_url(f"one/{Path(path).name}") for path in paths])):
@@ -320,6 +309,7 @@ def test_weighted_sources_behind_urls_train_as_from_the_disk(
             "data.train_parquet_files": [{"path": place, "weight": n + 0.5} for n, place in enumerate(training)],
             "data.val_parquet_files": validation,
             "data.reading": reading,
+            "data.num_workers": 2 * (name == "remote"),
         }
         config = tiny_config({**data, "training.experiment_name": name})
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
