@@ -93,7 +93,7 @@ def file_units(folder: Path, path: Path) -> dict[str, float]:
 
 
 def store_units(folder: Path, block_mb: float) -> dict[str, float]:
-    """Requests and bytes of one file and of one block, counted by a proxy before an object store."""
+    """Requests and bytes of one file and of one block, counted by an object store."""
     from tests.store import Store
 
     from paligemma_vla.data.index import EpisodeIndex
