@@ -151,7 +151,6 @@ def test_whole_files_are_fetched_piece_by_piece_through_the_same_patience(
     with store.failing(Faults(unavailable=0.3, cut=0.2, short=0.2)):
         assert fetch(url, tmp_path / "copy").read_bytes() == CONTENT
         assert read_file(url) == CONTENT
-        assert read_file(url, 10) == CONTENT[:10]
 
 
 class Counted(ByteSource):

@@ -81,13 +81,12 @@ def working_copy(url: str) -> Path:
     return cache_dir("runs", hashlib.blake2b(url.rstrip("/").encode(), digest_size=8).hexdigest())
 
 
-def read_file(location: str | Path, limit: int = -1) -> bytes:
-    """The first `limit` bytes (all by default) of a file. Raises `OSError`, or `StorageError` for a URL."""
+def read_file(location: str | Path) -> bytes:
+    """The content of a file. Raises `OSError`, or `StorageError` for a URL."""
     if is_url(str(location)):
         with open_source(location) as source:
-            return source.read_at(0, source.size if limit < 0 else min(limit, source.size))
-    with open(location, "rb") as file:
-        return file.read(limit)
+            return source.read_at(0, source.size)
+    return Path(location).read_bytes()
 
 
 def read_json(

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -72,6 +74,8 @@ def test_help_of_every_command_names_its_flags(capfd: pytest.CaptureFixture[str]
 
 def test_help_lists_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capfd, "--help")
+    installed = subprocess.run([Path(sys.executable).with_name("paligemma-vla"), "--help"], capture_output=True, check=True)
+    assert installed.stdout.decode() == out
     assert code == 0
     assert {name.split()[0] for name in FLAGS} == set(cli.COMMANDS)
     assert all(name in out for name in cli.COMMANDS)
