@@ -39,6 +39,7 @@ def test_config_minimal_has_the_specifications_values() -> None:
     head = config.model.action_head_config
     assert (head.horizon, head.per_action_dim, head.action_dim, head.num_inference_timesteps) == (8, 7, 56, 50)
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.lr_scheduler.type) == (1e-4, 0.01, "cosine")
+    assert config_from_dict(MINIMAL, {f"{HEAD}.action_dim": None}) == config
     assert config.run_dir == Path("experiments/default")
     for key, value, cameras in (("lora", None, 1), ("use_aux_camera", True, 2), ("num_cameras", 4, 4)):
         assert config_from_dict(MINIMAL, {f"{VLM}.{key}": value}).model.vlm_config.cameras == cameras

@@ -4,8 +4,8 @@
 #   examples/finetune_lerobot/finetune.sh                      from the project's folder, after `make install`
 #   DATASET=~/my_dataset examples/finetune_lerobot/finetune.sh     a dataset of your own: without the simulator's steps
 #
-# DEMONSTRATIONS per task, STEPS of training, EPISODES played per task, WORKERS (processes that simulate, one per core unless
-# set) and WORK (where everything goes) may be set.
+# DEMONSTRATIONS per task, STEPS of training, SAMPLES compared with recordings, EPISODES played per task, WORKERS (processes that
+# simulate, one per core unless set) and WORK (where everything goes) may be set.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-experiments/finetune_lerobot}
@@ -42,7 +42,7 @@ settings=(
 checkpoint=$work/experiments/finetune/checkpoints/last.pth.tar
 
 # 5. How good is it? Errors against the recordings, then success in the simulator.
-"$vla" evaluate --checkpoint_path "$checkpoint" --eval_data_path "$dataset" --output_dir "$work/open_loop" --max_samples 256
+"$vla" evaluate --checkpoint_path "$checkpoint" --eval_data_path "$dataset" --output_dir "$work/open_loop" --max_samples "${SAMPLES:-256}"
 if [ -z "${DATASET:-}" ]; then
   "$vla" rollout --checkpoint_path "$checkpoint" "${simulator[@]}" --episodes "$episodes" --output_dir "$work/closed_loop"
 fi

@@ -214,9 +214,15 @@ class ActionHeadConfig(Section):
     num_flow_samples: Positive = Field(1, le=256, description="(t, noise) draws per context in training (M).")
     detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, raw: Any) -> Any:
+        """`action_dim: null` means the same as no action_dim."""
+        return {k: v for k, v in raw.items() if (k, v) != ("action_dim", None)} if isinstance(raw, dict) else raw
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         product = self.horizon * self.per_action_dim
-        if self.action_dim not in (None, product):
+        if self.action_dim != product:
             factors = f"horizon * per_action_dim = {self.horizon} * {self.per_action_dim} = {product}"
             yield "action_dim", f"got {self.action_dim}, expected {factors}; delete it, or fix horizon"
         if self.embed_dim % (2 * self.num_heads):

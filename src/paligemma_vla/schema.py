@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -142,7 +143,9 @@ def describe_fault(fault: ErrorDetails) -> str:
     """One of pydantic's faults: dotted field, got, expected."""
     field = ".".join(map(str, fault["loc"]))
     expected = re.sub(r"^(Value error, |Input should be )", "", fault["msg"])
-    return f"{field}: got {fault['input']!r:.80}, expected: {expected[:1].lower()}{expected[1:]}".removeprefix(": ")
+    value = fault["input"]
+    got = f"{value!r:.80}" if isinstance(value, str) else reprlib.repr(value)  # a YAML alias may unfold to billions of values
+    return f"{field}: got {got}, expected: {expected[:1].lower()}{expected[1:]}".removeprefix(": ")
 
 
 @lru_cache

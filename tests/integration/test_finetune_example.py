@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_lerobot" / "finetune
 @pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_example_goes_from_a_lerobot_dataset_to_a_policy(zygote: Zygote, tmp_path: Path, learns: bool) -> None:
     demonstrations, steps, episodes = (16, 300, 5) if learns else (3, 10, 1)
-    sizes = {"DEMONSTRATIONS": str(demonstrations), "STEPS": str(steps), "EPISODES": str(episodes)}
+    sizes = {"DEMONSTRATIONS": str(demonstrations), "STEPS": str(steps), "EPISODES": str(episodes), "SAMPLES": "32"}
     done = zygote.run_script(SCRIPT, tmp_path, {"WORK": "work", "WORKERS": "1", **sizes})
     assert done.returncode == 0, done.stderr[-4000:]
     work = tmp_path / "work"

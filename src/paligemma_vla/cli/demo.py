@@ -160,7 +160,7 @@ def _report(config: VLAConfig, wall: dict[str, float]) -> Path:
         subtitle=f"A tiny PaliGemma with a flow-matching head, trained from scratch on {os.cpu_count()} CPU cores.",
         run_dir=config.run_dir,
         dataset=index,
-        evaluation=evaluate(policy, held_out, OpenLoopConfig(max_samples=256)),
+        evaluation=evaluate(policy, held_out, OpenLoopConfig(max_samples=256, euler_samples=64)),
         rollouts=[(condition.label, condition.note, condition.output(config)) for condition in CONDITIONS],
         facts={
             "wall_s": wall,

@@ -220,7 +220,7 @@ def build_preprocessor(config: VLAConfig, model_name_or_path: str | None = None)
 
 
 class Collator:
-    """List of items to a batch; the keys are in INTERFACES. Prompts are laid out for the cameras this batch has.
+    """List of items to a batch of the same keys. Prompts are laid out for the cameras this batch has.
 
     Raises the `VLAError` that a worker returned instead of items.
     """

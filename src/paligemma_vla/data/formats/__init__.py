@@ -108,7 +108,7 @@ class EpisodeFile(ABC):
 
     @abstractmethod
     def digest(self) -> int:
-        """64 bits over the content, wherever it lies."""
+        """64 bits over the content, wherever it lies; of large files of other writers over parts of it (see `file_digest`)."""
 
     @abstractmethod
     def flags_from_footer(self) -> list[Rows] | None:

@@ -1,7 +1,7 @@
 """The interface of a simulator, and the registry that builds one by name.
 
-A new simulator is one file beside this one: a class that satisfies `Environment`, and one line in `_REGISTRY`. Its heavy
-imports stay inside that file, so that this module costs nothing.
+A new simulator is one file beside this one: a class that takes `image_size` and satisfies `Environment`, and one line in
+`_REGISTRY`. Its heavy imports stay inside that file, so that this module costs nothing.
 """
 
 from __future__ import annotations
