@@ -154,12 +154,14 @@ class VLADataset(Dataset[Item]):
         spec, augmentation = self.preprocessor.image, self.augmentation
         if pictures[0] is None:
             raise FaultError(missing_image().at(*where, schema.image_column(1)))
-        rng = np.random.default_rng(derive_seed(self.config.training.seed, "augmentation", position))
+        rng = None
+        if augmentation is not None:
+            rng = np.random.default_rng(derive_seed(self.config.training.seed, "augmentation", position))
         images = []
         for picture in pictures:
             if picture is None:
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
-            elif augmentation is None:
+            elif augmentation is None or rng is None:
                 images.append(spec.apply(picture.decode()))
             else:
                 fitted = spec.fit(picture.decode(), random_crop(augmentation.crop_scale, rng))

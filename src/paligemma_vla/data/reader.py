@@ -227,7 +227,6 @@ class EpisodeReader:
                 self._drop(number)  # no error is kept: whoever needs the block next reads it again
             self._insert(number, sum(group.nbytes for group in block.values()), block)
         self._cache.move_to_end(number)
-        self._make_room()
         return block
 
     def _insert(self, number: int, nbytes: int, block: Block) -> None:
