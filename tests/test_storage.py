@@ -115,7 +115,7 @@ def test_pauses_grow_and_end_in_one_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     "location",
-    ["s3://bytes/none", "s3://no-such-bucket/x", "memory://none", "file:///none", "nosuch://x", "hf://datasets/a/b/c", "none"],
+    ["s3://bytes/none", "s3://no-such-bucket/x", "memory://none", "local://none", "nosuch://x", "hf://datasets/a/b/c", "none"],
 )
 def test_what_is_not_there_is_an_error_at_once(store: Store, caplog: pytest.LogCaptureFixture, location: str) -> None:
     with pytest.raises(StorageError, match=location):

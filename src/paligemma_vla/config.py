@@ -164,7 +164,7 @@ class LoRAConfig(Section):
 
     rank: Positive = Field(16, le=4096, description="Inner width of an adapter.")
     alpha: float = Field(32.0, gt=0, le=1e6, description="Adapters are scaled by alpha / rank.")
-    target_modules: re.Pattern[str] = Field(LINEAR_LAYERS, description="For the full names of linear layers.")
+    target_modules: re.Pattern[str] = Field(LINEAR_LAYERS, description="Regular expression for full names of linear layers.")
 
 
 class VLMConfig(Section):

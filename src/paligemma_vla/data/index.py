@@ -563,7 +563,10 @@ def load_exclusions(path: str | None) -> ExclusionList | None:
     where = f"data.exclude_episodes: {path}"
     missing = "write it with `paligemma-vla data check`, or set the key to null"
     raw, folder = read_json(path, DataError, CHECK_AGAIN, missing, where), os.path.dirname(os.path.realpath(path))
-    real = lambda path: os.path.realpath(os.path.join(folder, path))  # noqa: E731
+
+    def real(path: str) -> str:
+        return os.path.realpath(os.path.join(folder, path))
+
     try:  # not as JSON, which has no names of files that are not UTF-8
         listed = TypeAdapter(_Listed).validate_python(raw)
         return ExclusionList(path, [replace(entry, file=map_path(entry.file, real)) for entry in listed.episodes])
