@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from paligemma_vla.errors import CheckpointError, DataError, ModelError, VLAErro
 from paligemma_vla.hub import download_policy
 from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel, dtype_on
+from paligemma_vla.observation import parse_observation, whole_number
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.seeding import derive_seed
@@ -63,12 +65,14 @@ class Policy:
             self.model.to_device(device, weights)
         self.backbone = trained.backbone
         self.device = next(self.model.parameters()).device
+        keys = [schema.image_key(n + 1) for n in range(self.config.model.vlm_config.cameras)]
+        self._cameras = dict(zip_longest(keys, self.robot.cameras[: len(keys)], fillvalue=""))
         head, robot = self.config.model.action_head_config, self.robot
         described = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(robot).items()}
         camera_names, _, _ = described.pop("cameras"), described.pop("action_rotation"), described.pop("extra")
         self.metadata: dict[str, Any] = {
             **described,  # robot, names and units, image_orientation, control_hz, what an action means
-            "cameras": [schema.image_key(n + 1) for n in range(self.config.model.vlm_config.cameras)],
+            "cameras": keys,
             "camera_names": camera_names,
             "image_size": self.preprocessor.image.size,
             "state_dim": self.preprocessor.state.dimension,
@@ -94,10 +98,11 @@ class Policy:
     def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
         """Answer one observation.
 
-        observation: `image_1 .. image_N` (H, W, 3) uint8 RGB, any size; cameras after the first may be left out. `state` (P,)
-        in real units. `prompt`. seed: of the initial noise; None draws a fresh one. num_steps: Euler steps; None: the
-        configuration's. Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong
-        observation, `CheckpointError` when the answer is not finite.
+        observation: `image_1 .. image_N`, RGB of any size: (H, W, 3) or (3, H, W), uint8 or floats from 0 to 1, or PIL images;
+        cameras after the first may be left out. `state` (P,) in real units. `prompt`. A leading dimension of one is taken as
+        a batch. seed: of the initial noise; None draws a fresh one. num_steps: Euler steps; None: the configuration's.
+        Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong observation, naming each key,
+        `CheckpointError` when the answer is not finite.
         """
         return {"actions": self.infer_batch([observation], [seed], num_steps)[0]}
 
@@ -106,19 +111,23 @@ class Policy:
         self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int | None], num_steps: int | None = None
     ) -> NDArray[np.float32]:
         """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments and errors as in `infer`."""
-        names = self.metadata["cameras"]
-        if num_steps is not None and num_steps < 1:
-            raise DataError(f"num_steps: got {num_steps}, expected at least 1 Euler step")
-        for observation in observations:
-            self._check(observation)
-        present = np.array([[observation.get(name) is not None for name in names] for observation in observations])  # (B, N)
+        if not 0 < len(observations) == len(seeds):
+            raise DataError(
+                f"observations: got {len(observations)} and {len(seeds)} seeds, expected at least one, and a seed each"
+            )
+        if num_steps is not None:
+            num_steps = whole_number("num_steps", num_steps, 1)
+        noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
+        parts = (self._cameras, self.preprocessor.state.dimension, self.preprocessor.actions)
+        parsed = [parse_observation(observation, *parts) for observation in observations]
+        present = np.array([[image is not None for image in each.images] for each in parsed])  # (B, N)
         images = [
-            torch.from_numpy(np.stack([self._pixels(observation.get(name)) for observation in observations])).to(self.device)
-            for name in names
+            torch.from_numpy(np.stack([self._pixels(each.images[n]) for each in parsed])).to(self.device)
+            for n in range(len(self._cameras))
         ]  # N of (B, 3, H, W)
-        prompts = [observation["prompt"] for observation in observations]
+        prompts = [each.prompt for each in parsed]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
-        state = np.stack([np.asarray(observation["state"], np.float32) for observation in observations])  # (B, P)
+        state = np.stack([each.state for each in parsed])  # (B, P)
         actions = self.model(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
@@ -128,16 +137,18 @@ class Policy:
             further_images=images[2:],
             input_ids=torch.from_numpy(ids),
             image_mask=torch.from_numpy(present),
-            flow_noise=torch.stack([self._noise(seed) for seed in seeds]).to(self.device),
+            flow_noise=noise,
             num_steps=num_steps,
         )
         predicted = actions[..., : self.preprocessor.action.dimension].cpu().numpy()
         answer = self.preprocessor.decode_actions(predicted, state)  # (B, K, A)
         finite = np.isfinite(answer).all(axis=(1, 2))
         if not finite.all():
+            number = int(np.flatnonzero(~finite)[0])
             raise CheckpointError(
-                f"observation {int(np.flatnonzero(~finite)[0])} of {len(answer)}: the policy's actions are not finite: the "
-                f"training run diverged; use an earlier checkpoint, or lower optimizer.lr and train again"
+                f"observation {number} of {len(answer)}: the policy's actions are not finite: the training run diverged; use "
+                f"an earlier checkpoint, or lower optimizer.lr and train again. Or the state is far from those of the "
+                f"training data: got {state[number].tolist()}"
             )
         return answer
 
@@ -147,44 +158,13 @@ class Policy:
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(derive_seed(seed, "policy noise", 0))
+            generator.manual_seed(derive_seed(whole_number("seed", seed, 0), "policy noise", 0))
         return flow.draw_noise((1, head.horizon, head.per_action_dim), generator)  # (M = 1, K, A)
 
-    def _pixels(self, image: Any) -> NDArray[np.uint8]:
+    def _pixels(self, image: Image.Image | None) -> NDArray[np.uint8]:
         if image is None:
             return np.zeros((3, self.preprocessor.image.size, self.preprocessor.image.size), np.uint8)
-        return self.preprocessor.image.apply(Image.fromarray(image))
-
-    def _check(self, observation: Mapping[str, Any]) -> None:
-        """Raise `DataError` with everything that is wrong about an observation."""
-        names, dimension = self.metadata["cameras"], self.metadata["state_dim"]
-        faults = []
-        if observation.get(names[0]) is None:
-            faults.append(f"{names[0]}: missing; got {', '.join(observation)}")
-        for name in names:
-            image = observation.get(name)
-            got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            if image is not None and not _is_image(image):
-                faults.append(f"{name}: got {got}, expected a uint8 array (H, W, 3)")
-        try:
-            state = np.asarray(observation.get("state", ()))
-        except ValueError:  # ragged lists
-            state = np.empty(0)
-        if state.shape != (dimension,) or not np.issubdtype(state.dtype, np.number) or not np.isfinite(state).all():
-            faults.append(f"state: got {state.dtype} {state.shape}, expected {dimension} finite numbers")
-        elif not self.preprocessor.actions.starts_from(state):
-            rotation = self.preprocessor.actions.rotation
-            faults.append(f"state: got {state.tolist()}, expected a rotation in it as {rotation}: a length of 0 is none")
-        if not isinstance(observation.get("prompt"), str):
-            faults.append(f"prompt: got {type(observation.get('prompt')).__name__}, expected a string")
-        unknown = [key for key in observation if key.startswith("image_") and key not in names]
-        faults += [f"{key}: not a camera of this policy; it has {', '.join(names)}" for key in unknown]
-        if faults:
-            raise DataError("\n  ".join(["observation:", *faults]))
-
-
-def _is_image(image: Any) -> bool:
-    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size > 0
+        return self.preprocessor.image.apply(image)
 
 
 def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | None:
