@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +49,20 @@ def __getattr__(name: str) -> Any:
 
 
 # torchao, which transformers imports where it is installed, warns of kernels for GPUs that are not here, and torch of how it
-# registers its types; httpx logs every request to the hub.
-LEVELS = {"torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR, "httpx": logging.WARNING}
+# registers its types; httpx logs every request to the hub, PyOpenGL that its optional accelerator is missing.
+LEVELS = {
+    "torchao": logging.ERROR,
+    "torch.utils._pytree": logging.ERROR,
+    "httpx": logging.WARNING,
+    "OpenGL.acceleratesupport": logging.WARNING,
+}
 
 
 def quiet_libraries() -> None:
-    """Silence warnings of libraries that no user can act on. Torch's C++ reads its level when it is first imported."""
+    """Silence warnings of libraries that no user can act on. Torch and transformers read theirs when first imported."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection prints a C++ stack
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers, too
     for name, level in LEVELS.items():
         logging.getLogger(name).setLevel(level)
 

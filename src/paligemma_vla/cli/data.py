@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from paligemma_vla.cli.arguments import add_workers, between
 from paligemma_vla.config import load_config
@@ -34,6 +33,7 @@ from paligemma_vla.data.reader import episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.preprocess import load_prompt_and_image_spec
+from paligemma_vla.progress import progress_bar
 
 NATIVE, LEROBOT = "native", "lerobot"
 PREFIX = f"{LEROBOT}:"
@@ -146,8 +146,8 @@ def check(args: argparse.Namespace) -> int:
     if args.config_path is not None:
         config = load_config(args.config_path)
         options = CheckOptions(load_prompt_and_image_spec(config)[0], config, args.allow_prompt_changes)
-    bar: Any = {"unit": "B", "unit_scale": True, "desc": "check", "dynamic_ncols": True}
-    with warnings.catch_warnings(), tqdm(total=sum(map(_size, files)), **bar) as progress:
+    bar = progress_bar(sum(map(_size, files)), "check", "B", unit_scale=True)
+    with warnings.catch_warnings(), bar as progress:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
         diagnosis = diagnose(files, options, progress.update)
     excluded = diagnosis.excluded

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from paligemma_vla.actions import resolve_actions
 from paligemma_vla.cli.arguments import add_config_arguments, configured
@@ -19,6 +18,7 @@ from paligemma_vla.config import VLAConfig, source_paths
 from paligemma_vla.data.index import EpisodeIndex, load_exclusions
 from paligemma_vla.data.statistics import compute_part, merge_parts
 from paligemma_vla.errors import VLAError
+from paligemma_vla.progress import progress_bar
 
 if TYPE_CHECKING:
     from paligemma_vla.training.distributed import Distributed
@@ -65,7 +65,7 @@ def write_statistics(
         actions = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
     files = range(len(index.paths))[group.rank :: group.world_size]
     rows = int(index.length[np.isin(index.file, files)].sum())
-    bar = tqdm(total=rows, unit=" rows", desc="statistics", dynamic_ncols=True, disable=not group.main)
+    bar = progress_bar(rows, "statistics", "row", hidden=not group.main)
     with _together(group), bar:
         part = compute_part(index, actions, files, bar.update)
     parts = group.gather(part)

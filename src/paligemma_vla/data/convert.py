@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from paligemma_vla.data.formats import open_file
 from paligemma_vla.data.images import encode_image
@@ -26,6 +25,7 @@ from paligemma_vla.data.index import EpisodeIndex, read_flags
 from paligemma_vla.data.reader import EpisodeReader, Picture
 from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter
 from paligemma_vla.errors import DataError
+from paligemma_vla.progress import progress_bar
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
@@ -250,7 +250,7 @@ def convert(conversion: Conversion, workers: int) -> str | None:
         return None
     index, shards, comparison = conversion.index, len(conversion.shards), Comparison()
     pool = WorkerPool(workers, _prepare, (conversion,))
-    bar = tqdm(total=2 * index.steps, unit=" steps", desc="convert", dynamic_ncols=True)  # written, and compared
+    bar = progress_bar(2 * index.steps, "convert", "step")  # written, and compared
     with _workspace(conversion) as folder, bar, pool:
         missing = conversion.missing()
         bar.update(index.steps - sum(map(conversion.steps, missing)))

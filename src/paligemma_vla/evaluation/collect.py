@@ -22,13 +22,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from paligemma_vla import schema
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Control, Environment, make_environment
+from paligemma_vla.progress import progress_bar
 from paligemma_vla.schema import Episode, Observation, image_key
 from paligemma_vla.workers import WorkerPool
 
@@ -99,7 +99,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     env.close()
     episodes = frames = 0
     rates: dict[str, float] = {}
-    progress = tqdm(total=config.episodes * len(tasks), unit="episode", desc="demonstrations", disable=None)
+    progress = progress_bar(config.episodes * len(tasks), "demonstrations", "episode")
     with WorkerPool(config.workers) as pool, progress:
         for task in tasks:
             _refuse_other_settings(config, task)

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from paligemma_vla import schema
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
@@ -30,6 +29,7 @@ from paligemma_vla.data.reader import EpisodeReader
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
+from paligemma_vla.progress import progress_bar
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.storage import atomic_file
 
@@ -230,7 +230,7 @@ def _errors(policy: Policy, dataset: VLADataset, config: OpenLoopConfig) -> tupl
         if config.predictions_path is not None:
             file = stack.enter_context(atomic_file(config.predictions_path))
             writer = stack.enter_context(pq.ParquetWriter(file, prediction_schema(policy), compression="ZSTD"))
-        bar = stack.enter_context(tqdm(total=wanted, desc="open loop", unit="sample", disable=None))
+        bar = stack.enter_context(progress_bar(wanted, "open loop", "sample"))
         for refs, batch in _batches(dataset, wanted, config.batch_size):
             loss += _velocity_loss(policy, dataset, refs)
             predicted = predict(policy, batch, config.seed, config.num_steps)
@@ -309,7 +309,7 @@ def _euler_table(policy: Policy, dataset: VLADataset, config: OpenLoopConfig) ->
     errors = {n: ErrorSums(policy.metadata["horizon"], policy.metadata["action_dim"]) for n in counts}
     change, seconds, seen = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0), 0
     first: list[Sample] = []
-    for _, batch in tqdm(_batches(dataset, wanted, config.batch_size), "Euler steps", unit="batch", disable=None):
+    for _, batch in _batches(dataset, wanted, config.batch_size):
         if not first:
             first = batch[:1]
             predict(policy, batch, config.seed, 1)  # the first call pays for allocation and kernels

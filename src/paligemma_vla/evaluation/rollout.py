@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from paligemma_vla import quiet_libraries
 from paligemma_vla.errors import SimulatorError
@@ -32,6 +31,7 @@ from paligemma_vla.evaluation.episode import (
     write_video,
 )
 from paligemma_vla.hub import download_policy
+from paligemma_vla.progress import progress_bar
 from paligemma_vla.storage import atomic_write
 from paligemma_vla.workers import WorkerPool
 
@@ -131,16 +131,17 @@ class RolloutPool:
         outcomes: list[EpisodeOutcome] = []
         videos, video_jobs = [], []
         count: Counter[str] = Counter()
-        played = self._pool.map(_play_job, jobs)
-        for outcome in tqdm(played, label, config.episodes * len(tasks), unit="episode", disable=None):
-            kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
-            count[kind] += 1
-            if folder is not None and count[kind] <= config.max_videos:
-                path = f"videos/{kind}_{count[kind]}.mp4"
-                described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
-                videos.append({**described, "path": path, "poster": path.replace(".mp4", ".jpg")})
-                video_jobs.append((self._player, outcome, config.resets, folder / path))
-            outcomes.append(outcome)
+        with progress_bar(config.episodes * len(tasks), label, "episode") as bar:
+            for outcome in self._pool.map(_play_job, jobs):
+                bar.update()
+                kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
+                count[kind] += 1
+                if folder is not None and count[kind] <= config.max_videos:
+                    path = f"videos/{kind}_{count[kind]}.mp4"
+                    described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
+                    videos.append({**described, "path": path, "poster": path.replace(".mp4", ".jpg")})
+                    video_jobs.append((self._player, outcome, config.resets, folder / path))
+                outcomes.append(outcome)
         list(self._pool.map(_video_job, video_jobs))
         by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task]) for task in tasks}
         mean = float(np.mean([entry["rate"] for entry in by_task.values()]))

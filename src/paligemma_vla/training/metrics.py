@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -111,21 +109,6 @@ def open_tensorboard(folder: Path) -> Any:
     with needs_extra("training.tensorboard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(str(folder))
-
-
-class ProgressOutput:
-    """Standard error for a progress bar. When it cannot be written (full disk, closed terminal) training goes on."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
 
 
 class Meter:

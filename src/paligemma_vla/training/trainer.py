@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
@@ -33,10 +32,11 @@ from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.progress import progress_bar
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.distributed import Distributed, with_new_group
 from paligemma_vla.training.interrupt import StopRequest
-from paligemma_vla.training.metrics import LossMonitor, Meter, ProgressOutput, Step, Tracker
+from paligemma_vla.training.metrics import LossMonitor, Meter, Step, Tracker
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.parallel import build_mesh, full_tensor, parallelize
 from paligemma_vla.training.preflight import prepare
@@ -140,8 +140,7 @@ class Trainer:
             self.tracker = Tracker(self.config, self.step)
             self._describe(stop)
         stream = self._stream(stop)
-        hidden = not self.distributed.main
-        bar = tqdm(total=stop, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True, file=ProgressOutput())
+        bar = progress_bar(stop, "training", "step", initial=self.step, hidden=not self.distributed.main)
         meter = Meter(self.config.data.batch_size)
         with StopRequest(self.distributed) as request, bar, self._explained():
             while self.step < stop and not request.anywhere():
@@ -408,7 +407,7 @@ class Trainer:
         if taken.finite:
             metrics |= {"train/batch_loss": taken.loss, "train/grad_norm": taken.norm}
         self.tracker.log(self.step, metrics)
-        bar.set_postfix(loss=f"{taken.loss:.4f}", samples_s=f"{metrics['train/samples_per_s']:.0f}")
+        bar.set_postfix(loss=f"{taken.loss:.4f}", samples_s=f"{metrics['train/samples_per_s']:.0f}", refresh=False)
 
     def _log_validation(self, metrics: dict[str, Any]) -> None:
         if self.tracker is not None and metrics:
