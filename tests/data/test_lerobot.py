@@ -178,15 +178,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done, an
     "no data": (gone(f"{DATA}file-001.parquet"), "file-001.parquet.*No such file"),
     "no video": (gone("videos/observation.images.wrist/chunk-000/file-001.mp4"), "got no video .*wrist/chunk-000/file-001.mp4"),
     "json": (lambda root: (root / "meta/info.json").write_text("{"), "meta/info.json: cannot be read as JSON"),
-    "v2.0": (info(lambda i: i.update(codebase_version="v2.0")), "codebase_version: got v2.0, expected one of v2.1, v3.0"),
-    "counts": (info(lambda i: i.update(total_episodes=7)), "total_episodes: got 7, expected 4"),
-    "fps": (info(lambda i: i.update(fps=30)), "row 1, column timestamp: got 0.100 s, expected 0.033 s .*at fps 30 of info"),
+    "v1.6": (info(lambda i: i.update(codebase_version="v1.6")), "codebase_version: got v1.6, expected v2.x or v3.x"),
     "template": (info(lambda i: i.update(data_path="data/{nothing}")), "data_path: got 'data/{nothing}'"),
     "outside": (info(lambda i: i.update(data_path="../{chunk_index}")), "expected a path within the data set"),
-    "feature": (info(lambda i: i["features"].update(action={"dtype": "float32"})), "features.action.shape: got "),
-    "rows": (rows(lambda c: [values.pop() for values in c.values()]), "file-001.parquet: got 12 rows, expected 13"),
+    "feature": (
+        info(lambda i: i["features"].update(action={"dtype": "float32"})),
+        "action: got dtype float32, shape None",
+    ),
+    "rows": (
+        rows(lambda c: [values.pop() for values in c.values()]),
+        "row 9: got 3 rows, expected 4, the length of episode 3",
+    ),
     "episode": (rows(lambda c: c["episode_index"].__setitem__(5, 1)), "row 5, column episode_index: got 1, expected 2"),
-    "column": (rows(lambda c: c.pop("action")), "column action: missing"),
+    "column": (rows(lambda c: c.pop("action")), "column action: got no column action, expected one"),
     "task": (rows(lambda c: c["task_index"].__setitem__(0, 7)), "row 0, column prompt: got null .*task_index without a task"),
 }
 

@@ -142,6 +142,7 @@ class FileCheck:
     def _check_flags(self, file: EpisodeFile) -> None:
         flags = read_flags(file)
         self.starts, _ = segment(flags, self.rows, NOTHING)
+        self.faults += file.row_faults()
         self.faults += chain_faults(self.path, flags, self.rows, self.outside)
         known = file.flags_from_footer()
         if known is not None and not all(map(np.array_equal, known, (flags.first, flags.last, flags.terminal))):

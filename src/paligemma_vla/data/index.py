@@ -44,7 +44,7 @@ from paligemma_vla.schema import DatasetMetadata, Layout, Rows, first_fault, joi
 from paligemma_vla.storage import atomic_file, atomic_write, cache_dir, is_url, join_url, list_files, read_json, split_url
 
 REQUESTS = 32  # to a store, at a time
-CACHE_VERSION, EXCLUSIONS_VERSION = 8, 1
+CACHE_VERSION, EXCLUSIONS_VERSION = 9, 1
 DIGEST_BYTES = 16
 NOTHING: Rows = np.empty((0, 2), np.int64)
 COPY_IT = "copy it to this machine; `paligemma-vla data convert` makes episode files of it, which may be behind URLs"
@@ -55,6 +55,7 @@ CACHE_SCHEMA = pa.schema(
         "path": pa.binary(),
         "layout": pa.dictionary(pa.int32(), pa.string()),
         "digest": pa.uint64(),
+        "faults": pa.string(),
         **dict.fromkeys(("identity", *ROWS), pa.large_list(pa.int64())),
     }
 )
@@ -99,10 +100,8 @@ class EpisodeIndex:
         facts = _gather([paths] if isinstance(paths, str) else paths, files, kept)
         index = cls.concatenate([_index_file(path, facts[path], exclude) for path in kept]) if kept else None
         if index is None or len(index) == 0:
-            assert exclude is not None  # a file without episodes has been refused
-            raise DataError(
-                f"{where}: every episode is left out by {exclude.path}; mend them and check again, or give other data"
-            )
+            cause = "the episodes have no rows" if exclude is None else f"every episode is left out by {exclude.path}"
+            raise DataError(f"{where}: {cause}; mend them and check again, or give other data")
         return replace(index, excluded=index.excluded + len(files) - len(kept))
 
     @classmethod
@@ -218,7 +217,7 @@ class FileFacts(FlagRows):
     """What indexing learns from one file, exclusions aside: its flags, and the rest.
 
     groups: see `group_bounds`. outside: row ranges [first, stop) that were not selected, one after the other (2 X,).
-    identity: see `ByteSource.identity`. digest: see `EpisodeFile.digest`.
+    identity: see `ByteSource.identity`. digest: see `EpisodeFile.digest`. faults: see `EpisodeFile.row_faults`.
     """
 
     groups: Rows
@@ -226,6 +225,7 @@ class FileFacts(FlagRows):
     identity: Identity
     layout: Layout
     digest: int
+    faults: tuple[Fault, ...]
 
 
 def read_facts(path: str) -> FileFacts:
@@ -238,6 +238,7 @@ def read_facts(path: str) -> FileFacts:
             digest=file.digest(),
             groups=file.bounds,
             outside=file.outside.ravel(),
+            faults=tuple(file.row_faults()),
             **vars(find_flags(file)),
         )
 
@@ -311,6 +312,7 @@ def _index_file(path: str, facts: FileFacts, exclude: ExclusionList | None) -> E
     rows = int(facts.groups[-1])
     left_out = exclude.ranges(path, rows, facts.digest) if exclude else NOTHING
     ranges = np.concatenate([left_out, facts.outside.reshape(-1, 2)])
+    raise_first(replace(fault, file=path) for fault in facts.faults if not inside(np.array([fault.row]), ranges).all())
     raise_first(chain_faults(path, facts, rows, ranges))
     starts, lengths = segment(facts, rows, ranges)
     return EpisodeIndex(
@@ -364,20 +366,28 @@ def load_facts(path: Path) -> dict[str, FileFacts]:
         logger.debug("%s: no index is taken from there (%s)", path, error)
         return {}
     columns = pa.ipc.open_file(content).read_all().combine_chunks().to_batches()[0]
-    found = {name: columns[name].to_pylist() for name in ("path", "identity", "layout", "digest")}
+    found = {name: columns[name].to_pylist() for name in ("path", "identity", "layout", "digest", "faults")}
     found |= {name: np.split(columns[name].values.to_numpy(), columns[name].offsets.to_numpy()[1:-1]) for name in ROWS}
     layouts = {text: _parse_layout(text) for text in set(found["layout"])}
     return {
         os.fsdecode(name): FileFacts(
-            **dict(zip(ROWS, rows, strict=True)), identity=tuple(identity), layout=layouts[layout], digest=digest
+            **dict(zip(ROWS, rows, strict=True)),
+            identity=tuple(identity),
+            layout=layouts[layout],
+            digest=digest,
+            faults=_parse_faults(faults),
         )
-        for name, identity, layout, digest, *rows in zip(*found.values(), strict=True)
+        for name, identity, layout, digest, faults, *rows in zip(*found.values(), strict=True)
     }
 
 
 def _parse_layout(text: str) -> Layout:
     raw = json.loads(text)
     return Layout(**{**raw, "metadata": DatasetMetadata.from_json(raw["metadata"])})
+
+
+def _parse_faults(text: str) -> tuple[Fault, ...]:
+    return tuple(Fault(**{**raw, "kind": Kind(raw["kind"])}) for raw in json.loads(text))
 
 
 def _digest(content: bytes | memoryview) -> bytes:
@@ -389,6 +399,7 @@ def save_facts(path: Path, facts: Mapping[str, FileFacts]) -> None:
     entries = list(facts.values())
     layouts = [json.dumps({**vars(entry.layout), "metadata": entry.layout.metadata.to_json()}) for entry in entries]
     columns = {name: [getattr(entry, name) for entry in entries] for name in ("identity", "digest", *ROWS)}
+    columns["faults"] = [json.dumps(list(map(vars, entry.faults))) for entry in entries]
     table = pa.table({"path": list(map(os.fsencode, facts)), "layout": layouts, **columns}, CACHE_SCHEMA)
     content = pa.BufferOutputStream()
     with pa.ipc.new_file(content, CACHE_SCHEMA) as writer:

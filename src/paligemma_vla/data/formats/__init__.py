@@ -53,15 +53,13 @@ class EpisodeFile(ABC):
     """One open file of episodes, as rows with the columns of S1.1.
 
     path: its name in the index. columns: names of those it has. unused: what else is in it, in the format's own names.
-    bounds: first row of each row group, and the number of rows (G + 1,). outside: row ranges [first, stop) that were not
-    selected (X, 2). nbytes: memory that it takes while it is open.
+    bounds: first row of each row group, and the number of rows (G + 1,). nbytes: memory that it takes while it is open.
     """
 
     path: str
     columns: Sequence[str]
     unused: Sequence[str]
     bounds: Rows
-    outside: Rows
     nbytes: int
     _identified: tuple[Identity, float] | None = None  # and when, of a file behind a URL
 
@@ -82,6 +80,11 @@ class EpisodeFile(ABC):
         if is_url(self.path):
             self._identified = identity, time.monotonic()
         return identity
+
+    @property
+    @abstractmethod
+    def outside(self) -> Rows:
+        """Row ranges [first, stop) that were not selected (X, 2)."""
 
     @abstractmethod
     def survey(self) -> tuple[Layout, list[Fault]]:
@@ -109,6 +112,10 @@ class EpisodeFile(ABC):
     @abstractmethod
     def digest(self) -> int:
         """64 bits over the content, wherever it lies; of large files of other writers over parts of it (see `file_digest`)."""
+
+    @abstractmethod
+    def row_faults(self) -> list[Fault]:
+        """What makes single episodes unusable beside flags and values: one fault of each. Raises as `read`."""
 
     @abstractmethod
     def flags_from_footer(self) -> list[Rows] | None:

@@ -1,6 +1,7 @@
-"""LeRobot data sets (v2.1, v3.0) as episode files: `lerobot:PATH?cameras=front,wrist&episodes=0:50`.
+"""LeRobot data sets (v2.x, v3.x) as episode files: `lerobot:PATH?cameras=front,wrist&episodes=0:50`.
 
-Rows are translated as they are read; docs/data_format.md has the table.
+Rows are translated as they are read; docs/data_format.md has the table. Where they lie is said by their own episode_index,
+else by the metadata; what single rows contradict is a fault of their episode.
 """
 
 from __future__ import annotations
@@ -9,21 +10,33 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults
-from paligemma_vla.data.formats import EpisodeFile, Pictures
-from paligemma_vla.data.formats.lerobot_meta import INDEX_COLUMNS, Metadata, Selection, VideoSpans, find_root, load_metadata
-from paligemma_vla.data.formats.parquet import ParquetEpisodes, is_list, sample_digest
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, reading
+from paligemma_vla.data.formats.lerobot_meta import (
+    INDEX_COLUMNS,
+    Metadata,
+    Selection,
+    VideoSpans,
+    find_root,
+    load_metadata,
+    say,
+    to_scalars,
+)
+from paligemma_vla.data.formats.parquet import EncodedPictures, ParquetEpisodes, is_binary, is_list, is_text, sample_digest
 from paligemma_vla.data.images import decode
-from paligemma_vla.data.video import VideoDecoders
+from paligemma_vla.data.video import EXACT, VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import open_source
@@ -37,8 +50,12 @@ class LeRobotFormat:
     def list_files(self, location: str, where: str) -> list[str]:
         selection = Selection.parse(location, where)
         metadata = load_metadata(find_root(selection.path))
+        for difference in metadata.differences:
+            say(metadata.root, difference)
         metadata.cameras(selection)
-        wanted = np.unique(metadata.file[metadata.selected(selection)]).tolist()
+        if not metadata.complete or (selection.episodes != (None, None) and not _are_there(metadata, selection)):
+            metadata = metadata.located
+        wanted = [file for file in np.unique(metadata.file[metadata.selected(selection)]).tolist() if metadata.files[file]]
         paths = [os.path.join(metadata.root, metadata.files[file]) for file in wanted]
         if os.path.isfile(selection.path):  # one of its files
             paths = [path for path in paths if os.path.realpath(path) == os.path.realpath(selection.path)]
@@ -49,9 +66,9 @@ class LeRobotFormat:
 
     def parts(self, location: str) -> list[str]:
         selection = Selection.parse(location)
-        metadata = load_metadata(find_root(selection.path))
+        metadata = _metadata_of(selection.path)
         others = [os.path.join(metadata.root, name) for name in (*metadata.sources, *_videos(metadata, selection))]
-        return [selection.path, *filter(os.path.exists, others)]  # `survey` reports what is missing
+        return [selection.path, *filter(os.path.isfile, others)]  # `row_faults` reports what is missing
 
     def selected(self, location: str) -> tuple[str, int | None, int | None]:
         selection = Selection.parse(location)
@@ -61,17 +78,35 @@ class LeRobotFormat:
 FORMAT = LeRobotFormat()
 
 
-def _file_number(metadata: Metadata, path: str) -> int:
-    """Which of a data set's files a path is."""
+def _metadata_of(path: str) -> Metadata:
+    """The metadata of the data set that a data file is in, and is one of the files of. Raises `FaultError`."""
+    metadata = load_metadata(find_root(path))
     relative = os.path.relpath(path, metadata.root)
-    if relative not in metadata.file_numbers:
-        raise FaultError(Fault(path, Kind.FILE, f"is none of the data files that {metadata.root}/meta lists"))
-    return metadata.file_numbers[relative]
+    metadata = metadata if relative in metadata.file_numbers else metadata.located
+    if relative not in metadata.file_numbers or not (metadata.file == metadata.file_numbers[relative]).any():
+        raise FaultError(Fault(path, Kind.FILE, f"holds no episode that {metadata.root}/meta lists; take it out of the data"))
+    return metadata
+
+
+def _listed(metadata: Metadata, path: str) -> Rows:
+    """The episodes (rows of the metadata) of one of its data files."""
+    return np.flatnonzero(metadata.file == metadata.file_numbers[os.path.relpath(path, metadata.root)])
+
+
+def _are_there(metadata: Metadata, selection: Selection) -> bool:
+    """True if the files of the selected episodes have as many rows as their episodes, or cannot be read (opening tells why)."""
+    for file in np.unique(metadata.file[metadata.selected(selection)]).tolist():
+        path = os.path.join(metadata.root, metadata.files[file])
+        with suppress(*READ_ERRORS):
+            if pq.read_metadata(path).num_rows != metadata.length[metadata.file == file].sum():
+                return False
+    return True
 
 
 def _videos(metadata: Metadata, selection: Selection) -> list[str]:
     """Videos (relative to the data set) of the selected cameras and episodes of one data file."""
-    here = (metadata.file == _file_number(metadata, selection.path)) & metadata.selected(selection)
+    listed = _listed(metadata, selection.path)
+    here = listed[metadata.selected(selection)[listed]]
     spans = [metadata.videos[camera.key] for camera in metadata.cameras(selection) if camera.dtype == "video"]
     return [span.files[file] for span in spans for file in np.unique(span.file[here]).tolist()]
 
@@ -81,38 +116,77 @@ class LeRobotFile(ParquetEpisodes):
 
     def __init__(self, name: str, selection: Selection, stream: bool) -> None:
         super().__init__(name, selection.path, stream)
+        if self.bounds[-1] == 0:
+            raise FaultError(
+                Fault(name, Kind.EMPTY, "got 0 rows, expected at least one episode; take the file out of the data")
+            )
         self.selection = selection
-        self.metadata = load_metadata(find_root(selection.path))
+        self.metadata = _metadata_of(selection.path)
+        if self.metadata.length[_listed(self.metadata, selection.path)].sum() != self.bounds[-1]:
+            self.metadata = self.metadata.located
         self.cameras = self.metadata.cameras(selection)
-        self.episodes = np.flatnonzero(self.metadata.file == _file_number(self.metadata, selection.path))
-        ends = np.cumsum(self.metadata.length[self.episodes])
-        self.starts: Rows = ends - self.metadata.length[self.episodes]
-        unwanted = ~self.metadata.selected(selection)[self.episodes]
-        self.outside = np.stack([self.starts, ends], axis=1)[unwanted]
-        if int(ends[-1]) != self.bounds[-1]:
-            got = f"got {self.bounds[-1]} rows, expected {ends[-1]}, the lengths of its episodes in {self.metadata.root}/meta"
-            raise FaultError(Fault(name, Kind.FLAGS, f"{got}; restore the file, or take it out of the data"))
         self._numbers = {schema.STATE: selection.state, schema.ACTION: selection.action}
         self._cameras = {schema.image_column(n + 1): camera for n, camera in enumerate(self.cameras)}
         self._success = self._present(*SUCCESS)[:1]
-        times = self._present("frame_index", "timestamp")
+        times = self._present("timestamp")
         self._stored = {
-            schema.PROMPT: ["task_index"],
+            schema.PROMPT: self._present("task_index"),
             **{column: [feature] for column, feature in self._numbers.items()},
-            **{flag: [*self._present("episode_index"), *times, *self._success] for flag in schema.FLAGS},
+            **dict.fromkeys(schema.FLAGS, self._success),
             **{name: times if one.dtype == "video" else [one.key] for name, one in self._cameras.items()},
         }
         self.columns = list(self._stored)
         used = {*self._numbers.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *self._success}
         self.unused = [key for key in self.metadata.info.features if key not in used]
-        self._task_numbers = pa.array(self.metadata.tasks.keys(), pa.int64())
+        self._task_numbers = pa.array(self.metadata.tasks.keys(), pa.float64())
         self._tasks = pa.array(self.metadata.tasks.values(), pa.string())
 
     def _present(self, *names: str) -> list[str]:
-        return [name for name in names if name in self.arrow.names]
+        """Those of the names that are one column, of numbers."""
+        return [name for name in names if self.arrow.names.count(name) == 1 and _is_numeric(self.arrow.field(name).type)]
+
+    def _read_scalars(self, name: str) -> NDArray[np.float64]:
+        with reading(self.path, [name]):
+            return to_scalars(self._open().read(columns=[name], use_threads=False)[name])
+
+    @cached_property
+    def _spans(self) -> tuple[Rows, Rows]:
+        """The episodes (rows of the metadata; -1: it does not list it) in the order of their rows (S,), and where the rows of
+        each begin, and all of them end (S + 1,).
+        """
+        metadata, rows = self.metadata, int(self.bounds[-1])
+        listed = _listed(metadata, self.selection.path)
+        ends = np.cumsum(metadata.length[listed])
+        if len(listed) == 1 and (metadata.info.major == 2 or ends[0] == rows):
+            return listed, np.array([0, rows])
+        if not self._present("episode_index"):
+            if ends[-1] != rows:
+                got = f"missing, and there are {rows} rows, not {ends[-1]} as by the lengths in {metadata.root}/meta"
+                raise FaultError(Fault(self.path, Kind.COLUMN, f"{got}; restore the file", column="episode_index"))
+            return listed, np.concatenate([[0], ends])
+        numbers = self._read_scalars("episode_index")
+        if ends[-1] == rows and np.array_equal(numbers, np.repeat(metadata.number[listed], metadata.length[listed])):
+            return listed, np.concatenate([[0], ends])
+        # Single rows may have a wrong number: an episode is where the middle one of its rows is.
+        order = np.argsort(numbers, kind="stable")
+        value, begin, count = np.unique(numbers[order], return_index=True, return_counts=True)
+        middle = order[begin + count // 2]
+        if ends[-1] == rows:
+            if np.isin(metadata.number[listed], value).all():
+                listed = listed[np.argsort(middle[np.searchsorted(value, metadata.number[listed])])]
+            return listed, np.cumsum([0, *metadata.length[listed]])
+        value, count = value[np.argsort(middle)], count[np.argsort(middle)]
+        episodes = {number: row for row, number in zip(listed.tolist(), metadata.number[listed].tolist(), strict=True)}
+        return np.array([episodes.get(number, -1) for number in value.tolist()]), np.cumsum([0, *count])
+
+    @property
+    def outside(self) -> Rows:
+        episodes, bounds = self._spans
+        unwanted = (episodes < 0) | ~self.metadata.selected(self.selection)[episodes]
+        return np.stack([bounds[:-1], bounds[1:]], axis=1)[unwanted]
 
     def survey(self) -> tuple[Layout, list[Fault]]:
-        faults = [*self._column_faults(), *self._video_faults()]
+        faults = list(self._column_faults())
         metadata, selection = self.metadata, self.selection
         state, action = metadata.vector(selection.state, "state"), metadata.vector(selection.action, "action")
         own = DatasetMetadata()
@@ -122,37 +196,106 @@ class LeRobotFile(ParquetEpisodes):
             faults.append(Fault(self.path, Kind.METADATA, f"info.json: paligemma_vla: {error}; mend it, or take it out"))
         described = replace(
             own,
-            robot=metadata.info.robot_type or "",
+            robot=metadata.info.robot_type if isinstance(metadata.info.robot_type, str) else "",
             cameras=tuple(camera.camera for camera in self.cameras),
             state_names=state.dimensions,
             action_names=action.dimensions,
             control_hz=metadata.info.fps,
         )
-        return Layout(len(self.cameras), state.shape[0], action.shape[0], described), faults
+        return Layout(len(self.cameras), state.size, action.size, described), faults
 
     def _column_faults(self) -> Iterator[Fault]:
+        """What the columns of `self._stored` are not made of: the one place that says so."""
         names = self.arrow.names
-        images = [camera.key for camera in self.cameras if camera.dtype == "image"]
-        for name, matches, expected in [
-            *((name, _is_numeric, "numbers, or lists of them") for name in self._numbers.values()),
-            *((f"{name}_index", pa.types.is_integer, "whole numbers") for name in ("task", "episode", "frame")),
-            *((name, _is_stored_image, "an image as struct<bytes, path>") for name in images),
+        images = {name: camera.key for name, camera in self._cameras.items() if camera.dtype == "image"}
+        tasks = {schema.PROMPT: "task_index"} if len(self._tasks) != 1 else {}
+        for stored, matches, expected, remedy in [
+            (self._numbers, _is_numeric, "numbers, or lists of them", "name another with ?state=FEATURE and ?action=FEATURE"),
+            (tasks, _is_numeric, "whole numbers", "leave one task in the list of tasks"),
+            (images, _is_image, "encoded images: binary, or struct<bytes, path>", "choose other cameras (?cameras=...)"),
         ]:
-            if name not in names:
-                yield Fault(self.path, Kind.COLUMN, f"missing; got {', '.join(names)[:500]}; restore the file", column=name)
-            elif not matches(kind := self.arrow.field(name).type):
-                yield Fault(self.path, Kind.TYPE, f"got type {kind}, expected {expected}; restore the file", column=name)
+            for column, name in stored.items():
+                if (count := names.count(name)) != 1:
+                    got = f"got {count or 'no'} column {name}, expected one; there are {', '.join(map(ascii, names))[:500]}"
+                    yield Fault(self.path, Kind.COLUMN, f"{got}; restore the file, or {remedy}", column=column)
+                elif not matches(kind := self.arrow.field(name).type):
+                    text = f"{name}: got type {str(kind)[:80]}, expected {expected}; restore the file, or {remedy}"
+                    yield Fault(self.path, Kind.TYPE, text, column=column)
+
+    def row_faults(self) -> list[Fault]:
+        """One fault at most of each kind for each episode whose rows contradict the metadata, or whose video is missing."""
+        (episodes, bounds), metadata = self._spans, self.metadata
+        lengths, rows, of = np.diff(bounds), np.arange(bounds[-1]), f"of {metadata.root}/meta; restore the file, or {LEAVE_OUT}"
+        frames = rows - np.repeat(bounds[:-1], lengths)
+        faults = list(self._video_faults())
+        for span in np.flatnonzero((lengths != metadata.length[episodes]) & (episodes >= 0)).tolist():
+            text = f"got {lengths[span]} rows, expected {metadata.length[episodes[span]]}, the length of episode"
+            text = f"{text} {metadata.number[episodes[span]]} {of}"
+            faults.append(Fault(self.path, Kind.FLAGS, text, int(bounds[span]), rows=int(lengths[span])))
+        for name, expected in (("episode_index", np.repeat(metadata.number[episodes], lengths)), ("frame_index", frames)):
+            if self._present(name):
+                got = self._read_scalars(name)
+                for row in self._first_of_spans(got != expected):
+                    text = f"got {got[row]:g}, expected {expected[row]} by the lengths {of}"
+                    faults.append(Fault(self.path, Kind.FLAGS, text, row, name))
+        if self._present("timestamp"):
+            faults += self._time_faults(self._read_scalars("timestamp"), frames)
+        self._say_differences()
+        return faults
+
+    def _first_of_spans(self, wrong: NDArray[np.bool_]) -> list[int]:
+        """The first row of each episode where it is true."""
+        rows = np.flatnonzero(wrong)
+        _, first = np.unique(np.searchsorted(self._spans[1], rows, side="right"), return_index=True)
+        return rows[first].tolist()  # type: ignore[no-any-return]
+
+    def _time_faults(self, times: NDArray[np.float64], frames: Rows) -> Iterator[Fault]:
+        """Times that are none, go back, or are those of another episode's frames; others may be as they are."""
+        (episodes, bounds), fps = self._spans, self.metadata.info.fps
+        lengths, shortest, longest = np.diff(bounds), -np.inf, np.full(len(episodes), np.inf)
+        for camera in (one for one in self.cameras if one.dtype == "video"):
+            spans = self.metadata.videos[camera.key]
+            duration = (spans.stop - spans.start)[episodes]
+            shortest, longest = -EXACT, np.minimum(longest, duration * (1 - 0.5 / np.maximum(lengths, 1)) + EXACT)
+        before, latest = np.where(frames > 0, np.roll(times, 1), shortest), np.repeat(longest, lengths)
+        for row in self._first_of_spans(~((before <= times) & (times <= latest))):
+            got = f"got {times[row]:g} s, {before[row]:g} s in the row before, expected times that do not go back"
+            got = f"got {times[row]:g} s, expected it within its episode's video" if times[row] > latest[row] else got
+            yield Fault(self.path, Kind.FLAGS, f"{got}; restore the file, or {LEAVE_OUT}", row, "timestamp")
+        if (np.abs(times - times[np.arange(len(times)) - frames] - frames / fps) > 0.5 / fps).any():
+            text = f"timestamps are not those of fps {fps:g} in info.json, which is taken for the control rate"
+            say(self.metadata.root, f"{text}; of videos the frames nearest to the timestamps are read")
+
+    def _say_differences(self) -> None:
+        root, episodes = self.metadata.root, self._spans[0]
+        for name in ("episode_index", "frame_index", "timestamp", "task_index"):
+            if not self._present(name):
+                source = "the only task" if name == "task_index" else "the order of the rows"
+                say(root, f"the rows have no column {name} of numbers; it is taken from {source}")
+        if (episodes < 0).any():
+            say(root, "there are rows of episodes that meta does not list; they are left out")
+        if len(np.setdiff1d(_listed(self.metadata, self.selection.path), episodes)):
+            say(root, "there are episodes in meta of which no data file has a row; they are left out")
 
     def _video_faults(self) -> Iterator[Fault]:
-        for name in _videos(self.metadata, self.selection):
-            path = os.path.join(self.metadata.root, name)
-            if not os.path.isfile(path):
-                remedy = "restore it, or choose other cameras (?cameras=...) or episodes (?episodes=...)"
-                yield Fault(self.path, Kind.FILE, f"got no video {path}, expected one as its metadata says; {remedy}")
+        episodes, bounds = self._spans
+        wanted = (episodes >= 0) & self.metadata.selected(self.selection)[episodes]
+        videos = {column: self.metadata.videos[one.key] for column, one in self._cameras.items() if one.dtype == "video"}
+        for column, spans in videos.items():
+            for file in np.unique(spans.file[episodes[wanted]]).tolist():
+                path = os.path.join(self.metadata.root, spans.files[file])
+                if os.path.isfile(path):
+                    continue
+                remedy = f"restore it, choose other cameras (?cameras=...), or {LEAVE_OUT}"
+                text = f"got no video {path}, expected one as the metadata says; {remedy}"
+                for span in np.flatnonzero(wanted & (spans.file[episodes] == file)).tolist():
+                    first, stop = bounds[span : span + 2].tolist()
+                    yield Fault(self.path, Kind.FILE, text, first, column, stop - first)
 
     def _stored_columns(self, columns: Sequence[str]) -> list[str]:
         """One at least, or a table would have no rows."""
-        return sorted({name for column in columns for name in self._stored[column]} or {"task_index"})
+        cheap = next((name for name in INDEX_COLUMNS if name in self.arrow.names), self.arrow.names[0])
+        return sorted({name for column in columns for name in self._stored[column]} or {cheap})
 
     def _translate(self, columns: Sequence[str], table: pa.Table, rows: Rows) -> pa.Table:
         flags = self._flags(table, rows) if set(columns) & set(schema.FLAGS) else {}
@@ -160,7 +303,9 @@ class LeRobotFile(ParquetEpisodes):
 
     def _column(self, name: str, table: pa.Table, rows: Rows) -> pa.Array:
         if name == schema.PROMPT:
-            index = pa.compute.index_in(table["task_index"].combine_chunks().cast(pa.int64()), self._task_numbers)
+            index = pa.array(np.zeros(len(rows), np.int32))  # the only task
+            if self._present("task_index"):
+                index = pa.compute.index_in(pa.array(to_scalars(table["task_index"])), self._task_numbers)
             return pa.DictionaryArray.from_arrays(index, self._tasks)
         if name in self._numbers:
             return _number_lists(table[self._numbers[name]].combine_chunks())
@@ -169,9 +314,8 @@ class LeRobotFile(ParquetEpisodes):
             return table[camera.key].combine_chunks()
         episodes, frames = self._locate(rows)
         times = frames / self.metadata.info.fps
-        if "timestamp" in table.column_names:
-            stored = _column_values(table["timestamp"], np.nan)
-            times = np.where(np.isfinite(stored), stored, times)
+        if self._present("timestamp"):
+            times = to_scalars(table["timestamp"])
         spans = self.metadata.videos[camera.key]
         values = {
             "camera": np.full(len(rows), self.cameras.index(camera)),
@@ -184,43 +328,28 @@ class LeRobotFile(ParquetEpisodes):
 
     def _locate(self, rows: Rows) -> tuple[Rows, Rows]:
         """Of some rows of the file, the episode (its row in the metadata), and the frame in it."""
-        slot = np.searchsorted(self.starts, rows, side="right") - 1
-        return self.episodes[slot], rows - self.starts[slot]
+        episodes, bounds = self._spans
+        span = np.searchsorted(bounds, rows, side="right") - 1
+        return episodes[span], rows - bounds[span]
 
     def _flags(self, table: pa.Table, rows: Rows) -> dict[str, pa.Array]:
-        """is_first, is_last and is_terminal by the metadata. Raises `FaultError` where the rows contradict it."""
-        episodes, frames = self._locate(rows)
-        by_lengths = f"by the lengths of the episodes in {self.metadata.root}/meta; restore the file"
-        for name, expected in (("episode_index", self.metadata.number[episodes]), ("frame_index", frames)):
-            got = _column_values(table[name], -1)
-            for slot in np.flatnonzero(got != expected)[:1].tolist():
-                text = f"got {got[slot]:g}, expected {expected[slot]} {by_lengths}"
-                raise FaultError(Fault(self.path, Kind.FLAGS, text, int(rows[slot]), name))
-        if "timestamp" in table.column_names:
-            self._check_times(_column_values(table["timestamp"], np.nan), rows, frames)
-        last = frames == self.metadata.length[episodes] - 1
-        succeeded = np.zeros(len(rows), bool)
-        if self._success:
-            succeeded = _column_values(table[self._success[0]], 0) != 0
-        return dict(zip(schema.FLAGS, map(pa.array, (frames == 0, last, last & succeeded)), strict=True))
-
-    def _check_times(self, times: NDArray[np.float64], rows: Rows, frames: Rows) -> None:
-        """Timestamps against the frame rate, half a frame apart at most; of episodes whose begin is among the rows."""
-        fps, begin = self.metadata.info.fps, np.arange(len(rows)) - frames
-        passed = np.where(begin >= 0, times - times[np.maximum(begin, 0)], frames / fps)
-        for slot in np.flatnonzero(~(np.abs(passed - frames / fps) <= 0.5 / fps))[:1].tolist():
-            expected = f"expected {frames[slot] / fps:.3f} s after the episode's begin, at fps {fps:g} of info.json"
-            text = f"got {passed[slot]:.3f} s, {expected}; correct fps, or restore the file"
-            raise FaultError(Fault(self.path, Kind.FLAGS, text, int(rows[slot]), "timestamp"))
+        """is_first, is_last and is_terminal by where the episodes lie."""
+        _, bounds = self._spans
+        first, last = np.isin(rows, bounds), np.isin(rows + 1, bounds)
+        succeeded = np.nan_to_num(to_scalars(table[self._success[0]])) != 0 if self._success else np.zeros(len(rows), bool)
+        return dict(zip(schema.FLAGS, map(pa.array, (first, last, last & succeeded)), strict=True))
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
-        if _is_stored_image(column.type):
+        if is_binary(column.type):
+            return EncodedPictures(column)
+        if _is_image(column.type):
             return StoredPictures(column, self.metadata.root)
         spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
         return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.info.fps, videos)
 
     def digest(self) -> int:
         metadata, everything = self.metadata, replace(self.selection, episodes=(None, None))
+        episodes = self._spans[0][self._spans[0] >= 0]
         digest = hashlib.blake2b(super().digest().to_bytes(8, "little"), digest_size=8)
         spans = [metadata.videos[camera.key] for camera in self.cameras if camera.dtype == "video"]
         facts = {
@@ -228,9 +357,9 @@ class LeRobotFile(ParquetEpisodes):
             "cameras": [camera.key for camera in self.cameras],
             "fps": metadata.info.fps,
             "tasks": sorted(metadata.tasks.items()),
-            "episodes": metadata.number[self.episodes].tolist(),
-            "lengths": metadata.length[self.episodes].tolist(),
-            "videos": [[span.start[self.episodes].tolist(), span.file[self.episodes].tolist()] for span in spans],
+            "episodes": metadata.number[episodes].tolist(),
+            "lengths": metadata.length[episodes].tolist(),
+            "videos": [[span.start[episodes].tolist(), span.file[episodes].tolist()] for span in spans],
         }
         digest.update(json.dumps(facts).encode())
         for name in _videos(metadata, everything):
@@ -247,34 +376,32 @@ class LeRobotFile(ParquetEpisodes):
 
 
 def _is_numeric(kind: pa.DataType) -> bool:
-    """True for numbers, and for lists of them."""
-    number = kind.value_type if is_list(kind) else kind
-    return bool(pa.types.is_floating(number) or pa.types.is_integer(number) or pa.types.is_boolean(number))
+    """True for numbers, and for lists of them, however deep."""
+    while is_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
-def _is_stored_image(kind: pa.DataType) -> bool:
-    """True for images as `datasets.Image` stores them."""
-    return pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}
+def _is_image(kind: pa.DataType) -> bool:
+    """True for encoded images, as they are or as `datasets.Image` stores them."""
+    if not pa.types.is_struct(kind):
+        return is_binary(kind)
+    parts = {field.name: field.type for field in kind}
+    known = {"bytes": is_binary, "path": is_text}
+    return all(name in parts and (matches(parts[name]) or pa.types.is_null(parts[name])) for name, matches in known.items())
 
 
 def _number_lists(column: pa.Array) -> pa.Array:
-    """Numbers, or lists of them, as lists of float32 or float64."""
+    """Numbers, or lists of them, as lists of float32 or float64; [[x, y]] and [[x], [y]] are [x, y]."""
     if not is_list(column.type):
         return pa.FixedSizeListArray.from_arrays(column.cast(pa.float32()), 1)
+    while is_list(column.type.value_type):
+        inner = column.flatten()
+        ends = (np.cumsum([0, *lists.value_lengths().fill_null(0).to_numpy()], dtype=np.int32) for lists in (inner, column))
+        column = pa.ListArray.from_arrays(next(ends)[next(ends)], inner.flatten())
     if pa.types.is_float32(column.type.value_type) or pa.types.is_float64(column.type.value_type):
         return column
     return column.cast(pa.list_(pa.float32()))
-
-
-def _column_values(column: pa.ChunkedArray, missing: float) -> NDArray[np.float64]:
-    """A column of one number per row, which may be in a list of one (R,); `missing` where it is null."""
-    values = column.combine_chunks()
-    if is_list(values.type):
-        values = pa.compute.list_element(values, 0)
-    if pa.types.is_boolean(values.type):
-        values = values.cast(pa.int8())
-    numbers: NDArray[np.float64] = values.cast(pa.float64()).fill_null(missing).to_numpy(zero_copy_only=False)
-    return numbers
 
 
 class FramePictures(Pictures):

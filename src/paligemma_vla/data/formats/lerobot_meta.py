@@ -1,15 +1,20 @@
-"""The metadata of a LeRobot data set, v2.1 or v3.0: features, tasks, where each episode lies, and what is selected of it.
+"""The metadata of a LeRobot data set, v2.x or v3.x: features, tasks, where each episode lies, and what is selected of it.
+
+What is not needed may be of any kind; what is needed and can be rebuilt is rebuilt, and said.
 
 `PATH?cameras=front,wrist&episodes=0:50` names a data set, or one of its files, and the selection.
 """
 
 from __future__ import annotations
 
+import codecs
+import logging
+import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -18,21 +23,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import json as arrow_json
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from paligemma_vla.data.formats import READ_ERRORS
-from paligemma_vla.data.formats.parquet import MAX_DIMENSION
+from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list
 from paligemma_vla.errors import DataError, closest, first_line
 from paligemma_vla.schema import Rows, first_fault
 from paligemma_vla.storage import read_json
 
 INFO = "meta/info.json"
-VERSIONS = ("v2.1", "v3.0")
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of every row, in every data set
 CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
 UNNAMED = "__index_level_0__"  # a table's index without a name, as pandas stores it; in v3.0 the tasks are one
 EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE&action=FEATURE, each of them if wanted"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,25 @@ def parse_range(text: str, where: str) -> tuple[int | None, int | None]:
     return int(match[1]) if match[1] else None, int(match[2]) if match[2] else None
 
 
-class Feature(BaseModel):
-    """One entry of info.json. dtype: `video`, `image`, or of a number. names: of its dimensions, in one of many shapes."""
+@dataclass(frozen=True)
+class Feature:
+    """One entry of info.json, of any content. dtype: `video`, `image`, or of a number. shape: None where it is none.
 
-    model_config = ConfigDict(strict=True)
-    key: str = ""
+    names: of its dimensions, in one of many shapes.
+    """
+
+    key: str
     dtype: str
-    shape: list[int]
-    names: Any = None
+    shape: tuple[int, ...] | None
+    names: Any
+
+    @classmethod
+    def parse(cls, key: str, raw: Any) -> Self:
+        raw = raw if isinstance(raw, dict) else {}
+        shape = raw.get("shape")
+        sizes = shape if isinstance(shape, list) else [shape]
+        whole = [int(size) for size in sizes if isinstance(size, int | float) and size % 1 == 0]
+        return cls(key, str(raw.get("dtype", "")), tuple(whole) if len(whole) == len(sizes) else None, raw.get("names"))
 
     @property
     def is_camera(self) -> bool:
@@ -115,39 +131,65 @@ class Feature(BaseModel):
     def dimensions(self) -> tuple[str, ...]:
         """A name for each dimension, or none."""
         names = _dimension_names(self.names)
-        return names if [len(names)] == self.shape else ()
+        return names if len(names) == self.size else ()
+
+    @property
+    def size(self) -> int:
+        """How many numbers a row has; 0 where info.json does not say."""
+        return math.prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def is_flat(self) -> bool:
+        """True for one row of numbers, as [N], [1, N] and []."""
+        return sum(size != 1 for size in self.shape or ()) <= 1
 
 
 class Info(BaseModel):
     """info.json, as far as it is used. paligemma_vla: what this project kept of its own when it wrote the data set."""
 
-    model_config = ConfigDict(strict=True)
-    codebase_version: str
+    codebase_version: Any
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    features: Annotated[dict[str, Feature], Field(min_length=1)]
+    features: Annotated[dict[str, Any], Field(min_length=1)]
     data_path: str
-    video_path: str | None = None
+    video_path: Any = None
     chunks_size: Annotated[int, Field(ge=1)] = 1000
-    total_episodes: int | None = None
-    total_frames: int | None = None
-    robot_type: str | None = None
+    total_episodes: Any = None
+    total_frames: Any = None
+    robot_type: Any = None
     paligemma_vla: dict[str, Any] | None = None
+
+    @property
+    def major(self) -> int:
+        """Of the version: 2 has one episode a file and lists in JSON lines, 3 many episodes a file; 0 where it is none."""
+        match = re.fullmatch(r"v?([0-9]+)(\.[0-9]+)*", str(self.codebase_version))
+        return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True)
 class VideoSpans:
-    """Of one camera, per episode: which of `files` (relative to the data set) it is in, and where it begins in it, in s."""
+    """Of one camera, per episode: which of `files` (relative to the data set; empty where the metadata has none) it is in, and
+    where it begins in it, in s.
+    """
 
     files: tuple[str, ...]
     file: Rows
     start: NDArray[np.float64]
+
+    @cached_property
+    def stop(self) -> NDArray[np.float64]:
+        """Where the next episode in the same video begins (infinity: there is none), in s."""
+        order, stop = np.lexsort((self.start, self.file)), np.full(len(self.file), np.inf)
+        same = np.diff(self.file[order]) == 0
+        stop[order[:-1][same]] = self.start[order[1:][same]]
+        return stop
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
     """root: the folder. Per episode, in order: its number, length, and which of `files` (relative) holds its rows.
 
-    videos: by feature key. sources: files that this was read from (relative).
+    videos: by feature key, of those whose videos are listed. sources: files that this was read from (relative). differences:
+    what does not agree, and is no hindrance.
     """
 
     root: str
@@ -159,11 +201,36 @@ class Metadata:
     file: Rows
     videos: dict[str, VideoSpans]
     sources: tuple[str, ...]
+    differences: tuple[str, ...] = ()
 
     @cached_property
     def file_numbers(self) -> dict[str, int]:
         """Index of each file in `files`."""
         return {name: number for number, name in enumerate(self.files)}
+
+    @property
+    def complete(self) -> bool:
+        """False if a data file of a v3.0 set is listed for no episode, or an episode for no file."""
+        return self.info.major == 2 or ("" not in self.files and set(self._data_files) <= set(self.files))
+
+    @cached_property
+    def _data_files(self) -> list[str]:
+        folder = os.path.dirname(self.info.data_path.partition("{")[0])
+        return sorted(name for name in _parquet_files(self.root, folder) if not name.startswith("meta/"))
+
+    @cached_property
+    def located(self) -> Metadata:
+        """The same, with episodes that are not in the file they are listed for in the one whose rows have them (v3.0)."""
+        if self.info.major == 2:
+            return self
+        files = tuple(dict.fromkeys((*self.files, *self._data_files)))
+        held = [set(_episode_numbers(os.path.join(self.root, name))) for name in files]
+        found = {number: file for file in reversed(range(len(files))) for number in held[file]}
+        pairs = zip(self.number.tolist(), self.file.tolist(), strict=True)
+        file = np.array([at if number in held[at] else found.get(number, at) for number, at in pairs], np.int64)
+        if moved := int((file != self.file).sum()):
+            say(self.root, f"{moved} episodes lie in another data file than meta/episodes says; they are read from there")
+        return replace(self, files=files, file=file)
 
     def cameras(self, selection: Selection) -> list[Feature]:
         """The selected cameras in order. Raises `DataError` that lists those there are."""
@@ -174,16 +241,20 @@ class Metadata:
         for name in selection.cameras or ():
             if name not in by_name:
                 raise DataError(f"{self.root}: cameras: got '{name}', expected of {', '.join(one.camera for one in known)}")
-        return known if selection.cameras is None else [by_name[name] for name in selection.cameras]
+        chosen = known if selection.cameras is None else [by_name[name] for name in selection.cameras]
+        for camera in chosen:
+            if camera.dtype == "video" and camera.key not in self.videos:
+                got = f"got no columns videos/{camera.key}/chunk_index, file_index and from_timestamp in meta/episodes"
+                raise DataError(f"{self.root}: {got}; restore them, or choose other cameras (?cameras=...)")
+        return chosen
 
     def vector(self, key: str, role: str) -> Feature:
         """The feature that holds the state or the action (`role`). Raises `DataError` that lists those there are."""
-        features = self.info.features
+        features: dict[str, Feature] = self.info.features
         feature = features.get(key)
-        numeric = feature is not None and feature.dtype not in ("video", "image", "string")
-        if feature is not None and numeric and len(feature.shape) == 1 and 0 < feature.shape[0] <= MAX_DIMENSION:
+        if feature is not None and not feature.is_camera and feature.is_flat and 0 < feature.size <= MAX_DIMENSION:
             return feature
-        got = f"got dtype {feature.dtype} of shape {feature.shape}" if feature else f"got no '{key}'"
+        got = f"got dtype {feature.dtype}, shape {feature.shape and list(feature.shape)}" if feature else f"got no '{key}'"
         there = [one.key for one in features.values() if not one.is_camera and one.key not in INDEX_COLUMNS]
         expected = f"expected 1 to {MAX_DIMENSION} numbers in a row for the {role}; name another with ?{role}=FEATURE"
         raise DataError(f"{self.root}/{INFO}: features.{key}: {got}, {expected}{closest('', there)}")
@@ -211,7 +282,7 @@ def find_root(path: str) -> str:
 def load_metadata(root: str) -> Metadata:
     """Metadata of a data set, kept until one of its files changes. Raises `DataError` naming file, got and expected."""
     names = [INFO, "meta/tasks.jsonl", "meta/episodes.jsonl", "meta/tasks.parquet"]
-    names += sorted(str(path.relative_to(root)) for path in Path(root, "meta/episodes").rglob("*.parquet"))
+    names += sorted(_parquet_files(root, "meta/episodes"))
     stats = {name: os.stat(os.path.join(root, name)) for name in names if os.path.isfile(os.path.join(root, name))}
     return _load(root, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
 
@@ -219,13 +290,14 @@ def load_metadata(root: str) -> Metadata:
 @lru_cache(maxsize=16)
 def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
     info = _read_info(f"{root}/{INFO}")
-    names, old = tuple(name for name, _, _ in stamps), info.codebase_version == "v2.1"
+    names, old = tuple(name for name, _, _ in stamps), info.major == 2
     cameras = [key for key, feature in info.features.items() if feature.dtype == "video"]
     tasks = _read_tasks(f"{root}/meta/tasks.{'jsonl' if old else 'parquet'}")
     listed = ["meta/episodes.jsonl"] if old else [name for name in names if name.startswith("meta/episodes/")]
     episodes = _read_episodes(root, listed, [] if old else ["data", *(f"videos/{key}" for key in cameras)])
     number, length = episodes["episode_index"], episodes["length"]
-    _check_counts(root, info, number, length)
+    if len(number) == 0 or len(np.unique(number)) != len(number):
+        raise DataError(f"{root}/meta: got {len(number)} episodes, expected one at least, each episode_index once; restore it")
 
     def list_files(template: str, prefix: str, **values: str) -> tuple[tuple[str, ...], Rows]:
         """The files that hold rows (prefix `data`) or frames (`videos/KEY`), and which of them each episode is in."""
@@ -233,8 +305,8 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
         if old:
             fields = {"episode_chunk": number // info.chunks_size, "episode_index": number}
         rows = zip(*(column.tolist() for column in fields.values()), strict=True)
-        where, text, numbers = f"{root}/{INFO}: {template}", getattr(info, template) or "", dict[str, int]()
-        names = [_fill(text, where, **dict(zip(fields, row, strict=True)), **values) for row in rows]
+        where, text, numbers = f"{root}/{INFO}: {template}", getattr(info, template), dict[str, int]()
+        names = [_fill(text, where, **dict(zip(fields, row, strict=True)), **values) if min(row) >= 0 else "" for row in rows]
         file = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
         return tuple(numbers), file
 
@@ -243,21 +315,49 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
         return VideoSpans(*list_files("video_path", f"videos/{key}", video_key=key), start)
 
     files, file = list_files("data_path", "data")
-    return Metadata(root, info, tasks, number, length, files, file, {key: spans(key) for key in cameras}, names)
+    videos = {key: spans(key) for key in cameras if old or f"videos/{key}/from_timestamp" in episodes}
+    counts = {"total_episodes": len(number), "total_frames": int(length.sum())}
+    differences = tuple(
+        f"{INFO}: {name}: got {str(got)[:40]}, expected {expected} as the episodes are listed; the list is used"
+        for name, expected in counts.items()
+        if (got := getattr(info, name)) not in (None, expected)
+    )
+    return Metadata(root, info, tasks, number, length, files, file, videos, names, differences)
+
+
+@cache
+def say(root: str, text: str) -> None:
+    """Log, once for each data set, what is amiss in it and is no hindrance."""
+    logger.warning("%s: %s", root, text)
+
+
+def _parquet_files(root: str, folder: str) -> list[str]:
+    """Parquet files in a folder of a data set, relative to the data set; hidden ones are other programs'."""
+    found = (path.relative_to(root) for path in Path(root, folder).rglob("*.parquet"))
+    return [str(path) for path in found if not path.name.startswith(".")]
+
+
+def _episode_numbers(path: str) -> list[float]:
+    """The values of episode_index in a data file; none where it cannot be read."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return list(np.unique(to_scalars(file.read(["episode_index"], use_threads=False)["episode_index"])))
+    except (KeyError, *READ_ERRORS):
+        return []  # opening the file for its own episodes tells why
 
 
 def _read_info(path: str) -> Info:
     raw = read_json(path, DataError, "restore it")
-    version = raw.get("codebase_version")
-    if version not in VERSIONS:
-        remedy = "convert it with the scripts for that in LeRobot (lerobot.datasets)"
-        raise DataError(f"{path}: codebase_version: got {version}, expected one of {', '.join(VERSIONS)}; {remedy}")
+    if raw.get("chunks_size") is None:
+        raw.pop("chunks_size", None)
     try:
         info = Info.model_validate(raw)
     except ValidationError as error:
         raise DataError(f"{path}: {first_fault(error)}; restore the file") from error
-    features = {key: feature.model_copy(update={"key": key}) for key, feature in info.features.items()}
-    return info.model_copy(update={"features": features})
+    if info.major not in (2, 3):
+        remedy = "convert it with the scripts for that in LeRobot (lerobot.datasets)"
+        raise DataError(f"{path}: codebase_version: got {str(info.codebase_version)[:40]}, expected v2.x or v3.x; {remedy}")
+    return info.model_copy(update={"features": {key: Feature.parse(key, feature) for key, feature in info.features.items()}})
 
 
 def _dimension_names(raw: Any) -> tuple[str, ...]:
@@ -265,12 +365,16 @@ def _dimension_names(raw: Any) -> tuple[str, ...]:
     if isinstance(raw, dict) and raw and all(isinstance(value, int) for value in raw.values()):
         return tuple(sorted(raw, key=lambda name: int(raw[name])))
     parts = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
-    return tuple(name for part in parts for name in (_dimension_names(part) if isinstance(part, list | dict) else (str(part),)))
+    return tuple(
+        name
+        for part in parts
+        for name in (_dimension_names(part) if isinstance(part, list | dict) else (str(part),) if part is not None else ())
+    )
 
 
 def _read_tasks(path: str) -> dict[int, str]:
     """Instructions by their numbers."""
-    columns = _read_columns(path, {"task_index": pa.int64(), "task": pa.string()})
+    columns = _read_columns(path, ["task_index"], texts=["task"])
     tasks = dict(zip(columns["task_index"].tolist(), columns["task"].tolist(), strict=True))
     if len(tasks) != len(columns["task"]):
         got = f"got {len(columns['task'])} rows of {len(tasks)} numbers"
@@ -279,37 +383,69 @@ def _read_tasks(path: str) -> dict[int, str]:
 
 
 def _read_episodes(root: str, listed: Sequence[str], files: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of the lists of episodes, in the order of their numbers. files: prefixes of the columns that name a file."""
-    kinds = dict.fromkeys(("episode_index", "length"), pa.int64())
-    kinds |= {f"{file}/{name}": pa.int64() for file in files for name in ("chunk_index", "file_index")}
-    kinds |= {f"{file}/from_timestamp": pa.float64() for file in files if file != "data"}
+    """Columns of the lists of episodes, in the order of their numbers. files: prefixes of the columns that name a file.
+
+    A file whose number is missing has the number -1. Columns of videos are there if every list has them.
+    """
     if not listed:
         raise DataError(f"{root}/meta/episodes: got no Parquet file there, expected chunk-000/file-000.parquet; restore it")
-    parts = [_read_columns(f"{root}/{name}", kinds) for name in listed]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in kinds}
+    unsure = [f"{file}/{name}" for file in files for name in ("chunk_index", "file_index")]
+    times = [f"{file}/from_timestamp" for file in files if file != "data"]
+    parts = [_read_columns(f"{root}/{name}", ["episode_index", "length"], unsure, times) for name in listed]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if all(name in part for part in parts)}
     order = np.argsort(columns["episode_index"])
     return {name: values[order] for name, values in columns.items()}
 
 
-def _read_columns(path: str, kinds: dict[str, pa.DataType]) -> dict[str, NDArray[Any]]:
-    """Columns of a table in JSON Lines (v2.1) or Parquet (v3.0). Raises `DataError` when one is missing or unusable."""
+def _read_columns(
+    path: str, numbers: Sequence[str], unsure: Sequence[str] = (), times: Sequence[str] = (), texts: Sequence[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Columns of a table in JSON Lines (v2.x) or Parquet (v3.x): whole numbers, times in seconds, texts.
+
+    unsure: whole numbers that may be missing, -1 then. Raises `DataError` when another column is missing or unusable.
+    """
+    kinds = {**dict.fromkeys((*numbers, *unsure, *times), pa.float64()), **dict.fromkeys(texts, pa.string())}
     try:
-        if path.endswith(".parquet"):
-            with pq.ParquetFile(path) as file:
-                table = file.read(columns=[*kinds, UNNAMED], use_threads=False)
-            table = table.rename_columns(["task" if name == UNNAMED else name for name in table.column_names])
-        else:
-            options = arrow_json.ReadOptions(use_threads=False, block_size=os.path.getsize(path) + 1)  # no line is cut in two
-            parse = arrow_json.ParseOptions(explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore")
-            table = arrow_json.read_json(path, options, parse)
-        arrays = {name: table[name].cast(kind).to_numpy() for name, kind in kinds.items()}
-        for name, values in arrays.items():
-            usable = kinds[name] == pa.string() or ((values >= 0) & (values < LARGEST)).all()
-            if table[name].null_count or not usable:
-                raise ValueError(f"{name}: got others, expected {kinds[name]} in every row, numbers from 0 to {LARGEST - 1}")
+        table = _read_table(path, pa.schema(kinds))
+        rows, arrays = table.num_rows, dict[str, NDArray[Any]]()
+        for name in (*numbers, *unsure):
+            given = name in table.column_names or name in numbers
+            values = to_scalars(table[name]) if given else np.full(rows, np.nan)
+            values = np.where(np.isnan(values), -1, values) if name in unsure else values
+            if not ((values % 1 == 0) & (values >= (-1 if name in unsure else 0)) & (values < LARGEST)).all():
+                raise ValueError(f"{name}: got others, expected whole numbers from 0 to {LARGEST - 1} in every row")
+            arrays[name] = values.astype(np.int64)
+        arrays |= {name: to_scalars(table[name]) for name in times if name in table.column_names}
+        for name in texts:
+            if table[name].null_count:
+                raise ValueError(f"{name}: got null, expected a text in every row")
+            arrays[name] = table[name].cast(pa.string()).to_numpy()
     except (KeyError, *READ_ERRORS) as error:
         raise DataError(f"{path}: cannot be read as a table ({first_line(error)}); restore it") from error
     return arrays
+
+
+def _read_table(path: str, columns: pa.Schema) -> pa.Table:
+    if path.endswith(".parquet"):
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=[*columns.names, UNNAMED], use_threads=False)
+        return table.rename_columns(["task" if name == UNNAMED else name for name in table.column_names])
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    options = arrow_json.ReadOptions(use_threads=False, block_size=len(content) + 1)  # no line is cut in two
+    parse = arrow_json.ParseOptions(explicit_schema=columns, unexpected_field_behavior="ignore")
+    return arrow_json.read_json(pa.BufferReader(content), options, parse)
+
+
+def to_scalars(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:
+    """One number per row (R,), which may be in lists of one; NaN where there is none, or more."""
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    while is_list(values.type):
+        lengths = values.value_lengths().fill_null(0).to_numpy()
+        values = values.flatten().take(pa.array(np.cumsum(lengths) - 1, mask=lengths != 1))
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    numbers: NDArray[np.float64] = values.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
+    return numbers
 
 
 def _fill(template: str, where: str, **values: object) -> str:
@@ -321,13 +457,3 @@ def _fill(template: str, where: str, **values: object) -> str:
     if os.path.isabs(name) or name.startswith("..") or "\0" in name:
         raise DataError(f"{where}: got {template!r}, expected a path within the data set; restore the file")
     return name
-
-
-def _check_counts(root: str, info: Info, number: Rows, length: Rows) -> None:
-    """What info.json counts against what is listed. Raises `DataError` with the first difference."""
-    if len(number) == 0 or len(np.unique(number)) != len(number):
-        raise DataError(f"{root}/meta: got {len(number)} episodes, expected one at least, each episode_index once; restore it")
-    for name, expected in (("total_episodes", len(number)), ("total_frames", int(length.sum()))):
-        if getattr(info, name) not in (None, expected):
-            text = f"got {getattr(info, name)}, expected {expected} as meta lists them; copy the data set again"
-            raise DataError(f"{root}/{INFO}: {name}: {text}")

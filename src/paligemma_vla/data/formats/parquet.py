@@ -74,7 +74,6 @@ class ParquetEpisodes(EpisodeFile):
             self.nbytes = len(self._footer)
         self.arrow = file.schema_arrow
         self.bounds = group_bounds(file)
-        self.outside = np.empty((0, 2), np.int64)
         self.columns = self.arrow.names
         known = {schema.STATE, schema.ACTION, schema.PROMPT, *schema.FLAGS}
         known |= {schema.image_column(n + 1) for n in range(count_cameras(self.arrow))}
@@ -101,6 +100,10 @@ class ParquetEpisodes(EpisodeFile):
         except READ_ERRORS as error:
             text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
             raise FaultError(Fault(self.path, Kind.FILE, text)) from error
+
+    @property
+    def outside(self) -> Rows:
+        return np.empty((0, 2), np.int64)
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         path, arrow = self.path, self.arrow
@@ -165,6 +168,9 @@ class ParquetEpisodes(EpisodeFile):
             length = metadata.serialized_size + FOOTER_TAIL
             return file_digest(source, source.read_at(source.size - length, length), complete)
 
+    def row_faults(self) -> list[Fault]:
+        return []
+
     def flags_from_footer(self) -> list[Rows] | None:
         return flag_rows(self._open().metadata, self.bounds)
 
@@ -191,10 +197,10 @@ def count_cameras(arrow: pa.Schema) -> int:
 def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
     cameras = max(1, count_cameras(arrow))
     for name, matches, expected in [
-        (schema.image_column(1), _is_binary, "binary"),
-        *((schema.image_column(n + 1), _is_binary_or_null, "binary") for n in range(1, cameras)),
+        (schema.image_column(1), is_binary, "binary"),
+        *((schema.image_column(n + 1), is_binary_or_null, "binary") for n in range(1, cameras)),
         *((name, _is_number_list, "a list of float32 or float64") for name in (schema.STATE, schema.ACTION)),
-        (schema.PROMPT, _is_text, "string"),
+        (schema.PROMPT, is_text, "string"),
         *((flag, pa.types.is_boolean, "bool") for flag in schema.FLAGS),
     ]:
         count = arrow.names.count(name)
@@ -211,16 +217,16 @@ def _column_faults(path: str, arrow: pa.Schema) -> Iterator[Fault]:
         yield Fault(path, Kind.COLUMN, text, column=after)
 
 
-def _is_binary(kind: pa.DataType) -> bool:
+def is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _is_binary_or_null(kind: pa.DataType) -> bool:
+def is_binary_or_null(kind: pa.DataType) -> bool:
     """pyarrow writes a column in which every row is null without a type."""
-    return _is_binary(kind) or bool(pa.types.is_null(kind))
+    return is_binary(kind) or bool(pa.types.is_null(kind))
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
