@@ -168,6 +168,14 @@ def _features(video: bool) -> dict[str, Any]:
     }
 
 
+def add_feature(truth: Truth, key: str, feature: dict[str, Any], values: Callable[[int], pa.Array] | None = None) -> None:
+    """Another feature of a v2.1 set, which begins info.json. values: its column, by episode; None: it has videos."""
+    edit_json(truth.root / "meta/info.json", lambda info: info.update(features={key: feature, **info["features"]}))
+    for episode in range(len(LENGTHS) if values else 0):
+        path = _path(truth, "v2.1", "data_path", episode)
+        pq.write_table(pq.read_table(path).append_column(key, values(episode)), path)
+
+
 def write_tasks(path: Path, name: str = "__index_level_0__") -> None:
     """The tasks as pandas writes them. name: of the index."""
     pq.write_table(pa.table({"task_index": pa.array(range(len(TASKS)), pa.int64()), name: pa.array(TASKS)}), path)

@@ -57,11 +57,16 @@ def test_decode_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(encoded("PNG", size=(7, 7)))
 
 
-SIXTEEN_BITS = encode(np.arange(0, 48000, 1000, dtype=np.uint16).reshape(6, 8))
+DEPTH = [
+    encode(np.arange(0, 48000, 1000).reshape(6, 8).astype(kind), form)
+    for kind, form in [("u2", "PNG"), ("u2", "TIFF"), ("f4", "TIFF")]
+]
 FOREIGN = [(encoded(kind), "image_1_bytes: cannot be decoded as JPEG or PNG") for kind in ("GIF", "BMP", "TIFF", "WEBP", "PPM")]
 
 
-@pytest.mark.parametrize(("data", "message"), [*FOREIGN, (SIXTEEN_BITS, "16 bits per channel, expected 8")])
+@pytest.mark.parametrize(
+    ("data", "message"), [*FOREIGN, *((data, "more than 8 bits per channel: a depth map") for data in DEPTH)]
+)
 def test_decode_takes_jpeg_and_png_of_8_bits_only(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         decode_image(data)

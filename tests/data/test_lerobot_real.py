@@ -22,7 +22,7 @@ WRITTEN = {
     "three_av1": (6, 133, ""),
     "h264_480": (4, 195, ""),
     "hevc_g30": (3, 128, ""),
-    "depth_img": (2, 22, "?cameras=rgb"),  # beside a depth camera in TIFF
+    "depth_img": (2, 22, ""),  # the depth camera, in TIFF, is left out
     "lang": (3, 60, ""),
     "merged": (12, 243, ""),
     "v21_img": (3, 55, ""),

@@ -29,7 +29,7 @@ from paligemma_vla.data.formats import find_format, identify_file, open_file
 from paligemma_vla.data.formats.lerobot_meta import Selection, find_root, parse_range
 from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
-from paligemma_vla.data.reader import episode_prompts, instructions
+from paligemma_vla.data.reader import check_cameras, episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.preprocess import load_prompt_and_image_spec
@@ -90,6 +90,8 @@ def describe(paths: list[str]) -> dict[str, Any]:
     for number in range(len(index.paths)):
         prompts.update(episode_prompts(index, number))
     group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
+    with open_file(index.paths[0]) as file:
+        left_out = tuple(file.unused)
     length, metadata = index.length, index.layout.metadata
     return {
         "files": len(index.paths),
@@ -104,6 +106,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": int(group_sizes.max()),
+        "left_out": left_out,
         "instructions": dict(prompts.most_common()),
     }
 
@@ -221,6 +224,7 @@ def convert(args: argparse.Namespace) -> int:
     names = _camera_names(index)
     cameras = _select_cameras(names, args.cameras)
     index = _select_episodes(index, args.episodes)
+    check_cameras(index, cameras)
     with open_file(index.paths[int(index.file[0])]) as file:
         unused = [*file.unused, *(name for number, name in enumerate(names) if number not in cameras)]
     conversion = Conversion(index, cameras, _output_format(args, index, cameras), args.output_dir)

@@ -33,7 +33,7 @@ from paligemma_vla.data.faults import (
     to_matrix,
     unreadable_group,
 )
-from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, identify_file, open_file
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, depth_faults, identify_file, open_file
 from paligemma_vla.data.index import NOTHING, Excluded, chain_faults, hex_digest, inside, read_flags, real_name, segment
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
@@ -97,6 +97,8 @@ class FileCheck:
         """What of this file has to be left out."""
         file = real_name(self.path)
         if self.unusable:
+            if {fault.kind for fault in self.faults if fault.row is None} == {Kind.DEPTH}:
+                return []  # it is the camera that has to be left out
             reasons = tuple(sorted({fault.kind.value for fault in self.faults}))
             return [Excluded(file, None, None, None, reasons, self.digest)]
         bad: dict[int, set[str]] = {}
@@ -152,9 +154,12 @@ class FileCheck:
     def _check_columns(self, file: EpisodeFile, layout: Layout, broken: set[str | None], size: int, progress: Progress) -> None:
         """Values of every column that is not broken, of row groups that hold selected rows. size: bytes to progress by."""
         cameras = [schema.image_column(n + 1) for n in range(layout.cameras)]
-        columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
         bounds = list(enumerate(pairwise(file.bounds.tolist())))
         groups = [group for group, (first, stop) in bounds if not inside(np.arange(first, stop), self.outside).all()]
+        depth = list(depth_faults(file, [name for name in cameras if name not in broken], groups[0])) if groups else []
+        self.faults += depth
+        broken |= {fault.column for fault in depth}
+        columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
         jobs, videos = [(group, column) for group in groups for column in columns], VideoDecoders()
         for number, (group, column) in enumerate(jobs):
             with self._collected():

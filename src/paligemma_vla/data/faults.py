@@ -44,6 +44,7 @@ class Kind(StrEnum):
     NUMBER = "not a finite number"
     NO_IMAGE = "missing image"
     IMAGE = "undecodable image"
+    DEPTH = "depth map, no colour image"
     IMAGE_SIZE = "oversized image"
     FRAME = "missing video frame"
     PROMPT = "missing instruction"
@@ -144,6 +145,11 @@ def missing_image() -> Unusable:
     """What is wrong with a first camera without a picture."""
     text = f"got null, expected an image: only further cameras may be absent; fill it in, or {LEAVE_OUT}"
     return Unusable(Kind.NO_IMAGE, text)
+
+
+def depth_map(got: str) -> Unusable:
+    """What is wrong with pixels that no colour picture has."""
+    return Unusable(Kind.DEPTH, f"got {got}: a depth map, no colour image; leave this camera out")
 
 
 def no_rotation() -> Unusable:

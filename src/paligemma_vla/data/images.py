@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable
+from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.errors import first_line
 
 if TYPE_CHECKING:
@@ -26,15 +26,18 @@ def decode(data: bytes | memoryview) -> Image.Image:
     The size is read from the header and checked before any pixel is decoded: a small file can unfold to gigabytes.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        if image.mode.startswith(WIDE_MODES):
-            raise ValueError("16 bits per channel, expected 8")
-        if image.width * image.height <= MAX_PIXELS:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "TIFF"))
+        deep = image.mode.startswith(WIDE_MODES)
+        if image.format == "TIFF" and not deep:  # it is opened only to tell a depth map
+            raise ValueError("it is a TIFF")
+        if not deep and image.width * image.height <= MAX_PIXELS:
             return image.convert("RGB")
     except Exception as error:  # hostile bytes lead Pillow to struct.error, zlib.error, IndexError, MemoryError and others
         # Pillow's own text for unknown bytes names an object's address.
         reason = "its bytes are of neither kind" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise Unusable(Kind.IMAGE, f"cannot be decoded as JPEG or PNG ({reason}); restore it, or {LEAVE_OUT}") from error
+    if deep:
+        raise depth_map("more than 8 bits per channel")
     text = f"got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS // 10**6} megapixels"
     raise Unusable(Kind.IMAGE_SIZE, f"{text}; shrink it before writing, or {LEAVE_OUT}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
@@ -24,7 +24,7 @@ from paligemma_vla.data.faults import (
     to_matrix,
     unreadable_group,
 )
-from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, open_file, read_columns, reading
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, depth_faults, open_file, read_columns, reading
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
@@ -360,6 +360,14 @@ def iterate_numbers(
                 state, action = (_numbers(index, file, name, batch[name], here) for name in columns)
                 yield state[wanted[here]], action[wanted[here]]
         index.check_unchanged(file, source.identity)
+
+
+def check_cameras(index: EpisodeIndex, cameras: Sequence[int]) -> None:
+    """Raise `FaultError` when one of some cameras (numbers, from 0) gives depth maps, by the first images of the index."""
+    path, start = index.paths[index.file[0]], int(index.start[0])
+    with open_file(path, stream=True) as file:
+        columns = [name for name in map(schema.image_column, np.add(cameras, 1).tolist()) if name in file.columns]
+        raise_first(depth_faults(file, columns, int(np.searchsorted(file.bounds, start, side="right")) - 1))
 
 
 def episode_prompts(index: EpisodeIndex, file: int) -> list[str]:

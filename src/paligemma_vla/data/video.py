@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable
+from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.data.images import MAX_PIXELS
 from paligemma_vla.errors import ConfigError, DataError, first_line
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 OPEN_VIDEOS = 16  # per reader; a decoder holds some frames of its video
 EXACT = 1e-4  # seconds within which a frame is the one that is wanted, without a look at the next
+DEEP_GREY = re.compile(r"gray(9|1\d|f)")  # of FFmpeg's pixel formats: grey of more than 8 bits
 REMEDY = f"restore the video, or {LEAVE_OUT}"
 KEYFRAME_EVERY = 2  # as LeRobot: a frame is had by decoding two at most
 # name -> encoder of FFmpeg, and its options beside the constant rate factor. x264 without its look ahead, which has nothing to
@@ -84,6 +86,8 @@ class _Video:
         if width * height > MAX_PIXELS:
             got = f"{path}: got frames of {width} x {height}, expected at most {MAX_PIXELS // 10**6} megapixels"
             raise Unusable(Kind.IMAGE_SIZE, f"{got}; {REMEDY}")
+        if DEEP_GREY.match(pixels := self.stream.codec_context.pix_fmt or ""):
+            raise depth_map(f"pixels of {pixels}")
         self.stream.thread_type = "NONE"  # a loader has processes; threads would decode ahead of what is asked
         self.current: av.VideoFrame | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())

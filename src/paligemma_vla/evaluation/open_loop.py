@@ -25,7 +25,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, read_chunk
 from paligemma_vla.data.order import SampleRef, ValidationSampler
-from paligemma_vla.data.reader import EpisodeReader
+from paligemma_vla.data.reader import EpisodeReader, check_cameras
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Policy
@@ -85,6 +85,7 @@ def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: O
     index = data if isinstance(data, EpisodeIndex) else EpisodeIndex.build(data, "--eval_data_path")
     check_same_robot(index, policy)
     dataset = VLADataset(index, policy.preprocessor, policy.config)
+    check_cameras(index, range(policy.config.model.vlm_config.cameras))
     try:
         figures, chosen = _errors(policy, dataset, config)
         euler = _euler_table(policy, dataset, config)

@@ -20,7 +20,7 @@ from paligemma_vla.data.formats import find_format
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
 from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
-from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
+from paligemma_vla.data.reader import EpisodeReader, check_cameras, cut_blocks, streaming_cache_bytes
 from paligemma_vla.errors import ConfigError, DataError, Faults
 from paligemma_vla.model.architectures import read_architecture
 from paligemma_vla.model.memory_plan import MemoryPlan, plan_run
@@ -80,6 +80,8 @@ def prepare(
         train = EpisodeIndex.concatenate(sources)
         checks = [partial(check_episodes, train, config), partial(check_actions, train.layout, statistics, config, trained)]
         checks += [partial(check_fit, index, statistics, config) for index in (train, validation) if index is not None]
+        cameras = range(config.model.vlm_config.cameras)
+        checks += [partial(check_cameras, index, cameras) for index in (*sources, validation) if index is not None]
         for check in checks:
             with faults.collect():
                 check()

@@ -10,16 +10,17 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from types import TracebackType
 from typing import Protocol, Self
 
 import pyarrow as pa
 from PIL import Image
 
-from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults, raise_first
+from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults, raise_first
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
 from paligemma_vla.schema import Layout, Rows
@@ -29,6 +30,7 @@ from paligemma_vla.storage import is_url, open_source
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 MODULES = {"lerobot": "paligemma_vla.data.formats.lerobot"}
 MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is recognised by
+JUDGED_ROWS = 32  # among which a camera's first image is looked for
 TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was
 Identity = tuple[int, int, int]  # size, mtime_ns, and ctime_ns or a store's version: see `ByteSource.identity`
 
@@ -110,6 +112,10 @@ class EpisodeFile(ABC):
         """The images of a camera's column as `read` or `batches` gave it."""
 
     @abstractmethod
+    def without(self, column: str) -> str:
+        """How the data is read without one of its cameras."""
+
+    @abstractmethod
     def digest(self) -> int:
         """64 bits over the content, wherever it lies; of large files of other writers over parts of it (see `file_digest`)."""
 
@@ -130,6 +136,24 @@ def read_layout(file: EpisodeFile) -> Layout:
     layout, faults = file.survey()
     raise_first(faults)
     return layout
+
+
+def depth_faults(file: EpisodeFile, columns: Sequence[str], group: int) -> Iterator[Fault]:
+    """Cameras whose first image in a row group is a depth map: so are the others, which nobody can mend one by one.
+
+    What cannot be read is not judged.
+    """
+    videos = VideoDecoders()
+    for column in columns:
+        with suppress(FaultError, *READ_ERRORS):
+            _, batch = next(file.batches([column], [group], JUDGED_ROWS))
+            pictures = file.pictures(batch.column(0), videos)
+            try:
+                for row in islice(filter(pictures.present, range(batch.num_rows)), 1):
+                    pictures.decode(row)
+            except Unusable as error:
+                if error.kind is Kind.DEPTH:
+                    yield Fault(file.path, error.kind, f"{error.text}: {file.without(column)}", column=column)
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class LeRobotFormat:
         for difference in metadata.differences:
             say(metadata.root, difference)
         metadata.cameras(selection)
+        for camera in metadata.depth_maps if selection.cameras is None else ():
+            say(metadata.root, f"{camera.camera} is left out: a depth map is no colour camera")
         if not metadata.complete or (selection.episodes != (None, None) and not _are_there(metadata, selection)):
             metadata = metadata.located
         wanted = [file for file in np.unique(metadata.file[metadata.selected(selection)]).tolist() if metadata.files[file]]
@@ -137,7 +139,8 @@ class LeRobotFile(ParquetEpisodes):
         }
         self.columns = list(self._stored)
         used = {*self._numbers.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *self._success}
-        self.unused = [key for key in self.metadata.info.features if key not in used]
+        depth = {feature.key: f"{feature.key} (depth map)" for feature in self.metadata.depth_maps}
+        self.unused = [depth.get(key, key) for key in self.metadata.info.features if key not in used]
         self._task_numbers = pa.array(self.metadata.tasks.keys(), pa.float64())
         self._tasks = pa.array(self.metadata.tasks.values(), pa.string())
 
@@ -338,6 +341,10 @@ class LeRobotFile(ParquetEpisodes):
         first, last = np.isin(rows, bounds), np.isin(rows + 1, bounds)
         succeeded = np.nan_to_num(to_scalars(table[self._success[0]])) != 0 if self._success else np.zeros(len(rows), bool)
         return dict(zip(schema.FLAGS, map(pa.array, (first, last, last & succeeded)), strict=True))
+
+    def without(self, column: str) -> str:
+        others = ",".join(camera.camera for name, camera in self._cameras.items() if name != column)
+        return f"?cameras={others}" if others else "the data has no other"
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         if is_binary(column.type):

@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from paligemma_vla.data.formats import READ_ERRORS
 from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list
+from paligemma_vla.data.video import DEEP_GREY
 from paligemma_vla.errors import DataError, closest, first_line
 from paligemma_vla.schema import Rows, first_fault
 from paligemma_vla.storage import read_json
@@ -101,13 +102,14 @@ def parse_range(text: str, where: str) -> tuple[int | None, int | None]:
 class Feature:
     """One entry of info.json, of any content. dtype: `video`, `image`, or of a number. shape: None where it is none.
 
-    names: of its dimensions, in one of many shapes.
+    names: of its dimensions, in one of many shapes. is_depth: pictures of it are depth maps.
     """
 
     key: str
     dtype: str
     shape: tuple[int, ...] | None
     names: Any
+    is_depth: bool
 
     @classmethod
     def parse(cls, key: str, raw: Any) -> Self:
@@ -115,7 +117,8 @@ class Feature:
         shape = raw.get("shape")
         sizes = shape if isinstance(shape, list) else [shape]
         whole = [int(size) for size in sizes if isinstance(size, int | float) and size % 1 == 0]
-        return cls(key, str(raw.get("dtype", "")), tuple(whole) if len(whole) == len(sizes) else None, raw.get("names"))
+        known = tuple(whole) if len(whole) == len(sizes) else None
+        return cls(key, str(raw.get("dtype", "")), known, raw.get("names"), _is_depth(key, raw, known))
 
     @property
     def is_camera(self) -> bool:
@@ -142,6 +145,19 @@ class Feature:
     def is_flat(self) -> bool:
         """True for one row of numbers, as [N], [1, N] and []."""
         return sum(size != 1 for size in self.shape or ()) <= 1
+
+
+def _is_depth(key: str, raw: dict[str, Any], shape: tuple[int, ...] | None) -> bool:
+    """True for what says that it is a depth map, has pixels of more than 8 bits in grey, or one channel under that name."""
+    said = dict(raw)
+    for facts in (raw.get("info"), raw.get("video_info")):
+        said |= facts if isinstance(facts, dict) else {}
+    if any(said.get(name) is True for name in ("is_depth_map", "video.is_depth_map")):
+        return True
+    if any(DEEP_GREY.match(str(said.get(name))) for name in ("pix_fmt", "video.pix_fmt")):
+        return True
+    one_channel = shape is not None and (len(shape) == 2 or 1 in (*shape[:1], *shape[-1:]))
+    return one_channel and "depth" in f"{key} {raw.get('names')}".lower()
 
 
 class Info(BaseModel):
@@ -233,20 +249,31 @@ class Metadata:
         return replace(self, files=files, file=file)
 
     def cameras(self, selection: Selection) -> list[Feature]:
-        """The selected cameras in order. Raises `DataError` that lists those there are."""
-        known = [feature for feature in self.info.features.values() if feature.is_camera]
-        if not known:
-            raise DataError(f"{self.root}/{INFO}: got no feature of dtype image or video, expected a camera at least")
-        by_name = {**{feature.camera: feature for feature in known}, **{feature.key: feature for feature in known}}
+        """The selected cameras in order, by default all. Raises `DataError` that lists those there are."""
+        images = [feature for feature in self.info.features.values() if feature.is_camera]
+        colour = [feature for feature in images if not feature.is_depth]
+        if not colour:
+            got = f"{len(images)} depth maps" if images else "no feature of dtype image or video"
+            raise DataError(f"{self.root}/{INFO}: got {got}, expected a colour camera at least")
+        by_name = {**{feature.camera: feature for feature in images}, **{feature.key: feature for feature in images}}
+        names = [feature.camera for feature in colour]
         for name in selection.cameras or ():
             if name not in by_name:
-                raise DataError(f"{self.root}: cameras: got '{name}', expected of {', '.join(one.camera for one in known)}")
-        chosen = known if selection.cameras is None else [by_name[name] for name in selection.cameras]
+                raise DataError(f"{self.root}: cameras: got '{name}', expected of {', '.join(names)}")
+            if by_name[name].is_depth:
+                got = f"got '{name}': a depth map, no colour image"
+                raise DataError(f"{self.root}: cameras: {got}; leave this camera out: ?cameras={','.join(names)}")
+        chosen = colour if selection.cameras is None else [by_name[name] for name in selection.cameras]
         for camera in chosen:
             if camera.dtype == "video" and camera.key not in self.videos:
                 got = f"got no columns videos/{camera.key}/chunk_index, file_index and from_timestamp in meta/episodes"
                 raise DataError(f"{self.root}: {got}; restore them, or choose other cameras (?cameras=...)")
         return chosen
+
+    @property
+    def depth_maps(self) -> list[Feature]:
+        """Pictures that are no camera's."""
+        return [feature for feature in self.info.features.values() if feature.is_camera and feature.is_depth]
 
     def vector(self, key: str, role: str) -> Feature:
         """The feature that holds the state or the action (`role`). Raises `DataError` that lists those there are."""

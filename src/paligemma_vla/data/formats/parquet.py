@@ -156,6 +156,9 @@ class ParquetEpisodes(EpisodeFile):
         """`columns` of some rows, made of the stored columns."""
         return table
 
+    def without(self, column: str) -> str:
+        return f"write the files without {column}"
+
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         return EncodedPictures(column)
 
