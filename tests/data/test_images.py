@@ -9,11 +9,13 @@ import warnings
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from lerobot_sets import encode
 from mutations import flip, png
 from paligemma_vla.config import AugmentationConfig
+from paligemma_vla.data import images
 from paligemma_vla.data.formats.parquet import EncodedPictures
 from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.reader import Picture
@@ -40,6 +42,43 @@ def test_decode_gives_rgb(kind: str, mode: str) -> None:
     image = decode_image(data)
     assert (image.mode, image.size) == ("RGB", (8, 6))
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def tagged(kind: str, tag: str, orientation: int) -> bytes:
+    """A picture 8 wide and 6 high whose EXIF or XMP says how it is to be turned; `damaged`: EXIF that is cut."""
+    image, stream = Image.open(io.BytesIO(encoded(kind))), io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = orientation
+    if tag == "exif":
+        image.save(stream, kind, exif=exif)
+    elif tag == "damaged":
+        image.save(stream, kind, exif=exif.tobytes()[:-9])
+    else:
+        text = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="{orientation}"/></x:xmpmeta>'
+        notes = PngInfo()
+        notes.add_itxt("XML:com.adobe.xmp", text)
+        image.save(stream, kind, **({"xmp": text.encode()} if kind == "JPEG" else {"pnginfo": notes}))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "tag"), [("JPEG", "exif"), ("PNG", "exif"), ("JPEG", "xmp"), ("PNG", "xmp")])
+def test_decode_turns_as_the_tag_says_and_what_is_encoded_is_not_turned_again(kind: str, tag: str, orientation: int) -> None:
+    data = tagged(kind, tag, orientation)
+    stored = Image.open(io.BytesIO(data)).convert("RGB")
+    image = decode_image(data)
+    assert np.array_equal(np.asarray(image), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")))
+    assert (image.size == stored.size) == (orientation < 5)
+    assert np.array_equal(np.asarray(image), np.asarray(stored)) == (orientation == 1)
+    assert np.array_equal(np.asarray(decode_image(images.encode_image(image, "png"))), np.asarray(image))
+    assert decode_image(images.encode_image(image, "jpeg")).size == image.size
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_damaged_exif_leaves_the_picture_as_it_is_stored(kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert decode_image(tagged(kind, "damaged", 6)).size == (8, 6)
 
 
 @pytest.mark.parametrize("side", [6000, 60000])

@@ -65,7 +65,7 @@ def pixels(recordings: list[Recording], camera: int) -> list[np.ndarray]:
 def test_decoders_keep_no_more_videos_open_than_they_may(video_set: Truth) -> None:
     decoders = VideoDecoders(limit=1)
     for path in sorted(video_set.root.rglob("*.mp4")) * 2:
-        decoders.frame(str(path), 0.1, 0.05)
+        decoders.frame(str(path), 0.1, 0.05, 0.0)
         assert list(decoders._open) == [str(path)]
 
 

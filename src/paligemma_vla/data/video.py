@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.Image import Transpose
 
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.data.images import MAX_PIXELS
@@ -25,6 +26,13 @@ OPEN_VIDEOS = 16  # per reader; a decoder holds some frames of its video
 EXACT = 1e-4  # seconds within which a frame is the one that is wanted, without a look at the next
 DEEP_GREY = re.compile(r"gray(9|1\d|f)")  # of FFmpeg's pixel formats: grey of more than 8 bits
 REMEDY = f"restore the video, or {LEAVE_OUT}"
+# Signs of (a, b, c, d) of a display matrix, which shows the pixel at (x, y) at (a x + c y, b x + d y) -> what does that.
+TURNS = {
+    **{(1, 0, 0, 1): None, (0, 0, 0, 0): None},
+    **{(-1, 0, 0, 1): Transpose.FLIP_LEFT_RIGHT, (1, 0, 0, -1): Transpose.FLIP_TOP_BOTTOM},
+    **{(0, 1, 1, 0): Transpose.TRANSPOSE, (0, -1, -1, 0): Transpose.TRANSVERSE},
+    **{(0, 1, -1, 0): Transpose.ROTATE_270, (0, -1, 1, 0): Transpose.ROTATE_90, (-1, 0, 0, -1): Transpose.ROTATE_180},
+}
 KEYFRAME_EVERY = 2  # as LeRobot: a frame is had by decoding two at most
 # name -> encoder of FFmpeg, and its options beside the constant rate factor. x264 without its look ahead, which has nothing to
 # gain from two frames: with it, the same frames became other bytes now and then, by what lay in memory beside them. Without
@@ -42,13 +50,18 @@ class VideoDecoders:
         self.limit = limit
         self._open: dict[str, _Video] = {}  # the one used last at the end
 
-    def frame(self, path: str, time: float, tolerance: float) -> Image.Image:
-        """The frame nearest to `time`, at most `tolerance` away (both in seconds), as RGB. Raises `Unusable`."""
+    def frame(self, path: str, time: float, tolerance: float, first: float) -> Image.Image:
+        """The frame nearest to `time`, at most `tolerance` away, as RGB, turned as it is to be seen. Raises `Unusable`.
+
+        first: the earliest time that is asked of this video; all in seconds. A video that begins later has a clock of its
+        own (B-frames, cut from a longer one): its first frame is then the one at `first`.
+        """
         from av.error import FFmpegError  # here, since most data has no videos
 
         try:
             video = self._video(path)
-            frame = video.nearest(time, tolerance)
+            late = video.start - first
+            frame = video.nearest(time + late if late > tolerance - EXACT else time, tolerance)
         except (FFmpegError, OSError, ValueError, EOFError) as error:
             self._close(path)
             raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({first_line(error)}); {REMEDY}") from error
@@ -57,7 +70,9 @@ class VideoDecoders:
             self._close(path)
             text = f"{path}: got no frame within {tolerance:.3f} s of {time:.3f} s{last}; {REMEDY}"
             raise Unusable(Kind.FRAME, text)
-        return Image.fromarray(frame.to_ndarray(format="rgb24"))
+        turn = _turn(frame, path)
+        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+        return image if turn is None else image.transpose(turn)
 
     def _close(self, path: str) -> None:
         if path in self._open:
@@ -71,7 +86,7 @@ class VideoDecoders:
 
 
 class _Video:
-    """One open video. current: the frame decoded last."""
+    """One open video. start: time of its first frame, in s. current: the frame decoded last."""
 
     def __init__(self, path: str) -> None:
         import av
@@ -88,6 +103,7 @@ class _Video:
             raise Unusable(Kind.IMAGE_SIZE, f"{got}; {REMEDY}")
         if DEEP_GREY.match(pixels := self.stream.codec_context.pix_fmt or ""):
             raise depth_map(f"pixels of {pixels}")
+        self.start = float((self.stream.start_time or 0) * (self.stream.time_base or 0))
         self.stream.thread_type = "NONE"  # a loader has processes; threads would decode ahead of what is asked
         self.current: av.VideoFrame | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
@@ -125,6 +141,21 @@ class _Video:
 def _time(frame: av.VideoFrame) -> float:
     assert frame.time is not None
     return frame.time
+
+
+def _turn(frame: av.VideoFrame, path: str) -> Transpose | None:
+    """What turns a frame as it is to be seen, by its display matrix; None when it is stored so. Raises `Unusable`."""
+    from av.sidedata.sidedata import Type
+
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return None
+    values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
+    signs = tuple(np.sign(np.where(np.abs(values) < np.abs(values).max() / 100, 0, values)).astype(int).tolist())
+    if signs not in TURNS:
+        text = f"{path}: got a display matrix of {(values / 2**16).round(2).tolist()}, expected quarter turns and flips"
+        raise Unusable(Kind.IMAGE, f"{text}; encode the video anew, or {LEAVE_OUT}")
+    return TURNS[signs]
 
 
 class VideoWriter:

@@ -352,7 +352,15 @@ class LeRobotFile(ParquetEpisodes):
         if _is_image(column.type):
             return StoredPictures(column, self.metadata.root)
         spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
-        return FramePictures(column, self.metadata.root, spans, 0.5 / self.metadata.info.fps, videos)
+        return FramePictures(column, self.metadata.root, spans, self._begin, 0.5 / self.metadata.info.fps, videos)
+
+    @cached_property
+    def _begin(self) -> float:
+        """The earliest timestamp of an episode's first row; 0 in all that LeRobot writes."""
+        if "timestamp" not in self.arrow.names:
+            return 0.0
+        times = self._open(["timestamp"]).read(columns=["timestamp"], use_threads=False)["timestamp"]
+        return float(_column_values(times, 0.0)[self.starts].min())
 
     def digest(self) -> int:
         metadata, everything = self.metadata, replace(self.selection, episodes=(None, None))
@@ -412,19 +420,24 @@ def _number_lists(column: pa.Array) -> pa.Array:
 
 
 class FramePictures(Pictures):
-    """Frames of one camera's videos. column: struct of video, time, episode and frame. tolerance: in seconds."""
+    """Frames of one camera's videos. column: struct of video, time, episode and frame. begin: the first timestamp of
+    episodes. tolerance: in seconds."""
 
-    def __init__(self, column: pa.Array, root: str, spans: VideoSpans, tolerance: float, videos: VideoDecoders) -> None:
-        self.column, self.root, self.files, self.tolerance, self.videos = column, root, spans.files, tolerance, videos
+    def __init__(
+        self, column: pa.Array, root: str, spans: VideoSpans, begin: float, tolerance: float, videos: VideoDecoders
+    ) -> None:
+        self.column, self.root, self.spans, self.begin = column, root, spans, begin
+        self.tolerance, self.videos = tolerance, videos
 
     def present(self, row: int) -> bool:
         return True
 
     def decode(self, row: int) -> Image.Image:
         wanted = self.column[row].as_py()
-        path = os.path.join(self.root, self.files[wanted["video"]])
+        path = os.path.join(self.root, self.spans.files[wanted["video"]])
+        first = float(self.spans.first[wanted["video"]]) + self.begin
         try:
-            return self.videos.frame(path, wanted["time"], self.tolerance)
+            return self.videos.frame(path, wanted["time"], self.tolerance, first)
         except Unusable as error:
             raise Unusable(error.kind, f"episode {wanted['episode']}, frame {wanted['frame']}: {error.text}") from error
 

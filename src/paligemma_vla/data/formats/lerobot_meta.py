@@ -199,6 +199,13 @@ class VideoSpans:
         stop[order[:-1][same]] = self.start[order[1:][same]]
         return stop
 
+    @cached_property
+    def first(self) -> NDArray[np.float64]:
+        """Where the first episode in each of `files` begins in it, in s."""
+        first = np.full(len(self.files), np.inf)
+        np.minimum.at(first, self.file, self.start)
+        return first
+
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
