@@ -26,6 +26,7 @@ METADATA = DatasetMetadata(
     state_names=("x", "y", "z"),
     action_names=("dx", "dy"),
     control_hz=12.5,
+    image_orientation="upright",
     action_convention="delta, +1 = 1 cm",
 )
 

@@ -27,6 +27,7 @@ def test_metadata_of_before_units_and_representations_is_read_as_saying_nothing_
         '"control_hz": 12.5, "extra": {}, "image_orientation": "upright", "robot": "toy arm", "state_names": ["x", "y", "z"]}'
     )
     assert DatasetMetadata.from_json(old) == METADATA
+    assert DatasetMetadata.from_json('{"robot": "a"}').image_orientation == "", "nothing said how pictures stand"
     assert DatasetMetadata.from_json('{"robot": "a", "colour": [1]}') == DatasetMetadata(robot="a")  # and of later versions
     assert METADATA.state_units == () and METADATA.action_representation == METADATA.action_rotation == ""
 

@@ -94,7 +94,7 @@ class DatasetMetadata:
 
     cameras: a name per camera, in the order image_1, image_2, ...   state_names / action_names: one per dimension.
     state_units / action_units: one per dimension, e.g. `m`, `rad`; empty where a number has none.
-    control_hz: control steps per second, 0 when unknown.   image_orientation: `upright` unless said otherwise.
+    control_hz: control steps per second, 0 when unknown.   image_orientation: how pictures stand; empty: unknown.
     action_convention: what an action means, e.g. `end-effector delta, +1 = 1 cm; gripper +1 = close`.
     action_representation: what the recorded actions are, `absolute` targets or `delta`s.
     action_rotation: how they write a rotation, one of `ROTATIONS`.   Of both, empty: unknown.
@@ -107,7 +107,7 @@ class DatasetMetadata:
     state_units: tuple[str, ...] = ()
     action_units: tuple[str, ...] = ()
     control_hz: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    image_orientation: str = "upright"
+    image_orientation: str = ""
     action_convention: str = ""
     action_representation: Annotated[str, Field(pattern=_one_of(REPRESENTATIONS))] = ""
     action_rotation: Annotated[str, Field(pattern=_one_of(ROTATIONS))] = ""

@@ -74,6 +74,7 @@ def test_selection_takes_cameras_by_name_in_the_order_given_and_a_range_of_episo
     index, recordings = EpisodeIndex.build(name), read_all(name)
     assert index.length.tolist() == list(LENGTHS[1:3])
     assert index.layout.metadata.cameras == ("wrist", "front")
+    assert index.layout.metadata.image_orientation == "", "LeRobot does not say it"
     rows = range(LENGTHS[0], sum(LENGTHS[:3]))
     assert all(map(np.array_equal, pixels(recordings, 0), (truth.pixels["wrist"][row] for row in rows)))
     assert np.array_equal(np.concatenate([one.state for one in recordings]), np.concatenate(truth.state[1:3]))

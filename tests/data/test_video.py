@@ -24,6 +24,7 @@ def picture(step: int) -> np.ndarray:
 
 def write(
     path: Path,
+    *,
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
     form: str = "mp4",

@@ -77,6 +77,13 @@ def test_wilson_interval_matches_published_values():
     assert wilson_interval(115, 120) == pytest.approx((0.9062, 0.9821), abs=1e-4)
 
 
+def test_orientation_that_the_checkpoint_does_not_say_is_compatible_and_logged(caplog):
+    check_compatible(METADATA, SPEC)
+    assert not caplog.messages
+    check_compatible(METADATA | {"image_orientation": ""}, SPEC)
+    assert "here it is upright" in caplog.text
+
+
 def test_check_compatible_names_every_difference():
     check_compatible(METADATA, SPEC)
     check_compatible(METADATA | {"control_hz": 0.0, "action_names": [], "camera_names": []}, SPEC)

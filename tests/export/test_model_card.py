@@ -63,6 +63,8 @@ def test_card_head_is_what_the_hub_reads(trained: Trained) -> None:
 def test_card_says_what_goes_in_and_comes_out(trained: Trained, policy: Policy) -> None:
     card = card_of(trained, "bfloat16")
     assert cells(card, r"image\_1")[1:] == ["camera 'front', RGB, upright", "(H, W, 3) uint8, resized to 32 x 32 (stretch)"]
+    unsaid = replace(trained, metadata=replace(METADATA, image_orientation="").to_json())
+    assert "RGB, orientation not recorded" in cells(card_of(unsaid), r"image\_1")[1]
     assert "may be left out" in cells(card, r"image\_2")[1]
     low, high = policy.preprocessor.statistics.action.min[0], policy.preprocessor.statistics.action.max[0]
     assert cells(card, "dx")[1] == f"{low:.4g} to {high:.4g}"

@@ -145,9 +145,7 @@ def _time(frame: av.VideoFrame) -> float:
 
 def _turn(frame: av.VideoFrame, path: str) -> Transpose | None:
     """What turns a frame as it is to be seen, by its display matrix; None when it is stored so. Raises `Unusable`."""
-    from av.sidedata.sidedata import Type
-
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return None
     values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)

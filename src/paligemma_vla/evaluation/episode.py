@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ Prompts = Literal["own", "opposite", "unseen"]
 ImageSource = Literal["camera", "grey"]
 Actor = Literal["checkpoint", "random"]
 Picture = NDArray[np.uint8]  # (H, W, 3)
+log = logging.getLogger(__name__)
 
 SEED_DOMAIN = 2  # `collect` has another, so no evaluation starts where a demonstration of the same seed did
 GREY = 127
@@ -64,13 +66,19 @@ class EpisodeOutcome:
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
-    """Raise `SimulatorError` naming the fields in which a policy's metadata and an environment differ."""
+    """Raise `SimulatorError` naming the fields in which a policy's metadata and an environment differ.
+
+    What one of them does not say cannot differ; of how pictures stand, where it shows only as failure, that is logged.
+    """
     got, expected = schema.described_layout(metadata), spec.layout
     faults = [f"{name}: {text}" for name, text in schema.robot_differences(got, expected, cameras=None).items()]
     if not got.metadata.cameras and got.cameras != expected.cameras:
         faults.append(f"cameras: got {got.cameras}, expected {expected.cameras}")
     if faults:
         raise SimulatorError("\n  ".join(["the checkpoint does not fit the environment:", *faults]))
+    if not got.metadata.image_orientation:
+        here = expected.metadata.image_orientation or "not said either"
+        log.warning("image_orientation: the checkpoint's data did not say it, here it is %s; compare two pictures", here)
 
 
 def instructions(env: Environment, task: str, kind: Prompts) -> tuple[str, ...]:

@@ -357,10 +357,8 @@ class LeRobotFile(ParquetEpisodes):
     @cached_property
     def _begin(self) -> float:
         """The earliest timestamp of an episode's first row; 0 in all that LeRobot writes."""
-        if "timestamp" not in self.arrow.names:
-            return 0.0
-        times = self._open(["timestamp"]).read(columns=["timestamp"], use_threads=False)["timestamp"]
-        return float(_column_values(times, 0.0)[self.starts].min())
+        first = self._read_scalars("timestamp")[self._spans[1][:-1]] if self._present("timestamp") else np.zeros(1)
+        return max(0.0, float(np.nan_to_num(first).min()))
 
     def digest(self) -> int:
         metadata, everything = self.metadata, replace(self.selection, episodes=(None, None))
