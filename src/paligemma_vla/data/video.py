@@ -148,7 +148,7 @@ def _turn(frame: av.VideoFrame, path: str) -> Transpose | None:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return None
-    values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
+    values = np.frombuffer(cast("bytes", matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
     signs = tuple(np.sign(np.where(np.abs(values) < np.abs(values).max() / 100, 0, values)).astype(int).tolist())
     if signs not in TURNS:
         text = f"{path}: got a display matrix of {(values / 2**16).round(2).tolist()}, expected quarter turns and flips"
