@@ -10,16 +10,32 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lerobot_sets import CAMERAS, FPS, HEIGHT, LENGTHS, WIDTH, Truth, add_feature, encode, picture, write_set
+from lerobot_sets import (
+    CAMERAS,
+    FPS,
+    HEIGHT,
+    LENGTHS,
+    WIDTH,
+    Truth,
+    add_feature,
+    edit_json,
+    edit_table,
+    encode,
+    picture,
+    write_set,
+)
+from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.convert import Recording, read_episodes
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.faults import Kind
 from paligemma_vla.data.formats import open_file
 from paligemma_vla.data.index import EpisodeIndex, expand_paths
+from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.schema import DatasetMetadata, Episode
@@ -148,3 +164,111 @@ def test_depth_map_in_an_episode_file_is_told_for_what_it_is(tmp_path: Path, tin
     with pytest.raises(VLAError, match="a depth map, no colour image"):
         train(tiny_config(settings, cameras=2))
     train(tiny_config(settings, cameras=1))
+
+
+def add_numbers(truth: Truth, key: str, shape: list[int], names: Any = None, kind: str = "f4") -> np.ndarray:
+    """A feature of random numbers; returns them as they are stored (R, *shape)."""
+    values = (np.random.default_rng(len(key)).normal(size=(sum(LENGTHS), *shape)) * 9).astype(kind)
+    starts = np.cumsum([0, *LENGTHS])
+    feature = {"dtype": str(values.dtype), "shape": shape, "names": names}
+    add_feature(truth, key, feature, lambda episode: pa.array(values[starts[episode] : starts[episode + 1]].tolist()))
+    return values
+
+
+JOINED: list[tuple[str, list[str], list[str]]] = [  # what is asked for, the features, names of the numbers
+    ("arm+grip", ["arm", "grip"], ["x", "y", "w", "grip"]),
+    ("grip+arm", ["grip", "arm"], ["grip", "x", "y", "w"]),
+    (
+        "observation.state+arm",
+        ["observation.state", "arm"],
+        ["observation.state.x", "observation.state.y", "z", "arm.x", "arm.y", "w"],
+    ),
+    ("pose+one", ["pose", "one"], ["pose[0,0]", "pose[0,1]", "pose[1,0]", "pose[1,1]", "one[0]", "one[1]"]),
+    ("pose", ["pose"], ["pose[0,0]", "pose[0,1]", "pose[1,0]", "pose[1,1]"]),
+    ("left+right", ["left+right"], []),
+]
+
+
+@pytest.fixture
+def parts(truth: Truth) -> tuple[Truth, dict[str, np.ndarray]]:
+    """A set whose numbers are in many columns, and the numbers in each (R, n)."""
+    arrays = {
+        "arm": add_numbers(truth, "arm", [3], {"motors": ["x", "y", "w"]}),
+        "grip": add_numbers(truth, "grip", [], kind="i8"),
+        "pose": add_numbers(truth, "pose", [2, 2], ["row", "column"], kind="f8"),
+        "one": add_numbers(truth, "one", [1, 2]),
+        "left+right": add_numbers(truth, "left+right", [2]),
+        "observation.state": np.concatenate(truth.state),
+    }
+    return truth, {key: values.reshape(sum(LENGTHS), -1) for key, values in arrays.items()}
+
+
+@pytest.mark.parametrize(("asked", "keys", "names"), JOINED, ids=[one[0] for one in JOINED])
+def test_state_and_action_are_columns_joined_in_the_order_asked_for(
+    parts: tuple[Truth, dict[str, np.ndarray]], asked: str, keys: list[str], names: list[str], tmp_path: Path
+) -> None:
+    truth, arrays = parts
+    expected = np.hstack([arrays[key] for key in keys]).astype(np.float32)
+    name = f"{truth.name}?state={asked}&action=grip+{asked}"
+    index = EpisodeIndex.build(name)
+    assert list(index.layout.metadata.state_names) == names
+    assert (index.layout.state_dim, index.layout.action_dim) == (expected.shape[1], expected.shape[1] + 1)
+    recordings = read_all(name)
+    assert np.array_equal(np.concatenate([one.state for one in recordings]), expected)
+    assert np.array_equal(np.concatenate([one.action for one in recordings])[:, 1:], expected)
+    statistics = compute_statistics(index, "test")
+    assert np.array_equal(statistics.state.max, expected.max(axis=0))
+    assert main(["data", "convert", "--input", name, "--output_dir", str(tmp_path / "native"), "--workers", "0"]) == 0
+    converted = EpisodeIndex.build(str(tmp_path / "native"))
+    assert converted.layout == index.layout
+    assert converted.layout.metadata.extra.get("state_columns") == (None if names == [] else asked)
+    assert np.array_equal(np.concatenate([one.state for one in read_all(str(tmp_path / "native"))]), expected)
+
+
+def test_selection_of_columns_is_part_of_what_the_data_is(parts: tuple[Truth, dict[str, np.ndarray]]) -> None:
+    name = parts[0].name
+    asked = ["", "?state=observation.state&action=action", "?state=arm+grip", "?state=grip+arm", "?action=arm+grip"]
+    prints = [EpisodeIndex.build(name + one).fingerprint for one in asked]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            "state=arm+claw",
+            r"features.claw: got no 'claw', expected .*name others: \?state=FEATURE\+FEATURE; known: .*grip",
+        ),
+        ("state=arm+observation.images.front", "features.observation.images.front: got dtype image"),
+        ("state=arm+", "features.: got no ''"),
+    ],
+)
+def test_columns_that_cannot_be_joined_are_told(parts: tuple[Truth, Any], asked: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        EpisodeIndex.build(f"{parts[0].name}?{asked}")
+
+
+def test_rows_of_numbers_are_joined_only_when_asked_for(truth: Truth) -> None:
+    edit_json(truth.root / "meta/info.json", lambda info: info["features"].pop("observation.state"))
+    for path in truth.root.glob("data/*/*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns("observation.state"), path)
+    values = add_numbers(truth, "observation.state", [2, 3])
+    remedy = r"shape \[2, 3\], expected one row of numbers; to have its rows joined, ask: \?state=observation.state"
+    with pytest.raises(DataError, match=remedy):
+        EpisodeIndex.build(truth.name)
+    state = np.concatenate([one.state for one in read_all(f"{truth.name}?state=observation.state")])
+    assert np.array_equal(state, values.reshape(-1, 6))
+
+
+def test_part_that_is_too_short_is_a_fault_of_its_row(parts: tuple[Truth, Any]) -> None:
+    truth, _ = parts
+    path = truth.root / "data/chunk-000/episode_000002.parquet"
+    edit_table(path, lambda columns: columns["arm"].__setitem__(4, [1.0]))
+    edit_table(path, lambda columns: columns["grip"].__setitem__(5, None))
+    diagnosis = diagnose(expand_paths(f"{truth.name}?state=arm+grip", "test"), CheckOptions(), lambda size: None)
+    found = [(fault.row, fault.column, fault.text.partition(";")[0]) for fault in diagnosis.faults]
+    assert found == [
+        (4, "state", "got 1 numbers, expected 4 numbers"),
+        (5, "state", "dimension 3 is nan, expected a finite float32"),
+    ]

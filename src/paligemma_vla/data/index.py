@@ -44,7 +44,7 @@ from paligemma_vla.schema import DatasetMetadata, Layout, Rows, first_fault, joi
 from paligemma_vla.storage import atomic_file, atomic_write, cache_dir, is_url, join_url, list_files, read_json, split_url
 
 REQUESTS = 32  # to a store, at a time
-CACHE_VERSION, EXCLUSIONS_VERSION = 9, 1
+CACHE_VERSION, EXCLUSIONS_VERSION = 10, 1
 DIGEST_BYTES = 16
 NOTHING: Rows = np.empty((0, 2), np.int64)
 COPY_IT = "copy it to this machine; `paligemma-vla data convert` makes episode files of it, which may be behind URLs"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla import schema
-from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults
+from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults, to_matrix
 from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, reading
 from paligemma_vla.data.formats.lerobot_meta import (
     INDEX_COLUMNS,
@@ -127,18 +127,24 @@ class LeRobotFile(ParquetEpisodes):
         if self.metadata.length[_listed(self.metadata, selection.path)].sum() != self.bounds[-1]:
             self.metadata = self.metadata.located
         self.cameras = self.metadata.cameras(selection)
-        self._numbers = {schema.STATE: selection.state, schema.ACTION: selection.action}
+        asked = {schema.STATE: selection.state, schema.ACTION: selection.action}
+        self._numbers = {column: self.metadata.vector(column, features) for column, features in asked.items()}
         self._cameras = {schema.image_column(n + 1): camera for n, camera in enumerate(self.cameras)}
         self._success = self._present(*SUCCESS)[:1]
         times = self._present("timestamp")
         self._stored = {
             schema.PROMPT: self._present("task_index"),
-            **{column: [feature] for column, feature in self._numbers.items()},
+            **{column: vector.keys for column, vector in self._numbers.items()},
             **dict.fromkeys(schema.FLAGS, self._success),
             **{name: times if one.dtype == "video" else [one.key] for name, one in self._cameras.items()},
         }
         self.columns = list(self._stored)
-        used = {*self._numbers.values(), *(camera.key for camera in self.cameras), *INDEX_COLUMNS, *self._success}
+        used = {
+            *(key for vector in self._numbers.values() for key in vector.keys),
+            *(camera.key for camera in self.cameras),
+            *INDEX_COLUMNS,
+            *self._success,
+        }
         depth = {feature.key: f"{feature.key} (depth map)" for feature in self.metadata.depth_maps}
         self.unused = [depth.get(key, key) for key in self.metadata.info.features if key not in used]
         self._task_numbers = pa.array(self.metadata.tasks.keys(), pa.float64())
@@ -190,8 +196,7 @@ class LeRobotFile(ParquetEpisodes):
 
     def survey(self) -> tuple[Layout, list[Fault]]:
         faults = list(self._column_faults())
-        metadata, selection = self.metadata, self.selection
-        state, action = metadata.vector(selection.state, "state"), metadata.vector(selection.action, "action")
+        metadata, state, action = self.metadata, self._numbers[schema.STATE], self._numbers[schema.ACTION]
         own = DatasetMetadata()
         try:
             own = DatasetMetadata.from_json(json.dumps(metadata.info.paligemma_vla or {}))
@@ -201,23 +206,26 @@ class LeRobotFile(ParquetEpisodes):
             own,
             robot=metadata.info.robot_type if isinstance(metadata.info.robot_type, str) else "",
             cameras=tuple(camera.camera for camera in self.cameras),
-            state_names=state.dimensions,
-            action_names=action.dimensions,
+            state_names=state.names,
+            action_names=action.names,
             control_hz=metadata.info.fps,
+            extra=own.extra
+            | {f"{role}_columns": "+".join(one.keys) for role, one in self._numbers.items() if not one.is_plain},
         )
         return Layout(len(self.cameras), state.size, action.size, described), faults
 
     def _column_faults(self) -> Iterator[Fault]:
         """What the columns of `self._stored` are not made of: the one place that says so."""
         names = self.arrow.names
-        images = {name: camera.key for name, camera in self._cameras.items() if camera.dtype == "image"}
-        tasks = {schema.PROMPT: "task_index"} if len(self._tasks) != 1 else {}
+        images = [(name, camera.key) for name, camera in self._cameras.items() if camera.dtype == "image"]
+        tasks = [(schema.PROMPT, "task_index")] if len(self._tasks) != 1 else []
+        numbers = [(column, key) for column, vector in self._numbers.items() for key in vector.keys]
         for stored, matches, expected, remedy in [
-            (self._numbers, _is_numeric, "numbers, or lists of them", "name another with ?state=FEATURE and ?action=FEATURE"),
+            (numbers, _is_numeric, "numbers, or lists of them", "name another with ?state=FEATURE and ?action=FEATURE"),
             (tasks, _is_numeric, "whole numbers", "leave one task in the list of tasks"),
             (images, _is_image, "encoded images: binary, or struct<bytes, path>", "choose other cameras (?cameras=...)"),
         ]:
-            for column, name in stored.items():
+            for column, name in stored:
                 if (count := names.count(name)) != 1:
                     got = f"got {count or 'no'} column {name}, expected one; there are {', '.join(map(ascii, names))[:500]}"
                     yield Fault(self.path, Kind.COLUMN, f"{got}; restore the file, or {remedy}", column=column)
@@ -311,7 +319,8 @@ class LeRobotFile(ParquetEpisodes):
                 index = pa.compute.index_in(pa.array(to_scalars(table["task_index"])), self._task_numbers)
             return pa.DictionaryArray.from_arrays(index, self._tasks)
         if name in self._numbers:
-            return _number_lists(table[self._numbers[name]].combine_chunks())
+            lists = [_number_lists(table[key].combine_chunks()) for key in self._numbers[name].keys]
+            return lists[0] if len(lists) == 1 else _join_lists(lists, [one.size for one in self._numbers[name].features])
         camera = self._cameras[name]
         if camera.dtype == "image":
             return table[camera.key].combine_chunks()
@@ -361,7 +370,7 @@ class LeRobotFile(ParquetEpisodes):
         return max(0.0, float(np.nan_to_num(first).min()))
 
     def digest(self) -> int:
-        metadata, everything = self.metadata, replace(self.selection, episodes=(None, None))
+        metadata, everything = self.metadata, self.selection.of_a_row
         episodes = self._spans[0][self._spans[0] >= 0]
         digest = hashlib.blake2b(super().digest().to_bytes(8, "little"), digest_size=8)
         spans = [metadata.videos[camera.key] for camera in self.cameras if camera.dtype == "video"]
@@ -415,6 +424,15 @@ def _number_lists(column: pa.Array) -> pa.Array:
     if pa.types.is_float32(column.type.value_type) or pa.types.is_float64(column.type.value_type):
         return column
     return column.cast(pa.list_(pa.float32()))
+
+
+def _join_lists(columns: Sequence[pa.Array], sizes: Sequence[int]) -> pa.Array:
+    """The lists of several columns one after the other, row by row. One that is not of its size gives none of its numbers."""
+    values = np.hstack([to_matrix(column, size) for column, size in zip(columns, sizes, strict=True)])
+    lengths = [column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False) for column in columns]
+    given = np.repeat(np.stack(lengths, axis=1) == sizes, sizes, axis=1)  # (R, P)
+    ends = np.concatenate([[0], np.cumsum(given.sum(axis=1))])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values[given]))
 
 
 class FramePictures(Pictures):

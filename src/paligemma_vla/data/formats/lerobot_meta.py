@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -33,11 +34,12 @@ from paligemma_vla.schema import Rows, first_fault
 from paligemma_vla.storage import read_json
 
 INFO = "meta/info.json"
+DEFAULTS = {"state": "observation.state", "action": "action"}
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of every row, in every data set
 CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
 UNNAMED = "__index_level_0__"  # a table's index without a name, as pandas stores it; in v3.0 the tasks are one
-EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE&action=FEATURE, each of them if wanted"
+EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE+FEATURE&action=FEATURE, each of them if wanted"
 logger = logging.getLogger(__name__)
 
 
@@ -46,14 +48,14 @@ class Selection:
     """A data set, or one of its data files (`path`), and what is wanted of it.
 
     cameras: names in the order image_1, image_2, ... (None: all of them, as info.json has them). episodes: [first, stop) of
-    their numbers, None where it is open. state, action: the features that hold them.
+    their numbers, None where it is open. state, action: the features that hold them, joined by `+` (None: those of `DEFAULTS`).
     """
 
     path: str
     cameras: tuple[str, ...] | None = None
     episodes: tuple[int | None, int | None] = (None, None)
-    state: str = "observation.state"
-    action: str = "action"
+    state: str | None = None
+    action: str | None = None
 
     @classmethod
     def parse(cls, text: str, where: str = "lerobot") -> Self:
@@ -83,11 +85,25 @@ class Selection:
         """What is selected, as it is written behind a question mark; empty for everything."""
         first, stop = ("" if number is None else str(number) for number in self.episodes)
         written = {"cameras": ",".join(self.cameras or ()), "episodes": f"{first}:{stop}"}
-        written |= {"state": self.state, "action": self.action}
+        written |= {"state": self.state or "", "action": self.action or ""}
         return "&".join(f"{name}={text}" for name, text in written.items() if getattr(self, name) != getattr(Selection, name))
+
+    @property
+    def of_a_row(self) -> Self:
+        """Without the episodes, and without what is the default: what decides what a row is."""
+        state = None if self.state == DEFAULTS["state"] else self.state
+        action = None if self.action == DEFAULTS["action"] else self.action
+        return replace(self, episodes=(None, None), state=state, action=action)
 
     def __str__(self) -> str:
         return f"{self.path}?{self.choices}" if self.choices else self.path
+
+
+def _split(text: str, known: Container[str]) -> list[str]:
+    """The names that `+` joins, which may have one themselves: the longest known ones."""
+    parts = text.split("+")
+    stop = next((n for n in range(len(parts), 1, -1) if "+".join(parts[:n]) in known), 1)
+    return ["+".join(parts[:stop]), *(_split("+".join(parts[stop:]), known) if stop < len(parts) else ())]
 
 
 def parse_range(text: str, where: str) -> tuple[int | None, int | None]:
@@ -145,6 +161,41 @@ class Feature:
     def is_flat(self) -> bool:
         """True for one row of numbers, as [N], [1, N] and []."""
         return sum(size != 1 for size in self.shape or ()) <= 1
+
+    @property
+    def numbered(self) -> tuple[str, ...]:
+        """Its short name with the position of each number, as gripper, arm[2] and pose[0,3]."""
+        name, sizes = self.key.removeprefix("observation."), [size for size in self.shape or () if size != 1]
+        return tuple(f"{name}[{','.join(map(str, at))}]" if at else name for at in np.ndindex(*sizes))
+
+
+@dataclass(frozen=True)
+class Vector:
+    """State or action: the features whose numbers it has, one after the other."""
+
+    features: tuple[Feature, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [feature.key for feature in self.features]
+
+    @property
+    def size(self) -> int:
+        return sum(feature.size for feature in self.features)
+
+    @property
+    def is_plain(self) -> bool:
+        """True for one feature with one row of numbers."""
+        return len(self.features) == 1 and self.features[0].is_flat
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the numbers; none of a plain one without names. Those that several features have begin with their feature's."""
+        if self.is_plain:
+            return self.features[0].dimensions
+        named = [(feature, name) for feature in self.features for name in feature.dimensions or feature.numbered]
+        count = Counter(name for _, name in named)
+        return tuple(f"{feature.key}.{name}" if count[name] > 1 else name for feature, name in named)
 
 
 def _is_depth(key: str, raw: dict[str, Any], shape: tuple[int, ...] | None) -> bool:
@@ -282,16 +333,25 @@ class Metadata:
         """Pictures that are no camera's."""
         return [feature for feature in self.info.features.values() if feature.is_camera and feature.is_depth]
 
-    def vector(self, key: str, role: str) -> Feature:
-        """The feature that holds the state or the action (`role`). Raises `DataError` that lists those there are."""
+    def vector(self, role: str, asked: str | None) -> Vector:
+        """The state or the action (`role`), of the features asked for. Raises `DataError` that lists those there are."""
         features: dict[str, Feature] = self.info.features
-        feature = features.get(key)
-        if feature is not None and not feature.is_camera and feature.is_flat and 0 < feature.size <= MAX_DIMENSION:
-            return feature
-        got = f"got dtype {feature.dtype}, shape {feature.shape and list(feature.shape)}" if feature else f"got no '{key}'"
-        there = [one.key for one in features.values() if not one.is_camera and one.key not in INDEX_COLUMNS]
-        expected = f"expected 1 to {MAX_DIMENSION} numbers in a row for the {role}; name another with ?{role}=FEATURE"
-        raise DataError(f"{self.root}/{INFO}: features.{key}: {got}, {expected}{closest('', there)}")
+        text = asked or DEFAULTS[role]
+        keys = _split(text, features)
+        for key in keys:
+            feature = features.get(key)
+            where = f"{self.root}/{INFO}: features.{key}"
+            got = f"got dtype {feature.dtype}, shape {feature.shape and list(feature.shape)}" if feature else f"got no '{key}'"
+            if feature is None or feature.is_camera or not 0 < feature.size <= MAX_DIMENSION:
+                there = [one.key for one in features.values() if not one.is_camera and one.key not in INDEX_COLUMNS]
+                expected = f"expected 1 to {MAX_DIMENSION} numbers in a row for the {role}"
+                raise DataError(f"{where}: {got}, {expected}; name others: ?{role}=FEATURE+FEATURE{closest('', there)}")
+            if asked is None and not feature.is_flat:
+                raise DataError(f"{where}: {got}, expected one row of numbers; to have its rows joined, ask: ?{role}={key}")
+        vector = Vector(tuple(features[key] for key in keys))
+        if vector.size > MAX_DIMENSION:
+            raise DataError(f"{self.root}: {role}={text}: got {vector.size} numbers, expected at most {MAX_DIMENSION}")
+        return vector
 
     def selected(self, selection: Selection) -> NDArray[np.bool_]:
         """Mask of the selected episodes (E,). Raises `DataError` for a range that leaves the data."""
