@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,42 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ByteSourc
     }[request.param]()
     with open_source(location) as opened:
         yield opened
+
+
+def box(kind: bytes, content: bytes = b"", long: bool = False) -> bytes:
+    """Of an MP4 file."""
+    size = 8 + 8 * long + len(content)
+    return (struct.pack(">I4sQ", 1, kind, size) if long else struct.pack(">I4s", size, kind)) + content
+
+
+FTYP, MDAT, MOOV = box(b"ftyp", b"isom"), box(b"mdat", bytes(50)), box(b"moov", bytes(50))
+CUT = "its footer is missing: the recording was not finalized"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (storage.POINTER + b"\noid sha256:4d7a\nsize 12345\n", "it is a pointer of git-lfs, not the file: run `git lfs pull`"),
+        (b"PAR1" + bytes(100), CUT),
+        (FTYP + MDAT, CUT),
+        (FTYP + MDAT + MOOV[:20], CUT),
+        (FTYP + box(b"mdat", bytes(50), long=True), CUT),
+        (FTYP + struct.pack(">I4s", 0, b"mdat") + bytes(50), CUT),
+        (FTYP + MDAT + MOOV, "library"),
+        (FTYP + MOOV + MDAT[:20], "library"),
+        (FTYP + box(b"mdat", bytes(50), long=True) + MOOV, "library"),
+        (b"PAR1" + bytes(100) + b"PAR1", "library"),
+        (b"", "library"),
+    ],
+)
+def test_reason_of_a_failure_to_read_is_what_stands_in_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "b.bin").write_bytes(content)
+    found = storage.read_failure(tmp_path / "b.bin", ValueError("library\nand more"))
+    assert found.startswith(reason)
+    (tmp_path / "a.json").write_text("{}")
+    expected = found if found == "library" else f"{tmp_path}/b.bin: {found}"
+    assert storage.read_failure(tmp_path, ValueError("library")) == expected
+    assert storage.read_failure("org/name", ValueError("library")) == "library"
 
 
 @pytest.fixture

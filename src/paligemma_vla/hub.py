@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from paligemma_vla.errors import CheckpointError, ModelError, StorageError, first_line
+from paligemma_vla.storage import read_failure
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 POLICY_FILES = ("*.json", "*.safetensors")  # what a policy is read from: neither the card nor exported programs
@@ -30,7 +31,7 @@ def backbone_errors(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # of any kind: a folder that is almost right raises KeyError, AttributeError, ...
-        raise _backbone_error(name, first_line(error)) from error
+        raise _backbone_error(name, read_failure(name, error)) from error
 
 
 def check_backbone(name: str, revision: str | None) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import struct
 import threading
 import time
 import uuid
@@ -47,6 +48,10 @@ REMEDY = "check the address, the network and the credentials (for s3:// the usua
 GAP_BYTES = 2**20
 REQUEST_BYTES = 2**23  # of one request at most
 CACHE_BYTES = 2**25
+
+# In a clone without git-lfs such a text stands in the place of each large file.
+POINTER = b"version https://git-lfs.github.com/spec/v1"
+POINTER_REMEDY = "it is a pointer of git-lfs, not the file: run `git lfs pull` in its folder, or fetch it with `hf download`"
 
 logger = logging.getLogger(__name__)
 _jitter = random.Random()  # its own generator: training's random numbers must not depend on the network
@@ -102,16 +107,51 @@ def read_json(
     except FileNotFoundError as cause:
         raise error(f"{where}: no such file; {missing or remedy}") from cause
     except (OSError, ValueError, RecursionError) as cause:  # RecursionError: nested too deep
-        raise error(f"{where}: cannot be read as JSON ({first_line(cause)}); {remedy}") from cause
+        raise error(f"{where}: cannot be read as JSON ({read_failure(location, cause)}); {remedy}") from cause
     if not isinstance(raw, dict):
         raise error(f"{where}: got {type(raw).__name__}, expected a JSON object; {remedy}")
     return raw
 
 
 def sha256(path: str | Path) -> str:
-    """Digest of a file."""
+    """Digest of a file. Raises `StorageError` when a pointer of git-lfs stands in its place."""
     with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise StorageError(f"{path}: {POINTER_REMEDY}")
+        file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_failure(location: str | Path, error: BaseException) -> str:
+    """Why a file, or a folder of files, cannot be read: what `missing_content` says, or the error of the library that tried."""
+    if not os.path.isdir(location):
+        return missing_content(location) or first_line(error)
+    reasons = ((path, missing_content(path)) for path in sorted(Path(location).glob("*")))
+    return next((f"{path}: {reason}" for path, reason in reasons if reason), first_line(error))
+
+
+def missing_content(location: str | Path) -> str | None:
+    """What a library does not say of the bytes that it cannot read: a pointer of git-lfs, or a recording without its end."""
+    try:
+        with open_source(location) as source:
+            head, tail = (source.read_at(offset, min(source.size, 64)) for offset in (0, max(0, source.size - 64)))
+            parquet_cut = head.startswith(b"PAR1") and not tail.endswith(b"PAR1")
+            if parquet_cut or (head[4:8] == b"ftyp" and b"moov" not in _boxes(source)):
+                return "its footer is missing: the recording was not finalized, or the copy not completed"
+    except StorageError:
+        return None
+    return POINTER_REMEDY if head.startswith(POINTER) else None
+
+
+def _boxes(source: ByteSource) -> Iterator[bytes]:
+    """Types of the complete boxes that an MP4 file begins with (ISO 14496-12)."""
+    offset, size = 0, 8
+    while size >= 8 and offset + 16 <= source.size:
+        size, kind, long_size = struct.unpack(">I4sQ", source.read_at(offset, 16))
+        size = long_size if size == 1 else size
+        offset += size
+        if offset <= source.size:
+            yield kind
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from conftest import ConfigFactory
 from paligemma_vla.cli import main as cli
 from paligemma_vla.cli import train
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
-from support import LENGTHS, call, read_rows
+from support import LENGTHS, METADATA, call, make_episode, read_rows
 
 FLAGS_OF_COMMANDS = """
 demo: config_path tasks demonstrations episodes control_episodes data_dir seed workers install_seconds set
@@ -62,6 +65,20 @@ def test_package_exports_what_it_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Polciy'"):
         _ = paligemma_vla.Polciy
     assert all(paligemma_vla.versions().values())
+
+
+def test_text_that_the_terminal_lacks_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    with EpisodeWriter(tmp_path / "数据", METADATA) as writer:
+        writer.write(replace(make_episode(rng, 3), prompt="打开抽屉 é"))
+    out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", "surrogateescape") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert cli.main(["data", "info", str(tmp_path / "数据")]) == 0
+    assert cli.main(["data", "info", str(tmp_path / "没有")]) == 2
+    for stream, text in ((out, r"1  \u6253\u5f00\u62bd\u5c49 \xe9"), (err, r"\u6ca1\u6709: ")):
+        stream.flush()
+        assert text in stream.buffer.getvalue().decode("ascii")
 
 
 @pytest.mark.parametrize("command", FLAGS)

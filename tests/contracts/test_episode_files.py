@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.faults import Unusable
 from paligemma_vla.data.formats import EpisodeFile, identify_file, open_file, read_columns, read_layout
-from paligemma_vla.data.index import EpisodeIndex, find_flags, read_flags
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList, find_flags, load_exclusions, read_flags
 from paligemma_vla.data.reader import EpisodeReader, iterate_numbers
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.data.writer import EpisodeWriter
@@ -30,6 +31,7 @@ METADATA = DatasetMetadata(
     robot="toy arm", cameras=CAMERAS, state_names=("x", "y", "z"), action_names=("dx", "dy"), control_hz=10.0
 )
 FORMATS = ("parquet", "url", "lerobot-v3.0-video", "lerobot-v3.0-image", "lerobot-v2.1-video", "lerobot-v2.1-image")
+IN_LAST_FILE = {2: 2, 4: 1}  # episodes in the last of so many files
 IMAGE_COLUMNS = [schema.image_column(number + 1) for number in range(len(CAMERAS))]
 
 
@@ -253,6 +255,38 @@ def test_file_that_is_gone_is_named(data: Data, index: EpisodeIndex, tmp_path: P
         fsspec.filesystem("memory").rm(f"/{copy.folder}", recursive=True)
     with pytest.raises(DataError, match="gone since it was indexed"):
         indexed.check_unchanged(0)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def put_pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(cut, "its footer is missing: the recording was not finalized"), (put_pointer, "a pointer of git-lfs, .* `git lfs pull`")],
+)
+@pytest.mark.parametrize("kind", ["parquet", "mp4"])
+def test_file_that_is_not_all_there_is_left_out_and_the_others_stay(
+    data: Data, index: EpisodeIndex, tmp_path: Path, damage: Callable[[Path], None], reason: str, kind: str
+) -> None:
+    copy = data.at(tmp_path / "elsewhere")
+    files = sorted(path for path in copy.folder.rglob(f"*.{kind}") if "meta" not in path.parts)
+    if not files:
+        pytest.skip("this format has no videos")
+    paths = EpisodeIndex.build(copy.name).paths
+    damage(files[-1])
+    copy.refresh()
+    diagnosis = diagnose(paths, CheckOptions(), lambda size: None)
+    assert all(re.search(reason, fault.text) for fault in diagnosis.faults)
+    ExclusionList(str(tmp_path / "list.json"), diagnosis.excluded).save()
+    usable = EpisodeIndex.build(copy.name, exclude=load_exclusions(str(tmp_path / "list.json")))
+    assert 0 < len(usable) == len(LENGTHS) - IN_LAST_FILE[len(paths)]
+    state = [values for file in range(len(usable.paths)) for values, _ in iterate_numbers(usable, file, 3)]
+    assert np.array_equal(np.concatenate(state), np.concatenate(data.truth.state[: len(usable)]))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -21,7 +21,7 @@ from paligemma_vla.errors import CheckpointError
 from paligemma_vla.export import folder as module
 from paligemma_vla.export.folder import write_export
 from paligemma_vla.policy import CONFIG, Trained, fingerprint, load_trained
-from paligemma_vla.storage import sha256
+from paligemma_vla.storage import POINTER, sha256
 from support import identical, train_here
 
 
@@ -179,6 +179,13 @@ def test_damaged_folder_is_a_checkpoint_error(folder: Path, change: Any, message
     with pytest.raises(CheckpointError) as caught:
         Policy.from_checkpoint(folder)
     assert message in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [CONFIG, "model.safetensors", "tokenizer.json", "normalization_stats.json"])
+def test_pointer_of_git_lfs_in_a_folder_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{folder / name}: .*a pointer of git-lfs.*`git lfs pull`"):
+        Policy.from_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

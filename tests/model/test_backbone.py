@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration
 
 from conftest import ConfigFactory
+from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.model import PaliGemmaVLM
@@ -173,9 +174,15 @@ def test_half_precision_checkpoints_give_float32_masters(copy: Path, session_con
     assert {p.dtype for p in build_from(copy, session_config).parameters()} == {torch.float32}
 
 
+POINTERS = ("model.safetensors", "tokenizer.json", "config.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("a tensor lost", r"weights missing.*q_proj"), ("cut short", "cannot load"), ("a pickle instead", "cannot load")],
+    [
+        *(("a tensor lost", r"weights missing.*q_proj"), ("cut short", "cannot load"), ("a pickle instead", "cannot load")),
+        *((name, rf"{name}: it is a pointer of git-lfs") for name in POINTERS),
+    ],
 )
 def test_damaged_weights_are_refused(copy: Path, session_config: ConfigFactory, damage: str, message: str) -> None:
     file = copy / "model.safetensors"
@@ -185,6 +192,8 @@ def test_damaged_weights_are_refused(copy: Path, session_config: ConfigFactory, 
         save_file(tensors, file, {"format": "pt"})
     elif damage == "cut short":
         file.write_bytes(file.read_bytes()[:1000])
+    elif damage in POINTERS:
+        (copy / damage).write_bytes(storage.POINTER)
     else:
         file.unlink()
         torch.save(tensors, copy / "pytorch_model.bin")

@@ -9,6 +9,7 @@ import torch
 
 from paligemma_vla.config import config_from_dict
 from paligemma_vla.errors import CheckpointError
+from paligemma_vla.storage import POINTER
 from paligemma_vla.training.checkpoint import load_checkpoint, save_checkpoint
 from support import checkpoint_payload
 
@@ -44,6 +45,17 @@ def test_missing_checkpoint_lists_its_neighbours(trained_run: Path) -> None:
         assert name in str(caught.value)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint("no/such/folder/x.pth.tar")
+
+
+@pytest.mark.parametrize("kept", ["a.pth.tar", "a.pth.tar*"])
+def test_pointer_of_git_lfs_is_named(tmp_path: Path, kept: str) -> None:
+    """With the digest of the checkpoint beside it, or without."""
+    save_checkpoint(tmp_path / "written" / "a.pth.tar", checkpoint_payload(1))
+    for path in (tmp_path / "written").glob(kept):
+        path.rename(tmp_path / path.name)
+    (tmp_path / "a.pth.tar").write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=r"a\.pth\.tar: cannot be read \(it is a pointer of git-lfs"):
+        load_checkpoint(tmp_path / "a.pth.tar")
 
 
 def test_save_that_ends_before_its_last_rename_leaves_the_old_file_good(

@@ -7,6 +7,7 @@ when nobody reads what it prints.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -88,6 +89,9 @@ def _terminable() -> Iterator[None]:
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; an error becomes one message and exit status 2."""
     logging.raiseExceptions = False  # a log file on a full disk must not print tracebacks
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its code
     log_to_stderr()
     try:
         with _terminable():

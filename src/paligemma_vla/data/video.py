@@ -17,7 +17,8 @@ from PIL.Image import Transpose
 
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.data.images import MAX_PIXELS
-from paligemma_vla.errors import ConfigError, DataError, first_line
+from paligemma_vla.errors import ConfigError, DataError
+from paligemma_vla.storage import read_failure
 
 if TYPE_CHECKING:
     import av
@@ -64,7 +65,7 @@ class VideoDecoders:
             frame = video.nearest(time + late if late > tolerance - EXACT else time, tolerance)
         except (FFmpegError, OSError, ValueError, EOFError) as error:
             self._close(path)
-            raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({first_line(error)}); {REMEDY}") from error
+            raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({read_failure(path, error)}); {REMEDY}") from error
         if frame is None:
             last = "" if video.current is None else f", the last one before is at {_time(video.current):.3f} s"
             self._close(path)

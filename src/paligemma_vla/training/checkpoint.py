@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paligemma_vla.errors import CheckpointError, UnreadableCheckpointError, VLAError, first_line
-from paligemma_vla.storage import atomic_file, atomic_write, fetch, is_url, open_source, sha256, sync_folder
+from paligemma_vla.storage import atomic_file, atomic_write, fetch, is_url, open_source, read_failure, sha256, sync_folder
 
 if TYPE_CHECKING:
     from paligemma_vla.training.distributed import Distributed
@@ -158,10 +158,10 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn whatever reading fails with into a `CheckpointError` of `path`."""
     try:
         yield
-    except VLAError:
+    except CheckpointError:
         raise
     except Exception as error:  # of any kind: a damaged file can hold anything
-        text = f"{path}: cannot be read ({first_line(error)})"
+        text = f"{path}: cannot be read ({read_failure(path, error)})"
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in TRANSIENT):
             remedy = "it may be intact: make it readable, or move it away and use an older one"
             raise UnreadableCheckpointError(f"{text}; {remedy}") from error

@@ -39,8 +39,9 @@ from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import EXACT, VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import open_source
+from paligemma_vla.storage import POINTER, POINTER_REMEDY, missing_content, open_source
 
+SMALLEST_VIDEO = 1024  # bytes; a file with less is a text in its place
 SUCCESS = ("next.success", "next.done")  # the first of them that is there says if an episode ended in success
 
 
@@ -295,10 +296,10 @@ class LeRobotFile(ParquetEpisodes):
         for column, spans in videos.items():
             for file in np.unique(spans.file[episodes[wanted]]).tolist():
                 path = os.path.join(self.metadata.root, spans.files[file])
-                if os.path.isfile(path):
+                if not (reason := _why_no_video(path)):
                     continue
                 remedy = f"restore it, choose other cameras (?cameras=...), or {LEAVE_OUT}"
-                text = f"got no video {path}, expected one as the metadata says; {remedy}"
+                text = f"got no video {path} ({reason}), expected one as the metadata says; {remedy}"
                 for span in np.flatnonzero(wanted & (spans.file[episodes] == file)).tolist():
                     first, stop = bounds[span : span + 2].tolist()
                     yield Fault(self.path, Kind.FILE, text, first, column, stop - first)
@@ -397,6 +398,13 @@ class LeRobotFile(ParquetEpisodes):
         return None  # those in the rows are checked against the metadata
 
 
+def _why_no_video(path: str) -> str | None:
+    """Seen without opening it, as far as that goes."""
+    if not os.path.isfile(path):
+        return "no such file"
+    return missing_content(path) if os.path.getsize(path) < SMALLEST_VIDEO else None
+
+
 def _is_numeric(kind: pa.DataType) -> bool:
     """True for numbers, and for lists of them, however deep."""
     while is_list(kind):
@@ -483,6 +491,9 @@ class StoredPictures(Pictures):
         if not path.startswith(self.root + os.sep):
             raise Unusable(Kind.IMAGE, f"got the path {name!r}, expected one within the data set; mend it, or {LEAVE_OUT}")
         try:
-            return Path(path).read_bytes()
+            content = Path(path).read_bytes()
+            if content.startswith(POINTER):
+                raise OSError(POINTER_REMEDY)
+            return content
         except OSError as error:
             raise Unusable(Kind.IMAGE, f"{path}: cannot be read ({first_line(error)}); restore it, or {LEAVE_OUT}") from error

@@ -29,9 +29,9 @@ from pydantic import BaseModel, Field, ValidationError
 from paligemma_vla.data.formats import READ_ERRORS
 from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list
 from paligemma_vla.data.video import DEEP_GREY
-from paligemma_vla.errors import DataError, closest, first_line
+from paligemma_vla.errors import DataError, closest
 from paligemma_vla.schema import Rows, first_fault
-from paligemma_vla.storage import read_json
+from paligemma_vla.storage import read_failure, read_json
 
 INFO = "meta/info.json"
 DEFAULTS = {"state": "observation.state", "action": "action"}
@@ -515,7 +515,7 @@ def _read_columns(
                 raise ValueError(f"{name}: got null, expected a text in every row")
             arrays[name] = table[name].cast(pa.string()).to_numpy()
     except (KeyError, *READ_ERRORS) as error:
-        raise DataError(f"{path}: cannot be read as a table ({first_line(error)}); restore it") from error
+        raise DataError(f"{path}: cannot be read as a table ({read_failure(path, error)}); restore it") from error
     return arrays
 
 

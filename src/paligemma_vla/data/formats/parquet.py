@@ -19,7 +19,7 @@ from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows
-from paligemma_vla.storage import REQUEST_BYTES, ByteSource, CachedSource, Range, is_url, open_source
+from paligemma_vla.storage import REQUEST_BYTES, ByteSource, CachedSource, Range, is_url, open_source, read_failure
 
 FOOTER_UNFOLDS = 10  # a parsed footer against its bytes: 148 kB of 256 row groups with 7 columns took 1.5 MB
 FOOTER_TAIL = 8  # length of the footer (4 bytes, little-endian) and the magic PAR1
@@ -98,7 +98,7 @@ class ParquetEpisodes(EpisodeFile):
             source = CachedSource(self._source, column_ranges(metadata, columns, groups))
             return pq.ParquetFile(source, metadata=metadata, buffer_size=REQUEST_BYTES if self._stream else 0, **options)
         except READ_ERRORS as error:
-            text = f"cannot be read as Parquet ({first_line(error)}); restore it, or take it out of the data"
+            text = f"cannot be read as Parquet ({read_failure(self._location, error)}); restore it, or take it out of the data"
             raise FaultError(Fault(self.path, Kind.FILE, text)) from error
 
     @property
