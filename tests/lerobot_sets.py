@@ -199,3 +199,8 @@ def edit_table(path: Path, change: Callable[[dict[str, list[Any]]], object]) -> 
     change(columns)
     table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in columns})
     pq.write_table(table, path, row_group_size=file.metadata.row_group(0).num_rows)
+
+
+def column_types(path: Path) -> dict[str, str]:
+    """Types of the columns of a Parquet file, in their order."""
+    return {field.name: str(field.type).replace("element: ", "").replace("item: ", "") for field in pq.read_schema(path)}

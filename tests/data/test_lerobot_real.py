@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from lerobot_sets import CAMERAS, LENGTHS, write_set
+from lerobot_sets import CAMERAS, LENGTHS, column_types, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.data.convert import read_episodes
 from paligemma_vla.data.doctor import CheckOptions, diagnose
@@ -30,13 +32,52 @@ WRITTEN = {
 }
 
 
-@pytest.mark.skipif(not SETS.is_dir(), reason=f"no data sets of the real library in {SETS} (LEROBOT_SETS)")
+NEEDS_SETS = pytest.mark.skipif(not SETS.is_dir(), reason=f"no data sets of the real library in {SETS} (LEROBOT_SETS)")
+
+
+@NEEDS_SETS
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_row_and_frame_of_the_real_library_is_read(name: str) -> None:
     episodes, steps, selection = WRITTEN[name]
     diagnosis = diagnose(expand_paths(f"lerobot:{SETS / name}{selection}", "test"), CheckOptions(), lambda size: None)
     assert diagnosis.faults == []
     assert (diagnosis.episodes, diagnosis.steps) == (episodes, steps)
+
+
+@NEEDS_SETS
+@pytest.mark.parametrize(("name", "flags"), [("one_img", ["--images", "parquet"]), ("three_av1", ["--codec", "av1"])])
+def test_conversion_of_a_real_set_has_the_same_metadata(name: str, flags: list[str], tmp_path: Path) -> None:
+    real, ours = SETS / name, tmp_path / "set"
+    command = ["data", "convert", "--to", "lerobot", "--workers", "0", *flags]
+    assert main([*command, "--input", f"lerobot:{real}", "--output_dir", str(ours)]) == 0
+    for file in ("meta/tasks.parquet", "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"):
+        assert list(column_types(ours / file).items()) == list(column_types(real / file).items())
+    infos = [json.loads((folder / "meta/info.json").read_text()) for folder in (ours, real)]
+    assert infos[0].pop("paligemma_vla")
+    for info in infos:
+        del info["data_files_size_in_mb"], info["video_files_size_in_mb"]  # of the user's choice, as are the next three
+        for feature in info["features"].values():
+            for key in ("crf", "preset", "extra_options") if "info" in feature else ():
+                del feature["info"][f"video.{key}"]
+    assert infos[0] == infos[1]
+    got, expected = statistics(ours), statistics(real)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (got[key].shape, got[key].dtype) == (value.shape, value.dtype)
+        feature = key.rpartition("/")[0]
+        if name == "one_img" or "images" not in key:  # a frame that is encoded again is another
+            bins = (expected[f"{feature}/max"] - expected[f"{feature}/min"]) / 5000  # in which LeRobot counts, in float32
+            assert np.allclose(got[key], value, rtol=1e-5, atol=bins.max() + 1e-6), key
+
+
+def statistics(folder: Path) -> dict[str, np.ndarray]:
+    """Of the whole set and of every episode, by feature and name."""
+    features = json.loads((folder / "meta/stats.json").read_text())
+    found = {f"set/{key}/{name}": np.array(value) for key, stats in features.items() for name, value in stats.items()}
+    for row in pq.read_table(folder / "meta/episodes").to_pylist():
+        own = {key: np.array(value) for key, value in row.items() if key.startswith("stats/")}
+        found |= {f"{row['episode_index']}/{key}": value for key, value in own.items()}
+    return found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lerobot") is None, reason="the lerobot package is not installed")

@@ -27,7 +27,7 @@ from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.formats import find_format, identify_file, open_file
 from paligemma_vla.data.formats.lerobot_meta import Selection, find_root, parse_range
-from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput
+from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput, tells_success
 from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
 from paligemma_vla.data.reader import check_cameras, episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
@@ -294,5 +294,5 @@ def _output_format(args: argparse.Namespace, index: EpisodeIndex, cameras: Seque
     if metadata.control_hz and fps != metadata.control_hz:
         raise ConfigError(f"--fps: got {fps:g}, expected {metadata.control_hz:g} as the data says (control_hz); leave it out")
     layout = replace(index.layout, cameras=len(cameras), metadata=metadata)
-    tasks = tuple(instructions(index))
-    return LeRobotOutput(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout, tasks)
+    tasks, success = tuple(instructions(index)), tells_success(index)
+    return LeRobotOutput(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout, tasks, success)

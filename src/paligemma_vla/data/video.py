@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self, cast
+from typing import IO, TYPE_CHECKING, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,22 @@ TURNS = {
     **{(0, 1, -1, 0): Transpose.ROTATE_270, (0, -1, 1, 0): Transpose.ROTATE_90, (-1, 0, 0, -1): Transpose.ROTATE_180},
 }
 KEYFRAME_EVERY = 2  # as LeRobot: a frame is had by decoding two at most
-# name -> encoder of FFmpeg, and its options beside the constant rate factor. x264 without its look ahead, which has nothing to
-# gain from two frames: with it, the same frames became other bytes now and then, by what lay in memory beside them. Without
-# B-frames a decoder need not read one frame more than is wanted.
+
+
+class Codec(NamedTuple):
+    """An encoder of FFmpeg, and its options beside the distance of keyframes and the constant rate factor."""
+
+    encoder: str
+    preset: int | None
+    options: dict[str, int | str]
+
+
+# x264 without its look ahead, which has nothing to gain from two frames: with it, the same frames became other bytes now and
+# then, by what lay in memory beside them. B-frames are allowed, though two frames leave no room for one: without them a
+# packet's decoding time is another, and LeRobot cannot append a video of its own.
 CODECS = {
-    "h264": ("libx264", {"x264-params": "mbtree=0:rc-lookahead=0:bframes=0"}),
-    "av1": ("libsvtav1", {"preset": "8", "svtav1-params": "lp=1"}),
+    "h264": Codec("libx264", None, {"x264-params": "mbtree=0:rc-lookahead=0"}),
+    "av1": Codec("libsvtav1", 8, {"svtav1-params": "lp=1"}),
 }
 
 
@@ -168,11 +178,12 @@ class VideoWriter:
         import av  # here, since most data has no videos
 
         os.environ.setdefault("SVT_LOG", "1")  # errors only: the encoder of AV1 writes to stderr itself
-        encoder, options = CODECS[codec]
+        encoder, preset, options = CODECS[codec]
         if encoder not in av.codecs_available:
             raise ConfigError(f"--codec {codec}: got a PyAV without {encoder}, expected one with it; choose another codec")
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._options = {"g": str(keyframe_every), "crf": str(crf), **options}
+        given = {"g": keyframe_every, "crf": crf, "preset": preset, **options}
+        self._options = {name: str(value) for name, value in given.items() if value is not None}
         self._encoder = encoder
         self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4")
         self._stream: av.VideoStream | None = None

@@ -132,6 +132,7 @@ class LeRobotFile(ParquetEpisodes):
         self._numbers = {column: self.metadata.vector(column, features) for column, features in asked.items()}
         self._cameras = {schema.image_column(n + 1): camera for n, camera in enumerate(self.cameras)}
         self._success = self._present(*SUCCESS)[:1]
+        self.tells_success = bool(self._success)
         times = self._present("timestamp")
         self._stored = {
             schema.PROMPT: self._present("task_index"),

@@ -2,9 +2,11 @@
 
 A shard is a run of episodes in one data file, and one video per camera; in v2.1 each episode is a shard.
 
+What is written has the columns, types and keys of LeRobot 0.6, so that its tools can resume, edit and merge it.
+
 Statistics are as LeRobot keeps them, per episode and of all together: minimum, maximum, mean, standard deviation (of the
-population) and count. Images are sampled, and their values are in [0, 1] per channel, of shape (3, 1, 1). LeRobot's optional
-quantiles are left out: it averages those of episodes, which is no quantile of the data.
+population), quantiles and count. Images are sampled, and their values are in [0, 1] per channel, of shape (3, 1, 1). A
+quantile of an episode is its smallest value that so many values do not exceed; over all episodes LeRobot averages them.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paligemma_vla.data.convert import Recording
+from paligemma_vla.data.formats import open_file
 from paligemma_vla.data.images import encode_image
-from paligemma_vla.data.video import VideoWriter
+from paligemma_vla.data.index import EpisodeIndex, find_flags
+from paligemma_vla.data.video import CODECS, KEYFRAME_EVERY, VideoWriter
 from paligemma_vla.data.writer import parquet_writer
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import Layout
@@ -42,6 +46,7 @@ PATHS = {
         "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
     },
 }
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 ARROW_TYPES = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
 SAMPLED_IMAGES = 100  # per episode at least, where it has as many, as LeRobot does
 LARGEST_SIDE = 150  # of a sampled image, about
@@ -54,7 +59,7 @@ class LeRobotOutput:
     """A LeRobot data set to write; see `data.convert.OutputFormat`.
 
     version: v2.1 or v3.0. video: frames in videos rather than images in Parquet. fps: steps per second. tasks: instructions,
-    in the order of their numbers.
+    in the order of their numbers. success: write `next.success`.
     """
 
     name: ClassVar = "lerobot"
@@ -66,6 +71,7 @@ class LeRobotOutput:
     fps: float
     layout: Layout
     tasks: tuple[str, ...]
+    success: bool
 
     @property
     def lossless(self) -> bool:
@@ -141,7 +147,8 @@ class LeRobotOutput:
         """Type and count of the numbers in each column but those of images."""
         numbers = {STATE: ("float32", self.layout.state_dim), ACTION: ("float32", self.layout.action_dim)}
         indices = ("frame_index", "episode_index", "index", "task_index")
-        return {**numbers, SUCCESS: ("bool", 1), "timestamp": ("float32", 1), **dict.fromkeys(indices, ("int64", 1))}
+        success = {SUCCESS: ("bool", 1)} if self.success else {}
+        return {**numbers, **success, "timestamp": ("float32", 1), **dict.fromkeys(indices, ("int64", 1))}
 
     def path(self, kind: str, number: int, **values: str) -> str:
         """Path, in the data set, of file or episode `number`. kind: `data_path` or `video_path`."""
@@ -191,16 +198,20 @@ class LeRobotOutput:
         feature: dict[str, Any] = {"shape": [height, width, 3], "names": ["height", "width", "channels"]}
         if not self.video:
             return {"dtype": "image", **feature}
-        facts = {"height": height, "width": width, "codec": self.codec, "pix_fmt": "yuv420p", "is_depth_map": False}
-        facts |= {"fps": _json_number(self.fps), "channels": 3}
-        return {"dtype": "video", **feature, "info": {**{f"video.{k}": v for k, v in facts.items()}, "has_audio": False}}
+        facts = {"height": height, "width": width, "codec": self.codec, "pix_fmt": "yuv420p", "fps": _json_number(self.fps)}
+        _, preset, options = CODECS[self.codec]
+        # What LeRobot cuts out of a video it encodes by these.
+        facts |= {"channels": 3, "g": KEYFRAME_EVERY, "crf": self.crf, "preset": preset, "fast_decode": 0}
+        facts |= {"video_backend": "pyav", "extra_options": options}
+        info = {f"video.{name}": value for name, value in facts.items()}
+        return {"dtype": "video", **feature, "info": {**info, "has_audio": False, "is_depth_map": False}}
 
     def _write_camera(
         self, recording: Recording, camera: int, video: VideoWriter | None, sizes: dict[str, Size]
     ) -> tuple[Stats, list[bytes]]:
         """Write the frames of one camera, or return its encoded images; and statistics of some of them."""
         key, sampled = self.camera_keys[camera], _sampled_steps(recording.length)
-        images, counted = list[bytes](), list[Stats]()
+        images, levels = list[bytes](), np.zeros((3, 256), np.int64)
         for step, picture in enumerate(recording.pictures[camera]):
             where = f"{recording.where(step)}: camera {key}"
             if picture is None:
@@ -212,17 +223,17 @@ class LeRobotOutput:
                 _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
                 if step in sampled:
                     thin = max(1, max(pixels.shape) // LARGEST_SIDE)
-                    counted.append(_number_stats(pixels[::thin, ::thin].reshape(-1, 3)))
+                    levels += [np.bincount(channel, minlength=256) for channel in pixels[::thin, ::thin].reshape(-1, 3).T]
                 if video is not None:
                     video.write(pixels, where)
                     continue
             images.append(data or encode_image(picture.decode(), "png"))
-        return _image_stats(counted), images
+        return _image_stats(levels, len(sampled)), images
 
     def _values(self, recording: Recording, episode: int, step: int) -> dict[str, NDArray[Any]]:
         """Everything but images, by column. episode, step: numbers of the episode and of its first step."""
         steps, tasks = np.arange(recording.length), {text: self.tasks.index(text) for text in set(recording.prompts)}
-        return {
+        values = {
             STATE: recording.state,
             ACTION: recording.action,
             SUCCESS: (steps == recording.length - 1) & recording.is_terminal,
@@ -232,6 +243,7 @@ class LeRobotOutput:
             "index": step + steps,
             "task_index": np.array([tasks[text] for text in recording.prompts]),
         }
+        return {name: values[name] for name in self.columns}
 
     def _table(self, columns: dict[str, NDArray[Any]], images: dict[str, list[bytes]]) -> pa.Table:
         schema, rows = self.schema(), dict[str, list[Any]]()
@@ -254,13 +266,9 @@ class LeRobotOutput:
                 _write_lines(meta / f"{name}.jsonl", lines)
             return
         # Without this note pandas would take the texts for a column, and row numbers for the tasks.
-        index = "__index_level_0__"
-        columns = [
-            _pandas_column("task_index", "task_index", "int64", "int64"),
-            _pandas_column(None, index, "unicode", "object"),
-        ]
-        note = {"index_columns": [index], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-        texts = {"task_index": pa.array(range(len(self.tasks)), pa.int64()), index: pa.array(self.tasks, pa.string())}
+        columns = [_pandas_column("task_index", "int64", "int64"), _pandas_column("task", "unicode", "object")]
+        note = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+        texts = {"task_index": pa.array(range(len(self.tasks)), pa.int64()), "task": pa.array(self.tasks, pa.string())}
         _write_table(meta / "tasks.parquet", pa.table(texts, metadata={"pandas": json.dumps(note)}))
         rows = [self._episode_row(entry) for entry in entries]
         _write_table(meta / "episodes" / "chunk-000" / "file-000.parquet", pa.Table.from_pylist(rows))
@@ -277,6 +285,16 @@ class LeRobotOutput:
         return {**row, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
 
 
+def tells_success(index: EpisodeIndex) -> bool:
+    """True if the source says of its episodes if they succeeded: it has a column for that alone, or one of them did."""
+    for number, path in enumerate(index.paths):
+        ends = (index.start + index.length - 1)[index.file == number]
+        with open_file(path) as file:
+            if file.tells_success or np.isin(ends, find_flags(file).terminal).any():
+                return True
+    return False
+
+
 def _check_size(sizes: dict[str, Size], key: str, size: Size, where: str) -> None:
     """Images of one camera are of one size. Raises `DataError`."""
     if size != sizes.setdefault(key, size):
@@ -291,8 +309,8 @@ def _json_number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def _pandas_column(name: str | None, field: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
-    return {"name": name, "field_name": field, "pandas_type": pandas_type, "numpy_type": numpy_type, "metadata": None}
+def _pandas_column(name: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
+    return {"name": name, "field_name": name, "pandas_type": pandas_type, "numpy_type": numpy_type, "metadata": None}
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -307,38 +325,43 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 def _number_stats(values: NDArray[Any]) -> Stats:
     """Of numbers (L, D) or (L,): each a list of D values."""
-    table = values.reshape(len(values), -1)
-    numbers = table.astype(np.float64)
-    return {
-        "min": table.min(axis=0).tolist(),
-        "max": table.max(axis=0).tolist(),
-        "mean": numbers.mean(axis=0).tolist(),
-        "std": numbers.std(axis=0).tolist(),
-        "count": [len(table)],
-    }
+    numbers = values.reshape(len(values), -1).astype(np.float64)
+    quantiles = np.quantile(numbers, list(QUANTILES.values()), axis=0, method="inverted_cdf")
+    stats = {"min": numbers.min(axis=0), "max": numbers.max(axis=0), "mean": numbers.mean(axis=0), "std": numbers.std(axis=0)}
+    return _listed({**stats, **dict(zip(QUANTILES, quantiles, strict=True))}, len(numbers))
 
 
-def _image_stats(parts: Sequence[Stats]) -> Stats:
-    """Of several images, from the statistics of the pixels of each; the count is that of images."""
-    merged = _merge_stats(parts)
-    shares = {name: (np.array(merged[name]) / 255).reshape(3, 1, 1).tolist() for name in ("min", "max", "mean", "std")}
-    return {**shares, "count": [len(parts)]}
+def _image_stats(levels: NDArray[np.int64], images: int) -> Stats:
+    """Of so many images, from how many pixels have each level in each channel (3, 256)."""
+    values, total, below = np.arange(256) / 255, int(levels[0].sum()), levels.cumsum(axis=1)
+
+    def smallest(count: float) -> NDArray[np.float64]:
+        """Of each channel the smallest value that at least `count` pixels do not exceed."""
+        found: NDArray[np.float64] = values[(below < count).sum(axis=1)]
+        return found
+
+    mean = levels @ values / total
+    std = np.sqrt((levels * (values - mean[:, None]) ** 2).sum(axis=1) / total)
+    stats = {"min": smallest(1), "max": smallest(total), "mean": mean, "std": std}
+    stats |= {name: smallest(share * total) for name, share in QUANTILES.items()}
+    return _listed({name: value.reshape(3, 1, 1) for name, value in stats.items()}, images)
 
 
 def _merge_stats(parts: Sequence[Stats]) -> Stats:
     """Statistics of several parts together."""
-    counts = np.array([part["count"][0] for part in parts], np.float64)
-    means, stds = (np.array([part[name] for part in parts], np.float64) for name in ("mean", "std"))
-    weights = (counts / counts.sum()).reshape(-1, *[1] * (means.ndim - 1))
-    mean = (weights * means).sum(axis=0)
-    variance = (weights * (stds**2 + (means - mean) ** 2)).sum(axis=0)
-    return {
-        "min": np.array([part["min"] for part in parts]).min(axis=0).tolist(),
-        "max": np.array([part["max"] for part in parts]).max(axis=0).tolist(),
-        "mean": mean.tolist(),
-        "std": np.sqrt(variance).tolist(),
-        "count": [int(counts.sum())],
-    }
+    found = {name: np.array([part[name] for part in parts], np.float64) for name in parts[0]}
+    counts = found.pop("count")[:, 0]
+    weights = (counts / counts.sum()).reshape(-1, *[1] * (found["mean"].ndim - 1))
+    merged = {name: (weights * values).sum(axis=0) for name, values in found.items()}
+    variance = (weights * (found["std"] ** 2 + (found["mean"] - merged["mean"]) ** 2)).sum(axis=0)
+    merged |= {"min": found["min"].min(axis=0), "max": found["max"].max(axis=0), "std": np.sqrt(variance)}
+    return _listed(merged, int(counts.sum()))
+
+
+def _listed(stats: dict[str, NDArray[np.float64]], count: int) -> Stats:
+    """In the order of LeRobot's columns."""
+    listed = {name: stats[name].tolist() for name in ("min", "max", "mean", "std")}
+    return {**listed, "count": [count], **{name: stats[name].tolist() for name in QUANTILES}}
 
 
 def _sampled_steps(length: int) -> set[int]:
