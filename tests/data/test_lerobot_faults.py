@@ -228,6 +228,7 @@ def test_only_task_needs_no_task_index(copy: Callable[[str], Truth]) -> None:
 
 ONE_BAD = {  # in row 5 of file-001.parquet, of episode 2: kind, what is done, what the message says
     "timestamp": ("v3.0", value("timestamp", 5, 9.9), "row 6, column timestamp: got 0.6 s, 9.9 s in the row before"),
+    "endless time": ("v3.0-video", value("timestamp", 5, 1e38), "row 5, column timestamp: got 1e+38 s"),
     "null time": ("v3.0", value("timestamp", 5, None), "row 5, column timestamp: got nan s"),
     "frame_index": ("v3.0", value("frame_index", 5, 77), "row 5, column frame_index: got 77, expected 5"),
     "episode_index": ("v3.0", value("episode_index", 5, 3), "row 5, column episode_index: got 3, expected 2"),

@@ -73,7 +73,7 @@ class VideoDecoders:
             video = self._video(path)
             late = video.start - first
             frame = video.nearest(time + late if late > tolerance - EXACT else time, tolerance)
-        except (FFmpegError, OSError, ValueError, EOFError) as error:
+        except (FFmpegError, OSError, ValueError, EOFError, OverflowError) as error:  # a time may be any number
             self._close(path)
             raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({read_failure(path, error)}); {REMEDY}") from error
         if frame is None:

@@ -156,9 +156,12 @@ class LeRobotFile(ParquetEpisodes):
         """Those of the names that are one column, of numbers."""
         return [name for name in names if self.arrow.names.count(name) == 1 and _is_numeric(self.arrow.field(name).type)]
 
-    def _read_scalars(self, name: str) -> NDArray[np.float64]:
-        with reading(self.path, [name]):
-            return to_scalars(self._open().read(columns=[name], use_threads=False)[name])
+    def _read_scalars(self, *names: str) -> dict[str, NDArray[np.float64]]:
+        """Those of the columns that are there, of all rows (R,)."""
+        present = self._present(*names)
+        with reading(self.path, present):
+            table = self._open().read(columns=present, use_threads=False)
+        return {name: to_scalars(table[name]) for name in present}
 
     @cached_property
     def _spans(self) -> tuple[Rows, Rows]:
@@ -175,7 +178,7 @@ class LeRobotFile(ParquetEpisodes):
                 got = f"missing, and there are {rows} rows, not {ends[-1]} as by the lengths in {metadata.root}/meta"
                 raise FaultError(Fault(self.path, Kind.COLUMN, f"{got}; restore the file", column="episode_index"))
             return listed, np.concatenate([[0], ends])
-        numbers = self._read_scalars("episode_index")
+        numbers = self._read_scalars("episode_index")["episode_index"]
         if ends[-1] == rows and np.array_equal(numbers, np.repeat(metadata.number[listed], metadata.length[listed])):
             return listed, np.concatenate([[0], ends])
         # Single rows may have a wrong number: an episode is where the middle one of its rows is.
@@ -245,14 +248,14 @@ class LeRobotFile(ParquetEpisodes):
             text = f"got {lengths[span]} rows, expected {metadata.length[episodes[span]]}, the length of episode"
             text = f"{text} {metadata.number[episodes[span]]} {of}"
             faults.append(Fault(self.path, Kind.FLAGS, text, int(bounds[span]), rows=int(lengths[span])))
+        found = self._read_scalars("episode_index", "frame_index", "timestamp")
         for name, expected in (("episode_index", np.repeat(metadata.number[episodes], lengths)), ("frame_index", frames)):
-            if self._present(name):
-                got = self._read_scalars(name)
-                for row in self._first_of_spans(got != expected):
-                    text = f"got {got[row]:g}, expected {expected[row]} by the lengths {of}"
-                    faults.append(Fault(self.path, Kind.FLAGS, text, row, name))
-        if self._present("timestamp"):
-            faults += self._time_faults(self._read_scalars("timestamp"), frames)
+            got = found.get(name, expected)
+            for row in self._first_of_spans(got != expected):
+                text = f"got {got[row]:g}, expected {expected[row]} by the lengths {of}"
+                faults.append(Fault(self.path, Kind.FLAGS, text, row, name))
+        if "timestamp" in found:
+            faults += self._time_faults(found["timestamp"], frames)
         self._say_differences()
         return faults
 
@@ -349,7 +352,8 @@ class LeRobotFile(ParquetEpisodes):
     def _flags(self, table: pa.Table, rows: Rows) -> dict[str, pa.Array]:
         """is_first, is_last and is_terminal by where the episodes lie."""
         _, bounds = self._spans
-        first, last = np.isin(rows, bounds), np.isin(rows + 1, bounds)
+        span = np.searchsorted(bounds, rows, side="right")
+        first, last = rows == bounds[span - 1], rows + 1 == bounds[span]
         succeeded = np.nan_to_num(to_scalars(table[self._success[0]])) != 0 if self._success else np.zeros(len(rows), bool)
         return dict(zip(schema.FLAGS, map(pa.array, (first, last, last & succeeded)), strict=True))
 
@@ -368,7 +372,7 @@ class LeRobotFile(ParquetEpisodes):
     @cached_property
     def _begin(self) -> float:
         """The earliest timestamp of an episode's first row; 0 in all that LeRobot writes."""
-        first = self._read_scalars("timestamp")[self._spans[1][:-1]] if self._present("timestamp") else np.zeros(1)
+        first = self._read_scalars("timestamp")["timestamp"][self._spans[1][:-1]] if self._present("timestamp") else np.zeros(1)
         return max(0.0, float(np.nan_to_num(first).min()))
 
     def digest(self) -> int:

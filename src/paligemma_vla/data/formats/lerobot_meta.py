@@ -254,7 +254,7 @@ class VideoSpans:
     def first(self) -> NDArray[np.float64]:
         """Where the first episode in each of `files` begins in it, in s."""
         first = np.full(len(self.files), np.inf)
-        np.minimum.at(first, self.file, self.start)
+        np.fmin.at(first, self.file, self.start)
         return first
 
 
@@ -531,7 +531,7 @@ def _read_table(path: str, columns: pa.Schema) -> pa.Table:
 
 
 def to_scalars(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:
-    """One number per row (R,), which may be in lists of one; NaN where there is none, or more."""
+    """One finite number per row (R,), which may be in lists of one; NaN where there is none, or more."""
     values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     while is_list(values.type):
         lengths = values.value_lengths().fill_null(0).to_numpy()
@@ -539,7 +539,7 @@ def to_scalars(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
     numbers: NDArray[np.float64] = values.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
-    return numbers
+    return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
 def _fill(template: str, where: str, **values: object) -> str:
