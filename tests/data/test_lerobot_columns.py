@@ -19,6 +19,7 @@ from lerobot_sets import (
     FPS,
     HEIGHT,
     LENGTHS,
+    TASKS,
     WIDTH,
     Truth,
     add_feature,
@@ -272,3 +273,128 @@ def test_part_that_is_too_short_is_a_fault_of_its_row(parts: tuple[Truth, Any]) 
         (4, "state", "got 1 numbers, expected 4 numbers"),
         (5, "state", "dimension 3 is nan, expected a finite float32"),
     ]
+
+
+def rows_of(style: str, *texts: tuple[float, str | None]) -> list[dict[str, Any]]:
+    """Entries of a column of dtype `language`, with the times they begin at."""
+    return [{"role": "assistant", "content": text, "style": style, "timestamp": time, "camera": None} for time, text in texts]
+
+
+def add_language(truth: Truth, key: str, entries: Callable[[int, int], list[dict[str, Any]]]) -> None:
+    """A column of texts by style. entries: of a row, by episode and step."""
+    add_feature(
+        truth,
+        key,
+        {"dtype": "language", "shape": [1], "names": None},
+        lambda episode: pa.array([entries(episode, step) for step in range(LENGTHS[episode])]),
+    )
+
+
+def prompts(name: str) -> list[list[str]]:
+    return [one.prompts for one in read_all(name)]
+
+
+@pytest.fixture
+def annotated(truth: Truth) -> Truth:
+    """Ten steps a second. A subtask begins at step 1 and another at step 3; episode 1 has the first one only."""
+    later = [(np.float32(0.3), "pull"), (np.float32(0.1), "reach")]  # in any order
+    plan = rows_of("plan", (0.0, "reach, then pull"))
+
+    def persistent(episode: int, step: int) -> list[dict[str, Any]]:
+        return [*plan, *rows_of("subtask", *(later[1:] if episode == 1 else later)), *rows_of("subtask", (0.0, None))]
+
+    def events(episode: int, step: int) -> list[dict[str, Any]]:
+        entries = rows_of("interjection", (0.0, "stop")) if step == 2 else rows_of("vqa", (0.0, "how many?"))
+        return [{name: value for name, value in entry.items() if name != "timestamp"} for entry in entries]
+
+    add_language(truth, "language_persistent", persistent)
+    add_language(truth, "language_events", events)
+    text = {"dtype": "string", "shape": [1], "names": None}
+    add_feature(truth, "caption", text, lambda episode: pa.array([f"step {step}" for step in range(LENGTHS[episode])]))
+    whole = {"dtype": "int64", "shape": [1], "names": None}
+    for key in ("subtask_index", "annotation.task"):
+        add_feature(truth, key, whole, lambda episode: pa.array([step % 2 for step in range(LENGTHS[episode])]))
+    names = pa.table({"subtask_index": [0, 1], "__index_level_0__": ["lift", "lower"]})
+    pq.write_table(names, truth.root / "meta/subtasks.parquet")
+    return truth
+
+
+def in_force(task: str, step: int, episode: int) -> str:
+    return task if step < 1 else "reach" if step < 3 or episode == 1 else "pull"
+
+
+EXPECTED: list[tuple[str, Callable[[str, int, int], str]]] = [  # by task, step, episode
+    ("caption", lambda task, step, episode: f"step {step}"),
+    ("subtask_index", lambda task, step, episode: ("lift", "lower")[step % 2]),
+    ("annotation.task", lambda task, step, episode: TASKS[step % 2]),
+    ("task_index", lambda task, step, episode: task),
+    ("language_persistent", in_force),
+    ("language_persistent:subtask", in_force),
+    ("language_persistent:plan", lambda task, step, episode: "reach, then pull"),
+    ("language_events:vqa", lambda task, step, episode: "how many?" if step != 2 else task),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), EXPECTED, ids=[one[0] for one in EXPECTED])
+def test_instruction_of_a_row_is_that_of_the_column_asked_for(
+    annotated: Truth, asked: str, expected: Callable[[str, int, int], str]
+) -> None:
+    name = f"{annotated.name}?prompt={asked}"
+    wanted = [
+        [expected(task, step, episode) for step in range(LENGTHS[episode])] for episode, task in enumerate(annotated.tasks)
+    ]
+    assert prompts(name) == wanted
+    index = EpisodeIndex.build(name)
+    assert index.layout.metadata.extra == {"prompt_column": asked}
+    assert index.fingerprint != EpisodeIndex.build(annotated.name).fingerprint
+    diagnosis = diagnose(index.paths, CheckOptions(), lambda size: None)
+    assert diagnosis.faults == []
+
+
+def test_texts_are_those_in_force_without_timestamps_too(annotated: Truth) -> None:
+    for path in annotated.root.glob("data/*/*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns("timestamp"), path)
+    assert prompts(f"{annotated.name}?prompt=language_persistent")[2] == [in_force(TASKS[0], step, 2) for step in range(9)]
+
+
+def test_texts_of_subtasks_are_part_of_what_the_data_is(annotated: Truth) -> None:
+    names = [f"{annotated.name}?prompt=subtask_index", annotated.name]
+    before = [EpisodeIndex.build(name).fingerprint for name in names]
+    edit_table(annotated.root / "meta/subtasks.parquet", lambda columns: columns["__index_level_0__"].__setitem__(0, "raise"))
+    after = [EpisodeIndex.build(name).fingerprint for name in names]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("subtask", r"prompt: got no 'subtask', expected a column of texts, .*did you mean 'subtask_index'"),
+        (
+            "observation.images.front",
+            r"column prompt: observation.images.front: got type struct.*name another with \?prompt=COLUMN",
+        ),
+        (
+            "language_persistent:memory",
+            r"got no text of style memory, expected of plan, subtask; .*\?prompt=language_persistent:STYLE",
+        ),
+        ("calls", r"column prompt: calls: got type list.*lists of texts by style"),
+    ],
+)
+def test_column_without_instructions_is_told(annotated: Truth, asked: str, message: str) -> None:
+    add_language(annotated, "calls", lambda episode, step: [{"role": "assistant", "content": None, "style": None}])
+    with pytest.raises(DataError, match=message):
+        EpisodeIndex.build(f"{annotated.name}?prompt={asked}")
+
+
+def test_episode_without_a_text_and_empty_texts_are_faults_of_their_rows(annotated: Truth) -> None:
+    path = annotated.root / "data/chunk-000/episode_000001.parquet"
+    edit_table(path, lambda columns: columns.update(language_persistent=[[]] * LENGTHS[1], caption=["", "go"]))
+    found = [
+        [(Path(fault.file).name.partition("?")[0], fault.row, fault.kind) for fault in diagnosis.faults]
+        for column in ("language_persistent", "caption")
+        for diagnosis in [
+            diagnose(expand_paths(f"{annotated.name}?prompt={column}", "test"), CheckOptions(), lambda size: None)
+        ]
+    ]
+    assert found[1] == [("episode_000001.parquet", 0, Kind.PROMPT)]
+    assert found[0] == [("episode_000001.parquet", None, Kind.PROMPT)]

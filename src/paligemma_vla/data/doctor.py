@@ -67,6 +67,7 @@ class FileCheck:
         self.layout: Layout | None = None
         self.digest: str | None = None
         self.previous: str | None = None  # instruction
+        self.prompts_change = options.allow_prompt_changes
 
     @property
     def episodes(self) -> int:
@@ -117,6 +118,7 @@ class FileCheck:
             size = identify_file(self.path)[0]
             with open_file(self.path, stream=True) as file:
                 layout, self.faults = file.survey()
+                self.prompts_change |= file.prompts_change
                 self.digest, self.rows, self.outside = hex_digest(file.digest()), int(file.bounds[-1]), file.outside
                 broken = {fault.column for fault in self.faults}
                 if self.rows and not broken & set(schema.FLAGS):
@@ -206,7 +208,7 @@ class FileCheck:
         if self.options.prompts is not None:
             check_prompt(prompt, self.options.prompts)
         changed = before not in (None, prompt) and len(self.starts) > 0 and row not in self.starts
-        if changed and not self.options.allow_prompt_changes:
+        if changed and not self.prompts_change:
             text = f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before"
             remedy = f"two episodes glued? Mend the flags, {LEAVE_OUT}, or allow it with --allow_prompt_changes"
             raise Unusable(Kind.PROMPT_CHANGE, f"{text}; {remedy}")

@@ -165,7 +165,11 @@ def prompt_of(column: pa.Array, row: int) -> str:
     except UnicodeDecodeError as error:
         raise Unusable(Kind.PROMPT, f"got bytes that are not UTF-8, expected an instruction; {LEAVE_OUT}") from error
     if prompt is None or not prompt.strip():
-        got = "null (in LeRobot data, a task_index without a task)" if prompt is None else "an empty instruction"
+        got = (
+            "null (in LeRobot data, a task_index without a task, or no text in the column of ?prompt=)"
+            if prompt is None
+            else "an empty instruction"
+        )
         raise Unusable(Kind.PROMPT, f"got {got}, expected some words; fill it in, or {LEAVE_OUT}")
     return str(prompt)
 

@@ -57,6 +57,7 @@ class EpisodeFile(ABC):
     path: its name in the index. columns: names of those it has. unused: what else is in it, in the format's own names.
     bounds: first row of each row group, and the number of rows (G + 1,). nbytes: memory that it takes while it is open.
     tells_success: an optional column says which episodes succeeded, even if none did.
+    prompts_change: the instruction is meant to change within an episode.
     """
 
     path: str
@@ -65,6 +66,7 @@ class EpisodeFile(ABC):
     bounds: Rows
     nbytes: int
     tells_success: bool = False
+    prompts_change: bool = False
     _identified: tuple[Identity, float] | None = None  # and when, of a file behind a URL
 
     def __enter__(self) -> Self:

@@ -24,8 +24,11 @@ from PIL import Image
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults, to_matrix
 from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, reading
+from paligemma_vla.data.formats.lerobot_language import is_language, styles, texts_in_force
 from paligemma_vla.data.formats.lerobot_meta import (
     INDEX_COLUMNS,
+    SUBTASK,
+    TASK,
     Metadata,
     Selection,
     VideoSpans,
@@ -133,9 +136,13 @@ class LeRobotFile(ParquetEpisodes):
         self._cameras = {schema.image_column(n + 1): camera for n, camera in enumerate(self.cameras)}
         self._success = self._present(*SUCCESS)[:1]
         self.tells_success = bool(self._success)
-        times = self._present("timestamp")
+        self._prompt, self._style = self.metadata.prompt(selection.prompt)
+        self.prompts_change = selection.prompt is not None
+        self._by_style = self._prompt in self.arrow.names and is_language(self.arrow.field(self._prompt).type)
+        times, tasks = self._present("timestamp"), self._present(TASK)
+        prompt = tasks if self._prompt == TASK else [self._prompt]
         self._stored = {
-            schema.PROMPT: self._present("task_index"),
+            schema.PROMPT: [*prompt, *times, *tasks] if self._by_style else prompt,
             **{column: vector.keys for column, vector in self._numbers.items()},
             **dict.fromkeys(schema.FLAGS, self._success),
             **{name: times if one.dtype == "video" else [one.key] for name, one in self._cameras.items()},
@@ -146,11 +153,11 @@ class LeRobotFile(ParquetEpisodes):
             *(camera.key for camera in self.cameras),
             *INDEX_COLUMNS,
             *self._success,
+            self._prompt,
         }
         depth = {feature.key: f"{feature.key} (depth map)" for feature in self.metadata.depth_maps}
         self.unused = [depth.get(key, key) for key in self.metadata.info.features if key not in used]
-        self._task_numbers = pa.array(self.metadata.tasks.keys(), pa.float64())
-        self._tasks = pa.array(self.metadata.tasks.values(), pa.string())
+        self._texts = self.metadata.subtasks if self._prompt == SUBTASK else self.metadata.tasks
 
     def _present(self, *names: str) -> list[str]:
         """Those of the names that are one column, of numbers."""
@@ -200,7 +207,7 @@ class LeRobotFile(ParquetEpisodes):
         return np.stack([bounds[:-1], bounds[1:]], axis=1)[unwanted]
 
     def survey(self) -> tuple[Layout, list[Fault]]:
-        faults = list(self._column_faults())
+        faults = [*self._column_faults(), *self._style_faults()]
         metadata, state, action = self.metadata, self._numbers[schema.STATE], self._numbers[schema.ACTION]
         own = DatasetMetadata()
         try:
@@ -215,7 +222,8 @@ class LeRobotFile(ParquetEpisodes):
             action_names=action.names,
             control_hz=metadata.info.fps,
             extra=own.extra
-            | {f"{role}_columns": "+".join(one.keys) for role, one in self._numbers.items() if not one.is_plain},
+            | {f"{role}_columns": "+".join(one.keys) for role, one in self._numbers.items() if not one.is_plain}
+            | ({"prompt_column": self.selection.prompt} if self.selection.prompt is not None else {}),
         )
         return Layout(len(self.cameras), state.size, action.size, described), faults
 
@@ -223,11 +231,13 @@ class LeRobotFile(ParquetEpisodes):
         """What the columns of `self._stored` are not made of: the one place that says so."""
         names = self.arrow.names
         images = [(name, camera.key) for name, camera in self._cameras.items() if camera.dtype == "image"]
-        tasks = [(schema.PROMPT, "task_index")] if len(self._tasks) != 1 else []
+        tasks = [(schema.PROMPT, TASK)] if len(self._texts) != 1 and (self._by_style or self._prompt == TASK) else []
+        prompts = [(schema.PROMPT, self._prompt)] if self._prompt != TASK else []
         numbers = [(column, key) for column, vector in self._numbers.items() for key in vector.keys]
         for stored, matches, expected, remedy in [
             (numbers, _is_numeric, "numbers, or lists of them", "name another with ?state=FEATURE and ?action=FEATURE"),
             (tasks, _is_numeric, "whole numbers", "leave one task in the list of tasks"),
+            (prompts, _is_prompt, "texts, numbers of tasks, or lists of texts by style", "name another with ?prompt=COLUMN"),
             (images, _is_image, "encoded images: binary, or struct<bytes, path>", "choose other cameras (?cameras=...)"),
         ]:
             for column, name in stored:
@@ -258,6 +268,16 @@ class LeRobotFile(ParquetEpisodes):
             faults += self._time_faults(found["timestamp"], frames)
         self._say_differences()
         return faults
+
+    def _style_faults(self) -> Iterator[Fault]:
+        """A style that no text of the column has."""
+        if self._by_style:
+            with reading(self.path, [self._prompt]):
+                known = styles(self._open().read(columns=[self._prompt], use_threads=False)[self._prompt].combine_chunks())
+            if self._style not in known:
+                got = f"{self._prompt}: got no text of style {self._style}, expected of {', '.join(known) or 'any'}"
+                text = f"{got}; name another with ?prompt={self._prompt}:STYLE"
+                yield Fault(self.path, Kind.PROMPT, text, column=schema.PROMPT)
 
     def _first_of_spans(self, wrong: NDArray[np.bool_]) -> list[int]:
         """The first row of each episode where it is true."""
@@ -319,29 +339,42 @@ class LeRobotFile(ParquetEpisodes):
 
     def _column(self, name: str, table: pa.Table, rows: Rows) -> pa.Array:
         if name == schema.PROMPT:
-            index = pa.array(np.zeros(len(rows), np.int32))  # the only task
-            if self._present("task_index"):
-                index = pa.compute.index_in(pa.array(to_scalars(table["task_index"])), self._task_numbers)
-            return pa.DictionaryArray.from_arrays(index, self._tasks)
+            return self._instructions(table, rows)
         if name in self._numbers:
             lists = [_number_lists(table[key].combine_chunks()) for key in self._numbers[name].keys]
             return lists[0] if len(lists) == 1 else _join_lists(lists, [one.size for one in self._numbers[name].features])
         camera = self._cameras[name]
         if camera.dtype == "image":
             return table[camera.key].combine_chunks()
-        episodes, frames = self._locate(rows)
-        times = frames / self.metadata.info.fps
-        if self._present("timestamp"):
-            times = to_scalars(table["timestamp"])
-        spans = self.metadata.videos[camera.key]
+        (episodes, frames), spans = self._locate(rows), self.metadata.videos[camera.key]
         values = {
             "camera": np.full(len(rows), self.cameras.index(camera)),
             "video": spans.file[episodes],
-            "time": spans.start[episodes] + times,
+            "time": spans.start[episodes] + self._times(table, rows),
             "episode": self.metadata.number[episodes],
             "frame": frames,
         }
         return pa.StructArray.from_arrays(list(map(pa.array, values.values())), names=list(values))
+
+    def _instructions(self, table: pa.Table, rows: Rows) -> pa.Array:
+        """Of some rows: texts as they are, or by their numbers, or those in force; where none is yet, the task."""
+        if not (self._by_style or self._prompt in (TASK, *self._present(self._prompt))):
+            return table[self._prompt].combine_chunks()
+        number, index = TASK if self._by_style else self._prompt, pa.array(np.zeros(len(rows), np.int32))  # the only task
+        if number in table.column_names:
+            index = pa.compute.index_in(pa.array(to_scalars(table[number])), pa.array(self._texts.keys(), pa.float64()))
+        tasks = pa.DictionaryArray.from_arrays(index, pa.array(self._texts.values(), pa.string()))
+        if not self._by_style:
+            return tasks
+        texts, listed = texts_in_force(table[self._prompt].combine_chunks(), self._style, self._times(table, rows))
+        return pa.compute.coalesce(texts, pa.compute.if_else(pa.array(listed), tasks.dictionary_decode(), None))
+
+    def _times(self, table: pa.Table, rows: Rows) -> NDArray[np.float64]:
+        """Of some rows, in seconds."""
+        if self._present("timestamp"):
+            return to_scalars(table["timestamp"])
+        times: NDArray[np.float64] = self._locate(rows)[1] / self.metadata.info.fps
+        return times
 
     def _locate(self, rows: Rows) -> tuple[Rows, Rows]:
         """Of some rows of the file, the episode (its row in the metadata), and the frame in it."""
@@ -384,7 +417,7 @@ class LeRobotFile(ParquetEpisodes):
             "selection": everything.choices,
             "cameras": [camera.key for camera in self.cameras],
             "fps": metadata.info.fps,
-            "tasks": sorted(metadata.tasks.items()),
+            "tasks": sorted(self._texts.items()),
             "episodes": metadata.number[episodes].tolist(),
             "lengths": metadata.length[episodes].tolist(),
             "videos": [[span.start[episodes].tolist(), span.file[episodes].tolist()] for span in spans],
@@ -415,6 +448,10 @@ def _is_numeric(kind: pa.DataType) -> bool:
     while is_list(kind):
         kind = kind.value_type
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def _is_prompt(kind: pa.DataType) -> bool:
+    return is_text(kind) or _is_numeric(kind) or is_language(kind)
 
 
 def _is_image(kind: pa.DataType) -> bool:

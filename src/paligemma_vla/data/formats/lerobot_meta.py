@@ -33,13 +33,15 @@ from paligemma_vla.errors import DataError, closest
 from paligemma_vla.schema import Rows, first_fault
 from paligemma_vla.storage import read_failure, read_json
 
-INFO = "meta/info.json"
+INFO, SUBTASKS = "meta/info.json", "meta/subtasks.parquet"
 DEFAULTS = {"state": "observation.state", "action": "action"}
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # of every row, in every data set
 CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
 UNNAMED = "__index_level_0__"  # a table's index without a name, as pandas stores it; in v3.0 the tasks are one
-EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE+FEATURE&action=FEATURE, each of them if wanted"
+EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE+FEATURE&action=FEATURE&prompt=COLUMN, each if wanted"
+TASK, SUBTASK = "task_index", "subtask_index"  # columns of numbers of texts
+STYLES = {"language_events": "interjection"}  # what is taken of a column of texts by style, if it is no subtask
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +51,7 @@ class Selection:
 
     cameras: names in the order image_1, image_2, ... (None: all of them, as info.json has them). episodes: [first, stop) of
     their numbers, None where it is open. state, action: the features that hold them, joined by `+` (None: those of `DEFAULTS`).
+    prompt: the column with the instruction, with `:STYLE` one of dtype `language` (None: the task).
     """
 
     path: str
@@ -56,6 +59,7 @@ class Selection:
     episodes: tuple[int | None, int | None] = (None, None)
     state: str | None = None
     action: str | None = None
+    prompt: str | None = None
 
     @classmethod
     def parse(cls, text: str, where: str = "lerobot") -> Self:
@@ -69,7 +73,7 @@ class Selection:
         values: dict[str, Any] = {}
         for part in filter(None, selected.split("&")):
             key, _, value = part.partition("=")
-            if key not in ("cameras", "episodes", "state", "action") or not value or key in values:
+            if key not in ("cameras", "episodes", "state", "action", "prompt") or not value or key in values:
                 raise DataError(f"{where}: {text}: got '{part}', expected {EXPECTED}")
             values[key] = value
         if "episodes" in values:
@@ -85,7 +89,7 @@ class Selection:
         """What is selected, as it is written behind a question mark; empty for everything."""
         first, stop = ("" if number is None else str(number) for number in self.episodes)
         written = {"cameras": ",".join(self.cameras or ()), "episodes": f"{first}:{stop}"}
-        written |= {"state": self.state or "", "action": self.action or ""}
+        written |= {"state": self.state or "", "action": self.action or "", "prompt": self.prompt or ""}
         return "&".join(f"{name}={text}" for name, text in written.items() if getattr(self, name) != getattr(Selection, name))
 
     @property
@@ -353,6 +357,22 @@ class Metadata:
             raise DataError(f"{self.root}: {role}={text}: got {vector.size} numbers, expected at most {MAX_DIMENSION}")
         return vector
 
+    @cached_property
+    def subtasks(self) -> dict[int, str]:
+        """Texts by their numbers in `SUBTASK` (LeRobot 0.4 and 0.5)."""
+        return _read_tasks(f"{self.root}/{SUBTASKS}", "subtask")
+
+    def prompt(self, asked: str | None) -> tuple[str, str]:
+        """The column with the instruction, and the style of its texts. Raises `DataError` that lists those there are."""
+        text, features = asked or TASK, self.info.features
+        key, _, style = (text, "", "") if text in features else text.partition(":")
+        if asked is not None and key not in features:
+            wanted = [one.key for one in features.values() if one.dtype in ("string", "language")]
+            wanted += [name for name in (TASK, SUBTASK) if name in features]
+            expected = "expected a column of texts, of numbers of tasks, or of LeRobot's texts by style"
+            raise DataError(f"{self.root}/{INFO}: prompt: got no '{key}', {expected}{closest(key, wanted)}")
+        return key, style or STYLES.get(key, "subtask")
+
     def selected(self, selection: Selection) -> NDArray[np.bool_]:
         """Mask of the selected episodes (E,). Raises `DataError` for a range that leaves the data."""
         first, stop = selection.episodes
@@ -375,7 +395,7 @@ def find_root(path: str) -> str:
 
 def load_metadata(root: str) -> Metadata:
     """Metadata of a data set, kept until one of its files changes. Raises `DataError` naming file, got and expected."""
-    names = [INFO, "meta/tasks.jsonl", "meta/episodes.jsonl", "meta/tasks.parquet"]
+    names = [INFO, "meta/tasks.jsonl", "meta/episodes.jsonl", "meta/tasks.parquet", SUBTASKS]
     names += sorted(_parquet_files(root, "meta/episodes"))
     stats = {name: os.stat(os.path.join(root, name)) for name in names if os.path.isfile(os.path.join(root, name))}
     return _load(root, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
@@ -466,13 +486,13 @@ def _dimension_names(raw: Any) -> tuple[str, ...]:
     )
 
 
-def _read_tasks(path: str) -> dict[int, str]:
+def _read_tasks(path: str, name: str = "task") -> dict[int, str]:
     """Instructions by their numbers."""
-    columns = _read_columns(path, ["task_index"], texts=["task"])
-    tasks = dict(zip(columns["task_index"].tolist(), columns["task"].tolist(), strict=True))
-    if len(tasks) != len(columns["task"]):
-        got = f"got {len(columns['task'])} rows of {len(tasks)} numbers"
-        raise DataError(f"{path}: task_index: {got}, expected each once; restore it")
+    columns = _read_columns(path, [f"{name}_index"], texts=[name])
+    tasks = dict(zip(columns[f"{name}_index"].tolist(), columns[name].tolist(), strict=True))
+    if len(tasks) != len(columns[name]):
+        got = f"got {len(columns[name])} rows of {len(tasks)} numbers"
+        raise DataError(f"{path}: {name}_index: {got}, expected each once; restore it")
     return tasks
 
 
@@ -523,7 +543,7 @@ def _read_table(path: str, columns: pa.Schema) -> pa.Table:
     if path.endswith(".parquet"):
         with pq.ParquetFile(path) as file:
             table = file.read(columns=[*columns.names, UNNAMED], use_threads=False)
-        return table.rename_columns(["task" if name == UNNAMED else name for name in table.column_names])
+        return table.rename_columns([columns.names[-1] if name == UNNAMED else name for name in table.column_names])
     content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     options = arrow_json.ReadOptions(use_threads=False, block_size=len(content) + 1)  # no line is cut in two
     parse = arrow_json.ParseOptions(explicit_schema=columns, unexpected_field_behavior="ignore")
