@@ -279,15 +279,16 @@ OTHER_TYPES: dict[str, Callable[[pa.ChunkedArray], Any] | None] = {
     "text": lambda old: pa.array(["x"] * len(old)),
     "texts": lambda old: pa.array([["1", "2"]] * len(old)),
     "float": lambda old: pa.array(np.arange(len(old)) + 0.5),
+    "largest numbers": lambda old: pa.array([2**64 - 1] * len(old), pa.uint64()),
     "empty lists": lambda old: pa.array([[]] * len(old), pa.list_(pa.int64())),
     "struct": lambda old: pa.array([{"bytes": 1, "path": 2}] * len(old)),
     "date": lambda old: pa.array([0] * len(old), pa.timestamp("s")),
 }
-TABLES = ["data/chunk-000/file-000.parquet", EPISODES, "meta/tasks.parquet"]
+DATA = "data/chunk-000/file-000.parquet"
+RETYPED = [(table, kind) for kind in OTHER_TYPES for table in (DATA, EPISODES) if table == DATA or kind in ("gone", "texts")]
 
 
-@pytest.mark.parametrize("kind", OTHER_TYPES)
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("table", "kind"), RETYPED)
 def test_column_that_is_missing_or_of_another_type_is_no_internal_error(
     copy: Callable[[str], Truth], table: str, kind: str, capsys
 ) -> None:
@@ -300,7 +301,7 @@ def test_column_that_is_missing_or_of_another_type_is_no_internal_error(
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("entry", [None, "x", 1.5, []], ids=str)
+@pytest.mark.parametrize("entry", [None, "x"], ids=str)
 def test_entry_of_metadata_of_another_kind_is_no_internal_error(
     copy: Callable[[str], Truth], written: dict[str, Truth], entry: Any, capsys
 ) -> None:

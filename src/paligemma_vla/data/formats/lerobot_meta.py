@@ -558,7 +558,7 @@ def to_scalars(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:
         values = values.flatten().take(pa.array(np.cumsum(lengths) - 1, mask=lengths != 1))
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
-    numbers: NDArray[np.float64] = values.cast(pa.float64()).fill_null(np.nan).to_numpy(zero_copy_only=False)
+    numbers: NDArray[np.float64] = values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False)
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
