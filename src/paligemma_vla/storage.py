@@ -18,9 +18,11 @@ import time
 import uuid
 from abc import abstractmethod
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -52,6 +54,10 @@ CACHE_BYTES = 2**25
 # In a clone without git-lfs such a text stands in the place of each large file.
 POINTER = b"version https://git-lfs.github.com/spec/v1"
 POINTER_REMEDY = "it is a pointer of git-lfs, not the file: run `git lfs pull` in its folder, or fetch it with `hf download`"
+
+# Trash, thumbnails and old snapshots, as desktops, archives and network drives leave them beside the data.
+STRANGERS = {"$recycle.bin", "recycler", "system volume information", "__macosx", "lost+found"}
+STRANGERS |= {"@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
 
 logger = logging.getLogger(__name__)
 _jitter = random.Random()  # its own generator: training's random numbers must not depend on the network
@@ -298,6 +304,56 @@ def _client(url: str, environment: frozenset[tuple[str, str]], process: int) -> 
         return system
     _, (options,) = system.__reduce__()  # all that the URL and the environment said
     return type(system)(**{**options, **changes})
+
+
+def is_stranger(name: str, pattern: str = "") -> bool:
+    """True if a file or folder of that name is no data: it is hidden, or one of `STRANGERS`, and no part of the pattern is."""
+    wanted = [part for part in pattern.split("/") if is_stranger(part)] if pattern else []
+    return (name.startswith(".") or name.casefold() in STRANGERS) and not any(fnmatchcase(name, part) for part in wanted)
+
+
+def find_files(folder: str, pattern: str = "") -> list[str]:
+    """Files below a folder on this machine or behind a URL, without strangers: paths relative to it, sorted.
+
+    Links are followed. A file that is reached on several ways is found once, by a way without links if there is one. Of a
+    file itself the path is empty. pattern: what is searched for; it may name strangers (`*/.old/*.parquet`).
+    Raises `StorageError`, and `OSError` for a folder that cannot be read.
+    """
+    if is_url(folder):
+        return [name for name in list_files(folder) if not any(is_stranger(part, pattern) for part in name.split("/"))]
+    if not os.path.isdir(folder):
+        return [""] if os.path.isfile(folder) else []
+    found: dict[str, str] = {}  # by the path without links
+    above = (*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents)
+    entered, links = set(map(os.path.realpath, above)), deque([""])
+
+    def enter(name: str, real: str) -> None:
+        if real in entered:  # it leads back, or is a second way
+            return
+        entered.add(real)
+        with os.scandir(os.path.join(folder, name)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                below = os.path.join(name, entry.name)
+                if is_stranger(entry.name, pattern):
+                    continue
+                if entry.is_symlink():
+                    links.append(below)  # later: a way without links comes first
+                elif entry.is_dir():
+                    enter(below, os.path.join(real, entry.name))
+                elif entry.is_file():
+                    found[os.path.join(real, entry.name)] = below
+
+    while links:
+        name = links.popleft()
+        real = os.path.realpath(os.path.join(folder, name))
+        if os.path.isdir(real):
+            enter(name, real)
+        elif os.path.isfile(real):
+            found.setdefault(real, name)
+        else:
+            logger.warning("%s: this link leads nowhere; what it stands for is not read", os.path.join(folder, name))
+            found[name] = name  # opening it tells
+    return sorted(found.values())
 
 
 def list_files(url: str) -> list[str]:

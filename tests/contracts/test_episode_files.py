@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_table, encode, write_set
 from paligemma_vla import schema
+from paligemma_vla.data.convert import read_episodes
 from paligemma_vla.data.doctor import CheckOptions, diagnose
 from paligemma_vla.data.faults import Unusable
 from paligemma_vla.data.formats import EpisodeFile, identify_file, open_file, read_columns, read_layout
@@ -143,6 +145,95 @@ def test_pictures_are_those_that_were_written(data: Data, index: EpisodeIndex) -
                 stored += [pictures.encoded(row) for row in rows]
         assert all(map(np.array_equal, pixels, data.truth.pixels[camera]))
         assert stored == (data.truth.stored[camera] or [None] * len(pixels))
+
+
+def pixels(index: EpisodeIndex, camera: int) -> list[np.ndarray]:
+    """Pictures of one camera, of all episodes."""
+    recordings = read_episodes(index, range(len(CAMERAS)), range(len(index)))
+    return [np.asarray(one.decode()) for recording in recordings for one in recording.pictures[camera] if one is not None]
+
+
+def add_strangers(folder: Path) -> None:
+    """What other programs leave beside the files of a data set: copies and pieces of them."""
+    for path in sorted(folder.rglob("*.parquet")):
+        for name in (".ipynb_checkpoints", ".Trash-1000/files", ".cache/huggingface/download", "$RECYCLE.BIN/S-1", "@eaDir"):
+            (path.parent / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, path.parent / name)
+        (path.parent / "__MACOSX").mkdir(exist_ok=True)
+        for name in (f"._{path.name}", f"__MACOSX/{path.name}"):
+            (path.parent / name).write_bytes(b"\0\5\x16\7")
+
+
+def link_folders(folder: Path, target: Path) -> None:
+    """A folder of links to what the other holds, and links in all folders that lead back."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).symlink_to(path)
+    for path in [target, *(path for path in folder.rglob("*") if path.is_dir())]:
+        (path / "back").symlink_to(target)
+
+
+def link_deep_folders(folder: Path, target: Path) -> None:
+    """The innermost folders are links."""
+    for path in [path for path in folder.rglob("*") if path.is_dir() and not any(one.is_dir() for one in path.iterdir())]:
+        inner = target / path.relative_to(folder)
+        inner.parent.mkdir(parents=True, exist_ok=True)
+        inner.symlink_to(path)
+    for path in [path for path in folder.rglob("*") if path.is_file() and not (target / path.relative_to(folder)).exists()]:
+        (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target / path.relative_to(folder))
+
+
+def link_blobs(folder: Path, target: Path) -> None:
+    """A snapshot in a cache of the hub: every file is a link into a folder of contents."""
+    (target.parent / "blobs").mkdir()
+    for number, path in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        shutil.move(path, target.parent / "blobs" / str(number))
+        link = target / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(target.parent / "blobs" / str(number), link.parent))
+
+
+@pytest.mark.parametrize("link", [link_folders, link_deep_folders, link_blobs])
+def test_links_and_strangers_change_nothing(
+    data: Data, index: EpisodeIndex, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    hidden = tmp_path / ".cache" / "huggingface" / "datasets--me--toy" / "snapshots"
+    hidden.mkdir(parents=True)
+    source, target = tmp_path / "source", hidden / "abc"  # the folder that was named may be hidden
+    copy = data.at(source)
+    if copy.kind == "memory":
+        store = fsspec.filesystem("memory")
+        for path in source.glob("*.parquet"):
+            for name in (f"._{path.name}", f".cache/{path.name}", f"__MACOSX/{path.name}"):
+                store.pipe(f"/{source}/{name}", path.read_bytes())
+        name = copy.name
+    else:
+        link(source, target)
+        add_strangers(target)
+        name = copy.name.replace(str(source), str(target))
+    linked = EpisodeIndex.build(name)
+    assert (linked.fingerprint, linked.length.tolist()) == (index.fingerprint, list(LENGTHS))
+    for number, camera in enumerate(CAMERAS):
+        assert all(map(np.array_equal, pixels(linked, number), data.truth.pixels[camera]))
+    diagnosis = diagnose(linked.paths, CheckOptions(), lambda size: None)
+    assert (diagnosis.faults, diagnosis.copies) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["run:3", "b\udcff", "数据 [1]*"])
+def test_any_name_of_a_folder_will_do(
+    data: Data, index: EpisodeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also one with a colon, which is no URL, and one that is not UTF-8."""
+    if data.kind == "memory":
+        pytest.skip("a URL has no relative path")
+    monkeypatch.chdir(tmp_path)
+    copy = data.at(Path(name))
+    found = EpisodeIndex.build(copy.name)
+    assert found.fingerprint == index.fingerprint
+    for number, camera in enumerate(CAMERAS):
+        assert all(map(np.array_equal, pixels(found, number), data.truth.pixels[camera]))
+    assert diagnose(found.paths, CheckOptions(), lambda size: None).faults == []
 
 
 def test_layout_says_cameras_dimensions_names_and_rate(data: Data, index: EpisodeIndex) -> None:

@@ -221,6 +221,55 @@ def test_expand_paths_takes_file_folder_glob_and_list(tmp_path: Path) -> None:
     assert expand_paths([b2, str(tmp_path / "b"), a], "x") == [b2, b1, a]
 
 
+NAS = ["nas/monday/1", "nas/monday/2", "nas/tuesday/1"]
+
+
+@pytest.mark.parametrize(
+    ("links", "pattern", "expected"),
+    [
+        ({"all/monday": "nas/monday", "all/tuesday": "nas/tuesday"}, "all", ["all/monday/1", "all/monday/2", "all/tuesday/1"]),
+        ({"all/monday": "nas/monday"}, "all/*", ["all/monday/1", "all/monday/2"]),
+        ({"all/deep": "nas"}, "all/**/monday/*.parquet", ["all/deep/monday/1", "all/deep/monday/2"]),
+        (
+            {"nas/latest": "nas/tuesday", "nas/back": "nas", "nas/up": "."},
+            "nas",
+            NAS,
+        ),
+        (
+            {"nas/0": "nas/monday", "nas/0.parquet": "nas/tuesday/1.parquet"},
+            "nas",
+            NAS,
+        ),
+        (
+            {"nas/monday/x": "nas/tuesday", "nas/tuesday/x": "nas/monday"},
+            "nas/**",
+            NAS,
+        ),
+        ({"all/one.parquet": "nas/.trash/x.parquet"}, "all", ["all/one"]),
+        ({"lost": "nas/monday"}, ["nas/monday/1.parquet", "lost"], ["nas/monday/1", "lost/2"]),
+    ],
+)
+def test_links_are_followed_and_each_file_is_found_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: dict[str, str], pattern: str | list[str], expected: list[str]
+) -> None:
+    """By a name without links where there is one: data that was read before links were followed keeps its names and order."""
+    monkeypatch.chdir(tmp_path)
+    for name in (*NAS, "nas/.trash/x"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{name}.parquet").touch()
+    for link, target in links.items():
+        Path(link).parent.mkdir(exist_ok=True)
+        Path(link).symlink_to(Path(target).absolute())
+    assert expand_paths(pattern, "x") == [f"{name}.parquet" for name in expected]
+
+
+def test_link_that_leads_nowhere_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("monday", "1.parquet"):
+        (tmp_path / name).symlink_to("/nas/is/not/mounted")
+    assert expand_paths(str(tmp_path), "x") == [str(tmp_path / "1.parquet")]  # opening it fails
+    assert f"{tmp_path / 'monday'}: this link leads nowhere" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["missing.parquet", "nothing*.parquet", "."])
 def test_expand_paths_that_finds_nothing_names_the_key(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"^data\.train_parquet_files: .*no Parquet file there"):

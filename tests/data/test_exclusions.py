@@ -139,7 +139,7 @@ def test_list_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
 )
 def test_malformed_list_is_one_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "l.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"^data\.exclude_episodes: .*l\.json.*; run `paligemma-vla data check` again$"):
+    with pytest.raises(DataError, match=r"^data\.exclude_episodes: .*l\.json.*; correct it, or delete it and run .* again$"):
         load_exclusions(str(tmp_path / "l.json"))
 
 

@@ -138,6 +138,7 @@ def test_a_row_group_or_block_is_one_request_and_a_file_two_more(store: Store, s
 @pytest.mark.parametrize("protocol", ["s3", "memory", "file"])
 def test_files_folders_globs_and_lists_are_found_as_on_a_disk(store: Store, tmp_path: Path, protocol: str) -> None:
     contents = ["a/x.parquet", "a/y [1].parquet", "a/deep/er/z.parquet", "b/x.parquet", "b/.hidden.parquet", "b/notes.txt"]
+    contents += [".cache/a/x.parquet", "a/__MACOSX/x.parquet", "a/.old/x.parquet", "b/$RECYCLE.BIN/1/x.parquet"]
     root = tmp_path / "tree"
     for name in contents:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,11 +146,18 @@ def test_files_folders_globs_and_lists_are_found_as_on_a_disk(store: Store, tmp_
         store.put(f"tree/{name}", (root / name).read_bytes())
         fsspec.filesystem("memory").pipe(f"/tree/{name}", (root / name).read_bytes())
     url = {"s3": store.url("tree"), "memory": "memory://tree", "file": f"file://{root}"}[protocol]
-    patterns = ["", "/", "/a", "/a/x.parquet", "/*/x.parquet", "/**/x.parquet", "/**", "/[ab]", "/a/*", "/b/*", "/*/*/er/*"]
-    for pattern in patterns:
+    found = {"": 4, "/": 4, "/a": 3, "/a/x.parquet": 1, "/*/x.parquet": 2, "/**/x.parquet": 2, "/**": 5, "/[ab]": 4, "/a/*": 3}
+    found |= {"/b/*": 2, "/*/*/er/*": 1, "/**/er/*": 1, "/a/*/*.parquet": 0}
+    # Strangers are data where they are named.
+    found |= {"/.cache": 1, "/.c*/*/*": 1, "/*/.old/*": 1, "/**/.old/*": 1, "/a/__MACOSX": 1, "/b/$RECYCLE.BIN/**": 1}
+    for pattern, count in found.items():
+        if not count:
+            with pytest.raises(DataError, match="no Parquet file there"):
+                expand_paths([f"{root}{pattern}", f"{url}{pattern}"], "x")
+            continue
         local = expand_paths(f"{root}{pattern}", "x")
         remote = expand_paths(f"{url}{pattern}", "x")
-        assert len(remote) == len(local) > 0, pattern
+        assert len(remote) == len(local) == count, pattern
         for path, place in zip(local, remote, strict=True):
             assert place.startswith(url), pattern
             if path.endswith(".parquet"):

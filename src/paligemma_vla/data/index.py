@@ -33,7 +33,6 @@ from paligemma_vla.data.formats import (
     EpisodeFile,
     Identity,
     find_format,
-    foreign_format,
     identify_file,
     open_file,
     read_columns,
@@ -41,7 +40,17 @@ from paligemma_vla.data.formats import (
 )
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import DatasetMetadata, Layout, Rows, first_fault, joint_layout
-from paligemma_vla.storage import atomic_file, atomic_write, cache_dir, is_url, join_url, list_files, read_json, split_url
+from paligemma_vla.storage import (
+    atomic_file,
+    atomic_write,
+    cache_dir,
+    find_files,
+    is_stranger,
+    is_url,
+    join_url,
+    read_json,
+    split_url,
+)
 
 REQUESTS = 32  # to a store, at a time
 CACHE_VERSION, EXCLUSIONS_VERSION = 10, 1
@@ -415,40 +424,69 @@ def save_facts(path: Path, facts: Mapping[str, FileFacts]) -> None:
 
 def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
     """List the files behind a file, folder (searched through), glob, URL of these, name of another format, or list of them;
-    without repeats.
+    each once, whatever links lead to it.
 
     Raises `DataError`, naming `where` (the config key or flag), when one of them holds none, or data of a foreign format.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # by the name without links
     for path in [paths] if isinstance(paths, str) else paths:
         prefix, form, location = find_format(path)
         if form is None:
-            files = _remote_files(path, where) if is_url(path) else _local_files(path, where)
+            files = _find_episodes(path, where)
         elif is_url(location):
             raise DataError(f"{where}: {path}: data of another format is read from a disk only; {COPY_IT}")
         else:
             files = [prefix + file for file in form.list_files(location, where)]
         if not files:
             raise DataError(f"{where}: {path}: no Parquet file there; expected a file, a folder that holds some, or a glob")
-        found.update(dict.fromkeys(files))
-    return list(found)
+        for file in files:
+            found.setdefault(map_path(file, os.path.realpath), file)
+    return list(found.values())
 
 
-def _local_files(path: str, where: str) -> list[str]:
-    # The name of a file that is there is no glob, whatever characters it has.
-    matches = [path] if os.path.exists(path) else [str(Path(match)) for match in glob.glob(path, recursive=True)]
-    files: set[str] = set()
-    for match in matches:
-        if form := foreign_format(match):
-            raise DataError(f"{where}: {match}: this is data of another format; write {form}:{match}")
-        if os.path.isfile(match):
-            files.add(match)
-        files.update(str(file) for file in Path(match).rglob("*.parquet") if file.is_file() and not file.name.startswith("."))
-    return sorted(files)
+def _find_episodes(location: str, where: str) -> list[str]:
+    """The Parquet files behind a path, glob or URL. Raises `DataError`, or `StorageError`."""
+    found: set[str] = set()
+    for base, pattern in _remote_bases(location, where) if is_url(location) else local_bases(location):
+        names = find_files(base, pattern)
+        if not names and not pattern and is_url(location):
+            return [location]  # a file, or nothing: opening it tells
+        for name in names:
+            if name.endswith(".parquet") and "//" in f"/{name}":  # a disk has no such path, so no pattern matches it
+                raise DataError(f"{where}: {join_url(base, name)}: has a part without a name in its path; rename it")
+        for match, below in _matches(names, pattern):
+            folder = _join(base, match)
+            for form, mark in MARKS.items():
+                if below == mark:
+                    got = f"this is {form} data, which is read from a disk only; {COPY_IT}"
+                    got = got if is_url(base) else f"this is data of another format; write {form}:{folder}"
+                    raise DataError(f"{where}: {folder}: {got}")
+            if not below or below.endswith(".parquet"):
+                found.add(_join(folder, below))
+    return sorted(found)
 
 
-def _remote_files(url: str, where: str) -> list[str]:
-    """The files behind a URL. Raises `DataError`, or `StorageError`."""
+def _join(folder: str, path: str) -> str:
+    if not path:
+        return folder
+    return join_url(folder, path) if is_url(folder) else str(Path(folder, path))
+
+
+def local_bases(path: str) -> list[tuple[str, str]]:
+    """What a path or glob names on this machine: files and folders, each with the pattern for what is below it.
+
+    There is one only after `**`: the files are found before they are compared with it, since links may lead in circles.
+    """
+    if os.path.exists(path):  # no glob, whatever characters it has
+        return [(path, "")]
+    head, *deep = re.split(r"(?<![^/])\*\*(?![^/])", path, maxsplit=1)
+    matches = glob.glob(head) if head or not deep else ["."]
+    shown = [match for match in matches if not any(is_stranger(part, head) for part in match.split("/"))]
+    return [(str(Path(match)), "".join(["**", *deep]) if deep else "") for match in shown]
+
+
+def _remote_bases(url: str, where: str) -> list[tuple[str, str]]:
+    """The folder of a URL before its first part with a glob, and the pattern from there on. Raises `DataError`."""
     head, options = split_url(url)
     scheme, _, path = head.rstrip("/").partition("://")
     if not path.strip("/"):
@@ -457,40 +495,23 @@ def _remote_files(url: str, where: str) -> list[str]:
     if glob_start := re.search(r"[*\[]", path):  # a question mark begins the options of a URL
         folder = path[: glob_start.start()].rpartition("/")[0]
         pattern = path[len(folder) + 1 :]
-    base = f"{scheme}://{folder}{options}"
-    names = list_files(base)
-    if not names and not pattern:
-        return [url]  # a file, or nothing: opening it tells
-    found = set()
-    for match, rest in _matches(names, pattern):
-        for form, mark in MARKS.items():
-            if rest == mark:
-                place = join_url(base, match) if match else url
-                raise DataError(f"{where}: {place}: this is {form} data, which is read from a disk only; {COPY_IT}")
-        name = f"{match}/{rest}".strip("/")
-        if not rest or (rest.endswith(".parquet") and not rest.rpartition("/")[2].startswith(".")):
-            found.add(name)
-    for name in names:
-        if name.endswith(".parquet") and "//" in f"/{name}":  # a disk has no such path, so no pattern matches it
-            raise DataError(f"{where}: {join_url(base, name)}: has a part without a name in its path; rename it")
-    return [join_url(base, name) for name in sorted(found)]
+    return [(f"{scheme}://{folder}{options}", pattern)]
 
 
 def _matches(names: Sequence[str], pattern: str) -> Iterator[tuple[str, str]]:
     """Files and folders that match a pattern, and the path below each of every file in it (of a file, an empty one).
 
-    A name that is the pattern itself is no glob. Hidden names match only a pattern that has a hidden part.
+    A name that is the pattern itself is no glob.
     """
     from fsspec.utils import glob_translate
 
     literal = not pattern or any(name == pattern or name.startswith(f"{pattern}/") for name in names)
     expression = re.compile(re.escape(pattern) if literal else glob_translate(pattern))
-    hidden = re.compile(r"(^|/)\.")
     for name in names:
         parts = name.split("/")
         for depth in range(len(parts) + 1):
             match = "/".join(parts[:depth])
-            if expression.fullmatch(match) and (literal or hidden.search(pattern) or not hidden.search(match)):
+            if expression.fullmatch(match):
                 yield match, "/".join(parts[depth:])
 
 
@@ -567,13 +588,14 @@ def hex_digest(digest: int) -> str:
     return f"{digest:016x}"
 
 
-def load_exclusions(path: str | None) -> ExclusionList | None:
-    """The list behind `data.exclude_episodes`, None where none is given. Raises `DataError` when it is malformed."""
+def load_exclusions(path: str | None, key: str = "data.exclude_episodes") -> ExclusionList | None:
+    """The list behind a config key or flag, None where none is given. Raises `DataError` when it is malformed."""
     if path is None:
         return None
-    where = f"data.exclude_episodes: {path}"
+    where = f"{key}: {path}"
     missing = "write it with `paligemma-vla data check`, or set the key to null"
-    raw, folder = read_json(path, DataError, CHECK_AGAIN, missing, where), os.path.dirname(os.path.realpath(path))
+    remedy = f"correct it, or delete it and {CHECK_AGAIN}"
+    raw, folder = read_json(path, DataError, remedy, missing, where), os.path.dirname(os.path.realpath(path))
 
     def real(path: str) -> str:
         return os.path.realpath(os.path.join(folder, path))
@@ -583,7 +605,7 @@ def load_exclusions(path: str | None) -> ExclusionList | None:
         return ExclusionList(path, [replace(entry, file=map_path(entry.file, real)) for entry in listed.episodes])
     except ValueError as error:
         why = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
-        raise DataError(f"{where}: not a list of episodes to leave out ({why}); {CHECK_AGAIN}") from error
+        raise DataError(f"{where}: not a list of episodes to leave out ({why}); {remedy}") from error
 
 
 def real_name(name: str) -> str:
@@ -601,6 +623,16 @@ def share_episodes(first: str, second: str) -> bool:
         start, stop = (None, None) if form is None else form.selected(location)[1:]
         ranges.append((start or 0, float("inf") if stop is None else stop))
     return max(start for start, _ in ranges) < min(stop for _, stop in ranges)
+
+
+def find_copies(digests: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Files with the content of another one, and that one. digests: by name, see `EpisodeFile.digest`.
+
+    It finds files that were copied, not episodes that were written again into other files.
+    """
+    first: dict[object, str] = {}
+    pairs = [(name, first.setdefault(digest, name)) for name, digest in digests.items()]
+    return [pair for pair in pairs if len({*map(real_name, pair)}) == 2 and share_episodes(*pair)]
 
 
 def map_path(name: str, change: Callable[[str], str]) -> str:

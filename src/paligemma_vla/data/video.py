@@ -102,7 +102,7 @@ class _Video:
     def __init__(self, path: str) -> None:
         import av
 
-        self.container = av.open(path)
+        self.container = av.open(os.path.abspath(path))  # of a relative one with a colon FFmpeg takes the start for a protocol
         if not self.container.streams.video:
             raise ValueError("it holds no video")
         self.stream = self.container.streams.video[0]
@@ -159,7 +159,7 @@ def _turn(frame: av.VideoFrame, path: str) -> Transpose | None:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return None
-    values = np.frombuffer(cast("bytes", matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
+    values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
     signs = tuple(np.sign(np.where(np.abs(values) < np.abs(values).max() / 100, 0, values)).astype(int).tolist())
     if signs not in TURNS:
         text = f"{path}: got a display matrix of {(values / 2**16).round(2).tolist()}, expected quarter turns and flips"
@@ -185,7 +185,7 @@ class VideoWriter:
         given = {"g": keyframe_every, "crf": crf, "preset": preset, **options}
         self._options = {name: str(value) for name, value in given.items() if value is not None}
         self._encoder = encoder
-        self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4")
+        self._container = av.open(str(file.absolute()) if isinstance(file, Path) else file, "w", format="mp4")
         self._stream: av.VideoStream | None = None
         self.frames = 0
 

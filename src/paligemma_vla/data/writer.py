@@ -7,6 +7,7 @@ record batch per episode), so a kill loses at most the episode being written; op
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +80,7 @@ class EpisodeWriter:
         """Append one episode; on return it survives a kill of the process."""
         batch = self._batch(episode)
         if self._stream is None:
-            self._journal = pa.OSFile(str(self._journal_path), "wb")
+            self._journal = pa.OSFile(os.fsencode(self._journal_path), "wb")
             self._stream = pa.ipc.new_stream(self._journal, batch.schema)
         self._stream.write_batch(batch)
         self.episodes_written += 1
@@ -211,7 +212,7 @@ def content_digest(batches: Iterable[pa.RecordBatch]) -> str:
 def _read_journal(path: Path) -> list[pa.RecordBatch]:
     """Whole record batches of a journal; a torn tail (killed while writing) is left out."""
     batches = []
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(os.fsencode(path)) as source:
         try:
             for batch in pa.ipc.open_stream(source):
                 batches.append(batch)

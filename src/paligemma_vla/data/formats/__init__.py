@@ -210,11 +210,6 @@ def find_format(name: str) -> tuple[str, Format | None, str]:
     return f"{prefix}:", _format(prefix), location
 
 
-def foreign_format(folder: str) -> str | None:
-    """The foreign format that a folder holds, None for any other."""
-    return next((name for name, mark in MARKS.items() if os.path.isfile(os.path.join(folder, mark))), None)
-
-
 def open_file(name: str, stream: bool = False, ranges: bool = False) -> EpisodeFile:
     """Open a file of episodes of any format. Raises `FaultError` when it cannot be read.
 

@@ -37,7 +37,15 @@ from paligemma_vla.data.formats.lerobot_meta import (
     say,
     to_scalars,
 )
-from paligemma_vla.data.formats.parquet import EncodedPictures, ParquetEpisodes, is_binary, is_list, is_text, sample_digest
+from paligemma_vla.data.formats.parquet import (
+    EncodedPictures,
+    ParquetEpisodes,
+    is_binary,
+    is_list,
+    is_text,
+    open_table,
+    sample_digest,
+)
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import EXACT, VideoDecoders
 from paligemma_vla.errors import DataError, first_line
@@ -103,8 +111,8 @@ def _are_there(metadata: Metadata, selection: Selection) -> bool:
     """True if the files of the selected episodes have as many rows as their episodes, or cannot be read (opening tells why)."""
     for file in np.unique(metadata.file[metadata.selected(selection)]).tolist():
         path = os.path.join(metadata.root, metadata.files[file])
-        with suppress(*READ_ERRORS):
-            if pq.read_metadata(path).num_rows != metadata.length[metadata.file == file].sum():
+        with suppress(*READ_ERRORS), open_table(path) as source:
+            if pq.read_metadata(source).num_rows != metadata.length[metadata.file == file].sum():
                 return False
     return True
 
@@ -464,16 +472,19 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _number_lists(column: pa.Array) -> pa.Array:
-    """Numbers, or lists of them, as lists of float32 or float64; [[x, y]] and [[x], [y]] are [x, y]."""
+    """Numbers, or lists of them, as lists of float32 or float64; [[x, y]] and [[x], [y]] are [x, y].
+
+    Integers beyond 2^24 become the nearest float32, as numbers of float64 do.
+    """
     if not is_list(column.type):
-        return pa.FixedSizeListArray.from_arrays(column.cast(pa.float32()), 1)
+        return pa.FixedSizeListArray.from_arrays(column.cast(pa.float32(), safe=False), 1)
     while is_list(column.type.value_type):
         inner = column.flatten()
         ends = (np.cumsum([0, *lists.value_lengths().fill_null(0).to_numpy()], dtype=np.int32) for lists in (inner, column))
         column = pa.ListArray.from_arrays(next(ends)[next(ends)], inner.flatten())
     if pa.types.is_float32(column.type.value_type) or pa.types.is_float64(column.type.value_type):
         return column
-    return column.cast(pa.list_(pa.float32()))
+    return column.cast(pa.list_(pa.float32()), safe=False)
 
 
 def _join_lists(columns: Sequence[pa.Array], sizes: Sequence[int]) -> pa.Array:
@@ -515,7 +526,7 @@ class StoredPictures(Pictures):
     """Images in a column of struct<bytes, path>: in the bytes, or in a file within the data set."""
 
     def __init__(self, column: pa.Array, root: str) -> None:
-        self.column, self.root = column, os.path.realpath(root)
+        self.column, self.root = column, root
 
     def present(self, row: int) -> bool:
         value = self.column[row]
@@ -529,8 +540,9 @@ class StoredPictures(Pictures):
         if data is not None:
             return data
         name = self.column[row]["path"].as_py()
-        path = os.path.realpath(os.path.join(self.root, name))
-        if not path.startswith(self.root + os.sep):
+        path = os.path.abspath(os.path.join(self.root, name))
+        # Of the name, not of the file: in a snapshot of the hub every file is a link to elsewhere.
+        if not any(path.startswith(root(self.root) + os.sep) for root in (os.path.abspath, os.path.realpath)):
             raise Unusable(Kind.IMAGE, f"got the path {name!r}, expected one within the data set; mend it, or {LEAVE_OUT}")
         try:
             content = Path(path).read_bytes()

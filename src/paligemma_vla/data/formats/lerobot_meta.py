@@ -27,11 +27,11 @@ from pyarrow import json as arrow_json
 from pydantic import BaseModel, Field, ValidationError
 
 from paligemma_vla.data.formats import READ_ERRORS
-from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list
+from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list, open_table
 from paligemma_vla.data.video import DEEP_GREY
 from paligemma_vla.errors import DataError, closest
 from paligemma_vla.schema import Rows, first_fault
-from paligemma_vla.storage import read_failure, read_json
+from paligemma_vla.storage import find_files, read_failure, read_json
 
 INFO, SUBTASKS = "meta/info.json", "meta/subtasks.parquet"
 DEFAULTS = {"state": "observation.state", "action": "action"}
@@ -446,15 +446,15 @@ def say(root: str, text: str) -> None:
 
 
 def _parquet_files(root: str, folder: str) -> list[str]:
-    """Parquet files in a folder of a data set, relative to the data set; hidden ones are other programs'."""
-    found = (path.relative_to(root) for path in Path(root, folder).rglob("*.parquet"))
-    return [str(path) for path in found if not path.name.startswith(".")]
+    """Parquet files in a folder of a data set, relative to the data set."""
+    found = (os.path.join(folder, name) for name in find_files(os.path.join(root, folder)))
+    return [name for name in found if name.endswith(".parquet")]
 
 
 def _episode_numbers(path: str) -> list[float]:
     """The values of episode_index in a data file; none where it cannot be read."""
     try:
-        with pq.ParquetFile(path) as file:
+        with open_table(path) as source, pq.ParquetFile(source) as file:
             return list(np.unique(to_scalars(file.read(["episode_index"], use_threads=False)["episode_index"])))
     except (KeyError, *READ_ERRORS):
         return []  # opening the file for its own episodes tells why
@@ -541,7 +541,7 @@ def _read_columns(
 
 def _read_table(path: str, columns: pa.Schema) -> pa.Table:
     if path.endswith(".parquet"):
-        with pq.ParquetFile(path) as file:
+        with open_table(path) as source, pq.ParquetFile(source) as file:
             table = file.read(columns=[*columns.names, UNNAMED], use_threads=False)
         return table.rename_columns([columns.names[-1] if name == UNNAMED else name for name in table.column_names])
     content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,7 +94,7 @@ class ParquetEpisodes(EpisodeFile):
         }
         try:
             if self._source is None:
-                return pq.ParquetFile(self._location, buffer_size=STREAM_BUFFER if self._stream else 0, **options)
+                return pq.ParquetFile(open_table(self._location), buffer_size=STREAM_BUFFER if self._stream else 0, **options)
             metadata = pq.read_metadata(pa.BufferReader(self._footer))
             source = CachedSource(self._source, column_ranges(metadata, columns, groups))
             return pq.ParquetFile(source, metadata=metadata, buffer_size=REQUEST_BYTES if self._stream else 0, **options)
@@ -178,9 +179,15 @@ class ParquetEpisodes(EpisodeFile):
         return flag_rows(self._open().metadata, self.bounds)
 
     def close(self) -> None:
-        for opened in (self._file, self._source):
-            if opened is not None:
-                opened.close()
+        if self._file is not None:
+            self._file.close(force=True)
+        if self._source is not None:
+            self._source.close()
+
+
+def open_table(path: str) -> pa.NativeFile:
+    """A file for pyarrow, which takes a relative path with a colon for a URL, and only names in UTF-8. Raises `OSError`."""
+    return pa.OSFile(os.fsencode(path))
 
 
 def group_bounds(file: pq.ParquetFile) -> Rows:
