@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.formats import find_format, identify_file, open_file
 from paligemma_vla.data.formats.lerobot_meta import Selection, find_root, parse_range
 from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput, tells_success
-from paligemma_vla.data.index import EpisodeIndex, ExclusionList, expand_paths
+from paligemma_vla.data.index import EpisodeIndex, Excluded, ExclusionList, expand_paths, load_exclusions, local_bases
 from paligemma_vla.data.reader import check_cameras, episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
@@ -37,6 +36,7 @@ from paligemma_vla.progress import progress_bar
 
 NATIVE, LEROBOT = "native", "lerobot"
 PREFIX = f"{LEROBOT}:"
+EXCLUSION_LIST = "excluded_episodes.json"
 SLOW_GROUP_ROWS = 512
 SHOWN_PER_FILE = SHOWN_INSTRUCTIONS = 20
 
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (info, check):
         action.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
         action.add_argument("--json", action="store_true", help="print JSON, with all there is")
-    check.add_argument("--exclusion_list", default="excluded_episodes.json", metavar="FILE", help="where to write the list")
+    check.add_argument(
+        "--exclusion_list", metavar="FILE", help=f"list to change (default: --config_path's, or {EXCLUSION_LIST})"
+    )
     check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")
     check.add_argument("--allow_prompt_changes", action="store_true", help="an instruction may change within an episode")
     formats: dict[str, Any] = {"choices": (NATIVE, LEROBOT)}
@@ -88,7 +90,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
     index = EpisodeIndex.build(paths, "data info")
     prompts: Counter[str] = Counter()
     for number in range(len(index.paths)):
-        prompts.update(episode_prompts(index, number))
+        prompts.update(text for texts in episode_prompts(index, number) for text in texts)
     group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
     with open_file(index.paths[0]) as file:
         left_out = tuple(file.unused)
@@ -124,7 +126,8 @@ def info(args: argparse.Namespace) -> int:
         rows = f"row groups of up to {facts['largest_row_group']} rows"
         lines.append(f"note: {rows} make reading single frames slow; EpisodeWriter writes 32")
     lines.append(f"{len(instructions)} instructions (episodes each):")
-    lines += [f"  {count:>6}  {_printable(prompt)}" for prompt, count in list(instructions.items())[:SHOWN_INSTRUCTIONS]]
+    shown = list(instructions.items())[:SHOWN_INSTRUCTIONS]
+    lines += [f"  {count:>6}  {_printable(prompt) or '(none: missing, empty, or not UTF-8)'}" for prompt, count in shown]
     if len(instructions) > SHOWN_INSTRUCTIONS:
         lines.append(f"  ... and {len(instructions) - SHOWN_INSTRUCTIONS} more; --json prints all")
     sys.stdout.write("\n".join(lines) + "\n")
@@ -143,31 +146,49 @@ def _shown(value: Any) -> str:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Find every fault; write the exclusion list when there is something to leave out, or an earlier one is out of date."""
+    """Find every fault; bring the exclusion list up to date for the episodes that were checked."""
     files = expand_paths(args.path, "data check")
-    options = CheckOptions(allow_prompt_changes=args.allow_prompt_changes)
+    options, name = CheckOptions(allow_prompt_changes=args.allow_prompt_changes), args.exclusion_list
     if args.config_path is not None:
         config = load_config(args.config_path)
         options = CheckOptions(load_prompt_and_image_spec(config)[0], config, args.allow_prompt_changes)
+        name = name or config.data.exclude_episodes
+    name = name or EXCLUSION_LIST
+    _listed(name)  # a list that cannot be read ends the command before the work, not after it
     bar = progress_bar(sum(map(_size, files)), "check", "B", unit_scale=True)
     with warnings.catch_warnings(), bar as progress:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it is a fault
         diagnosis = diagnose(files, options, progress.update)
-    excluded = diagnosis.excluded
-    emptied = not diagnosis.faults and os.path.isfile(args.exclusion_list)
-    if excluded or emptied:
-        ExclusionList(args.exclusion_list, excluded).save()
+    written = _update_list(name, diagnosis)
     if args.json:
-        report = _report(diagnosis, args.exclusion_list if excluded or emptied else None)
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+        sys.stdout.write(json.dumps(_report(diagnosis, name if written else None), indent=1) + "\n")
     else:
-        name, lines = _printable(args.exclusion_list), _fault_lines(diagnosis)
-        if excluded:
-            lines.append(f"\nwrote {name}; to leave these out, add to the configuration\n  data:\n    exclude_episodes: {name}")
-        elif emptied:
-            lines.append(f"\nwrote {name} anew, empty: there is nothing to leave out any more")
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write("\n".join([*_fault_lines(diagnosis), *map(_printable, written)]) + "\n")
     return 1 if diagnosis.faults else 0
+
+
+def _listed(name: str) -> tuple[Excluded, ...]:
+    """Entries of the exclusion list; none where there is no list yet."""
+    found = load_exclusions(name, "--exclusion_list") if os.path.exists(name) else None
+    return found.entries if found else ()
+
+
+def _update_list(name: str, diagnosis: Diagnosis) -> list[str]:
+    """Replace what the exclusion list says of the episodes that were checked. Returns lines that say so, if it changed."""
+    earlier, found = [(entry, diagnosis.find_check(entry)) for entry in _listed(name)], diagnosis.excluded
+    kept = [entry for entry, check in earlier if check is None]
+    if not found and len(kept) == len(earlier):
+        return []
+    ExclusionList(name, [*kept, *found]).save()
+    lines = ["", f"wrote {name}; to leave these out, add to the configuration", "  data:", f"    exclude_episodes: {name}"]
+    if not kept and not found:
+        lines = ["", f"wrote {name} anew, empty: there is nothing to leave out any more"]
+    now = {(entry.file, entry.first_row) for entry in found}
+    mended = Counter(check.path for entry, check in earlier if check and (entry.file, entry.first_row) not in now)
+    lines += [f"taken off the list: {count} of {file}" for file, count in mended.items()]
+    if kept:
+        lines.append(f"on the list as before, since it was not checked now: {len(kept)} of other files or episodes")
+    return lines
 
 
 def _size(file: str) -> int:
@@ -184,6 +205,7 @@ def _report(diagnosis: Diagnosis, exclusion_list: str | None) -> dict[str, Any]:
     return {
         **{"files": len(diagnosis.files), "episodes": diagnosis.episodes, "steps": diagnosis.steps},
         "faults": [_entry(fault, episode) for fault, episode in faults],
+        "copies": diagnosis.copies,
         "excluded_episodes": diagnosis.bad_episodes,
         "exclusion_list": exclusion_list,
     }
@@ -201,6 +223,10 @@ def _fault_lines(diagnosis: Diagnosis) -> list[str]:
         lines += [_printable(str(fault)) for fault in faults[:SHOWN_PER_FILE]]
         if len(faults) > SHOWN_PER_FILE:
             lines.append(f"{_printable(faults[0].file)}: {len(faults) - SHOWN_PER_FILE} more faults; --json prints all")
+    lines += [
+        f"{_printable(file)}: has the same content as {_printable(other)}, so its episodes count twice; take one of them out"
+        for file, other in diagnosis.copies
+    ]
     kinds = Counter(fault.kind.value for fault in diagnosis.faults)
     lines += ["" for _ in range(bool(kinds))] + [f"{count:>8}  {kind}" for kind, count in kinds.most_common()]
     bad_files = sum(bool(file.faults) for file in diagnosis.files)
@@ -248,7 +274,7 @@ def _check_flags(args: argparse.Namespace, source: str) -> None:
 
 def _check_output(args: argparse.Namespace, name: str) -> None:
     """Refuse an output within the input: it would be part of the data from then on."""
-    found = [args.input, *glob.glob(args.input, recursive=True)]
+    found = [base for base, _ in local_bases(args.input)]
     if name.startswith(PREFIX):
         found = [find_root(Selection.parse(name.removeprefix(PREFIX), "--input").path)]
     output = Path(os.path.realpath(args.output_dir))

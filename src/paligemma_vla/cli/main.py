@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from paligemma_vla import limit_spinning, quiet_libraries
-from paligemma_vla.errors import Terminated, VLAError
+from paligemma_vla.errors import Terminated, VLAError, first_line
 
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
@@ -93,6 +93,8 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its code
     log_to_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets the rest of the text too
     try:
         with _terminable():
             return run(args)
@@ -133,6 +135,8 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         return 2, f"error: {where}{error.strerror}; check this path, its rights and the space on its disk, or give another path"
+    if isinstance(error, UnicodeEncodeError):  # of a file name; what is printed is escaped
+        return 2, f"error: this locale has no name for a file ({first_line(error)}); set PYTHONUTF8=1"
     if isinstance(error, MemoryError):
         return 2, "error: out of memory; lower data.batch_size, data.cache_mb or data.num_workers, or the sizes of the model"
     return 1, f"internal error: {type(error).__name__}: {error}\n  this is a defect; --debug shows where"

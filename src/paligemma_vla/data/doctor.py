@@ -6,10 +6,12 @@ It calls the checks that the readers raise from, and goes on where they stop.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from threading import Event, Lock
 
@@ -34,7 +36,17 @@ from paligemma_vla.data.faults import (
     unreadable_group,
 )
 from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, depth_faults, identify_file, open_file
-from paligemma_vla.data.index import NOTHING, Excluded, chain_faults, hex_digest, inside, read_flags, real_name, segment
+from paligemma_vla.data.index import (
+    NOTHING,
+    Excluded,
+    chain_faults,
+    find_copies,
+    hex_digest,
+    inside,
+    read_flags,
+    real_name,
+    segment,
+)
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
 from paligemma_vla.preprocess import PromptEncoder
@@ -86,6 +98,11 @@ class FileCheck:
     def unusable(self) -> bool:
         """True if a fault is of the file as a whole, so that none of its episodes can be used."""
         return any(fault.row is None for fault in self.faults)
+
+    def has_checked(self, entry: Excluded) -> bool:
+        """True if an entry of an exclusion list, of this file, is of rows that were all selected."""
+        start = entry.first_row or 0
+        return not inside(np.arange(start, start + (entry.rows or self.rows)), self.outside).any()
 
     def episodes_of(self, fault: Fault) -> range:
         """Numbers, in the file, of the episodes a fault touches."""
@@ -228,6 +245,23 @@ class Diagnosis:
     @property
     def excluded(self) -> list[Excluded]:
         return [entry for file in self.files for entry in file.excluded()]
+
+    @property
+    def copies(self) -> list[tuple[str, str]]:
+        """Files with the content of another one, and that one."""
+        return find_copies({file.path: file.digest for file in self.files if file.digest is not None})
+
+    def find_check(self, entry: Excluded) -> FileCheck | None:
+        """The check of all that an entry of an exclusion list names, None where that was not checked."""
+        return next((file for file in self._by_name[entry.file] if file.has_checked(entry)), None)
+
+    @cached_property
+    def _by_name(self) -> defaultdict[str, list[FileCheck]]:
+        """The files by their names without links; a name may be there with several selections."""
+        found = defaultdict(list)
+        for file in self.files:
+            found[real_name(file.path)].append(file)
+        return found
 
     @property
     def episodes(self) -> int:

@@ -17,6 +17,7 @@ from PIL import Image
 from paligemma_vla import schema
 from paligemma_vla.data.faults import (
     FaultError,
+    Unusable,
     located,
     number_faults,
     prompt_of,
@@ -370,26 +371,29 @@ def check_cameras(index: EpisodeIndex, cameras: Sequence[int]) -> None:
         raise_first(depth_faults(file, columns, int(np.searchsorted(file.bounds, start, side="right")) - 1))
 
 
-def episode_prompts(index: EpisodeIndex, file: int) -> list[str]:
-    """The instruction of each episode of a file, at its first row. Raises `DataError` where it cannot be read."""
-    return _prompts(index.paths[file], index.start[index.file == file])
+def episode_prompts(index: EpisodeIndex, file: int) -> list[list[str]]:
+    """Different instructions of each episode of a file, in the order of their first rows. Raises `DataError`.
+
+    An instruction that is missing, empty or not UTF-8 is an empty text.
+    """
+    with open_file(index.paths[file]) as source:
+        column = read_columns(source, [schema.PROMPT])[schema.PROMPT].combine_chunks().dictionary_encode()
+    codes, found = column.indices.fill_null(-1).to_numpy(), []
+    texts = [*(_prompt_or_none(column.dictionary, number) for number in range(len(column.dictionary))), ""]  # null is -1
+    for start, length in zip(*(values[index.file == file].tolist() for values in (index.start, index.length)), strict=True):
+        different, first = np.unique(codes[start : start + length], return_index=True)
+        found.append(list(dict.fromkeys(texts[code] for code in different[np.argsort(first)].tolist())))
+    return found
+
+
+def _prompt_or_none(column: pa.Array, row: int) -> str:
+    try:
+        return prompt_of(column, row)
+    except Unusable:
+        return ""
 
 
 def instructions(index: EpisodeIndex) -> list[str]:
     """Different instructions of all steps of an index, in the order of their first occurrence. Raises `DataError`."""
-    found: dict[str, None] = {}
-    for file in np.unique(index.file).tolist():
-        rows = np.arange(index.row_groups(file)[-1])
-        found.update(dict.fromkeys(_prompts(index.paths[file], rows[index.has_rows(file, rows)])))
-    return list(found)
-
-
-def _prompts(path: str, rows: Rows) -> list[str]:
-    """The instructions at some rows of a file."""
-    with open_file(path) as source:
-        column = read_columns(source, [schema.PROMPT])[schema.PROMPT].combine_chunks()
-    prompts = []
-    for row in rows.tolist():
-        with located(path, row, schema.PROMPT):
-            prompts.append(prompt_of(column, row))
-    return prompts
+    files = np.unique(index.file).tolist()
+    return list(dict.fromkeys(text for file in files for texts in episode_prompts(index, file) for text in texts))

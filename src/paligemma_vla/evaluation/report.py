@@ -292,7 +292,7 @@ def _data(index: EpisodeIndex) -> dict[str, Any]:
     chosen = np.unique(np.linspace(0, len(index) - 1, min(EPISODES_SHOWN, len(index))).round().astype(int))
     prompts: Counter[str] = Counter()
     for file in range(min(FILES_READ, len(index.paths))):
-        prompts.update(episode_prompts(index, file))
+        prompts.update(text for texts in episode_prompts(index, file) for text in texts)
     common = prompts.most_common(PROMPTS_SHOWN)
     notes = [f"{len(prompts) - len(common):,} more."] if len(prompts) > len(common) else []
     notes += [f"Counted in the first {FILES_READ} of {len(index.paths)} files."] if len(index.paths) > FILES_READ else []

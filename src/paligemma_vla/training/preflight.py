@@ -17,7 +17,7 @@ from paligemma_vla import schema
 from paligemma_vla.actions import matched_by_number
 from paligemma_vla.config import DataSource, VLAConfig, source_paths
 from paligemma_vla.data.formats import find_format
-from paligemma_vla.data.index import EpisodeIndex, hex_digest, load_exclusions, real_name
+from paligemma_vla.data.index import EpisodeIndex, find_copies, hex_digest, load_exclusions, real_name
 from paligemma_vla.data.loader import AHEAD, VLADataset, check_actions, check_fit
 from paligemma_vla.data.order import Order, SampleOrder, StreamedOrder
 from paligemma_vla.data.reader import EpisodeReader, check_cameras, cut_blocks, streaming_cache_bytes
@@ -78,6 +78,7 @@ def prepare(
     with faults.collect():
         sources, validation = _index_once(config, distributed)
         train = EpisodeIndex.concatenate(sources)
+        warn_of_copies([train] if validation is None else [train, validation])
         checks = [partial(check_episodes, train, config), partial(check_actions, train.layout, statistics, config, trained)]
         checks += [partial(check_fit, index, statistics, config) for index in (train, validation) if index is not None]
         cameras = range(config.model.vlm_config.cameras)
@@ -160,6 +161,18 @@ def _shared_episodes(index: EpisodeIndex, others: Sequence[EpisodeIndex]) -> NDA
         return np.array(files, np.int64)[index.file] << 40 | index.start
 
     return np.isin(keys(index), np.concatenate([keys(other) for other in others])) if others else np.zeros(len(index), bool)
+
+
+def warn_of_copies(indices: Sequence[EpisodeIndex]) -> None:
+    """Log which files were copied: their episodes count twice, and may be both trained on and validated on."""
+    digests = [pair for index in indices for pair in zip(index.paths, index.digests.tolist(), strict=True)]
+    if copies := find_copies(dict(digests)):
+        logger.warning(
+            "%s: has the same content as %s%s, so its episodes count twice, or are both trained on and validated on; take "
+            "copies out of the data",
+            *copies[0],
+            f", and {len(copies) - 1} more files are copies" if len(copies) > 1 else "",
+        )
 
 
 def build_order(sources: Sequence[EpisodeIndex], config: VLAConfig) -> Order:

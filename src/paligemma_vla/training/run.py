@@ -92,7 +92,7 @@ def begin_run(
     own = config.data.model_copy(update={"normalization_stats_path": config.run_location(RUN_STATISTICS)})
     atomic_write(run_dir / RUN_CONFIG, config.model_copy(update={"data": own}).to_yaml())
     _record_start(run_dir, describe_start(data, distributed, step))
-    handler = logging.FileHandler(run_dir / "logs" / "train.log")
+    handler = logging.FileHandler(run_dir / "logs" / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     return lock
