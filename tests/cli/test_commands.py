@@ -150,6 +150,7 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "full", "a/b"), 2, "error: a/b: full; check this path, its rights and the space on its disk"),
         (OSError(errno.ESTALE, "reason"), 2, "error: reason; check this path"),
+        (UnicodeEncodeError("ascii", "数", 0, 1, "reason"), 2, "error: this locale has no name for a file"),
         (MemoryError(), 2, "error: out of memory; lower data.batch_size"),
         (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops"),
         (DataError("a\x1b[31m\0b\n  é 🤖\ud800"), 2, "error: a\\x1b[31m\\x00b\n  é 🤖\\ud800\n"),  # no control characters

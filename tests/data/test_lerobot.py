@@ -260,6 +260,47 @@ def test_large_lists_and_whole_numbers_are_read_as_float32(tmp_path: Path) -> No
     assert read_all(truth.name)[2].action.tolist() == [[1.0, 2.0]] * LENGTHS[2]
 
 
+WHOLE = [2**24 + 1, 2**24 + 3, 2**53 + 1, -(2**60) - 12345]  # of float64 too some lie between two numbers
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.list_(pa.int64()), pa.list_(pa.float64())], ids=str)
+def test_numbers_beyond_float32_are_read_as_the_nearest(tmp_path: Path, kind: pa.DataType) -> None:
+    truth = write_set(tmp_path / "toy", "v2.1", video=False)
+    path = truth.root / f"{DATA}episode_000003.parquet"
+    table = pq.read_table(path)
+    values = pa.array(WHOLE if kind == pa.int64() else [[value] for value in WHOLE]).cast(kind, safe=False)
+    pq.write_table(table.set_column(table.schema.get_field_index("observation.effort"), "observation.effort", values), path)
+    name = f"{truth.name}?state=observation.effort&episodes=3:4"
+    expected = np.array(WHOLE, np.float64 if "double" in str(kind) else np.int64).astype(np.float32)
+    assert read_all(name)[0].state[:, 0].tolist() == expected.tolist()
+    assert diagnose(expand_paths(name, "test"), CheckOptions(), lambda size: None).faults == []
+
+
+@pytest.mark.parametrize("word", ["open", "打开\u2028Ö\u0085🤖", "<image> <loc0001> <bos>", "open\n"])
+@pytest.mark.parametrize(("start", "end"), [("", "\n"), ("\ufeff", "\r\n")])
+def test_instructions_are_read_as_they_are_written(tmp_path: Path, word: str, start: str, end: str) -> None:
+    truth, tasks = write_set(tmp_path / "toy", "v2.1", video=False), (f"{word} the drawer", "close")
+    lines = [json.dumps({"task_index": n, "task": task}, ensure_ascii=False) + end for n, task in enumerate(tasks)]
+    (truth.root / "meta/tasks.jsonl").write_bytes(f"{start}{''.join(lines)}".encode())
+    assert [one.prompts for one in read_all(truth.name)] == [[tasks[n % 2]] * length for n, length in enumerate(LENGTHS)]
+
+
+def test_images_beside_the_rows_are_read_through_links_that_leave_the_data_set(tmp_path: Path) -> None:
+    """As in a snapshot of the hub, whose files are links into a folder of contents."""
+    truth = write_set(tmp_path / "toy", "v2.1", video=False)
+    (tmp_path / "blobs").mkdir()
+    (truth.root / "images").mkdir()
+    for episode, (start, length) in enumerate(zip(np.cumsum([0, *LENGTHS]), LENGTHS, strict=False)):
+        names = [f"images/{start + step}.png" for step in range(length)]
+        for row, name in enumerate(names, start):
+            (tmp_path / "blobs" / str(row)).write_bytes(truth.stored["front"][row])
+            (truth.root / name).symlink_to(f"../../blobs/{row}")
+        column = [{"bytes": None, "path": name} for name in names]
+        path = truth.root / f"{DATA}episode_{episode:06d}.parquet"
+        edit_table(path, lambda columns, column=column: columns.update({"observation.images.front": column}))
+    assert all(map(np.array_equal, pixels(read_all(truth.name), 0), truth.pixels["front"]))
+
+
 VALUES: list[Any] = [None, -1, 0, 1.5, 2**70, float("nan"), "", "../x", "{", "a\0b", [], {}, [None], {"a": 1}, True]
 TOKEN = re.compile(r'"[^"]*"|-?\d+(?:\.\d+)?|true|false|null')
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import threading
 import time
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from episode_files import columns, write
 
 from paligemma_vla.data import reader as reader_module
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
 from paligemma_vla.storage import FileSource
-from support import write_episodes
+from support import call, write_episodes
 
 LENGTHS = (20, 33, 5, 40, 12, 28, 61, 7, 19, 30, 2, 44)
 SMALL = 2e4  # bytes of a block: some episodes of LENGTHS
@@ -161,3 +163,14 @@ def test_few_files_stay_open(index: EpisodeIndex, monkeypatch: pytest.MonkeyPatc
         assert len(os.listdir("/proc/self/fd")) - before <= 1
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_data_info_counts_the_episodes_that_have_an_instruction_at_any_step(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    content = columns((3, 2, 2))
+    content["prompt"] = ["open", "close", "open", "close", "close", None, " "]
+    path = write(tmp_path / "x.parquet", content)
+    assert json.loads(call(capfd, "data", "info", path, "--json")[1])["instructions"] == {"close": 2, "open": 1, "": 1}
+    out = call(capfd, "data", "info", path)[1]
+    assert "3 instructions (episodes each):\n       2  close\n       1  open\n       1  (none: missing, empty," in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,21 @@ def test_source_inside_another_trains_on_nothing_that_is_held_out(tiny_config: C
     assert held_out
     assert not held_out & trained_on
     assert any(place.startswith(subset) for place in held_out)
+
+
+def test_copies_are_told_wherever_they_are(
+    tiny_config: ConfigFactory, episode_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But not the same file in two weighted sources, which is meant so."""
+    path = str(episode_dir / "episodes-00000.parquet")
+    copy = shutil.copy(path, str(tmp_path / "copy.parquet"))
+    (tmp_path / "link.parquet").symlink_to(path)
+    twice = [{"path": path, "weight": 2.0}, {"path": str(tmp_path / "link.parquet"), "weight": 1.0}]
+    for training, validation, told in ((twice, None, False), ([path, copy], None, True), ([path], copy, True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            preflight.prepare(tiny_config({"data.train_parquet_files": training, "data.val_parquet_files": validation}), ALONE)
+        assert (f"{copy}: has the same content as {path}, so its episodes count twice" in caplog.text) == told
 
 
 def test_validation_files_that_are_trained_on_are_told(

@@ -93,8 +93,6 @@ def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its code
     log_to_stderr()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets the rest of the text too
     try:
         with _terminable():
             return run(args)
