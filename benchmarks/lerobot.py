@@ -64,7 +64,7 @@ def measure() -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_moving(folder / "episodes")
-        convert("--to", "lerobot", "--input", folder / "episodes", "--output_dir", folder / "video")
+        convert("--to", "lerobot", "--images", "video", "--input", folder / "episodes", "--output_dir", folder / "video")
         convert("--to", "lerobot", "--images", "parquet", "--input", folder / "episodes", "--output_dir", folder / "stored")
         for kind in ("png", "jpeg"):
             flags = ("--from", "lerobot", "--input", folder / "video", "--image_format", kind)

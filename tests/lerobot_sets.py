@@ -54,12 +54,12 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def write_video(path: Path, frames: list[np.ndarray]) -> list[np.ndarray]:
+def write_video(path: Path, frames: list[np.ndarray], pix_fmt: str = "yuv420p") -> list[np.ndarray]:
     """Write frames; returns them as a plain pass over the file decodes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"g": "6", "crf": "12"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

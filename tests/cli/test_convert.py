@@ -22,15 +22,16 @@ from lerobot_doctor.dataset_loader import load_dataset
 from lerobot_doctor.runner import run_checks
 from PIL import Image
 
-from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_table, encode, picture, write_set
+from lerobot_sets import CAMERAS, LENGTHS, Truth, edit_json, edit_table, encode, picture, write_set, write_video
 from paligemma_vla.cli.main import main
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.convert import Comparison, Conversion, NativeOutput, compare_episode, convert, read_episodes
+from paligemma_vla.data.convert import Comparison, Conversion, Encoding, NativeOutput, compare_episode, convert, read_episodes
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor
 from paligemma_vla.data.order import SampleRef
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
+from paligemma_vla.preprocess import ImageSpec
 from paligemma_vla.schema import DatasetMetadata, Episode
 from support import METADATA, call, encode_image, identical
 from zygote import Zygote
@@ -169,6 +170,163 @@ def test_one_lerobot_version_becomes_the_other(tmp_path: Path) -> None:
     flags = ["--from", "lerobot", "--to", "lerobot", "--images", "parquet"]
     assert run(*flags, "--input", truth.root, "--output_dir", tmp_path / "other") == 0
     same(truth.name, f"lerobot:{tmp_path / 'other'}")
+
+
+def videos(root: Path, camera: str = "front") -> list[Path]:
+    return [path for path in sorted(root.rglob("*.mp4")) if f"observation.images.{camera}" in path.parts]
+
+
+# Versions of source and result, flags; of each video of the result, the source's video that it copies (None: it is encoded).
+COPIES: dict[str, tuple[str, str, list[str], list[int | None]]] = {
+    "all": ("v3.0", "v3.0", [], [0, 1]),
+    "a file loses an episode": ("v3.0", "v3.0", ["--episodes", "0:3"], [0, None]),
+    "the first file loses one": ("v3.0", "v3.0", ["--episodes", "1:4"], [None, 1]),
+    "told another quality": ("v3.0", "v3.0", ["--crf", "20"], [None]),
+    "told a codec": ("v3.0", "v3.0", ["--codec", "h264"], [None]),
+    "files of episodes": ("v2.1", "v3.0", [], [0, 1, 2, 3]),
+    "other numbers": ("v2.1", "v2.1", ["--episodes", "1:3"], [1, 2]),
+    "several episodes in a file": ("v3.0", "v2.1", [], [None] * 4),
+    "told videos, which they are": ("v3.0", "v3.0", ["--images", "video"], [0, 1]),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_video_file_that_keeps_its_episodes_is_copied(case: str, tmp_path: Path, capfd: Any) -> None:
+    version, target, flags, expected = COPIES[case]
+    truth = write_set(tmp_path / "toy", version)
+    flags = ["--to", "lerobot", "--lerobot_version", target, "--input", truth.name, "--cameras", "wrist", "front", *flags]
+    code, out, err = call(capfd, "data", "convert", "--workers", "0", *flags, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    copied = sum(one is not None for one in expected)
+    counts = [(copied, "copied"), (len(expected) - copied, "encoded (h264)")]
+    said = ", ".join(f"{number} {what}" for number, what in counts if number)
+    assert f"observation.images.front: {said} of {len(expected)} video files\n" in out
+    for camera in CAMERAS:
+        before, after = ([path.read_bytes() for path in videos(root, camera)] for root in (truth.root, tmp_path / "out"))
+        assert [before.index(data) if data in before else None for data in after] == expected
+    selected = flags[flags.index("--episodes") + 1] if "--episodes" in flags else ":"
+    same(f"{truth.name}?cameras=wrist,front&episodes={selected}", f"lerobot:{tmp_path / 'out'}", exact=None not in expected)
+
+
+def test_video_is_copied_that_has_the_episodes_of_several_data_files(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("paligemma_vla.data.formats.lerobot_writer.VIDEO_STEPS", 6)
+    truth = write_set(tmp_path / "toy")
+    for episodes, data, copied in [("0:4", 4, [0, 1]), ("0:3", 3, [0]), ("1:4", 3, [1])]:
+        out = tmp_path / episodes
+        flags = ["--to", "lerobot", "--input", truth.name, "--episodes", episodes]
+        assert run(*flags, "--output_dir", out) == 0
+        assert len(list((out / "data").rglob("*.parquet"))) == data
+        before, after = ([path.read_bytes() for path in videos(root)] for root in (truth.root, out))
+        assert [before.index(one) for one in after if one in before] == copied
+        same(f"{truth.name}?episodes={episodes}", f"lerobot:{out}", exact=len(copied) == 2)
+
+
+def test_copied_video_is_described_as_it_is(tmp_path: Path) -> None:
+    truth = write_set(tmp_path / "toy")
+    for path in truth.root.rglob("*.mp4"):
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        write_video(path, frames, "yuv444p")
+    edit_json(
+        truth.root / "meta/info.json",
+        lambda info: info["features"]["observation.images.front"].update(info={"video.g": 6, "video.codec": "av1"}),
+    )
+    assert run("--to", "lerobot", "--input", truth.name, "--output_dir", tmp_path / "out") == 0
+    info = json.loads((tmp_path / "out/meta/info.json").read_text())["features"]["observation.images.front"]["info"]
+    assert info.items() >= {"video.g": 6, "video.codec": "h264", "video.pix_fmt": "yuv444p", "video.height": 32}.items()
+    # The files of a camera are of one kind: no copy beside what is encoded otherwise.
+    assert run("--to", "lerobot", "--input", truth.name, "--episodes", "0:3", "--output_dir", tmp_path / "part") == 0
+    assert len(videos(tmp_path / "part")) == 1
+
+
+def test_video_whose_times_are_not_those_of_the_rate_is_encoded(tmp_path: Path) -> None:
+    truth = write_set(tmp_path / "toy")
+    times = lambda columns: columns["timestamp"].__setitem__(2, 0.22)  # noqa: E731
+    edit_table(truth.root / "data/chunk-000/file-001.parquet", times)
+    assert run("--to", "lerobot", "--input", truth.name, "--output_dir", tmp_path / "out") == 0
+    assert [
+        one.read_bytes() == two.read_bytes() for one, two in zip(*map(videos, (truth.root, tmp_path / "out")), strict=True)
+    ] == [
+        True,
+        False,
+    ]
+
+
+def test_each_camera_keeps_its_form(tmp_path: Path) -> None:
+    """One camera in videos, the other in PNG beside the rows."""
+    truth, stored = write_set(tmp_path / "toy"), write_set(tmp_path / "stored", video=False)
+    for number in range(2):
+        path = f"data/chunk-000/file-{number:03d}.parquet"
+        images = pq.read_table(stored.root / path)["observation.images.front"]
+        table = pq.read_table(truth.root / path)
+        pq.write_table(table.append_column("observation.images.front", images), truth.root / path)
+    edit_json(truth.root / "meta/info.json", lambda info: info["features"]["observation.images.front"].update(dtype="image"))
+    assert run("--to", "lerobot", "--input", truth.name, "--output_dir", tmp_path / "out") == 0
+    same(truth.name, f"lerobot:{tmp_path / 'out'}")
+    assert [path.read_bytes() for path in videos(tmp_path / "out", "wrist")] == [
+        path.read_bytes() for path in videos(truth.root, "wrist")
+    ]
+    rows = [row["bytes"] for row in pq.read_table(tmp_path / "out/data")["observation.images.front"].to_pylist()]
+    assert (rows, videos(tmp_path / "out")) == (stored.stored["front"], [])
+
+
+@pytest.mark.parametrize("target", ["native", "lerobot"])
+@pytest.mark.parametrize("image_format", [None, "jpeg", "png"])
+def test_stored_images_stay_as_they_are_unless_told(target: str, image_format: str | None, tmp_path: Path) -> None:
+    """The first camera has PNG, the second JPEG."""
+    truth = write_set(tmp_path / "toy", video=False)
+    flags = ["--image_format", image_format] if image_format else []
+    assert run("--to", target, "--input", truth.name, *flags, "--output_dir", tmp_path / "out") == 0
+    result = str(tmp_path / "out") if target == "native" else f"lerobot:{tmp_path / 'out'}"
+    index = EpisodeIndex.build(result)
+    for slot, (camera, own) in enumerate(zip(CAMERAS, ("png", "jpeg"), strict=True)):
+        got = [
+            picture.encoded() for one in read_episodes(index, range(2), range(4)) for picture in one.pictures[slot] if picture
+        ]
+        if image_format in (None, own):
+            assert got == truth.stored[camera]
+        else:
+            assert {Image.open(io.BytesIO(data)).format for data in got if data} == {str(image_format).upper()}
+    same(truth.name, result, exact=image_format != "jpeg")
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad"])
+@pytest.mark.parametrize("target", ["native", "lerobot"])
+def test_training_sees_in_resized_images_what_it_sees_in_their_source(mode: str, target: str, tmp_path: Path) -> None:
+    """The source's pictures are turned by a tag, some of them; the result's stand as they are shown."""
+    data, side = tmp_path / "data", 24
+    with EpisodeWriter(data, METADATA) as writer:
+        one = episode(0, 5)
+        writer.write(replace(one, images=[[turned(image) for image in one.images[0]], one.images[1]]))
+    flags = ["--to", target, "--resize", side, "--image_resize", mode]
+    assert run(*flags, "--input", data, "--output_dir", tmp_path / "out") == 0
+    spec = ImageSpec(side, (0.5,) * 3, (0.5,) * 3, resize=mode)
+    names = str(data), str(tmp_path / "out") if target == "native" else f"lerobot:{tmp_path / 'out'}"
+    before, after = (next(read_episodes(EpisodeIndex.build(name), range(2), [0])) for name in names)
+    for camera, step in product(range(2), range(5)):
+        source, result = (one.pictures[camera][step].decode() for one in (before, after))
+        assert (source.size, result.size) == ((32, 48) if camera == 0 else (48, 32), (side, side))
+        assert np.array_equal(spec.apply(result), spec.apply(source))
+
+
+def turned(image: bytes | None) -> bytes:
+    """A PNG whose EXIF says that it is to be turned by a quarter."""
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    Image.open(io.BytesIO(image or b"")).save(stream, "PNG", exif=exif)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("images", ["parquet", "video"])
+def test_turned_pictures_are_turned_once_on_their_way(images: str, tmp_path: Path) -> None:
+    with EpisodeWriter(tmp_path / "data", METADATA) as writer:
+        one = episode(0, 5)
+        writer.write(replace(one, images=[[turned(image) for image in camera] for camera in one.images]))
+    out = tmp_path / "out"
+    assert run("--to", "lerobot", "--images", images, "--input", tmp_path / "data", "--output_dir", out) == 0
+    same(str(tmp_path / "data"), f"lerobot:{out}", exact=images == "parquet")
+    shape = json.loads((out / "meta/info.json").read_text())["features"]["observation.images.front"]["shape"]
+    assert shape == [48, 32, 3]
 
 
 def count(folder: Path) -> int:
@@ -352,7 +510,9 @@ def test_comparison_finds(change: Callable[[Episode], Episode], lossless: bool, 
 def test_result_that_lacks_an_episode_is_an_error_and_gets_no_name(native: Path, tmp_path: Path, monkeypatch: Any) -> None:
     write = NativeOutput.write
     monkeypatch.setattr(NativeOutput, "write", lambda *parts: write(*parts[:4], islice(parts[4], 1, None)))
-    conversion = Conversion(EpisodeIndex.build(str(native)), (0, 1), NativeOutput(METADATA, "png", 90), tmp_path / "out")
+    conversion = Conversion(
+        EpisodeIndex.build(str(native)), (0, 1), NativeOutput(METADATA, Encoding("png", 90)), tmp_path / "out"
+    )
     with pytest.raises(DataError, match="got 4 episodes of 77 steps, expected 5 of 89"):
         convert(conversion, 0)
     assert not (tmp_path / "out").exists()

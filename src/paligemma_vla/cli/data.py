@@ -20,18 +20,18 @@ import numpy as np
 
 from paligemma_vla.cli.arguments import add_workers, between
 from paligemma_vla.config import load_config
-from paligemma_vla.data.convert import Conversion, NativeOutput, OutputFormat
+from paligemma_vla.data.convert import Conversion, Encoding, NativeOutput, OutputFormat
 from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
 from paligemma_vla.data.faults import Fault, FaultError
 from paligemma_vla.data.formats import find_format, identify_file, open_file
 from paligemma_vla.data.formats.lerobot_meta import Selection, find_root, parse_range
-from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput, tells_success
+from paligemma_vla.data.formats.lerobot_writer import LeRobotOutput, camera_keys, plan_videos, tells_success
 from paligemma_vla.data.index import EpisodeIndex, Excluded, ExclusionList, expand_paths, load_exclusions, local_bases
 from paligemma_vla.data.reader import check_cameras, episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
-from paligemma_vla.preprocess import load_prompt_and_image_spec
+from paligemma_vla.preprocess import ImageSpec, load_prompt_and_image_spec
 from paligemma_vla.progress import progress_bar
 
 NATIVE, LEROBOT = "native", "lerobot"
@@ -62,14 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--cameras", nargs="+", metavar="NAME", help="which, in the order image_1, image_2 ... (default: all)")
     convert.add_argument("--episodes", metavar="FIRST:STOP", help="only these, counted from 0")
     add_workers(convert)
-    native = convert.add_argument_group("to native", "Encoded images are copied as they are. Frames of videos are encoded:")
-    native.add_argument("--image_format", choices=("png", "jpeg"), default="png", help="png loses nothing (default: png)")
-    native.add_argument("--jpeg_quality", type=between(1, 100), default=95, metavar="Q", help="1 to 100 (default: %(default)s)")
-    lerobot = convert.add_argument_group("to lerobot")
+    stored = convert.add_argument_group("images stored one by one", "Encoded ones are copied; frames of videos become PNG.")
+    stored.add_argument("--image_format", choices=("png", "jpeg"), help="encode all of them so (png loses nothing)")
+    stored.add_argument("--jpeg_quality", type=between(1, 100), default=95, metavar="Q", help="1 to 100 (default: %(default)s)")
+    stored.add_argument("--resize", type=between(16, 4096), metavar="PX", help="to PX x PX, as training does (also for videos)")
+    stored.add_argument("--image_resize", choices=("stretch", "pad"), default="stretch", help="as data.image_resize (stretch)")
+    lerobot = convert.add_argument_group("to lerobot", "Video files of which all episodes are kept are copied.")
     lerobot.add_argument("--lerobot_version", choices=("v3.0", "v2.1"), default="v3.0", help="default: %(default)s")
-    lerobot.add_argument("--images", choices=("video", "parquet"), default="video", help="parquet loses nothing")
-    lerobot.add_argument("--codec", choices=sorted(CODECS, reverse=True), default="h264", help="of videos (default: h264)")
-    lerobot.add_argument("--crf", type=between(0, 51), default=20, help="of videos: quality, smaller is better (default: 20)")
+    lerobot.add_argument(
+        "--images", choices=("video", "parquet"), help="default: as the source has them; parquet loses nothing"
+    )
+    lerobot.add_argument("--codec", choices=sorted(CODECS, reverse=True), help="encode all videos so (default: as the source)")
+    lerobot.add_argument("--crf", type=between(0, 51), help="encode all videos with it; smaller is better (default: 20)")
     lerobot.add_argument("--fps", type=float, help="steps per second, when the data does not say (control_hz)")
 
 
@@ -253,10 +257,15 @@ def convert(args: argparse.Namespace) -> int:
     check_cameras(index, cameras)
     with open_file(index.paths[int(index.file[0])]) as file:
         unused = [*file.unused, *(name for number, name in enumerate(names) if number not in cameras)]
-    conversion = Conversion(index, cameras, _output_format(args, index, cameras), args.output_dir)
+    spec = ImageSpec(args.resize, (0.5,) * 3, (0.5,) * 3, resize=args.image_resize) if args.resize else None
+    form = _output_format(args, index, cameras)
+    conversion = Conversion(index, cameras, form, args.output_dir, spec)
     if unused:
         sys.stdout.write(f"left behind: {', '.join(unused)}\n")
-        sys.stdout.flush()
+    if isinstance(form, LeRobotOutput):
+        for key, videos in form.videos.items():
+            sys.stdout.write(f"{key}: {videos} of {len(videos.files)} video files\n")
+    sys.stdout.flush()
     compared = run_conversion(conversion, args.workers)
     if compared is None:
         sys.stdout.write(f"{args.output_dir}: is there already, converted and verified; nothing was done\n")
@@ -266,8 +275,9 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace, source: str) -> None:
-    if (source, args.target) == (NATIVE, NATIVE):
-        raise ConfigError(f"data convert: got native to native, expected another format: --from {LEROBOT}, or --to {LEROBOT}")
+    if (source, args.target) == (NATIVE, NATIVE) and not args.resize and not args.image_format:
+        others = f"--from {LEROBOT}, --to {LEROBOT}, or other images: --resize, --image_format"
+        raise ConfigError(f"data convert: got native to native, expected another format: {others}")
     if args.fps is not None and not 0 < args.fps < 1000:
         raise ConfigError(f"--fps: got {args.fps}, expected more than 0 and less than 1000")
 
@@ -312,13 +322,18 @@ def _output_format(args: argparse.Namespace, index: EpisodeIndex, cameras: Seque
     if metadata.cameras:
         names = _camera_names(index)
         metadata = replace(metadata, cameras=tuple(names[number] for number in cameras))
+    encoding = Encoding(args.image_format, args.jpeg_quality)
     if args.target == NATIVE:
-        return NativeOutput(metadata, args.image_format, args.jpeg_quality)
+        return NativeOutput(metadata, encoding)
     fps = args.fps or metadata.control_hz
     if not fps:
         raise ConfigError("--fps: got none, and the data does not say it (control_hz 0); expected steps per second: give --fps")
     if metadata.control_hz and fps != metadata.control_hz:
         raise ConfigError(f"--fps: got {fps:g}, expected {metadata.control_hz:g} as the data says (control_hz); leave it out")
     layout = replace(index.layout, cameras=len(cameras), metadata=metadata)
+    copy = args.codec is None and args.crf is None and args.resize is None
+    plans = plan_videos(index, cameras, args.lerobot_version, args.images, args.codec, copy)
+    videos = {key: plan for key, plan in zip(camera_keys(layout), plans, strict=True) if plan is not None}
+    crf = 20 if args.crf is None else args.crf
     tasks, success = tuple(instructions(index)), tells_success(index)
-    return LeRobotOutput(args.lerobot_version, args.images == "video", args.codec, args.crf, fps, layout, tasks, success)
+    return LeRobotOutput(args.lerobot_version, videos, encoding, crf, fps, layout, tasks, success)

@@ -11,20 +11,22 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from paligemma_vla.data.formats import open_file
+from paligemma_vla.data.formats import Pictures, open_file
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex, read_flags
 from paligemma_vla.data.reader import EpisodeReader, Picture
 from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter
 from paligemma_vla.errors import DataError
+from paligemma_vla.preprocess import ImageSpec
 from paligemma_vla.progress import progress_bar
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_write, lock_file
@@ -32,7 +34,7 @@ from paligemma_vla.workers import WorkerPool
 
 RECORD, LOCK, WORK = ".conversion.json", ".lock", ".shard"
 NOTES = f"{WORK}-notes"  # folder of a note for each shard that is complete
-VERSION = 1
+VERSION = 2
 NATIVE_EPISODES = 16  # of a file: few enough that a small data set keeps several processes busy
 SAMPLED = 4  # images of an episode and camera that are decoded and compared, when their bytes are not the same
 LEAST_PSNR = 20.0  # dB; a lossy codec's usual pictures have 30 and more, another picture has 10 or so
@@ -66,8 +68,36 @@ class Recording:
         return f"{self.file}: row {self.row + step}"
 
 
-def read_episodes(index: EpisodeIndex, cameras: Sequence[int], episodes: Sequence[int]) -> Iterator[Recording]:
-    """Some episodes of an index, one by one, with the cameras numbered `cameras` (from 0). Raises `DataError`."""
+@dataclass(frozen=True)
+class ResizedPictures(Pictures):
+    """Images as training resizes them."""
+
+    pictures: Pictures
+    spec: ImageSpec
+
+    def present(self, row: int) -> bool:
+        return self.pictures.present(row)
+
+    def decode(self, row: int) -> Image.Image:
+        return self.spec.fit(self.pictures.decode(row))
+
+    def encoded(self, row: int) -> None:
+        return None
+
+
+def read_episodes(
+    index: EpisodeIndex, cameras: Sequence[int], episodes: Sequence[int], spec: ImageSpec | None = None
+) -> Iterator[Recording]:
+    """Some episodes of an index, one by one, with the cameras numbered `cameras` (from 0). Raises `DataError`.
+
+    spec: how images are resized; None: not at all.
+    """
+
+    def resized(picture: Picture | None) -> Picture | None:
+        if picture is None or spec is None:
+            return picture
+        return replace(picture, pictures=ResizedPictures(picture.pictures, spec))
+
     terminal: dict[int, set[int]] = {}
     with contextlib.closing(EpisodeReader(index, max(cameras) + 1, CACHE_BYTES)) as reader:
         for episode in episodes:
@@ -84,7 +114,7 @@ def read_episodes(index: EpisodeIndex, cameras: Sequence[int], episodes: Sequenc
                 state=np.stack([group.state[number] for group, number in groups]),
                 action=reader.actions(file, start, start + length),
                 prompts=[group.instruction(number) for group, number in groups],
-                pictures=[[step[camera] for step in images] for camera in cameras],
+                pictures=[[resized(step[camera]) for step in images] for camera in cameras],
                 is_terminal=rows[-1] in terminal[file],
             )
 
@@ -116,18 +146,33 @@ class OutputFormat(Protocol):
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How images are stored one by one. image_format: all as `png`, or as `jpeg` of `quality`; None: those that are encoded
+    stay as they are, the others (frames of videos, resized images) become PNG.
+    """
+
+    image_format: str | None
+    quality: int
+
+    def encode(self, picture: Picture) -> bytes:
+        data, kept = picture.encoded(), [IMAGE_MAGIC[self.image_format]] if self.image_format else IMAGE_MAGIC.values()
+        if data is not None and data.startswith(tuple(kept)):
+            return data
+        return encode_image(picture.decode(), self.image_format or "png", self.quality)
+
+
+@dataclass(frozen=True)
 class NativeOutput:
-    """Episode files, by `EpisodeWriter`. Frames of videos become PNG, or JPEG of `quality`; encoded images stay as they are."""
+    """Episode files, by `EpisodeWriter`."""
 
     name: ClassVar = "native"
     prefix: ClassVar = ""
     metadata: DatasetMetadata
-    image_format: str
-    quality: int
+    encoding: Encoding
 
     @property
     def lossless(self) -> bool:
-        return self.image_format == "png"
+        return self.encoding.image_format != "jpeg"
 
     def shards(self, lengths: Sequence[int]) -> list[range]:
         return [range(n, min(n + NATIVE_EPISODES, len(lengths))) for n in range(0, len(lengths), NATIVE_EPISODES)]
@@ -151,24 +196,23 @@ class NativeOutput:
             if text != prompt:
                 got = f"step {step}: got the instruction {text[:60]!r}, expected {prompt[:60]!r} as at the first step"
                 raise DataError(f"{recording.where()}: {got}: an episode file has one; read the data directly: lerobot:PATH")
-        images = [[None if picture is None else self._encoded(picture) for picture in camera] for camera in recording.pictures]
+        encode = self.encoding.encode
+        images = [[None if picture is None else encode(picture) for picture in camera] for camera in recording.pictures]
         return Episode(images, recording.state, recording.action, prompt, recording.is_terminal)
-
-    def _encoded(self, picture: Picture) -> bytes:
-        data = picture.encoded()
-        if data is not None and data.startswith(IMAGE_MAGIC):
-            return data
-        return encode_image(picture.decode(), self.image_format, self.quality)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One conversion: the episodes of `index`, of which the cameras numbered `cameras` (from 0), into the folder `output`."""
+    """One conversion: the episodes of `index`, of which the cameras numbered `cameras` (from 0), into the folder `output`.
+
+    spec: how images are resized; None: not at all.
+    """
 
     index: EpisodeIndex
     cameras: tuple[int, ...]
     form: OutputFormat
     output: Path
+    spec: ImageSpec | None = None
 
     @property
     def partial(self) -> Path:
@@ -195,6 +239,7 @@ class Conversion:
     def record(self) -> str:
         """What a resumed conversion must agree in, and what stays with its result."""
         source = {"fingerprint": self.index.fingerprint, "episodes": len(self.index), "cameras": self.cameras}
+        source |= {"resized": self.spec and asdict(self.spec)}
         target = {"format": self.form.name, **asdict(cast(Any, self.form))}
         return json.dumps({"version": VERSION, "source": source, "target": target}, indent=1)
 
@@ -321,7 +366,7 @@ def _write(shard: int) -> int:
     (conversion,) = _conversion
     episodes = conversion.shards[shard]
     first = episodes.start, int(conversion.index.length[: episodes.start].sum())
-    recordings = read_episodes(conversion.index, conversion.cameras, episodes)
+    recordings = read_episodes(conversion.index, conversion.cameras, episodes, conversion.spec)
     note = conversion.form.write(conversion.partial, shard, first, recordings)
     conversion.note(shard).parent.mkdir(exist_ok=True)
     atomic_write(conversion.note(shard), json.dumps(note))
@@ -332,7 +377,7 @@ def _verify(shard: int) -> Comparison:
     """As `compare_episode`, of a shard's episodes together."""
     (conversion,), comparison = _conversion, Comparison()
     episodes = conversion.shards[shard]
-    sources = read_episodes(conversion.index, conversion.cameras, episodes)
+    sources = read_episodes(conversion.index, conversion.cameras, episodes, conversion.spec)
     results = read_episodes(conversion.result, range(len(conversion.cameras)), episodes)
     for source, result in zip(sources, results, strict=True):
         comparison.add(compare_episode(source, result, conversion.form.lossless))

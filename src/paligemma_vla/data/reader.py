@@ -51,6 +51,10 @@ class Picture:
         with located(self.file, self.row, self.column):
             return self.pictures.encoded(self.number)
 
+    def frame(self) -> tuple[str, float] | None:
+        """The video that it is a frame of, and its time there in s; None for an image of its own."""
+        return self.pictures.frame(self.number)
+
     def decode(self) -> Image.Image:
         """As RGB. Raises `FaultError`."""
         with located(self.file, self.row, self.column):

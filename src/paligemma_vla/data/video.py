@@ -34,6 +34,7 @@ TURNS = {
     **{(0, 1, 1, 0): Transpose.TRANSPOSE, (0, -1, -1, 0): Transpose.TRANSVERSE},
     **{(0, 1, -1, 0): Transpose.ROTATE_270, (0, -1, 1, 0): Transpose.ROTATE_90, (-1, 0, 0, -1): Transpose.ROTATE_180},
 }
+PIX_FMT = "yuv420p"  # of what is written
 KEYFRAME_EVERY = 2  # as LeRobot: a frame is had by decoding two at most
 
 
@@ -154,12 +155,24 @@ def _time(frame: av.VideoFrame) -> float:
     return frame.time
 
 
+def video_format(path: str) -> tuple[str, str]:
+    """Codec and pixel format of a video, by FFmpeg's names. Raises `DataError`."""
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0].codec_context
+            return stream.codec.canonical_name, stream.pix_fmt or ""
+    except (av.FFmpegError, OSError, IndexError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be decoded ({read_failure(path, error)}); {REMEDY}") from error
+
+
 def _turn(frame: av.VideoFrame, path: str) -> Transpose | None:
     """What turns a frame as it is to be seen, by its display matrix; None when it is stored so. Raises `Unusable`."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return None
-    values = np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
+    values = np.frombuffer(cast("bytes", matrix), np.int32)[[0, 1, 3, 4]].astype(np.float64)
     signs = tuple(np.sign(np.where(np.abs(values) < np.abs(values).max() / 100, 0, values)).astype(int).tolist())
     if signs not in TURNS:
         text = f"{path}: got a display matrix of {(values / 2**16).round(2).tolist()}, expected quarter turns and flips"
@@ -215,7 +228,7 @@ class VideoWriter:
             text = f"got {width} x {height} pixels, expected even numbers, since a video halves its colours"
             raise DataError(f"{where}: {text}; use --images parquet")
         stream = cast("av.VideoStream", self._container.add_stream(self._encoder, rate=self._rate, options=self._options))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, PIX_FMT
         stream.codec_context.time_base = 1 / self._rate
         stream.codec_context.thread_count = 1  # what is written must not depend on how many cores there are
         self._stream = stream

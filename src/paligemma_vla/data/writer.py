@@ -23,7 +23,7 @@ from paligemma_vla.errors import DataError
 from paligemma_vla.schema import DatasetMetadata, Episode
 from paligemma_vla.storage import atomic_file, lock_file
 
-IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+IMAGE_MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 
 
 def arrow_schema(cameras: int, state_dim: int, action_dim: int, metadata: DatasetMetadata) -> pa.Schema:
@@ -188,7 +188,7 @@ def check_episode(episode: Episode, where: str) -> None:
         if len(images) != length:
             faults.append(f"{column}: got {len(images)} images, expected {length}")
         for step, image in enumerate(images):
-            if image is not None and not image.startswith(IMAGE_MAGIC):
+            if image is not None and not image.startswith(tuple(IMAGE_MAGIC.values())):
                 faults.append(f"{column}: step {step} is neither JPEG nor PNG")
                 break
     if not episode.prompt.strip():

@@ -15,9 +15,11 @@ from functools import cache
 from importlib import import_module
 from itertools import islice
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image
 
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults, raise_first
@@ -49,6 +51,25 @@ class Pictures(ABC):
     @abstractmethod
     def encoded(self, row: int) -> bytes | None:
         """A present image as it is stored, when that is an encoded image of its own; raises `Unusable`."""
+
+    def frame(self, row: int) -> tuple[str, float] | None:
+        """The video that a present image is a frame of, and its time there in s; None for an image of its own."""
+        return None
+
+
+class Frames(NamedTuple):
+    """A camera's images as frames of videos: which of `files` in the folder `root` each row's is in (R,), and its time there
+    in s (R,).
+
+    episodes: how many the data set has in each file (V,). info: what the data set says of these files.
+    """
+
+    root: str
+    files: tuple[str, ...]
+    file: Rows
+    time: NDArray[np.float64]
+    episodes: Rows
+    info: dict[str, Any]
 
 
 class EpisodeFile(ABC):
@@ -114,6 +135,10 @@ class EpisodeFile(ABC):
     @abstractmethod
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         """The images of a camera's column as `read` or `batches` gave it."""
+
+    def frames(self, column: str) -> Frames | None:
+        """Where the frames of a camera's column are, for all rows; None when its images are stored one by one."""
+        return None
 
     @abstractmethod
     def without(self, column: str) -> str:

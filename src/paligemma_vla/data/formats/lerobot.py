@@ -23,7 +23,7 @@ from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults, to_matrix
-from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, reading
+from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Frames, Pictures, read_columns, reading
 from paligemma_vla.data.formats.lerobot_language import is_language, styles, texts_in_force
 from paligemma_vla.data.formats.lerobot_meta import (
     INDEX_COLUMNS,
@@ -398,6 +398,14 @@ class LeRobotFile(ParquetEpisodes):
         succeeded = np.nan_to_num(to_scalars(table[self._success[0]])) != 0 if self._success else np.zeros(len(rows), bool)
         return dict(zip(schema.FLAGS, map(pa.array, (first, last, last & succeeded)), strict=True))
 
+    def frames(self, column: str) -> Frames | None:
+        camera = self._cameras[column]
+        if camera.dtype != "video":
+            return None
+        stored, spans = read_columns(self, [column])[column].combine_chunks(), self.metadata.videos[camera.key]
+        file, time = (stored.field(name).to_numpy(zero_copy_only=False) for name in ("video", "time"))
+        return Frames(self.metadata.root, spans.files, file, time, spans.episodes, camera.info)
+
     def without(self, column: str) -> str:
         others = ",".join(camera.camera for name, camera in self._cameras.items() if name != column)
         return f"?cameras={others}" if others else "the data has no other"
@@ -509,12 +517,15 @@ class FramePictures(Pictures):
     def present(self, row: int) -> bool:
         return True
 
-    def decode(self, row: int) -> Image.Image:
+    def frame(self, row: int) -> tuple[str, float]:
         wanted = self.column[row].as_py()
-        path = os.path.join(self.root, self.spans.files[wanted["video"]])
+        return os.path.join(self.root, self.spans.files[wanted["video"]]), wanted["time"]
+
+    def decode(self, row: int) -> Image.Image:
+        wanted, (path, time) = self.column[row].as_py(), self.frame(row)
         first = float(self.spans.first[wanted["video"]]) + self.begin
         try:
-            return self.videos.frame(path, wanted["time"], self.tolerance, first)
+            return self.videos.frame(path, time, self.tolerance, first)
         except Unusable as error:
             raise Unusable(error.kind, f"episode {wanted['episode']}, frame {wanted['frame']}: {error.text}") from error
 

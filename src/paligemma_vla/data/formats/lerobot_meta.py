@@ -122,7 +122,7 @@ def parse_range(text: str, where: str) -> tuple[int | None, int | None]:
 class Feature:
     """One entry of info.json, of any content. dtype: `video`, `image`, or of a number. shape: None where it is none.
 
-    names: of its dimensions, in one of many shapes. is_depth: pictures of it are depth maps.
+    names: of its dimensions, in one of many shapes. is_depth: pictures of it are depth maps. info: of its videos.
     """
 
     key: str
@@ -130,6 +130,7 @@ class Feature:
     shape: tuple[int, ...] | None
     names: Any
     is_depth: bool
+    info: dict[str, Any]
 
     @classmethod
     def parse(cls, key: str, raw: Any) -> Self:
@@ -138,7 +139,8 @@ class Feature:
         sizes = shape if isinstance(shape, list) else [shape]
         whole = [int(size) for size in sizes if isinstance(size, int | float) and size % 1 == 0]
         known = tuple(whole) if len(whole) == len(sizes) else None
-        return cls(key, str(raw.get("dtype", "")), known, raw.get("names"), _is_depth(key, raw, known))
+        info = raw.get("info") if isinstance(raw.get("info"), dict) else {}
+        return cls(key, str(raw.get("dtype", "")), known, raw.get("names"), _is_depth(key, raw, known), info)
 
     @property
     def is_camera(self) -> bool:
@@ -260,6 +262,11 @@ class VideoSpans:
         first = np.full(len(self.files), np.inf)
         np.fmin.at(first, self.file, self.start)
         return first
+
+    @cached_property
+    def episodes(self) -> Rows:
+        """How many episodes are in each of `files`."""
+        return np.bincount(self.file, minlength=len(self.files))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Writing LeRobot data sets, v2.1 and v3.0: shard by shard, then the metadata over all shards.
 
-A shard is a run of episodes in one data file, and one video per camera; in v2.1 each episode is a shard.
+A shard is a run of episodes in one data file; in v2.1 each episode is a shard. Of each camera it has one video, unless video
+files of the source are copied: a shard copies those whose first episode it has.
 
 What is written has the columns, types and keys of LeRobot 0.6, so that its tools can resume, edit and merge it.
 
@@ -12,7 +13,9 @@ quantile of an episode is its smallest value that so many values do not exceed; 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from paligemma_vla.data.convert import Recording
+from paligemma_vla.data.convert import Encoding, Recording
 from paligemma_vla.data.formats import open_file
-from paligemma_vla.data.images import encode_image
+from paligemma_vla.data.formats.lerobot_videos import CameraVideos, find_videos, plan_camera
 from paligemma_vla.data.index import EpisodeIndex, find_flags
+from paligemma_vla.data.reader import Picture
 from paligemma_vla.data.video import CODECS, KEYFRAME_EVERY, VideoWriter
 from paligemma_vla.data.writer import parquet_writer
 from paligemma_vla.errors import DataError
-from paligemma_vla.schema import Layout
+from paligemma_vla.schema import Layout, image_column
 from paligemma_vla.storage import atomic_file, atomic_write
 
 VIDEO_STEPS, IMAGE_STEPS = 5000, 2000  # of a file of v3.0, about
@@ -58,15 +62,15 @@ Size = tuple[int, int]  # height and width of a camera's images
 class LeRobotOutput:
     """A LeRobot data set to write; see `data.convert.OutputFormat`.
 
-    version: v2.1 or v3.0. video: frames in videos rather than images in Parquet. fps: steps per second. tasks: instructions,
-    in the order of their numbers. success: write `next.success`.
+    version: v2.1 or v3.0. videos: by feature of a camera; images of other cameras are in Parquet, as `encoding` says. fps:
+    steps per second. tasks: instructions, in the order of their numbers. success: write `next.success`.
     """
 
     name: ClassVar = "lerobot"
     prefix: ClassVar = "lerobot:"
     version: str
-    video: bool
-    codec: str
+    videos: dict[str, CameraVideos]
+    encoding: Encoding
     crf: int
     fps: float
     layout: Layout
@@ -75,47 +79,40 @@ class LeRobotOutput:
 
     @property
     def lossless(self) -> bool:
-        return not self.video
+        copied = all(videos.copied == len(videos.files) for videos in self.videos.values())
+        return copied and self.encoding.image_format != "jpeg"
 
     def shards(self, lengths: Sequence[int]) -> list[range]:
-        most, shards, first, steps = (VIDEO_STEPS if self.video else IMAGE_STEPS), list[range](), 0, 0
-        if self.version == "v2.1":
-            most = 0
-        for episode, length in enumerate(lengths):
-            if episode > first and steps + length > most:
-                shards.append(range(first, episode))
-                first, steps = episode, 0
-            steps += length
-        return [*shards, range(first, len(lengths))]
+        return _cut_shards(self.version, len(self.videos) < self.layout.cameras, lengths)
 
     def write(self, folder: Path, shard: int, first: tuple[int, int], recordings: Iterable[Recording]) -> dict[str, Any]:
-        """One data file, and one video per camera."""
+        """One data file, and the videos that begin with one of its episodes."""
         sizes: dict[str, Size] = {}
         entries: list[dict[str, Any]] = []
         with ExitStack() as stack:
 
-            def create(kind: str, **values: str) -> IO[bytes]:
-                path = folder / self.path(kind, shard, **values)
+            def create(kind: str, number: int, **values: str) -> IO[bytes]:
+                path = folder / self.path(kind, number, **values)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 return stack.enter_context(atomic_file(path))
 
-            stored = [] if self.video else self.camera_keys
-            table = stack.enter_context(parquet_writer(create("data_path"), self.schema(), stored, "SNAPPY", "task_index"))
-            files = [create("video_path", video_key=key) for key in self.camera_keys] if self.video else []
-            videos = [stack.enter_context(VideoWriter(file, self.codec, self.fps, self.crf)) for file in files]
+            data, stored = create("data_path", shard), [key for key in self.camera_keys if key not in self.videos]
+            table = stack.enter_context(parquet_writer(data, self.schema(), stored, "SNAPPY", "task_index"))
+            writers = _VideoFiles(self, create, stack)
             for recording in recordings:
                 episode, step = first[0] + len(entries), first[1] + sum(entry["length"] for entry in entries)
-                begins = [video.frames / self.fps for video in videos]
-                stats, images = dict[str, Stats](), dict[str, list[bytes]]()
+                stats, images, begins = dict[str, Stats](), dict[str, list[bytes]](), dict[str, tuple[int, float]]()
                 for camera, key in enumerate(self.camera_keys):
-                    video = videos[camera] if self.video else None
+                    video = None
+                    if key in self.videos:
+                        begins[key], video = writers.place(key, episode, recording.pictures[camera][0])
                     stats[key], images[key] = self._write_camera(recording, camera, video, sizes)
                 columns = self._values(recording, episode, step)
                 table.write_table(self._table(columns, images), row_group_size=max(recording.length, 1))
                 stats.update({key: _number_stats(values) for key, values in columns.items()})
                 tasks = list(dict.fromkeys(recording.prompts))
                 entry = {"episode_index": episode, "tasks": tasks, "length": recording.length, "from": step}
-                entries.append({**entry, "file": shard, "begins": begins, "stats": stats})
+                entries.append({**entry, "file": shard, "videos": begins, "stats": stats})
         return {"sizes": sizes, "episodes": entries}
 
     def finish(self, folder: Path, notes: list[dict[str, Any]]) -> None:
@@ -133,14 +130,7 @@ class LeRobotOutput:
 
     @property
     def camera_keys(self) -> list[str]:
-        """A feature per camera. Raises `DataError` for names that LeRobot cannot have."""
-        given = self.layout.metadata.cameras
-        names = [given[n] if n < len(given) else f"image_{n + 1}" for n in range(self.layout.cameras)]
-        for name in names:
-            if not name or "/" in name or names.count(name) > 1:
-                expected = "expected different names without a slash; choose with --cameras"
-                raise DataError(f"metadata cameras: got {names}, {expected}")
-        return [f"observation.images.{name}" for name in names]
+        return camera_keys(self.layout)
 
     @property
     def columns(self) -> dict[str, tuple[str, int]]:
@@ -159,7 +149,7 @@ class LeRobotOutput:
     def schema(self) -> pa.Schema:
         """Of a data file, with the note by which LeRobot's loader knows images and the lengths of lists."""
         image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        fields = {} if self.video else dict.fromkeys(self.camera_keys, image)
+        fields = dict.fromkeys((key for key in self.camera_keys if key not in self.videos), image)
         noted: dict[str, Any] = {key: {"_type": "Image"} for key in fields}
         for key, (dtype, count) in self.columns.items():
             value = {"dtype": dtype, "_type": "Value"}
@@ -173,12 +163,12 @@ class LeRobotOutput:
         metadata, episodes = self.layout.metadata, len(lengths)
         counts = {"total_episodes": episodes, "total_frames": sum(lengths), "total_tasks": len(self.tasks)}
         if self.version == "v2.1":
-            videos = episodes * len(sizes) if self.video else 0
+            videos = episodes * len(self.videos)
             counts |= {"total_videos": videos, "total_chunks": -(-episodes // CHUNK), "chunks_size": CHUNK}
         else:
             counts |= {"chunks_size": CHUNK, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200}
         names = {STATE: list(metadata.state_names) or None, ACTION: list(metadata.action_names) or None}
-        features = {key: self._camera_feature(size) for key, size in sizes.items()}
+        features = {key: self._camera_feature(key, size) for key, size in sizes.items()}
         for key, (dtype, count) in self.columns.items():
             features[key] = {"dtype": dtype, "shape": [count], "names": names.get(key)}
         return {
@@ -188,28 +178,30 @@ class LeRobotOutput:
             "fps": _json_number(self.fps),
             "splits": {"train": f"0:{episodes}"},
             "data_path": PATHS[self.version]["data_path"],
-            "video_path": PATHS[self.version]["video_path"] if self.video else None,
+            "video_path": PATHS[self.version]["video_path"] if self.videos else None,
             "features": features,
             "paligemma_vla": json.loads(metadata.to_json()),
         }
 
-    def _camera_feature(self, size: Size) -> dict[str, Any]:
-        height, width = size
+    def _camera_feature(self, key: str, size: Size) -> dict[str, Any]:
+        (height, width), videos = size, self.videos.get(key)
         feature: dict[str, Any] = {"shape": [height, width, 3], "names": ["height", "width", "channels"]}
-        if not self.video:
+        if videos is None:
             return {"dtype": "image", **feature}
-        facts = {"height": height, "width": width, "codec": self.codec, "pix_fmt": "yuv420p", "fps": _json_number(self.fps)}
-        _, preset, options = CODECS[self.codec]
-        # What LeRobot cuts out of a video it encodes by these.
-        facts |= {"channels": 3, "g": KEYFRAME_EVERY, "crf": self.crf, "preset": preset, "fast_decode": 0}
-        facts |= {"video_backend": "pyav", "extra_options": options}
-        info = {f"video.{name}": value for name, value in facts.items()}
-        return {"dtype": "video", **feature, "info": {**info, "has_audio": False, "is_depth_map": False}}
+        facts = {"height": height, "width": width, "codec": videos.codec, "pix_fmt": videos.pix_fmt, "channels": 3}
+        facts |= {"fps": _json_number(self.fps)}
+        said = videos.info
+        if said is None:  # what LeRobot cuts out of a video it encodes by these
+            _, preset, options = CODECS[videos.codec]
+            facts |= {"g": KEYFRAME_EVERY, "crf": self.crf, "preset": preset, "fast_decode": 0}
+            facts |= {"video_backend": "pyav", "extra_options": options}
+            said = {"has_audio": False, "is_depth_map": False}
+        return {"dtype": "video", **feature, "info": {**said, **{f"video.{name}": value for name, value in facts.items()}}}
 
     def _write_camera(
         self, recording: Recording, camera: int, video: VideoWriter | None, sizes: dict[str, Size]
     ) -> tuple[Stats, list[bytes]]:
-        """Write the frames of one camera, or return its encoded images; and statistics of some of them."""
+        """Write the frames of one camera, or return its encoded images (none if a video is copied); and statistics of some."""
         key, sampled = self.camera_keys[camera], _sampled_steps(recording.length)
         images, levels = list[bytes](), np.zeros((3, 256), np.int64)
         for step, picture in enumerate(recording.pictures[camera]):
@@ -217,8 +209,7 @@ class LeRobotOutput:
             if picture is None:
                 text = "got no image, expected one: LeRobot cannot leave one out"
                 raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
-            data = picture.encoded() if video is None else None
-            if data is None or step in sampled or step == 0:
+            if video is not None or step in sampled or step == 0:
                 pixels = np.asarray(picture.decode())
                 _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
                 if step in sampled:
@@ -226,8 +217,8 @@ class LeRobotOutput:
                     levels += [np.bincount(channel, minlength=256) for channel in pixels[::thin, ::thin].reshape(-1, 3).T]
                 if video is not None:
                     video.write(pixels, where)
-                    continue
-            images.append(data or encode_image(picture.decode(), "png"))
+            if key not in self.videos:
+                images.append(self.encoding.encode(picture))
         return _image_stats(levels, len(sampled)), images
 
     def _values(self, recording: Recording, episode: int, step: int) -> dict[str, NDArray[Any]]:
@@ -278,8 +269,8 @@ class LeRobotOutput:
         row = {name: entry[name] for name in ("episode_index", "tasks", "length")}
         row |= {"data/chunk_index": chunk, "data/file_index": file}
         row |= {"dataset_from_index": entry["from"], "dataset_to_index": entry["from"] + entry["length"]}
-        for key, begin in zip(self.camera_keys if self.video else [], entry["begins"], strict=True):
-            row |= {f"videos/{key}/chunk_index": chunk, f"videos/{key}/file_index": file}
+        for key, (number, begin) in entry["videos"].items():
+            row |= dict(zip((f"videos/{key}/chunk_index", f"videos/{key}/file_index"), divmod(number, CHUNK), strict=True))
             row |= {f"videos/{key}/from_timestamp": begin, f"videos/{key}/to_timestamp": begin + entry["length"] / self.fps}
         row |= {f"stats/{key}/{name}": value for key, stats in entry["stats"].items() for name, value in stats.items()}
         return {**row, "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
@@ -293,6 +284,72 @@ def tells_success(index: EpisodeIndex) -> bool:
             if file.tells_success or np.isin(ends, find_flags(file).terminal).any():
                 return True
     return False
+
+
+def camera_keys(layout: Layout) -> list[str]:
+    """A feature per camera. Raises `DataError` for names that LeRobot cannot have."""
+    given = layout.metadata.cameras
+    names = [given[n] if n < len(given) else f"image_{n + 1}" for n in range(layout.cameras)]
+    for name in names:
+        if not name or "/" in name or names.count(name) > 1:
+            expected = "expected different names without a slash; choose with --cameras"
+            raise DataError(f"metadata cameras: got {names}, {expected}")
+    return [f"observation.images.{name}" for name in names]
+
+
+class _VideoFiles:
+    """The video files that begin in a shard. create: opens one for writing."""
+
+    def __init__(self, form: LeRobotOutput, create: Callable[..., IO[bytes]], stack: ExitStack) -> None:
+        self.form, self.create, self.stack = form, create, stack
+        self.writers = dict[str, VideoWriter]()
+
+    def place(self, key: str, episode: int, first: Picture | None) -> tuple[tuple[int, float], VideoWriter | None]:
+        """Number of an episode's video file, and the episode's begin in it, in s; and what encodes it, if it is not copied.
+
+        first: its first image.
+        """
+        videos = self.form.videos[key]
+        number = bisect_right(videos.files, episode, key=lambda file: file.first) - 1
+        file = videos.files[number]
+        if file.copied:
+            source = None if first is None else first.frame()
+            assert source is not None
+            if file.first == episode:
+                with open(source[0], "rb") as stream:
+                    shutil.copyfileobj(stream, self.create("video_path", number, video_key=key))
+            return (number, source[1]), None
+        if file.first == episode:
+            target = self.create("video_path", number, video_key=key)
+            self.writers[key] = self.stack.enter_context(VideoWriter(target, videos.codec, self.form.fps, self.form.crf))
+        return (number, self.writers[key].frames / self.form.fps), self.writers[key]
+
+
+def _cut_shards(version: str, stored: bool, lengths: Sequence[int]) -> list[range]:
+    """The episodes of each data file. stored: it holds images."""
+    most, shards, first, steps = (IMAGE_STEPS if stored else VIDEO_STEPS), list[range](), 0, 0
+    if version == "v2.1":
+        most = 0
+    for episode, length in enumerate(lengths):
+        if episode > first and steps + length > most:
+            shards.append(range(first, episode))
+            first, steps = episode, 0
+        steps += length
+    return [*shards, range(first, len(lengths))]
+
+
+def plan_videos(
+    index: EpisodeIndex, cameras: Sequence[int], version: str, images: str | None, codec: str | None, copy: bool
+) -> list[CameraVideos | None]:
+    """Of each camera of `index`, how it is written to videos; None: its images are stored in Parquet.
+
+    images: `video` or `parquet` for all cameras; None: each as in the source. codec: of what is encoded; None: the source's,
+    or h264. copy: video files of which all episodes are kept, in order, are copied.
+    """
+    sources = [find_videos(index, image_column(camera + 1), version) for camera in cameras]
+    chosen = [images == "video" or (images is None and source is not None) for source in sources]
+    begins = [shard.start for shard in _cut_shards(version, not all(chosen), index.length.tolist())]
+    return [plan_camera(source, begins, codec, copy) if video else None for source, video in zip(sources, chosen, strict=True)]
 
 
 def _check_size(sizes: dict[str, Size], key: str, size: Size, where: str) -> None:
