@@ -1,4 +1,4 @@
-"""Loading from LeRobot data directly, and from its conversions: samples a second of one process, two 224 px cameras.
+"""Loading from LeRobot data directly, and from its conversions: samples a second of one process, two cameras of 480 x 640 pixels.
 
 `python -m benchmarks.lerobot` prints a table and writes benchmarks/results/lerobot.json.
 """
@@ -25,26 +25,28 @@ from paligemma_vla.model.tiny import TinySpec
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 RESULTS = Path(__file__).parent / "results" / "lerobot.json"
-EPISODES, LENGTH, SIDE = 24, 100, 224
-BATCH, STEPS, ROUNDS = 32, 12, 5
+EPISODES, LENGTH, HEIGHT, WIDTH = 8, 50, 480, 640
+BATCH, STEPS, ROUNDS = 32, 6, 5
 
 
 def write_moving(folder: Path) -> None:
     """Episodes in which a window wanders over a large smooth picture with some grain, as a camera on an arm sees it."""
     rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((800, 800), Image.Resampling.BICUBIC)
-    scene = np.clip(np.asarray(small, np.int16) + rng.integers(-6, 7, (800, 800, 1)), 0, 255).astype(np.uint8)
+    small = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).resize((1300, 1300), Image.Resampling.BICUBIC)
+    scene = np.clip(np.asarray(small, np.int16) + rng.integers(-6, 7, (1300, 1300, 1)), 0, 255).astype(np.uint8)
     with EpisodeWriter(folder, DatasetMetadata(cameras=("front", "wrist"), control_hz=10)) as writer:
         for _ in range(EPISODES):
-            begin, speed = rng.integers(0, 300, (2, 2)), rng.integers(-1, 3, (2, 2))
-            corners = (begin[:, None] + speed[:, None] * np.arange(LENGTH)[None, :, None]).clip(0, 800 - SIDE)
+            begin, speed = rng.integers(0, 600, (2, 2)), rng.integers(-2, 6, (2, 2))
+            corners = (begin[:, None] + speed[:, None] * np.arange(LENGTH)[None, :, None]).clip(
+                0, (1300 - HEIGHT, 1300 - WIDTH)
+            )
             images = [[_window(scene, *corner) for corner in camera] for camera in corners]
             numbers = rng.standard_normal((LENGTH, 14)).astype(np.float32)
             writer.write(Episode([list(camera) for camera in images], numbers, numbers, "open the drawer"))
 
 
 def _window(scene: np.ndarray, top: int, left: int) -> bytes:
-    return encode_image(Image.fromarray(scene[top : top + SIDE, left : left + SIDE]), "jpeg", 95)
+    return encode_image(Image.fromarray(scene[top : top + HEIGHT, left : left + WIDTH]), "jpeg", 95)
 
 
 def convert(*arguments: object) -> None:
@@ -69,6 +71,7 @@ def measure() -> list[Row]:
         for kind in ("png", "jpeg"):
             flags = ("--from", "lerobot", "--input", folder / "video", "--image_format", kind)
             convert(*flags, "--output_dir", folder / kind)
+            convert(*flags, "--resize", 224, "--output_dir", folder / f"{kind}_224")
         spec = TinySpec(image_size=224, patch_size=14, width=32, vision_layers=1, text_layers=1, heads=2)
         config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH)
         places = {
@@ -76,6 +79,8 @@ def measure() -> list[Row]:
             "LeRobot v3.0, JPEG in Parquet, directly": f"lerobot:{folder / 'stored'}",
             "converted from H.264 to PNG": str(folder / "png"),
             "converted from H.264 to JPEG": str(folder / "jpeg"),
+            "converted from H.264 to PNG, --resize 224": str(folder / "png_224"),
+            "converted from H.264 to JPEG, --resize 224": str(folder / "jpeg_224"),
         }
         sets = {label: VLADataset(place, str(folder / "backbone"), config, training=True) for label, place in places.items()}
         seconds = dict.fromkeys(places, float("inf"))
