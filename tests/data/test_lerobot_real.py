@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lerobot_sets import CAMERAS, LENGTHS, column_types, write_set
+from lerobot_sets import CAMERAS, LENGTHS, column_types, picture, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.data.convert import read_episodes
 from paligemma_vla.data.doctor import CheckOptions, diagnose
@@ -80,7 +81,10 @@ def statistics(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lerobot") is None, reason="the lerobot package is not installed")
+NEEDS_LEROBOT = pytest.mark.skipif(importlib.util.find_spec("lerobot") is None, reason="the lerobot package is not installed")
+
+
+@NEEDS_LEROBOT
 @pytest.mark.parametrize("images", ["parquet", "video"])
 def test_real_lerobot_reads_what_we_write(images: str, tmp_path: Path) -> None:
     from lerobot.datasets.lerobot_dataset import CODEBASE_VERSION, LeRobotDataset
@@ -102,8 +106,37 @@ def test_real_lerobot_reads_what_we_write(images: str, tmp_path: Path) -> None:
             assert np.array_equal(item["action"].numpy(), recording.action[step])
             assert item["task"] == recording.prompts[step]
             for camera, name in enumerate(CAMERAS):
-                picture = recording.pictures[camera][step]
-                assert picture is not None
+                found = recording.pictures[camera][step]
+                assert found is not None
                 theirs = (item[f"observation.images.{name}"].permute(1, 2, 0).numpy() * 255).round()
-                assert np.abs(theirs - np.asarray(picture.decode(), float)).max() <= (1 if images == "video" else 0)
+                assert np.abs(theirs - np.asarray(found.decode(), float)).max() <= (1 if images == "video" else 0)
             row += 1
+
+
+@NEEDS_LEROBOT
+@pytest.mark.parametrize("flags", [["--images", "parquet"], ["--codec", "av1"]])
+def test_real_lerobot_goes_on_from_what_we_write(flags: list[str], tmp_path: Path) -> None:
+    """An episode is added, one deleted, and the rest merged with what we wrote."""
+    from lerobot.datasets.dataset_tools import delete_episodes, merge_datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    truth = write_set(tmp_path / "toy", video=False)
+    ours, root = tmp_path / "ours", tmp_path / "resumed"
+    command = ["data", "convert", "--to", "lerobot", "--workers", "0", *flags, "--output_dir", str(ours)]
+    assert main([*command, "--input", truth.name]) == 0
+    shutil.copytree(ours, root)
+    writer = LeRobotDataset.resume("me/toy", root=root)
+    state, action = np.arange(9, dtype=np.float32).reshape(3, 3), np.arange(6, dtype=np.float32).reshape(3, 2)
+    for step in range(3):
+        frame = {f"observation.images.{name}": picture(0, 9, step) for name in CAMERAS}
+        frame |= {"observation.state": state[step], "action": action[step], "next.success": np.array([False]), "task": "wait"}
+        writer.add_frame(frame)
+    writer.save_episode()
+    writer.finalize()
+    left = delete_episodes(LeRobotDataset("me/toy", root=root), [1], output_dir=tmp_path / "left", repo_id="me/left")
+    merge_datasets([left, LeRobotDataset("me/toy", root=ours)], "me/merged", output_dir=tmp_path / "merged")
+    index = EpisodeIndex.build(f"lerobot:{tmp_path / 'merged'}")
+    expected = [truth.state[0], *truth.state[2:], state, *truth.state]
+    for recording, values in zip(read_episodes(index, range(2), range(len(index))), expected, strict=True):
+        assert np.array_equal(recording.state, values)
+        assert all(one is not None and one.decode().size == (48, 32) for camera in recording.pictures for one in camera)
