@@ -1,4 +1,4 @@
-"""Loading from LeRobot data directly, and from its conversions: samples a second of one process, two cameras of 480 x 640 pixels.
+"""Loading from LeRobot data directly, and from its conversions: samples a second of one process, two cameras of 480 x 640.
 
 `python -m benchmarks.lerobot` prints a table and writes benchmarks/results/lerobot.json.
 """
