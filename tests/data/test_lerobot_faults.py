@@ -38,7 +38,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
 def copy(written: dict[str, Truth], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Truth]]:
     """A set of one's own, in a folder of one's own."""
     monkeypatch.chdir(tmp_path)
-    lerobot_meta.say.cache_clear()
+    lerobot_meta._said.clear()
 
     def copied(kind: str) -> Truth:
         return replace(written[kind], root=copytree(written[kind].root, tmp_path / kind))

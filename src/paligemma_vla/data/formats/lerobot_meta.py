@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -446,10 +446,14 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
     return Metadata(root, info, tasks, number, length, files, file, videos, names, differences)
 
 
-@cache
+_said: dict[tuple[str, str], object] = {}
+
+
 def say(root: str, text: str) -> None:
     """Log, once for each data set, what is amiss in it and is no hindrance."""
-    logger.warning("%s: %s", root, text)
+    call = object()
+    if _said.setdefault((root, text), call) is call:  # in one step, since several threads open files
+        logger.warning("%s: %s", root, text)
 
 
 def _parquet_files(root: str, folder: str) -> list[str]:
