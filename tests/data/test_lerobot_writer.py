@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lerobot_sets import CAMERAS, FPS, LENGTHS, column_types, encode, picture, write_set
+from lerobot_sets import CAMERAS, FPS, LENGTHS, column_types, edit_json, encode, picture, write_set
 from paligemma_vla.cli.main import main
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.schema import DatasetMetadata, Episode
@@ -165,3 +165,15 @@ def test_video_can_be_joined_with_one_that_lerobot_encoded(codec: str, encoder: 
         joined = join(list(order), tmp_path / f"{number}.mp4")
         assert len(joined) == len(expected)
         assert all(map(np.array_equal, joined, expected))
+
+
+def test_copied_video_is_described_with_the_keys_of_today(tmp_path: Path) -> None:
+    truth = write_set(tmp_path / "toy", "v2.1")
+    told = {"video.codec": "h264", "video.is_depth_map": False, "video.crf": 12, "has_audio": False}
+    edit_json(truth.root / "meta/info.json", lambda info: info["features"]["observation.images.front"].update(info=told))
+    folder = convert(truth.name, tmp_path / "set")
+    copies = [path.read_bytes() for path in sorted(truth.root.rglob("observation.images.front/*.mp4"))]
+    assert [path.read_bytes() for path in sorted((folder / "videos/observation.images.front").rglob("*.mp4"))] == copies
+    found = json.loads((folder / "meta/info.json").read_text())["features"]["observation.images.front"]["info"]
+    measured = {key: VIDEO[key] for key in ("video.pix_fmt", "video.fps", "video.channels", "video.height", "video.width")}
+    assert found == {"video.codec": "h264", "video.crf": 12, "has_audio": False, "is_depth_map": False, **measured}

@@ -190,13 +190,13 @@ class LeRobotOutput:
             return {"dtype": "image", **feature}
         facts = {"height": height, "width": width, "codec": videos.codec, "pix_fmt": videos.pix_fmt, "channels": 3}
         facts |= {"fps": _json_number(self.fps)}
-        said = videos.info
-        if said is None:  # what LeRobot cuts out of a video it encodes by these
+        if videos.info is None:  # what LeRobot cuts out of a video it encodes by these
             _, preset, options = CODECS[videos.codec]
             facts |= {"g": KEYFRAME_EVERY, "crf": self.crf, "preset": preset, "fast_decode": 0}
             facts |= {"video_backend": "pyav", "extra_options": options}
-            said = {"has_audio": False, "is_depth_map": False}
-        return {"dtype": "video", **feature, "info": {**said, **{f"video.{name}": value for name, value in facts.items()}}}
+        info = {"has_audio": False, **(videos.info or {}), **{f"video.{name}": value for name, value in facts.items()}}
+        info.pop("video.is_depth_map", None)  # as LeRobot before 0.6 named it
+        return {"dtype": "video", **feature, "info": {**info, "is_depth_map": False}}
 
     def _write_camera(
         self, recording: Recording, camera: int, video: VideoWriter | None, sizes: dict[str, Size]
