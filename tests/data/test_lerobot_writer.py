@@ -152,7 +152,7 @@ def decoded(path: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("codec", "encoder", "options"), [("h264", "libx264", {}), ("av1", "libsvtav1", {"preset": "12"})])
 def test_video_can_be_joined_with_one_that_lerobot_encoded(codec: str, encoder: str, options: Any, tmp_path: Path) -> None:
-    folder = convert(write_native(tmp_path / "data"), tmp_path / "set", "--images", "video", "--codec", codec)
+    folder = convert(write_native(tmp_path / "data"), tmp_path / "set", "--codec", codec)
     ours, theirs = folder / "videos/observation.images.front/chunk-000/file-000.mp4", tmp_path / "theirs.mp4"
     with av.open(str(theirs), "w") as container:
         stream = container.add_stream(encoder, FPS, options={"g": "2", "crf": "30", **options})

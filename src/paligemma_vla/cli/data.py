@@ -72,8 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lerobot.add_argument(
         "--images", choices=("video", "parquet"), help="default: as the source has them; parquet loses nothing"
     )
-    lerobot.add_argument("--codec", choices=sorted(CODECS, reverse=True), help="encode all videos so (default: as the source)")
-    lerobot.add_argument("--crf", type=between(0, 51), help="encode all videos with it; smaller is better (default: 20)")
+    lerobot.add_argument(
+        "--codec", choices=sorted(CODECS, reverse=True), help="encode videos of all cameras so (default: as the source)"
+    )
+    lerobot.add_argument("--crf", type=between(0, 51), help="the same, of this quality; smaller is better (default: 20)")
     lerobot.add_argument("--fps", type=float, help="steps per second, when the data does not say (control_hz)")
 
 
@@ -331,8 +333,9 @@ def _output_format(args: argparse.Namespace, index: EpisodeIndex, cameras: Seque
     if metadata.control_hz and fps != metadata.control_hz:
         raise ConfigError(f"--fps: got {fps:g}, expected {metadata.control_hz:g} as the data says (control_hz); leave it out")
     layout = replace(index.layout, cameras=len(cameras), metadata=metadata)
-    copy = args.codec is None and args.crf is None and args.resize is None
-    plans = plan_videos(index, cameras, args.lerobot_version, args.images, args.codec, copy)
+    encode = args.codec is not None or args.crf is not None
+    images = args.images or ("video" if encode else None)
+    plans = plan_videos(index, cameras, args.lerobot_version, images, args.codec, not encode and args.resize is None)
     videos = {key: plan for key, plan in zip(camera_keys(layout), plans, strict=True) if plan is not None}
     crf = 20 if args.crf is None else args.crf
     tasks, success = tuple(instructions(index)), tells_success(index)
