@@ -143,7 +143,7 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 @document
 def test_flags_that_a_document_names_in_its_prose_exist(path: Path) -> None:
-    known = {"--debug", "--help", "--kill-on-bad-exit", "--requeue", *flags_of(torchrun_parser())}
+    known = {"--debug", "--help", "--kill-on-bad-exit", "--requeue", "--shm-size", "--ipc", *flags_of(torchrun_parser())}
     for command in COMMANDS:
         parser = argparse.ArgumentParser()
         import_module(f"paligemma_vla.cli.{command}").add_arguments(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import re
@@ -88,6 +89,11 @@ def test_reason_of_a_failure_to_read_is_what_stands_in_the_file(tmp_path: Path, 
     expected = found if found == "library" else f"{tmp_path}/b.bin: {found}"
     assert storage.read_failure(tmp_path, ValueError("library")) == expected
     assert storage.read_failure("org/name", ValueError("library")) == "library"
+
+
+def test_file_that_this_process_cannot_open_is_not_at_fault(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"a\.bin: too many open files; raise the limit \(`ulimit -n`"):
+        storage.read_failure(tmp_path / "a.bin", OSError(errno.EMFILE, "Too many open files"))
 
 
 @pytest.fixture

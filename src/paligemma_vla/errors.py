@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+OPEN_FILES_REMEDY = "raise the limit (`ulimit -n` shows it, `ulimit -n 65536` sets it), or lower data.num_workers"
+
 
 class VLAError(Exception):
     """Base of every error caused by what the user gave: configuration, data, checkpoint or surroundings."""

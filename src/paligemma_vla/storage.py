@@ -5,6 +5,7 @@ A location is a path or a URL. pyarrow opens s3://, gs:// and hdfs:// by itself;
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from paligemma_vla.errors import StorageError, UnreachableError, VLAError, first_line
+from paligemma_vla.errors import OPEN_FILES_REMEDY, StorageError, UnreachableError, VLAError, first_line
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -129,7 +130,12 @@ def sha256(path: str | Path) -> str:
 
 
 def read_failure(location: str | Path, error: BaseException) -> str:
-    """Why a file, or a folder of files, cannot be read: what `missing_content` says, or the error of the library that tried."""
+    """Why a file, or a folder of files, cannot be read: what `missing_content` says, or the error of the library that tried.
+
+    Raises `StorageError` when it is not for the file that it cannot.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise StorageError(f"{location}: too many open files; {OPEN_FILES_REMEDY}") from error
     if not os.path.isdir(location):
         return missing_content(location) or first_line(error)
     reasons = ((path, missing_content(path)) for path in sorted(Path(location).glob("*")))

@@ -149,6 +149,8 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
         (DataError("a.parquet: row 3"), 2, "error: a.parquet: row 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "full", "a/b"), 2, "error: a/b: full; check this path, its rights and the space on its disk"),
+        (OSError(errno.ENOSPC, "full"), 2, "error: full; free some in /dev/shm (docker run --shm-size=8g)"),
+        (OSError(errno.EMFILE, "too many", "a"), 2, "error: a: too many; raise the limit (`ulimit -n` shows it"),
         (OSError(errno.ESTALE, "reason"), 2, "error: reason; check this path"),
         (UnicodeEncodeError("ascii", "数", 0, 1, "reason"), 2, "error: this locale has no name for a file"),
         (MemoryError(), 2, "error: out of memory; lower data.batch_size"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from paligemma_vla import flow
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.formats import parquet
-from paligemma_vla.data.loader import Collator, VLADataset, build_preprocessor, load_batches
+from paligemma_vla.data.loader import Collator, VLADataset, _stack, build_preprocessor, load_batches
 from paligemma_vla.data.order import RunSampler, SampleOrder, SampleRef
 from paligemma_vla.errors import DataError
 from paligemma_vla.normalization import DatasetStatistics
@@ -188,6 +189,45 @@ def test_workers_prefetch_and_where_a_run_goes_on_change_no_batch(
     ]:
         got = read(start, **loading)
         assert identical(got, expected[2 * (start - 3) :])
+
+
+def test_batch_that_finds_no_shared_memory_is_the_same(
+    two_camera_dataset: VLADataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collator = Collator(two_camera_dataset.preprocessor.prompts)
+    items = [two_camera_dataset[n] for n in (0, 7, 9, 20)]
+    expected, shared = collator(items), []
+
+    def share(tensor: torch.Tensor) -> None:
+        shared.append(tensor)
+        if len(shared) == 3:
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr("paligemma_vla.data.loader.get_worker_info", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    sent = pickle.loads(pickle.dumps(_stack(items)))  # noqa: S301 - as through a pipe
+    assert not any(isinstance(value, torch.Tensor) for value in sent.values())
+    for _ in range(2):
+        assert identical(collator.join([sent]), expected)
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "data.num_workers: the batches that loader processes prepare do not fit into /dev/shm"
+    ]
+
+
+class Unsendable(VLADataset):
+    def __getitem__(self, ref: int | SampleRef) -> Any:
+        return {**super().__getitem__(ref), "raw_prompt_text": lambda: None}
+
+
+def test_worker_that_cannot_hand_over_its_batch_ends(
+    tiny_config: ConfigFactory, dataset: VLADataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the trainer would wait for that batch for ever."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    config = tiny_config({"data.num_workers": 1})
+    data = Unsendable(config.data.train_parquet_files, dataset.preprocessor, config)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
+        next(load_batches(data, [[SampleRef(0, 0)]], config, pin_memory=False))
 
 
 def change(folder: Path, name: str, values: dict[int, Any]) -> Path:

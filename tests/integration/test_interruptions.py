@@ -130,15 +130,27 @@ def test_run_killed_at_random_moments_ends_bit_for_bit_like_an_undisturbed_one(
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word", "workers"), [(signal.SIGTERM, 143, "SIGTERM", 1), (signal.SIGINT, 130, "Ctrl-C", 0)]
+    ("number", "status", "word", "workers", "hangs"),
+    [(signal.SIGTERM, 143, "SIGTERM", 2, True), (signal.SIGINT, 130, "Ctrl-C", 1, False)],
 )
 def test_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
-    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, number: int, status: int, word: str, workers: int
+    undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path, number: int, status: int, word: str, workers: int, hangs: bool
 ) -> None:
-    """The signal goes to the whole group, as a terminal and a scheduler send it. What the message says is then done."""
-    config = named(undisturbed, f"told_{status}", num_workers=workers)
+    """The signal goes to the whole group, as a terminal and a scheduler send it. What the message says is then done.
+
+    hangs: the loader processes, as on a disk that does not answer.
+    """
+    config = named(undisturbed, f"told_{status}_{workers}", num_workers=workers)
     child = zygote.start(arguments(config, tmp_path), tmp_path)
     wait_for(lambda: logged_step(config) >= 9)
+    if hangs:
+        facts = {int(path.parent.name): path.read_text() for path in Path("/proc").glob("[0-9]*/stat")}
+        parents = {pid: tuple(map(int, fact.rpartition(")")[2].split()[1:3])) for pid, fact in facts.items()}
+        loaders = [pid for pid, (parent, group) in parents.items() if group == child.pid not in (pid, parent)]
+        assert len(loaders) == workers
+        for pid in loaders:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(1)  # until what they had prepared is used up
     os.killpg(child.pid, number)
     stopped = child.wait(60)
     assert stopped.status == status, stopped.stderr
@@ -151,6 +163,8 @@ def test_run_that_is_told_to_stop_saves_and_says_how_to_go_on(
     finished = zygote.run([*shlex.split(message[3]), "--device", "cpu"], tmp_path)
     assert finished.status == 0, finished.stderr
     assert_same_run(config.run_dir, undisturbed)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # what is stopped does not end by itself
 
 
 def test_killed_run_leaves_no_loader_behind(undisturbed: Undisturbed, zygote: Zygote, tmp_path: Path) -> None:

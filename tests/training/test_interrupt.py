@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from paligemma_vla.training import interrupt
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.interrupt import SIGNALS, StopRequest
 
@@ -48,3 +50,20 @@ def test_signal_that_was_ignored_from_the_start_stays_so() -> None:
             assert asked.number is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_signal_ends_a_wait_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "WAIT_SECONDS", 0.1)
+    with StopRequest(Distributed(0, 1, CPU)) as asked:
+        assert asked.interruptible(lambda: "data") == "data"
+        began = time.monotonic()
+        assert asked.interruptible(lambda: (signal.raise_signal(signal.SIGTERM), time.sleep(60))) is None
+        assert time.monotonic() - began < 30
+        assert asked.anywhere() and asked.name == "SIGTERM"
+        assert asked.interruptible(lambda: pytest.fail("it was told to stop before")) is None
+
+
+def test_signal_leaves_time_to_a_wait_that_ends() -> None:
+    with StopRequest(Distributed(0, 1, CPU)) as asked:
+        assert asked.interruptible(lambda: (signal.raise_signal(signal.SIGTERM), "data")) == (None, "data")
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

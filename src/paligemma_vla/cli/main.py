@@ -7,6 +7,7 @@ when nobody reads what it prints.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -19,7 +20,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from paligemma_vla import limit_spinning, quiet_libraries
-from paligemma_vla.errors import Terminated, VLAError, first_line
+from paligemma_vla.errors import OPEN_FILES_REMEDY, Terminated, VLAError, first_line
 
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
@@ -132,7 +133,12 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
         return 2, f"error: {error}"
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        return 2, f"error: {where}{error.strerror}; check this path, its rights and the space on its disk, or give another path"
+        remedy = "check this path, its rights and the space on its disk, or give another path"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = OPEN_FILES_REMEDY
+        elif error.errno == errno.ENOSPC and not where:  # of a lock between processes
+            remedy = "free some in /dev/shm (docker run --shm-size=8g), or on the disk of $TMPDIR"
+        return 2, f"error: {where}{error.strerror}; {remedy}"
     if isinstance(error, UnicodeEncodeError):  # of a file name; what is printed is escaped
         return 2, f"error: this locale has no name for a file ({first_line(error)}); set PYTHONUTF8=1"
     if isinstance(error, MemoryError):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, pairwise, tee
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.queues import Queue
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from paligemma_vla import flow, schema
 from paligemma_vla.actions import resolve_actions
@@ -26,7 +30,7 @@ from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.order import RunSampler, SampleRef
 from paligemma_vla.data.reader import Blocks, EpisodeReader, Picture
-from paligemma_vla.errors import ConfigError, DataError, VLAError
+from paligemma_vla.errors import ConfigError, DataError, VLAError, first_line
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
 from paligemma_vla.schema import Layout
@@ -36,6 +40,7 @@ from paligemma_vla.workers import end_with
 AHEAD = 16  # optimiser steps between reading a block and its need
 MISFIT = "data and configuration do not fit"
 Batch = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class Item(TypedDict, total=False):
@@ -228,7 +233,7 @@ class Collator:
     """
 
     def __init__(self, prompts: PromptEncoder) -> None:
-        self.prompts = prompts
+        self.prompts, self.pickled = prompts, False
 
     def __call__(self, items: list[Item] | VLAError) -> Batch:
         return self.join([_stack(items)])
@@ -241,12 +246,19 @@ class Collator:
                 raise part
             if part is not None:
                 stacked.append(part)
+        if not self.pickled and any(isinstance(value, np.ndarray) for part in stacked for value in part.values()):
+            self.pickled = True
+            logger.warning(
+                "data.num_workers: the batches that loader processes prepare do not fit into /dev/shm; they are copied through "
+                "pipes, which is slower; give it more space (docker run --shm-size=8g, or --ipc=host)"
+            )
         batch = {key: _join([part[key] for part in stacked]) for key in stacked[0]}
         ids, mask = self.prompts.encode(batch["raw_prompt_text"], batch["image_mask"].numpy())
         return {**batch, "input_ids": torch.from_numpy(ids), "vlm_attention_mask": torch.from_numpy(mask)}
 
 
 def _join(values: list[Any]) -> Any:
+    values = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
     if len(values) == 1:
         return values[0]
     return torch.cat(values) if isinstance(values[0], Tensor) else list(chain.from_iterable(values))
@@ -264,6 +276,20 @@ def _stack(items: list[Item] | VLAError) -> Batch | VLAError | None:
             batch[key] = torch.stack([item[key] for item in items])  # type: ignore[literal-required]
     batch["raw_prompt_text"] = [item["raw_prompt_text"] for item in items]
     batch["position"] = torch.tensor([item["position"] for item in items])
+    return batch if get_worker_info() is None else _share(batch)
+
+
+def _share(batch: Batch) -> Batch:
+    """A worker's batch in shared memory, or where that is full (in a container it may be 64 MB) as arrays, which are pickled.
+
+    Torch would move it there in a thread, whose error nobody hears: the trainer would wait for ever.
+    """
+    try:
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except RuntimeError:  # no space, or too many open files
+        return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in batch.items()}
     return batch
 
 
@@ -296,7 +322,11 @@ def load_batches(
         # Of its own, or starting a loader would draw from the global one and a resume could not restore it.
         generator=torch.Generator(),
     )
-    stream = iter(loader)
+    try:
+        stream = iter(loader)
+    except OSError:
+        sys.unraisablehook = lambda _: None  # the destructor of what torch has half made would print a traceback
+        raise
     try:
         while pieces := list(islice(stream, parts)):
             batch = collator.join(pieces)
@@ -341,10 +371,14 @@ class PartSampler:
 
 
 class _Worker(ForkServerProcess):
-    """A process that ignores SIGTERM: what torch ends with it has to be killed."""
+    """A process that ignores SIGTERM: what torch ends with it has to be killed. It has nothing to lose, and may hang."""
 
     def terminate(self) -> None:
         self.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        self.kill()
+        super().join(timeout)
 
 
 class _Context(ForkServerContext):
@@ -364,8 +398,16 @@ def _start_forkserver() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def _end_worker(error: Exception, batch: object) -> None:
+    """A batch cannot be handed over: Python would drop it, and the trainer wait for it for ever."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"a loader process ends: {first_line(error)}\n".encode(errors="backslashreplace"))
+    os._exit(1)
+
+
 def _prepare_worker(trainer: int, worker: int) -> None:
     torch.set_num_threads(1)
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     # A signal to the whole group reaches the workers too, but the trainer finishes its step and stops them itself.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -7,18 +7,23 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+from paligemma_vla.errors import Terminated
 from paligemma_vla.training.distributed import Distributed
 
+Result = TypeVar("Result")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A rank receives a signal from its terminal or scheduler, and soon after the same one from its launcher.
 ECHO_SECONDS = 5.0
+WAIT_SECONDS = 3.0  # for samples that may be on their way
 
 
 class StopRequest:
-    """Within the block the first signal is remembered; a second one is delivered at once.
+    """Within the block the first signal is remembered; a second one is delivered at once. The first ends what is
+    `interruptible`, unless that ends soon.
 
     Outside of the main thread, where Python has no signal handlers, nothing changes.
     """
@@ -26,7 +31,7 @@ class StopRequest:
     def __init__(self, distributed: Distributed) -> None:
         self.distributed = distributed
         self.number: int | None = None
-        self._received = 0.0
+        self._received, self._waiting = 0.0, False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -51,6 +56,27 @@ class StopRequest:
         # Not through logging or sys.stderr: the signal may interrupt a line that they write.
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, b"\nstopping after this step; once more stops at once, unsaved\n")
+        if self._waiting:
+            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+            signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            raise Terminated
+
+    def interruptible(self, action: Callable[[], Result]) -> Result | None:
+        """What `action` returns; None when a signal came before, or it does not end soon after one: it waits for data, which
+        may never come."""
+        try:
+            self._waiting = True
+            try:
+                return None if self.number is not None else action()
+            finally:
+                self._waiting = False
+                if signal.SIGALRM in self._previous:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+        except Terminated:
+            return None
 
     def anywhere(self) -> bool:
         """True if any process has received a signal. All call it at the same step, so all stop after the same one."""

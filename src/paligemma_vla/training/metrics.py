@@ -134,7 +134,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: loss over the global batch, gradient norm, its learning rate, seconds waited for data.
+    """One optimiser step: loss over the global batch, gradient norm, its learning rate.
 
     parts: this process's micro-batches and what the model said to them, to find the samples behind a number.
     """
@@ -142,7 +142,6 @@ class Step:
     loss: float
     norm: float
     rate: float
-    wait: float
     parts: list[tuple[Batch, FlowOutput]]
 
     @property

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from paligemma_vla import versions
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, load_batches
 from paligemma_vla.data.order import RunSampler
-from paligemma_vla.errors import CheckpointError, StorageError, TrainingError, first_line
+from paligemma_vla.errors import OPEN_FILES_REMEDY, CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
@@ -128,7 +129,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, or to where the configuration says to stop.
 
-        After Ctrl-C or SIGTERM the step is finished and saved, the command to go on is logged, and the signal delivered.
+        After Ctrl-C or SIGTERM the step is finished and saved, the command to go on is logged, and the signal delivered. A
+        step that has not begun, since its samples are not there yet, is not waited for.
         """
         settings, order = self.config.training, self.data.order
         stop = min(
@@ -143,11 +145,15 @@ class Trainer:
         bar = progress_bar(stop, "training", "step", initial=self.step, hidden=not self.distributed.main)
         meter = Meter(self.config.data.batch_size)
         with StopRequest(self.distributed) as request, bar, self._explained():
-            while self.step < stop and not request.anywhere():
+            while self.step < stop:
+                began = time.perf_counter()
+                micro = request.interruptible(lambda: list(islice(stream, settings.gradient_accumulation_steps)))
+                meter.add(time.perf_counter() - began)
+                if request.anywhere() or micro is None:
+                    break
                 self._enter_stage()
-                taken = self._train_step(stream)
+                taken = self._train_step(iter(micro))
                 self.step += 1
-                meter.add(taken.wait)
                 self.monitor.update(self.step, taken)
                 epoch_ended = self.step % order.steps_per_epoch == 0
                 due = self.step % settings.validate_every_n_steps == 0 if settings.validate_every_n_steps else epoch_ended
@@ -213,9 +219,7 @@ class Trainer:
         """One optimiser step; weights and moving average stay as they are where loss or gradient is not finite."""
         world, device = self.distributed.world_size, self.distributed.device
         rate = self.optimizer.param_groups[0]["lr"]
-        began = time.perf_counter()
         micro = [next(stream) for _ in range(self.config.training.gradient_accumulation_steps)]
-        wait = time.perf_counter() - began
         draws = self.config.model.action_head_config.num_flow_samples
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
         self.distributed.all_reduce(count)
@@ -233,7 +237,7 @@ class Trainer:
             parts.append((batch, output))
         norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.grad_clip_norm))
         loss = self.distributed.all_reduce(total) / count
-        taken = Step(loss.item(), norm.item(), rate, wait, parts)
+        taken = Step(loss.item(), norm.item(), rate, parts)
         if taken.finite:
             self.optimizer.step()
             if self.ema is not None:
@@ -427,6 +431,8 @@ class Trainer:
                     f"a loader process ended at step {self.step} ({reason}), as one does that the system stops for lack of "
                     f"memory: lower data.num_workers or data.cache_mb; --resume_checkpoint auto goes on"
                 ) from error
+            if "Too many open files" in reason:
+                raise TrainingError(f"too many open files at step {self.step}; {OPEN_FILES_REMEDY}") from error
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
                 raise TrainingError(
                     f"out of memory at step {self.step} with data.batch_size {self.config.data.batch_size}; reduce it, or take "
