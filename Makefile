@@ -1,8 +1,10 @@
 # make install | demo | test | check | bench: each creates .venv when it is missing and installs only when the lock changed.
+# What an interrupted installation left, or an environment without pip, is made anew: packages may be there in part.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BEGAN := .venv.installing
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: install demo test test-long check format bench schema lock clean
@@ -11,10 +13,12 @@ install: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11-3.13, or name one: make PYTHON=python3.12"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@date +%s > $(VENV)/.install_began
+	@{ test ! -e $(BEGAN) && $(BIN)/python -m pip --version >/dev/null 2>&1; } || rm -rf $(VENV)
+	@date +%s > $(BEGAN)
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@echo $$(( $$(date +%s) - $$(cat $(VENV)/.install_began) )) > $(STAMP)
+	@echo $$(( $$(date +%s) - $$(cat $(BEGAN)) )) > $(STAMP)
+	@rm $(BEGAN)
 
 demo: $(STAMP)
 	$(BIN)/paligemma-vla demo --install_seconds $$(cat $(STAMP))
@@ -47,4 +51,4 @@ lock: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(BEGAN) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
