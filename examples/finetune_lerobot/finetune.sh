@@ -23,6 +23,8 @@ dataset=lerobot:${DATASET:-$work/lerobot}
 
 # 2. What is in it, and what is wrong with it.
 "$vla" data info "$dataset"
+described=$("$vla" data info "$dataset" --json)
+number() { sed -n "s/^  \"$1\": \([0-9]*\),\$/\1/p" <<<"$described"; }
 "$vla" data check "$dataset" --exclusion_list "$work/excluded_episodes.json"
 
 # 3. A backbone. The tiny random one stands in for google/paligemma-3b-pt-224, which learns far more from far less.
@@ -31,8 +33,11 @@ dataset=lerobot:${DATASET:-$work/lerobot}
 # 4. Statistics of what the model will see; then what training will hold in memory; then training.
 settings=(
   --set "data.train_parquet_files='$dataset'"
+  --set "data.state_dim=$(number state_dim)"
   --set "data.normalization_stats_path='$work/normalization_stats.json'"
   --set "model.vlm_config.model_name_or_path='$work/tiny-paligemma'"
+  --set "model.vlm_config.num_cameras=$(number cameras)"
+  --set "model.action_head_config.per_action_dim=$(number action_dim)"
   --set "training.checkpoint_dir='$work/experiments'"
   --set "training.max_steps=$steps"
 )

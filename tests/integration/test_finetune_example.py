@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paligemma_vla import Policy
+from paligemma_vla.data.writer import EpisodeWriter
+from paligemma_vla.schema import DatasetMetadata
+from support import call, make_episode
 from zygote import Zygote
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_lerobot" / "finetune.sh"
@@ -36,3 +40,23 @@ def test_example_goes_from_a_lerobot_dataset_to_a_policy(zygote: Zygote, tmp_pat
     checkpoint = work / "experiments" / "finetune" / "checkpoints" / "last.pth.tar"
     trained = Policy.from_checkpoint(checkpoint).infer(observation, seed=0)["actions"]
     assert np.array_equal(exported, trained)
+
+
+def test_example_takes_a_dataset_of_any_dimensions(zygote: Zygote, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Seven numbers in the state, five in an action, two cameras; the configuration beside the script says 4, 4 and 1."""
+    rng = np.random.default_rng(0)
+    with EpisodeWriter(tmp_path / "native", DatasetMetadata(control_hz=10.0)) as writer:
+        for number in range(3):
+            numbers = {"state": rng.normal(size=(16, 7)), "action": rng.normal(size=(16, 5))}
+            episode = replace(make_episode(rng, 16, cameras=2), prompt=f"task {number}")
+            writer.write(replace(episode, **{name: values.astype(np.float32) for name, values in numbers.items()}))
+    convert = ["data", "convert", "--to", "lerobot", "--input", tmp_path / "native", "--output_dir", tmp_path / "dataset"]
+    assert call(capfd, *convert)[0] == 0
+    sizes = {"DATASET": str(tmp_path / "dataset"), "STEPS": "1", "SAMPLES": "1"}
+    done = zygote.run_script(SCRIPT, tmp_path, {"WORK": "work", **sizes})
+    assert done.returncode == 0, done.stderr[-4000:]
+    policy = Policy.from_checkpoint(tmp_path / "work" / "policy")
+    names = ("cameras", "state_dim", "action_dim", "horizon")
+    assert [policy.metadata[name] for name in names] == [["image_1", "image_2"], 7, 5, 8]
+    observation = {"image_1": np.zeros((64, 64, 3), np.uint8), "state": np.zeros(7), "prompt": "task 0"}
+    assert policy.infer(observation, seed=0)["actions"].shape == (8, 5)
