@@ -148,6 +148,8 @@ READ_ALL_THE_SAME: dict[str, tuple[str, Change, str]] = {  # version, what is ot
     "no episode_index v2.1": ("v2.1", column("episode_index", None), "no column episode_index"),
     "no episode_index v3.0": ("v3.0", column("episode_index", None), "no column episode_index"),
     "no index": ("v3.0", column("index", None), ""),
+    "frames from 1": ("v2.1", column("frame_index", lambda old: pa.array(old.to_numpy() + 1)), ""),
+    "frames of the file": ("v3.0", column("frame_index", lambda old: pa.array(np.arange(len(old)))), ""),
     "float indices": ("v3.0", column("episode_index", numbers(pa.float64())), ""),
     "narrow indices": ("v3.0", column("task_index", numbers(pa.uint8())), ""),
     "indices in lists": ("v3.0", column("frame_index", lists), ""),
@@ -253,6 +255,11 @@ ONE_BAD = {  # in row 5 of file-001.parquet, of episode 2: kind, what is done, w
         "v3.0-video",
         column("videos/observation.images.front/file_index", lambda _: pa.array([0, 0, None, 1]), EPISODES),
         "row 0, column image_1_bytes: got no video",
+    ),
+    "begin in the video is gone": (
+        "v3.0-video",
+        column("videos/observation.images.front/from_timestamp", lambda _: pa.array([0, 0.5, None, 0.9]), EPISODES),
+        "(meta/episodes lacks its file_index or from_timestamp)",
     ),
 }
 

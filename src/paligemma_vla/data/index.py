@@ -53,7 +53,7 @@ from paligemma_vla.storage import (
 )
 
 REQUESTS = 32  # to a store, at a time
-CACHE_VERSION, EXCLUSIONS_VERSION = 10, 1
+CACHE_VERSION, EXCLUSIONS_VERSION = 11, 1
 DIGEST_BYTES = 16
 NOTHING: Rows = np.empty((0, 2), np.int64)
 COPY_IT = "copy it to this machine; `paligemma-vla data convert` makes episode files of it, which may be behind URLs"
@@ -457,7 +457,8 @@ def _find_episodes(location: str, where: str) -> list[str]:
         for match, below in _matches(names, pattern):
             folder = _join(base, match)
             for form, mark in MARKS.items():
-                if below == mark:
+                if f"/{below}".endswith(f"/{mark}"):
+                    folder = _join(folder, below.removesuffix(mark).rstrip("/"))
                     got = f"this is {form} data, which is read from a disk only; {COPY_IT}"
                     got = got if is_url(base) else f"this is data of another format; write {form}:{folder}"
                     raise DataError(f"{where}: {folder}: {got}")

@@ -267,10 +267,12 @@ class LeRobotFile(ParquetEpisodes):
             text = f"{text} {metadata.number[episodes[span]]} {of}"
             faults.append(Fault(self.path, Kind.FLAGS, text, int(bounds[span]), rows=int(lengths[span])))
         found = self._read_scalars("episode_index", "frame_index", "timestamp")
-        for name, expected in (("episode_index", np.repeat(metadata.number[episodes], lengths)), ("frame_index", frames)):
+        # Some recorders count frames from 1, or through the file: what matters is that none is missing.
+        counted = frames + np.repeat(found["frame_index"][bounds[:-1]], lengths) if "frame_index" in found else frames
+        for name, expected in (("episode_index", np.repeat(metadata.number[episodes], lengths)), ("frame_index", counted)):
             got = found.get(name, expected)
             for row in self._first_of_spans(got != expected):
-                text = f"got {got[row]:g}, expected {expected[row]} by the lengths {of}"
+                text = f"got {got[row]:g}, expected {expected[row]:g} by the lengths {of}"
                 faults.append(Fault(self.path, Kind.FLAGS, text, row, name))
         if "timestamp" in found:
             faults += self._time_faults(found["timestamp"], frames)
@@ -328,7 +330,8 @@ class LeRobotFile(ParquetEpisodes):
         for column, spans in videos.items():
             for file in np.unique(spans.file[episodes[wanted]]).tolist():
                 path = os.path.join(self.metadata.root, spans.files[file])
-                if not (reason := _why_no_video(path)):
+                reason = _why_no_video(path) if spans.files[file] else "meta/episodes lacks its file_index or from_timestamp"
+                if reason is None:
                     continue
                 remedy = f"restore it, choose other cameras (?cameras=...), or {LEAVE_OUT}"
                 text = f"got no video {path} ({reason}), expected one as the metadata says; {remedy}"
