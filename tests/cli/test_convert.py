@@ -396,8 +396,14 @@ def test_commands_take_a_lerobot_set_by_its_name(tmp_path: Path, capfd: Any) -> 
     assert EpisodeIndex.build(str(tmp_path / "out")).length.tolist() == list(LENGTHS[1:3])
     assert pq.read_table(tmp_path / "out")["image_1_bytes"][0].as_py().startswith(b"\xff\xd8\xff")
     refuses(capfd, f"--from: got native, expected lerobot as --input says ({truth.name}", *arguments, "--from", "native")
-    code, _, err = call(capfd, "data", "info", truth.root)
-    assert (code, f"this is data of another format; write lerobot:{truth.root}" in err) == (2, True)
+    (tmp_path / "hub/datasets--x--y/snapshots").mkdir(parents=True)
+    (tmp_path / "hub/datasets--x--y/snapshots/abc").symlink_to(truth.root)
+    for folder in (truth.root, tmp_path / "hub", tmp_path / "hub/*/snapshots"):
+        code, _, err = call(capfd, "data", "info", folder)
+        named = truth.root if folder == truth.root else tmp_path / "hub/datasets--x--y/snapshots/abc"
+        assert (code, f"this is data of another format; write lerobot:{named}" in err) == (2, True)
+    code, _, err = call(capfd, "data", "info", f"lerobot:{tmp_path / 'hub/datasets--x--y'}")
+    assert (code, f"give one of its revisions: lerobot:{named}" in err) == (2, True)
 
 
 @pytest.mark.parametrize(("source", "output"), [("native", "link/a/out"), ("lerobot", "data/out")])

@@ -397,6 +397,8 @@ def find_root(path: str) -> str:
         if (candidate / INFO).is_file():
             return str(candidate)
     remedy = "give its folder (one of the hub first: hf download NAME --repo-type dataset --local-dir FOLDER)"
+    if revisions := sorted(Path(path).glob(f"snapshots/*/{INFO}")):  # a data set's folder in the cache of the hub
+        remedy = f"give one of its revisions: {', '.join(f'lerobot:{info.parents[1]}' for info in revisions)}"
     raise DataError(f"{path}: got no {INFO} there, expected a LeRobot data set; {remedy}")
 
 
@@ -433,7 +435,9 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
 
     def spans(key: str) -> VideoSpans:
         start = episodes.get(f"videos/{key}/from_timestamp", np.zeros(len(number)))
-        return VideoSpans(*list_files("video_path", f"videos/{key}", video_key=key), start)
+        if not old:  # without a begin the file is of no use
+            episodes[f"videos/{key}/file_index"][np.isnan(start)] = -1
+        return VideoSpans(*list_files("video_path", f"videos/{key}", video_key=key), np.nan_to_num(start))
 
     files, file = list_files("data_path", "data")
     videos = {key: spans(key) for key in cameras if old or f"videos/{key}/from_timestamp" in episodes}
