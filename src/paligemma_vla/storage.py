@@ -60,6 +60,8 @@ POINTER_REMEDY = "it is a pointer of git-lfs, not the file: run `git lfs pull` i
 STRANGERS = {"$recycle.bin", "recycler", "system volume information", "__macosx", "lost+found"}
 STRANGERS |= {"@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
 
+CUT = "its footer is missing: the recording was not finalized, or the copy not completed"
+
 logger = logging.getLogger(__name__)
 _jitter = random.Random()  # its own generator: training's random numbers must not depend on the network
 
@@ -149,7 +151,7 @@ def missing_content(location: str | Path) -> str | None:
             head, tail = (source.read_at(offset, min(source.size, 64)) for offset in (0, max(0, source.size - 64)))
             parquet_cut = head.startswith(b"PAR1") and not tail.endswith(b"PAR1")
             if parquet_cut or (head[4:8] == b"ftyp" and b"moov" not in _boxes(source)):
-                return "its footer is missing: the recording was not finalized, or the copy not completed"
+                return CUT
     except StorageError:
         return None
     return POINTER_REMEDY if head.startswith(POINTER) else None

@@ -214,6 +214,24 @@ def test_broken_video_is_a_fault_of_its_frames(copied: Truth) -> None:
     assert len(pixels(read_all(f"{copied.name}?episodes=0:2"), 1)) == LENGTHS[0] + LENGTHS[1]
 
 
+def test_episodes_of_a_session_that_was_cut_are_left_out(copied: Truth, caplog: pytest.LogCaptureFixture) -> None:
+    """A second recording went on in files of its own, and none of them has a footer."""
+    listed = copied.root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(listed)
+    pq.write_table(table.slice(0, 2), listed)
+    pq.write_table(table.slice(2), listed.with_name("file-001.parquet"))
+    videos = [copied.root / f"videos/observation.images.{camera}/chunk-000/file-001.mp4" for camera in sets.CAMERAS]
+    for path in (listed.with_name("file-001.parquet"), copied.root / f"{DATA}file-001.parquet", *videos):
+        path.write_bytes(path.read_bytes()[:-8])
+    recordings = read_all(copied.name)
+    assert [recording.length for recording in recordings] == list(LENGTHS[:2])
+    assert np.array_equal(np.concatenate([one.state for one in recordings]), np.concatenate(copied.state[:2]))
+    assert "file-001.parquet: its footer is missing" in caplog.text and "; what it lists is left out" in caplog.text
+    listed.write_bytes(listed.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"file-000\.parquet: cannot be read as a table \(its footer is missing"):
+        read_all(copied.name)
+
+
 def test_check_finds_all_faults_and_its_list_leaves_them_out(copied: Truth, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     edit_table(copied.root / f"{DATA}file-000.parquet", lambda columns: columns["action"].__setitem__(1, [np.inf, 0.0]))

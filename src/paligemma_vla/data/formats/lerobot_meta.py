@@ -31,7 +31,7 @@ from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list, open_tabl
 from paligemma_vla.data.video import DEEP_GREY
 from paligemma_vla.errors import DataError, closest
 from paligemma_vla.schema import Rows, first_fault
-from paligemma_vla.storage import find_files, read_failure, read_json
+from paligemma_vla.storage import CUT, find_files, missing_content, read_failure, read_json
 
 INFO, SUBTASKS = "meta/info.json", "meta/subtasks.parquet"
 DEFAULTS = {"state": "observation.state", "action": "action"}
@@ -417,6 +417,8 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
     cameras = [key for key, feature in info.features.items() if feature.dtype == "video"]
     tasks = _read_tasks(f"{root}/meta/tasks.{'jsonl' if old else 'parquet'}")
     listed = ["meta/episodes.jsonl"] if old else [name for name in names if name.startswith("meta/episodes/")]
+    cut = [name for name in listed if missing_content(f"{root}/{name}") == CUT]  # by a recorder that went on after another one
+    listed = [name for name in listed if name not in cut] or listed
     episodes = _read_episodes(root, listed, [] if old else ["data", *(f"videos/{key}" for key in cameras)])
     number, length = episodes["episode_index"], episodes["length"]
     if len(number) == 0 or len(np.unique(number)) != len(number):
@@ -447,6 +449,7 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
         for name, expected in counts.items()
         if (got := getattr(info, name)) not in (None, expected)
     )
+    differences += tuple(f"{name}: {CUT}; what it lists is left out" for name in cut)
     return Metadata(root, info, tasks, number, length, files, file, videos, names, differences)
 
 
