@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paligemma_vla import Policy
@@ -137,6 +139,19 @@ def test_only_the_parts_that_are_given_are_shown(full: Report, part: str, headin
     page = Page(render(Report(**{"title": "a run", part: getattr(full, part)})))
     assert page.headings == headings
     assert not re.search(r"\b(None|nan|inf)\b", page.text)
+
+
+def test_picture_that_cannot_be_decoded_is_no_end_of_the_page(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a camera that is not trained on nobody has asked before; the run is finished by then."""
+    episode = make_episode(np.random.default_rng(0), 3, cameras=2)
+    with EpisodeWriter(tmp_path, METADATA) as writer:
+        writer.write(episode)
+    path = next(tmp_path.glob("*.parquet"))
+    table = pq.read_table(path)
+    spoilt = pa.array([b"x"] * 3, table["image_2_bytes"].type)
+    pq.write_table(table.set_column(table.schema.get_field_index("image_2_bytes"), "image_2_bytes", spoilt), path)
+    page = render(Report("t", dataset=EpisodeIndex.build(str(tmp_path))))
+    assert (page.count("data:image/jpeg"), "row 0, column image_2_bytes: cannot be decoded" in caplog.text) == (3, True)
 
 
 def test_rates_have_wilson_intervals_and_controls_are_marked(tmp_path: Path) -> None:

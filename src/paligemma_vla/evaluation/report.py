@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +21,14 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
-from numpy.typing import NDArray
-from PIL import Image
 
-from paligemma_vla import schema
+from paligemma_vla.data.faults import FaultError
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.index import EpisodeIndex
-from paligemma_vla.data.reader import EpisodeReader, episode_prompts
+from paligemma_vla.data.reader import EpisodeReader, Picture, episode_prompts
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.evaluation.charts import Line, chunk_chart, columns, line_chart, number, smooth
-from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace, read_observation
+from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace
 from paligemma_vla.evaluation.rollout import wilson_interval
 from paligemma_vla.storage import atomic_write, read_json
 
@@ -39,6 +38,7 @@ CONTROLS = (("policy", "random"), ("image", "grey"), ("prompts", "opposite"))  #
 EPISODES_SHOWN, FRAMES_SHOWN, FRAME_PIXELS = 4, 8, 128
 DIMENSIONS_SHOWN, CAMERAS_SHOWN, PROMPTS_SHOWN, FILES_READ = 8, 3, 16, 64
 READER_CACHE = 64 * 2**20
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -304,26 +304,30 @@ def _example(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> dict[s
     """One episode: pictures of each camera, evenly picked, and curves of the first action dimensions."""
     file, start, length = int(index.file[episode]), int(index.start[episode]), int(index.length[episode])
     steps = np.linspace(0, length - 1, min(FRAMES_SHOWN, length)).round().astype(int).tolist()
-    seen = [read_observation(reader, episode, step) for step in steps]
-    cameras = [schema.image_key(camera + 1) for camera in range(reader.cameras)]
+    rows = [reader.group_of(file, start + step) for step in steps]
+    cameras = zip(*(group.pictures(row) for group, row in rows), strict=True)
     actions = reader.actions(file, start, start + length)
     shown = min(actions.shape[1], DIMENSIONS_SHOWN)
     metadata = index.layout.metadata
     names = metadata.action_names or [f"action[{n}]" for n in range(shown)]
     names = [labelled(name, unit) for name, unit in zip_longest(names, metadata.action_units, fillvalue="")]
     return {
-        "prompt": seen[0]["prompt"],
-        "strips": [[(step, _thumbnail(view.get(name))) for step, view in zip(steps, seen, strict=True)] for name in cameras],
+        "prompt": rows[0][0].prompt[rows[0][1]].as_py(),
+        "strips": [[(step, _thumbnail(view)) for step, view in zip(steps, views, strict=True)] for views in cameras],
         "chart": line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120),
         "lines": [(f"c{n}", names[n]) for n in range(shown)],
         "note": f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else "",
     }
 
 
-def _thumbnail(pixels: NDArray[np.uint8] | None) -> str:
-    """Address of a small picture; nothing where there is none."""
-    if pixels is None:
+def _thumbnail(picture: Picture | None) -> str:
+    """Address of a small picture; nothing where there is none that can be decoded, as of a camera that is not trained on."""
+    if picture is None:
         return ""
-    image = Image.fromarray(pixels)
+    try:
+        image = picture.decode()
+    except FaultError as error:  # a finished run is not undone by what its page shows
+        logger.warning("report: %s", error)
+        return ""
     image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
     return _data_url(encode_image(image, "jpeg", 82), "image/jpeg")
