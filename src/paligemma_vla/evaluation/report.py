@@ -313,21 +313,26 @@ def _example(index: EpisodeIndex, reader: EpisodeReader, episode: int) -> dict[s
     names = [labelled(name, unit) for name, unit in zip_longest(names, metadata.action_units, fillvalue="")]
     return {
         "prompt": rows[0][0].prompt[rows[0][1]].as_py(),
-        "strips": [[(step, _thumbnail(view)) for step, view in zip(steps, views, strict=True)] for views in cameras],
+        "strips": [_strip(steps, pictures) for pictures in cameras],
         "chart": line_chart([Line(np.arange(length), actions[:, n], f"c{n}") for n in range(shown)], "step", height=120),
         "lines": [(f"c{n}", names[n]) for n in range(shown)],
         "note": f"The first {shown} of {actions.shape[1]} dimensions." if actions.shape[1] > shown else "",
     }
 
 
+def _strip(steps: Sequence[int], pictures: Sequence[Picture | None]) -> list[tuple[int, str]]:
+    """Pictures of some steps, small; none of a camera that cannot be decoded: it need not be one that is trained on."""
+    try:
+        return [(step, _thumbnail(picture)) for step, picture in zip(steps, pictures, strict=True)]
+    except FaultError as error:  # a finished run is not undone by what its page shows
+        logger.warning("report: %s", first_line(error))
+        return []
+
+
 def _thumbnail(picture: Picture | None) -> str:
-    """Address of a small picture; nothing where there is none that can be decoded, as of a camera that is not trained on."""
+    """Address of a small picture; nothing where there is none. Raises `FaultError`."""
     if picture is None:
         return ""
-    try:
-        image = picture.decode()
-    except FaultError as error:  # a finished run is not undone by what its page shows
-        logger.warning("report: %s", error)
-        return ""
+    image = picture.decode()
     image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
     return _data_url(encode_image(image, "jpeg", 82), "image/jpeg")
