@@ -119,7 +119,7 @@ def lists(old: pa.ChunkedArray) -> pa.Array:
     return pa.array([[one] for one in old.to_pylist()])
 
 
-FILE_INDEX = "data/file_index"
+FILE_INDEX, BEGIN = "data/file_index", "videos/observation.images.front/from_timestamp"
 READ_ALL_THE_SAME: dict[str, tuple[str, Change, str]] = {  # version, what is other, what is logged of it
     "v2.0": ("v2.1", info(codebase_version="v2.0"), ""),
     "v2.1.0": ("v2.1", info(codebase_version="v2.1.0"), ""),
@@ -256,10 +256,18 @@ ONE_BAD = {  # in row 5 of file-001.parquet, of episode 2: kind, what is done, w
         column("videos/observation.images.front/file_index", lambda _: pa.array([0, 0, None, 1]), EPISODES),
         "row 0, column image_1_bytes: got no video",
     ),
-    "begin in the video is gone": (
-        "v3.0-video",
-        column("videos/observation.images.front/from_timestamp", lambda _: pa.array([0, 0.5, None, 0.9]), EPISODES),
-        "(meta/episodes lacks its file_index or from_timestamp)",
+    **{
+        f"begin in the video is {begin}": (
+            "v3.0-video",
+            column(BEGIN, lambda _, begin=begin: pa.array([0, 0.5, begin, 0.9]), EPISODES),
+            "(no file_index or from_timestamp in meta/episodes)",
+        )
+        for begin in (None, -3.0)
+    },
+    "name of a picture": (
+        "v3.0",
+        value("observation.images.front", 5, {"bytes": None, "path": "a\0.png"}),
+        "row 5, column image_1_bytes: ",
     ),
 }
 

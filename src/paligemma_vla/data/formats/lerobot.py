@@ -330,7 +330,7 @@ class LeRobotFile(ParquetEpisodes):
         for column, spans in videos.items():
             for file in np.unique(spans.file[episodes[wanted]]).tolist():
                 path = os.path.join(self.metadata.root, spans.files[file])
-                reason = _why_no_video(path) if spans.files[file] else "meta/episodes lacks its file_index or from_timestamp"
+                reason = _why_no_video(path) if spans.files[file] else "no file_index or from_timestamp in meta/episodes"
                 if reason is None:
                     continue
                 remedy = f"restore it, choose other cameras (?cameras=...), or {LEAVE_OUT}"
@@ -563,5 +563,5 @@ class StoredPictures(Pictures):
             if content.startswith(POINTER):
                 raise OSError(POINTER_REMEDY)
             return content
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: of a name with a null byte
             raise Unusable(Kind.IMAGE, f"{path}: cannot be read ({first_line(error)}); restore it, or {LEAVE_OUT}") from error

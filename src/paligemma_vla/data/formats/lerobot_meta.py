@@ -438,8 +438,8 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
     def spans(key: str) -> VideoSpans:
         start = episodes.get(f"videos/{key}/from_timestamp", np.zeros(len(number)))
         if not old:  # without a begin the file is of no use
-            episodes[f"videos/{key}/file_index"][np.isnan(start)] = -1
-        return VideoSpans(*list_files("video_path", f"videos/{key}", video_key=key), np.nan_to_num(start))
+            episodes[f"videos/{key}/file_index"][~(start >= 0)] = -1
+        return VideoSpans(*list_files("video_path", f"videos/{key}", video_key=key), np.where(start >= 0, start, 0.0))
 
     files, file = list_files("data_path", "data")
     videos = {key: spans(key) for key in cameras if old or f"videos/{key}/from_timestamp" in episodes}
