@@ -467,6 +467,21 @@ def test_what_lerobot_cannot_hold_is_refused_and_nothing_is_in_the_way_of_the_re
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("target", ["native", "lerobot"])
+def test_episode_in_the_middle_is_left_out_as_the_error_says(target: str, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    truth = write_set(tmp_path / "toy", video=False)
+    bad = lambda columns: columns["observation.images.front"].__setitem__(3, {"bytes": b"x", "path": None})  # noqa: E731
+    edit_table(truth.root / "data/chunk-000/file-001.parquet", bad)
+    flags = ["--to", target, "--input", truth.name, "--image_format", "png", "--output_dir", tmp_path / "out"]
+    refuses(capfd, "`data convert --exclusion_list`", *flags)
+    assert main(["data", "check", truth.name]) == 1
+    assert run(*flags, "--exclusion_list", "excluded_episodes.json") == 0
+    result = EpisodeIndex.build(str(tmp_path / "out") if target == "native" else f"lerobot:{tmp_path / 'out'}")
+    got = [one.state.tolist() for one in read_episodes(result, range(2), range(len(result)))]
+    assert got == [truth.state[number].tolist() for number in (0, 1, 3)]
+
+
 def test_rate_that_nobody_knows_must_be_given(tmp_path: Path, capfd: Any) -> None:
     with EpisodeWriter(tmp_path / "data", DatasetMetadata()) as writer:
         writer.write(episode(0, 5))

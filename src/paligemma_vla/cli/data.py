@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; for native: file, folder or glob")
     convert.add_argument("--output_dir", type=Path, required=True, metavar="D", help="repeat a killed call to continue it")
     convert.add_argument("--cameras", nargs="+", metavar="NAME", help="which, in the order image_1, image_2 ... (default: all)")
-    convert.add_argument("--episodes", metavar="FIRST:STOP", help="only these, counted from 0")
+    convert.add_argument("--exclusion_list", metavar="FILE", help="episodes to leave out, as `data check` lists them")
+    convert.add_argument("--episodes", metavar="FIRST:STOP", help="only these of the others, counted from 0")
     add_workers(convert)
     stored = convert.add_argument_group("images stored one by one", "Encoded ones are copied; frames of videos become PNG.")
     stored.add_argument("--image_format", choices=("png", "jpeg"), help="encode all of them so (png loses nothing)")
@@ -252,7 +253,7 @@ def convert(args: argparse.Namespace) -> int:
     _check_flags(args, source)
     name = args.input if source == named else PREFIX + args.input
     _check_output(args, name)
-    index = EpisodeIndex.build(name, "--input")
+    index = EpisodeIndex.build(name, "--input", load_exclusions(args.exclusion_list, "--exclusion_list"))
     names = _camera_names(index)
     cameras = _select_cameras(names, args.cameras)
     index = _select_episodes(index, args.episodes)

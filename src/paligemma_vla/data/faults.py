@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from paligemma_vla.preprocess import PromptEncoder
 
 LEAVE_OUT = "leave the episode out"
-HOW = "`paligemma-vla data check` finds every fault, and lists the episodes to leave out"
+HOW = (
+    "`paligemma-vla data check` finds every fault, and writes a list of the episodes to leave out: give it as "
+    "data.exclude_episodes, or `data convert --exclusion_list`"
+)
 
 
 class Kind(StrEnum):

@@ -568,7 +568,7 @@ class ExclusionList:
             if stop > rows or entry.digest not in (None, hex_digest(digest)):
                 changed = "the file, or what is read of it, has changed since" if stop <= rows else f"the file has {rows} rows"
                 listed = f"{self.path}: rows {entry.first_row} to {stop - 1} of {path}"
-                raise DataError(f"{listed}: {changed}; {CHECK_AGAIN}, or set data.exclude_episodes to null")
+                raise DataError(f"{listed}: {changed}; {CHECK_AGAIN}, or give no list (data.exclude_episodes: null)")
             ranges.append((entry.first_row, stop))
         return np.array(ranges, np.int64).reshape(-1, 2)
 
@@ -594,7 +594,7 @@ def load_exclusions(path: str | None, key: str = "data.exclude_episodes") -> Exc
     if path is None:
         return None
     where = f"{key}: {path}"
-    missing = "write it with `paligemma-vla data check`, or set the key to null"
+    missing = "write it with `paligemma-vla data check`, or give none"
     remedy = f"correct it, or delete it and {CHECK_AGAIN}"
     raw, folder = read_json(path, DataError, remedy, missing, where), os.path.dirname(os.path.realpath(path))
 

@@ -208,7 +208,7 @@ class LeRobotOutput:
             where = f"{recording.where(step)}: camera {key}"
             if picture is None:
                 text = "got no image, expected one: LeRobot cannot leave one out"
-                raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--episodes)")
+                raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--exclusion_list)")
             if video is not None or step in sampled or step == 0:
                 pixels = np.asarray(picture.decode())
                 _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
