@@ -54,10 +54,10 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def write_video(path: Path, frames: list[np.ndarray], pix_fmt: str = "yuv420p") -> list[np.ndarray]:
+def write_video(path: Path, frames: list[np.ndarray], pix_fmt: str = "yuv420p", form: str = "mp4") -> list[np.ndarray]:
     """Write frames; returns them as a plain pass over the file decodes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream("libx264", rate=FPS, options={"g": "6", "crf": "12"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
         for pixels in frames:

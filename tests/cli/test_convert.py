@@ -252,6 +252,20 @@ def test_video_whose_times_are_not_those_of_the_rate_is_encoded(tmp_path: Path) 
     ]
 
 
+def test_video_whose_clock_begins_late_is_encoded(tmp_path: Path, capfd: Any) -> None:
+    """In the result every frame is at its timestamp, as LeRobot asks for it."""
+    truth = write_set(tmp_path / "toy")
+    source = videos(truth.root)[1]
+    with av.open(str(source)) as container:
+        write_video(source, [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], form="mpegts")
+    code, out, _ = call(capfd, "data", "convert", "--to", "lerobot", "--input", truth.name, "--output_dir", tmp_path / "out")
+    assert (code, "front: 1 copied, 1 encoded (h264) of 2" in out, "wrist: 2 copied of 2" in out) == (0, True, True)
+    with av.open(str(videos(tmp_path / "out")[1])) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert np.allclose(times, np.arange(sum(LENGTHS[2:])) / 10, atol=1e-4)
+    same(truth.name, f"lerobot:{tmp_path / 'out'}", exact=False)
+
+
 def test_each_camera_keeps_its_form(tmp_path: Path) -> None:
     """One camera in videos, the other in PNG beside the rows."""
     truth, stored = write_set(tmp_path / "toy"), write_set(tmp_path / "stored", video=False)

@@ -117,7 +117,7 @@ def test_list_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", flags(put("state", 7, [9.0, 9.0, 9.0])))
     with pytest.raises(
         DataError,
-        match=r"rows 0 to 2 of .*x\.parquet: the file, or what is read of it, has changed since; run .*, or set .* to null",
+        match=r"rows 0 to 2 of .*x\.parquet: the file, or what is read of it, has changed since; run .*, or give no list",
     ):
         EpisodeIndex.build(path, "x", exclude)
 

@@ -115,7 +115,7 @@ class _Video:
             raise Unusable(Kind.IMAGE_SIZE, f"{got}; {REMEDY}")
         if DEEP_GREY.match(pixels := self.stream.codec_context.pix_fmt or ""):
             raise depth_map(f"pixels of {pixels}")
-        self.start = float((self.stream.start_time or 0) * (self.stream.time_base or 0))
+        self.start = _start(self.stream)
         self.stream.thread_type = "NONE"  # a loader has processes; threads would decode ahead of what is asked
         self.current: av.VideoFrame | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
@@ -155,14 +155,18 @@ def _time(frame: av.VideoFrame) -> float:
     return frame.time
 
 
-def video_format(path: str) -> tuple[str, str]:
-    """Codec and pixel format of a video, by FFmpeg's names. Raises `DataError`."""
+def _start(stream: av.VideoStream) -> float:
+    return float((stream.start_time or 0) * (stream.time_base or 0))
+
+
+def video_format(path: str) -> tuple[str, str, float]:
+    """Codec and pixel format of a video, by FFmpeg's names, and the time of its first frame in s. Raises `DataError`."""
     import av
 
     try:
         with av.open(path) as container:
-            stream = container.streams.video[0].codec_context
-            return stream.codec.canonical_name, stream.pix_fmt or ""
+            stream = container.streams.video[0]
+            return stream.codec_context.codec.canonical_name, stream.codec_context.pix_fmt or "", _start(stream)
     except (av.FFmpegError, OSError, IndexError, AttributeError) as error:
         raise DataError(f"{path}: cannot be decoded ({read_failure(path, error)}); {REMEDY}") from error
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paligemma_vla.data.formats import open_file
 from paligemma_vla.data.index import EpisodeIndex
@@ -42,10 +43,11 @@ class CameraVideos:
 
 
 class SourceVideos(NamedTuple):
-    """Videos of a camera of the source. paths: of each episode's (E,). whole: runs of episodes [first, stop) which are all that
-    their file has. info: what the data set says of them."""
+    """Videos of a camera of the source. paths: of each episode's (E,). begin: in it, in s (E,). whole: runs of episodes
+    [first, stop) which are all that their file has. info: what the data set says of them."""
 
     paths: list[str]
+    begin: NDArray[np.float64]
     whole: list[tuple[int, int]]
     info: dict[str, Any]
 
@@ -74,20 +76,24 @@ def find_videos(index: EpisodeIndex, column: str, version: str) -> SourceVideos 
         for first, stop in pairwise(edges)
         if stop - first == listed[first] and fits[first:stop].all() and (np.diff(begin[first:stop]) > 0).all()
     ]
-    return SourceVideos(paths, whole, info)
+    return SourceVideos(paths, begin, whole, info)
 
 
 def plan_camera(source: SourceVideos | None, begins: Sequence[int], codec: str | None, copy: bool) -> CameraVideos:
     """The video files of one camera. begins: the first episode of each shard."""
-    theirs, pix_fmt = ("", "") if source is None else video_format(source.paths[0])
+    theirs, pix_fmt = ("", "") if source is None else video_format(source.paths[0])[:2]
     codec = codec or (theirs if theirs in CODECS else "h264")
-    whole, covered = source.whole if source and copy else [], set[int]()
-    for first, stop in whole:
-        covered.update(range(first, stop))
+    whole = [run for run in source.whole if not _begins_late(source, run[0])] if source and copy else []
+    covered = {episode for run in whole for episode in range(*run)}
     if source and len(covered) == len(source.paths):
         return CameraVideos(theirs, pix_fmt, tuple(VideoFile(first, True) for first, _ in whole), source.info)
     if (theirs, pix_fmt) != (codec, PIX_FMT):  # the files of one camera are of one kind
-        whole, covered = [], set()
+        whole, covered = [], set[int]()
     encoded = {*begins, *(stop for _, stop in whole if source and stop < len(source.paths))} - covered
     files = [VideoFile(first, True) for first, _ in whole] + [VideoFile(first, False) for first in encoded]
     return CameraVideos(codec, PIX_FMT, tuple(sorted(files)), None)
+
+
+def _begins_late(source: SourceVideos, episode: int) -> bool:
+    """True if a video has a clock of its own, in which LeRobot finds no frame at the begin of its first episode."""
+    return bool(video_format(source.paths[episode])[2] > source.begin[episode] + EXACT)
