@@ -162,6 +162,17 @@ READ_ALL_THE_SAME: dict[str, tuple[str, Change, str]] = {  # version, what is ot
     "no file index": ("v3.0", column(FILE_INDEX, None, EPISODES), "4 episodes lie in another data file"),
     "stale file index": ("v3.0", column(FILE_INDEX, lambda _: pa.array([0, 0, 0, 1]), EPISODES), "1 episodes lie"),
     "all in the first file": ("v3.0", column(FILE_INDEX, lambda _: pa.array([0, 0, 0, 0]), EPISODES), "2 episodes lie"),
+    **{
+        f"length {entry} v3.0": (
+            "v3.0",
+            column("length", lambda _, entry=entry: pa.array([5, 2, entry, 4]), EPISODES),
+            "1 episodes are listed without a length; their rows are counted",
+        )
+        for entry in (None, -9, 2.5)
+    },
+    "no length v3.0": ("v3.0", column("length", None, EPISODES), "4 episodes are listed without a length"),
+    "length null v2.1": ("v2.1", lines(lambda text: text.replace(b'"length": 9', b'"length": null')), "1 episodes are listed"),
+    "no length v2.1": ("v2.1", lines(lambda text: text.replace(b'"length"', b'"frames"')), "4 episodes are listed"),
     "two lists of episodes": ("v3.0", two_lists, ""),
     "another order of rows": ("v3.0", swap_episodes, ""),
     "rows that are not listed": ("v3.0", unlisted, "rows of episodes that meta does not list; they are left out"),

@@ -309,13 +309,26 @@ class Metadata:
         if self.info.major == 2:
             return self
         files = tuple(dict.fromkeys((*self.files, *self._data_files)))
-        held = [set(_episode_numbers(os.path.join(self.root, name))) for name in files]
+        held = [_episode_rows(os.path.join(self.root, name)) for name in files]
         found = {number: file for file in reversed(range(len(files))) for number in held[file]}
         pairs = zip(self.number.tolist(), self.file.tolist(), strict=True)
         file = np.array([at if number in held[at] else found.get(number, at) for number, at in pairs], np.int64)
         if moved := int((file != self.file).sum()):
             say(self.root, f"{moved} episodes lie in another data file than meta/episodes says; they are read from there")
         return replace(self, files=files, file=file)
+
+    @cached_property
+    def counted(self) -> Metadata:
+        """The same, with the lengths that the list does not have (-1) counted in the rows of the data files."""
+        unknown, found, length = np.flatnonzero(self.length < 0).tolist(), self.located, self.length.copy()
+        if not unknown:
+            return self
+        held = {file: _episode_rows(os.path.join(self.root, found.files[file])) for file in set(found.file[unknown].tolist())}
+        for episode in unknown:  # in v2.x all rows of a file are of one episode
+            rows, number = held[int(found.file[episode])], float(self.number[episode])
+            length[episode] = sum(rows.values()) if self.info.major == 2 else rows.get(number, 0)
+        text = f"{len(unknown)} episodes are listed without a length; their rows are counted"
+        return replace(self, length=length, differences=(*self.differences, text))
 
     def cameras(self, selection: Selection) -> list[Feature]:
         """The selected cameras in order, by default all. Raises `DataError` that lists those there are."""
@@ -443,14 +456,15 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
 
     files, file = list_files("data_path", "data")
     videos = {key: spans(key) for key in cameras if old or f"videos/{key}/from_timestamp" in episodes}
-    counts = {"total_episodes": len(number), "total_frames": int(length.sum())}
+    metadata = Metadata(root, info, tasks, number, length, files, file, videos, names).counted
+    counts = {"total_episodes": len(number), "total_frames": int(metadata.length.sum())}
     differences = tuple(
         f"{INFO}: {name}: got {str(got)[:40]}, expected {expected} as the episodes are listed; the list is used"
         for name, expected in counts.items()
         if (got := getattr(info, name)) not in (None, expected)
     )
     differences += tuple(f"{name}: {CUT}; what it lists is left out" for name in cut)
-    return Metadata(root, info, tasks, number, length, files, file, videos, names, differences)
+    return replace(metadata, differences=(*metadata.differences, *differences))
 
 
 _said: dict[tuple[str, str], object] = {}
@@ -469,13 +483,16 @@ def _parquet_files(root: str, folder: str) -> list[str]:
     return [name for name in found if name.endswith(".parquet")]
 
 
-def _episode_numbers(path: str) -> list[float]:
-    """The values of episode_index in a data file; none where it cannot be read."""
+def _episode_rows(path: str) -> dict[float, int]:
+    """How many rows of a data file have each episode_index (NaN: none); none at all where it cannot be read."""
     try:
         with open_table(path) as source, pq.ParquetFile(source) as file:
-            return list(np.unique(to_scalars(file.read(["episode_index"], use_threads=False)["episode_index"])))
-    except (KeyError, *READ_ERRORS):
-        return []  # opening the file for its own episodes tells why
+            table = file.read(["episode_index"], use_threads=False)
+            given = "episode_index" in table.column_names
+            numbers = to_scalars(table["episode_index"]) if given else np.full(file.metadata.num_rows, np.nan)
+    except READ_ERRORS:
+        return {}  # opening the file for its own episodes tells why
+    return dict(zip(*(part.tolist() for part in np.unique(numbers, return_counts=True)), strict=True))
 
 
 def _read_info(path: str) -> Info:
@@ -517,13 +534,13 @@ def _read_tasks(path: str, name: str = "task") -> dict[int, str]:
 def _read_episodes(root: str, listed: Sequence[str], files: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Columns of the lists of episodes, in the order of their numbers. files: prefixes of the columns that name a file.
 
-    A file whose number is missing has the number -1. Columns of videos are there if every list has them.
+    A length or the number of a file is -1 where there is none. Columns of videos are there if every list has them.
     """
     if not listed:
         raise DataError(f"{root}/meta/episodes: got no Parquet file there, expected chunk-000/file-000.parquet; restore it")
-    unsure = [f"{file}/{name}" for file in files for name in ("chunk_index", "file_index")]
+    unsure = ["length", *(f"{file}/{name}" for file in files for name in ("chunk_index", "file_index"))]
     times = [f"{file}/from_timestamp" for file in files if file != "data"]
-    parts = [_read_columns(f"{root}/{name}", ["episode_index", "length"], unsure, times) for name in listed]
+    parts = [_read_columns(f"{root}/{name}", ["episode_index"], unsure, times) for name in listed]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if all(name in part for part in parts)}
     order = np.argsort(columns["episode_index"])
     return {name: values[order] for name, values in columns.items()}
@@ -534,7 +551,7 @@ def _read_columns(
 ) -> dict[str, NDArray[Any]]:
     """Columns of a table in JSON Lines (v2.x) or Parquet (v3.x): whole numbers, times in seconds, texts.
 
-    unsure: whole numbers that may be missing, -1 then. Raises `DataError` when another column is missing or unusable.
+    unsure: whole numbers, -1 where there is none. Raises `DataError` when another column is missing or unusable.
     """
     kinds = {**dict.fromkeys((*numbers, *unsure, *times), pa.float64()), **dict.fromkeys(texts, pa.string())}
     try:
@@ -543,10 +560,10 @@ def _read_columns(
         for name in (*numbers, *unsure):
             given = name in table.column_names or name in numbers
             values = to_scalars(table[name]) if given else np.full(rows, np.nan)
-            values = np.where(np.isnan(values), -1, values) if name in unsure else values
-            if not ((values % 1 == 0) & (values >= (-1 if name in unsure else 0)) & (values < LARGEST)).all():
+            fits = (values % 1 == 0) & (values >= 0) & (values < LARGEST)
+            if name in numbers and not fits.all():
                 raise ValueError(f"{name}: got others, expected whole numbers from 0 to {LARGEST - 1} in every row")
-            arrays[name] = values.astype(np.int64)
+            arrays[name] = np.where(fits, values, -1).astype(np.int64)
         arrays |= {name: to_scalars(table[name]) for name in times if name in table.column_names}
         for name in texts:
             if table[name].null_count:
