@@ -299,6 +299,17 @@ def test_bad_value_leaves_out_its_episode_only(copy: Callable[[str], Truth], nam
             check_read(truth, EpisodeIndex.build(truth.name), [0, 1, 2, 3])
 
 
+def test_episodes_with_one_begin_in_a_video_are_all_left_out(copy: Callable[[str], Truth], capsys) -> None:
+    truth = copy("v3.0-video")
+    column(BEGIN, lambda _: pa.array([0.3, 0.3, 0, 0.9]), EPISODES)(truth.root)
+    assert main(["data", "check", truth.name]) == 1
+    out = capsys.readouterr().out
+    for row in (0, LENGTHS[0]):
+        assert f"row {row}, column image_1_bytes: got the from_timestamp of another episode in " in out
+    exclude = load_exclusions("excluded_episodes.json")
+    check_read(truth, EpisodeIndex.build(truth.name, exclude=exclude), [2, 3])
+
+
 OTHER_TYPES: dict[str, Callable[[pa.ChunkedArray], Any] | None] = {
     "gone": None,
     "null": lambda old: pa.nulls(len(old)),

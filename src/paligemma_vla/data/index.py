@@ -53,7 +53,7 @@ from paligemma_vla.storage import (
 )
 
 REQUESTS = 32  # to a store, at a time
-CACHE_VERSION, EXCLUSIONS_VERSION = 11, 1
+CACHE_VERSION, EXCLUSIONS_VERSION = 12, 1
 DIGEST_BYTES = 16
 NOTHING: Rows = np.empty((0, 2), np.int64)
 COPY_IT = "copy it to this machine; `paligemma-vla data convert` makes episode files of it, which may be behind URLs"

@@ -331,13 +331,15 @@ class LeRobotFile(ParquetEpisodes):
             for file in np.unique(spans.file[episodes[wanted]]).tolist():
                 path = os.path.join(self.metadata.root, spans.files[file])
                 reason = _why_no_video(path) if spans.files[file] else "no file_index or from_timestamp in meta/episodes"
+                here, kind = wanted & (spans.file[episodes] == file), Kind.FILE
+                text = f"got no video {path} ({reason}), expected one as the metadata says; restore it"
                 if reason is None:
-                    continue
-                remedy = f"restore it, choose other cameras (?cameras=...), or {LEAVE_OUT}"
-                text = f"got no video {path} ({reason}), expected one as the metadata says; {remedy}"
-                for span in np.flatnonzero(wanted & (spans.file[episodes] == file)).tolist():
+                    here, kind = here & spans.shared[episodes], Kind.FRAME
+                    text = f"got the from_timestamp of another episode in {path}, expected one of its own; restore the metadata"
+                for span in np.flatnonzero(here).tolist():
                     first, stop = bounds[span : span + 2].tolist()
-                    yield Fault(self.path, Kind.FILE, text, first, column, stop - first)
+                    remedy = f"{text}, choose other cameras (?cameras=...), or {LEAVE_OUT}"
+                    yield Fault(self.path, kind, remedy, first, column, stop - first)
 
     def _stored_columns(self, columns: Sequence[str]) -> list[str]:
         """One at least, or a table would have no rows."""

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from paligemma_vla.data.formats import READ_ERRORS
 from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list, open_table
-from paligemma_vla.data.video import DEEP_GREY
+from paligemma_vla.data.video import DEEP_GREY, EXACT
 from paligemma_vla.errors import DataError, closest
 from paligemma_vla.schema import Rows, first_fault
 from paligemma_vla.storage import CUT, find_files, missing_content, read_failure, read_json
@@ -255,6 +255,15 @@ class VideoSpans:
         same = np.diff(self.file[order]) == 0
         stop[order[:-1][same]] = self.start[order[1:][same]]
         return stop
+
+    @cached_property
+    def shared(self) -> NDArray[np.bool_]:
+        """True for episodes that begin where another one in the same video begins: one of them is elsewhere (E,)."""
+        order = np.lexsort((self.start, self.file))
+        same = (np.diff(self.file[order]) == 0) & (np.diff(self.start[order]) <= EXACT)
+        shared = np.zeros(len(order), bool)
+        shared[order[:-1][same]] = shared[order[1:][same]] = True
+        return shared
 
     @cached_property
     def first(self) -> NDArray[np.float64]:
