@@ -147,6 +147,15 @@ READ_ALL_THE_SAME: dict[str, tuple[str, Change, str]] = {  # version, what is ot
     "timestamps as text": ("v3.0", column("timestamp", lambda old: pa.array(map(str, old.to_pylist()))), "no column timestamp"),
     "no episode_index v2.1": ("v2.1", column("episode_index", None), "no column episode_index"),
     "no episode_index v3.0": ("v3.0", column("episode_index", None), "no column episode_index"),
+    **{
+        f"{name} all {empty} {kind}": (
+            kind,
+            column(name, lambda old, empty=empty: pa.array([empty] * len(old), pa.float32())),
+            f"no column {name} of numbers",
+        )
+        for name in ("timestamp", "frame_index", "episode_index")
+        for empty, kind in ((None, "v3.0-video"), (np.nan, "v2.1"))
+    },
     "no index": ("v3.0", column("index", None), ""),
     "frames from 1": ("v2.1", column("frame_index", lambda old: pa.array(old.to_numpy() + 1)), ""),
     "frames of the file": ("v3.0", column("frame_index", lambda old: pa.array(np.arange(len(old)))), ""),

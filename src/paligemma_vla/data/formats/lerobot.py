@@ -53,6 +53,7 @@ from paligemma_vla.schema import DatasetMetadata, Layout, Rows
 from paligemma_vla.storage import POINTER, POINTER_REMEDY, missing_content, open_source
 
 SMALLEST_VIDEO = 1024  # bytes; a file with less is a text in its place
+REBUILT = ("timestamp", "frame_index", "episode_index")  # from the order of the rows, where they are missing
 SUCCESS = ("next.success", "next.done")  # the first of them that is there says if an episode ended in success
 
 
@@ -168,15 +169,34 @@ class LeRobotFile(ParquetEpisodes):
         self._texts = self.metadata.subtasks if self._prompt == SUBTASK else self.metadata.tasks
 
     def _present(self, *names: str) -> list[str]:
-        """Those of the names that are one column, of numbers."""
+        """Those of the names that are one column, of numbers; not of those that are rebuilt and have no number in any row."""
+        return [name for name in self._numeric(*names) if name not in self._blank]
+
+    def _numeric(self, *names: str) -> list[str]:
         return [name for name in names if self.arrow.names.count(name) == 1 and _is_numeric(self.arrow.field(name).type)]
+
+    @cached_property
+    def _blank(self) -> set[str]:
+        """Columns of `REBUILT` without a number in any row. Those of which the footer has a minimum need not be read."""
+        metadata = self._open().metadata
+        paths = [metadata.schema.column(number).path.partition(".")[0] for number in range(metadata.num_columns)]
+
+        def has_minimum(name: str) -> bool:
+            column = paths.index(name)
+            chunks = (metadata.row_group(group).column(column) for group in range(metadata.num_row_groups))
+            return any(chunk.statistics is not None and chunk.statistics.has_min_max for chunk in chunks)
+
+        unsure = [name for name in self._numeric(*REBUILT) if not has_minimum(name)]
+        return {name for name, values in self._read(unsure).items() if np.isnan(values).all()}
 
     def _read_scalars(self, *names: str) -> dict[str, NDArray[np.float64]]:
         """Those of the columns that are there, of all rows (R,)."""
-        present = self._present(*names)
-        with reading(self.path, present):
-            table = self._open().read(columns=present, use_threads=False)
-        return {name: to_scalars(table[name]) for name in present}
+        return self._read(self._present(*names))
+
+    def _read(self, names: list[str]) -> dict[str, NDArray[np.float64]]:
+        with reading(self.path, names):
+            table = self._open().read(columns=names, use_threads=False)
+        return {name: to_scalars(table[name]) for name in names}
 
     @cached_property
     def _spans(self) -> tuple[Rows, Rows]:
