@@ -210,13 +210,13 @@ def test_state_and_action_are_columns_joined_in_the_order_asked_for(
 ) -> None:
     truth, arrays = parts
     expected = np.hstack([arrays[key] for key in keys]).astype(np.float32)
-    name = f"{truth.name}?state={asked}&action=grip+{asked}"
+    name = f"{truth.name}?state={asked}&action=action+{asked}"
     index = EpisodeIndex.build(name)
     assert list(index.layout.metadata.state_names) == names
-    assert (index.layout.state_dim, index.layout.action_dim) == (expected.shape[1], expected.shape[1] + 1)
+    assert (index.layout.state_dim, index.layout.action_dim) == (expected.shape[1], expected.shape[1] + 2)
     recordings = read_all(name)
     assert np.array_equal(np.concatenate([one.state for one in recordings]), expected)
-    assert np.array_equal(np.concatenate([one.action for one in recordings])[:, 1:], expected)
+    assert np.array_equal(np.concatenate([one.action for one in recordings])[:, 2:], expected)
     statistics = compute_statistics(index, "test")
     assert np.array_equal(statistics.state.max, expected.max(axis=0))
     assert main(["data", "convert", "--input", name, "--output_dir", str(tmp_path / "native"), "--workers", "0"]) == 0
@@ -243,6 +243,7 @@ def test_selection_of_columns_is_part_of_what_the_data_is(parts: tuple[Truth, di
         ),
         ("state=arm+observation.images.front", "features.observation.images.front: got dtype image"),
         ("state=arm+", "features.: got no ''"),
+        ("action=arm+grip+arm", r"action=arm\+grip\+arm: got a column twice, expected each once"),
     ],
 )
 def test_columns_that_cannot_be_joined_are_told(parts: tuple[Truth, Any], asked: str, message: str) -> None:

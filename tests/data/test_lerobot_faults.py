@@ -22,6 +22,7 @@ from paligemma_vla.data.convert import read_episodes
 from paligemma_vla.data.formats import lerobot_meta
 from paligemma_vla.data.index import EpisodeIndex, load_exclusions
 from paligemma_vla.errors import DataError
+from paligemma_vla.storage import POINTER
 
 Change = Callable[[Path], object]
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -95,6 +96,12 @@ def two_lists(root: Path) -> None:
     pq.write_table(table.slice(0, 2), root / EPISODES)
     pq.write_table(other, root / "meta/episodes/chunk-000/file-001.parquet")
     (root / "meta/episodes/chunk-000/._file-001.parquet").write_bytes(b"of another program")
+
+
+def other_tasks(root: Path) -> None:
+    (root / "meta/tasks.parquet").unlink()
+    rows = [{"task_index": number, "task": task} for number, task in enumerate(TASKS)]
+    (root / "meta/tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def swap_episodes(root: Path) -> None:
@@ -182,6 +189,7 @@ READ_ALL_THE_SAME: dict[str, tuple[str, Change, str]] = {  # version, what is ot
     "no length v3.0": ("v3.0", column("length", None, EPISODES), "4 episodes are listed without a length"),
     "length null v2.1": ("v2.1", lines(lambda text: text.replace(b'"length": 9', b'"length": null')), "1 episodes are listed"),
     "no length v2.1": ("v2.1", lines(lambda text: text.replace(b'"length"', b'"frames"')), "4 episodes are listed"),
+    "tasks in lines v3.0": ("v3.0", other_tasks, "meta/tasks.parquet: is missing; the tasks are those of meta/tasks.jsonl"),
     "two lists of episodes": ("v3.0", two_lists, ""),
     "another order of rows": ("v3.0", swap_episodes, ""),
     "rows that are not listed": ("v3.0", unlisted, "rows of episodes that meta does not list; they are left out"),
@@ -260,6 +268,11 @@ ONE_BAD = {  # in row 5 of file-001.parquet, of episode 2: kind, what is done, w
     "null task": ("v3.0", value("task_index", 5, None), "row 5, column prompt: got null"),
     "nan": ("v3.0", value("action", 5, [np.nan, 0.0]), "row 5, column action: dimension 0 is nan"),
     "short": ("v3.0", value("action", 5, [1.0]), "row 5, column action: got 1 numbers, expected 2"),
+    "pointer": (
+        "v3.0",
+        value("observation.images.front", 5, {"bytes": POINTER + b"\noid sha256:0\nsize 9\n", "path": None}),
+        "(it is a pointer of git-lfs, not the file: run `git lfs pull`",
+    ),
     "picture": ("v3.0", value("observation.images.front", 5, {"bytes": b"x", "path": None}), "row 5, column image_1_bytes: "),
     "rows are gone": (
         "v3.0",

@@ -12,6 +12,7 @@ from PIL.Image import Transpose
 
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.errors import first_line
+from paligemma_vla.storage import POINTER, POINTER_REMEDY
 
 if TYPE_CHECKING:
     from paligemma_vla.config import AugmentationConfig
@@ -44,7 +45,8 @@ def decode(data: bytes | memoryview) -> Image.Image:
             return image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
     except Exception as error:  # hostile bytes lead Pillow to struct.error, zlib.error, IndexError, MemoryError and others
         # Pillow's own text for unknown bytes names an object's address.
-        reason = "its bytes are of neither kind" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        unknown = POINTER_REMEDY if bytes(data[: len(POINTER)]) == POINTER else "its bytes are of neither kind"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise Unusable(Kind.IMAGE, f"cannot be decoded as JPEG or PNG ({reason}); restore it, or {LEAVE_OUT}") from error
     if deep:
         raise depth_map("more than 8 bits per channel")

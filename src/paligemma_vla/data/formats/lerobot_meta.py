@@ -381,6 +381,8 @@ class Metadata:
                 raise DataError(f"{where}: {got}, {expected}; name others: ?{role}=FEATURE+FEATURE{closest('', there)}")
             if asked is None and not feature.is_flat:
                 raise DataError(f"{where}: {got}, expected one row of numbers; to have its rows joined, ask: ?{role}={key}")
+        if len(set(keys)) != len(keys):
+            raise DataError(f"{self.root}: {role}={text}: got a column twice, expected each once; name others: ?{role}=FEATURE")
         vector = Vector(tuple(features[key] for key in keys))
         if vector.size > MAX_DIMENSION:
             raise DataError(f"{self.root}: {role}={text}: got {vector.size} numbers, expected at most {MAX_DIMENSION}")
@@ -437,7 +439,9 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
     info = _read_info(f"{root}/{INFO}")
     names, old = tuple(name for name, _, _ in stamps), info.major == 2
     cameras = [key for key, feature in info.features.items() if feature.dtype == "video"]
-    tasks = _read_tasks(f"{root}/meta/tasks.{'jsonl' if old else 'parquet'}")
+    forms = ["meta/tasks.jsonl", "meta/tasks.parquet"] if old else ["meta/tasks.parquet", "meta/tasks.jsonl"]
+    tasks_file = next((name for name in forms if name in names), forms[0])
+    tasks = _read_tasks(f"{root}/{tasks_file}")
     listed = ["meta/episodes.jsonl"] if old else [name for name in names if name.startswith("meta/episodes/")]
     cut = [name for name in listed if missing_content(f"{root}/{name}") == CUT]  # by a recorder that went on after another one
     listed = [name for name in listed if name not in cut] or listed
@@ -473,6 +477,7 @@ def _load(root: str, stamps: tuple[tuple[str, int, int], ...]) -> Metadata:
         if (got := getattr(info, name)) not in (None, expected)
     )
     differences += tuple(f"{name}: {CUT}; what it lists is left out" for name in cut)
+    differences += (f"{forms[0]}: is missing; the tasks are those of {forms[1]}",) if tasks_file == forms[1] else ()
     return replace(metadata, differences=(*metadata.differences, *differences))
 
 
