@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,11 +40,16 @@ def install(project: Path, dies: str = "never") -> list[str]:
     return (project / "asked").read_text().split()
 
 
+def change_lock(project: Path) -> None:
+    """As if the lock were written later than the installation; two writes at once may have the same date."""
+    os.utime(project / ".venv" / ".installed", (1, 1))
+
+
 def test_install_runs_once_until_the_lock_changes(project: Path) -> None:
     assert install(project) == ["venv", "install"]
     assert (project / ".venv" / ".installed").read_text().strip().isdigit()
     assert install(project) == []
-    (project / "constraints.txt").touch()
+    change_lock(project)
     assert install(project) == ["install"]
     assert not (project / ".venv.installing").exists()
 
@@ -53,7 +59,7 @@ def test_install_runs_once_until_the_lock_changes(project: Path) -> None:
 def test_install_that_was_interrupted_is_made_anew(project: Path, dies: str, installed: bool) -> None:
     if installed:
         install(project)
-        (project / "constraints.txt").touch()
+        change_lock(project)
         if dies == "venv":
             (project / ".venv" / "pip").unlink()
     install(project, dies)

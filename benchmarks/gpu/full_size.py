@@ -228,6 +228,7 @@ class Untrained(Policy):
         self.model, self.preprocessor, self.config = model, preprocessor, config
         self.device = next(model.parameters()).device
         cameras = [image_key(number + 1) for number in range(config.model.vlm_config.cameras)]
+        self._cameras = dict.fromkeys(cameras, "")
         self.metadata = {"cameras": cameras, "state_dim": preprocessor.state.dimension}
 
 
