@@ -15,16 +15,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, floating_dtypes, scalar_dtypes
-from PIL import Image
+from PIL import ExifTags, Image
 
 import paligemma_vla
 from conftest import ConfigFactory
 from paligemma_vla import Policy, flow
+from paligemma_vla.data.images import decode
 from paligemma_vla.data.loader import Collator, VLADataset
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch
+from paligemma_vla.observation import _from_pillow
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training.checkpoint import load_checkpoint
 from support import (
@@ -308,3 +310,15 @@ def test_policy_metadata_says_what_it_expects_and_returns(policy: Policy) -> Non
     }
     assert {name: metadata[name] for name in expected} == expected
     pickle.dumps(metadata)
+
+
+def test_picture_with_damaged_exif_is_seen_as_training_sees_it() -> None:
+    """Both take it as it is stored: one function turns pictures."""
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    pixels = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
+    damaged = exif.tobytes().replace(b"MM\0*", b"MM\0\xff").replace(b"II*\0", b"II\xff\0")
+    Image.fromarray(pixels).save(stream, "PNG", exif=damaged)
+    parsed = _from_pillow("image_1", Image.open(io.BytesIO(stream.getvalue())))
+    assert np.array_equal(np.asarray(parsed), np.asarray(decode(stream.getvalue())))
+    assert np.array_equal(np.asarray(parsed), pixels)

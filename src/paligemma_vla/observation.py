@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from paligemma_vla.actions import ActionTransform
 from paligemma_vla.errors import DataError, Faults, closest, first_line
+from paligemma_vla.preprocess import to_upright_rgb
 from paligemma_vla.schema import PROMPT, STATE
 
 IMAGE = "an RGB picture: a uint8 array (H, W, 3), floats from 0 to 1, or a PIL image"
@@ -123,7 +124,7 @@ def _from_pillow(key: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise DataError(f"{key}: got a PIL image of mode {image.mode}, expected 8 bits per channel")
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return to_upright_rgb(image)
     except Exception as error:  # its file is decoded here, and may hold any bytes
         raise DataError(f"{key}: the PIL image cannot be decoded ({first_line(error)})") from error
 

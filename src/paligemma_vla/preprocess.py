@@ -6,6 +6,7 @@ these functions: it goes into the checkpoint as a dictionary and comes back equa
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
 from tokenizers import Tokenizer
 
 from paligemma_vla.config import VLAConfig
@@ -23,6 +25,12 @@ from paligemma_vla.normalization import DatasetStatistics, Normalizer
 
 Box = tuple[float, float, float, float]
 LONGEST_PROMPT = 100_000  # characters
+TURNS = {  # EXIF orientation -> what turns the stored picture as it is to be seen; 1 is as stored
+    **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
+    **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
+}
+# What Pillow raises for EXIF that is damaged. Such a picture is as stored, as in every viewer.
+EXIF_ERRORS = (struct.error, SyntaxError, LookupError, TypeError, ValueError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class ImageSpec:
             pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
             image = image.resize((self.size, self.size), Image.Resampling(self.resample), box=pixels)
         return image
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says. Raises as Pillow for damaged pixels."""
+    image.load()  # EXIF may follow the pixels of a PNG
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except EXIF_ERRORS:
+        turn = None
+    return image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
 
 
 def to_pixels(image: Image.Image) -> NDArray[np.uint8]:

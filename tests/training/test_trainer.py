@@ -73,7 +73,7 @@ def test_gradients_are_clipped_over_all_weights_together(tiny_config: ConfigFact
         config = tiny_config({"training.grad_clip_norm": limit, "training.experiment_name": f"clip_{limit}"})
         trainer = Trainer(config, ALONE)
         trainer._enter_stage()
-        trainer._train_step(trainer._stream(1))
+        trainer._train_step([next(trainer._stream(1))])
         norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item())
     assert norms[0] > 0.05
     assert norms[1] == pytest.approx(0.05, rel=1e-3)
@@ -119,7 +119,7 @@ def test_stages_train_what_they_say(session_config: ConfigFactory, uninterrupted
     trainer._enter_stage()
     stream = trainer._stream(4)
     for _ in range(4):
-        trainer._train_step(stream)
+        trainer._train_step([next(stream)])
     middle = trainer.model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], middle[name])}
     assert len(moved) > 10
@@ -383,7 +383,7 @@ def test_step_that_is_not_finite_is_skipped_counted_and_named(
             next(stream)
             twin.scheduler.step()
         else:
-            twin._train_step(stream)
+            twin._train_step([next(stream)])
     assert identical(twin.model.state_dict(), trainer.model.state_dict())
     assert identical(twin.ema.state_dict(), trainer.ema.state_dict())
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.Image import Transpose
+from PIL import Image, UnidentifiedImageError
 
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.errors import first_line
+from paligemma_vla.preprocess import to_upright_rgb
 from paligemma_vla.storage import POINTER, POINTER_REMEDY
 
 if TYPE_CHECKING:
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 32_000_000
 WIDE_MODES = ("I", "F")  # of Pillow, which would cut them off at 255
-TURNS = {  # EXIF orientation -> what turns the stored picture as it is to be seen; 1 is as stored
-    **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
-    **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
-}
-# What Pillow raises for EXIF that is damaged. Such a picture is as stored, as in every viewer.
-EXIF_ERRORS = (struct.error, SyntaxError, LookupError, TypeError, ValueError, ZeroDivisionError)
 GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
 
 
@@ -40,9 +33,7 @@ def decode(data: bytes | memoryview) -> Image.Image:
         if image.format == "TIFF" and not deep:  # it is opened only to tell a depth map
             raise ValueError("it is a TIFF")
         if not deep and image.width * image.height <= MAX_PIXELS:
-            image.load()  # EXIF may follow the pixels of a PNG
-            turn = _turn(image)
-            return image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
+            return to_upright_rgb(image)
     except Exception as error:  # hostile bytes lead Pillow to struct.error, zlib.error, IndexError, MemoryError and others
         # Pillow's own text for unknown bytes names an object's address.
         unknown = POINTER_REMEDY if bytes(data[: len(POINTER)]) == POINTER else "its bytes are of neither kind"
@@ -52,14 +43,6 @@ def decode(data: bytes | memoryview) -> Image.Image:
         raise depth_map("more than 8 bits per channel")
     text = f"got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS // 10**6} megapixels"
     raise Unusable(Kind.IMAGE_SIZE, f"{text}; shrink it before writing, or {LEAVE_OUT}")
-
-
-def _turn(image: Image.Image) -> Transpose | None:
-    """What turns a loaded image as it is to be seen; None when it is stored so."""
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except EXIF_ERRORS:
-        return None
 
 
 def encode_image(image: Image.Image, kind: str, quality: int = 95) -> bytes:

@@ -152,7 +152,7 @@ class Trainer:
                 if request.anywhere() or micro is None:
                     break
                 self._enter_stage()
-                taken = self._train_step(iter(micro))
+                taken = self._train_step(micro)
                 self.step += 1
                 self.monitor.update(self.step, taken)
                 epoch_ended = self.step % order.steps_per_epoch == 0
@@ -215,11 +215,10 @@ class Trainer:
         if self.distributed.main and self.config.training.stages:
             logger.info("step %d: training %s", self.step, "the head alone" if train == "head" else "backbone and head")
 
-    def _train_step(self, stream: Iterator[Batch]) -> Step:
+    def _train_step(self, micro: list[Batch]) -> Step:
         """One optimiser step; weights and moving average stay as they are where loss or gradient is not finite."""
         world, device = self.distributed.world_size, self.distributed.device
         rate = self.optimizer.param_groups[0]["lr"]
-        micro = [next(stream) for _ in range(self.config.training.gradient_accumulation_steps)]
         draws = self.config.model.action_head_config.num_flow_samples
         count = torch.stack([batch["action_mask"].sum() for batch in micro]).sum().to(device, torch.float32) * draws
         self.distributed.all_reduce(count)
