@@ -112,7 +112,7 @@ def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[st
     lock = begin_run(config, trainer.data, alone, 0, None)
     batch = next(trainer._stream(1))
     trainer._enter_stage()
-    step = trainer._train_step(iter([batch]))
+    step = trainer._train_step([batch])
     trained = time.perf_counter()
     trainer.step = 1
     trainer._save(improved=False, last=True)
