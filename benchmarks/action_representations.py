@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
 from paligemma_vla.actions import resolve_actions
+from paligemma_vla.cli.demo import ACTION_REPEAT
 from paligemma_vla.cli.train import train
 from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.index import EpisodeIndex
@@ -80,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--representations", nargs="+", choices=REPRESENTATIONS, default=REPRESENTATIONS)
     parser.add_argument("--demonstrations", type=int, default=200, help="per task")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of each training")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of each training")
     parser.add_argument("--episodes", type=int, default=20, help="played per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("experiments/action_representations"))
@@ -89,7 +91,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_tiny_paligemma(args.work_dir / "tiny-paligemma")
     workers, episodes = os.cpu_count() or 1, args.work_dir / "episodes"
-    collect(CollectConfig("metaworld", TASKS, args.demonstrations, episodes, args.seed, workers, control="absolute"))
+    job = CollectConfig("metaworld", TASKS, args.demonstrations, episodes, args.seed, workers)
+    collect(replace(job, control="absolute", action_repeat=ACTION_REPEAT))
     rows = [measure(args, representation) for representation in args.representations]
     for row in rows:
         low, high = row["ci95"]

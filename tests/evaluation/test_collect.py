@@ -114,6 +114,23 @@ def test_demonstrate_in_absolute_control_is_the_same_demonstration(env, config):
     assert disturbed[:, 3].max() == 0
 
 
+@pytest.mark.parametrize("control", ["delta", "absolute"])
+def test_demonstrate_with_repeated_actions_takes_as_long_in_fewer_rows(env, config, control):
+    """Rows, noise, and what is added at the end are those of the same time."""
+    config = replace(config, noise_share=0.0, control=control)
+    for index in (0, 10):  # the second starts done
+        env.use_control(control)
+        every = demonstrate(env, config, "drawer-close", index)[0]
+        env.use_control(control, 4)
+        fourth = demonstrate(env, replace(config, action_repeat=4), "drawer-close", index)[0]
+        assert every.length / 4 - 2 <= fourth.length <= every.length / 4 + 3
+        np.testing.assert_array_equal(fourth.state[0], every.state[0])
+        np.testing.assert_allclose(fourth.state[-1], every.state[-1], atol=0.03)
+    noises = correlated_noise(np.random.default_rng(0), replace(config, noise_share=1.0, action_repeat=4), 3)
+    values = np.stack([next(noises) for _ in range(6000)])
+    assert np.corrcoef(values[:-1, 0], values[1:, 0])[0, 1] == pytest.approx(0.9**4, abs=0.05)
+
+
 def test_replaying_recorded_targets_reproduces_the_episode_exactly(env, config):
     env.use_control("absolute")
     spy = Spy(env)
@@ -135,7 +152,7 @@ def test_collect_says_what_its_control_is_and_refuses_a_folder_with_other_settin
     assert described(written) == ABSOLUTE_METADATA
     state, action = (np.array(written[name].to_pylist()) for name in ("state", "action"))
     assert np.abs(action[:, :3] - state[:, :3]).max() < 0.15, "targets lie some centimetres ahead of the hand"
-    for other in ({"control": "delta"}, {"seed": 5}):
+    for other in ({"control": "delta"}, {"seed": 5}, {"action_repeat": 2}):
         with pytest.raises(SimulatorError, match=r"(?s)other settings.*'seed': 4.*'control': 'absolute'.*expected"):
             collect(replace(config, **other))
 
@@ -209,4 +226,9 @@ def test_command_line_collects(tmp_path, capsys):
     arguments = ["--tasks", "faucet-open", "--episodes", "1", "--output_dir", str(tmp_path), "--workers", "0"]
     assert command.main(parser.parse_args([*arguments, "--env", "metaworld", "--seed", "3", "--image_size", "48"])) == 0
     assert "1 episodes" in capsys.readouterr().out
-    assert Image.open(io.BytesIO(table(tmp_path, "faucet-open")["image_1_bytes"][0].as_py())).size == (48, 48)
+    written = table(tmp_path, "faucet-open")
+    assert Image.open(io.BytesIO(written["image_1_bytes"][0].as_py())).size == (48, 48)
+    assert described(written).control_hz == 80
+    slow = [*arguments[:-3], str(tmp_path / "slow"), "--workers", "0", "--action_repeat", "4"]
+    assert command.main(parser.parse_args(slow)) == 0
+    assert described(table(tmp_path / "slow", "faucet-open")).control_hz == 20

@@ -237,6 +237,42 @@ def test_step_clips_and_refuses_to_go_on_after_the_limit(env):
         env.step(np.zeros(4))
 
 
+def test_repeated_action_is_that_many_steps_of_its_part(env):
+    """In either control; the range grows and the rate falls by as much."""
+    low = env.spec.action_low
+    single = []
+    env.reset("drawer-close", 3)
+    for _ in range(8):
+        env.step(np.array([0.5, -0.25, 0.125, -1.0]))
+        single.append(env.observe()["state"])
+    target = env._target().copy()
+    try:
+        env.use_control("delta", action_repeat=4)
+        assert (env.spec.metadata.control_hz, env.max_steps("drawer-close"), env.max_steps("push")) == (20.0, 37, 125)
+        assert env.spec.action_low == tuple(4 * x for x in low[:3]) + low[3:] and env.spec.action_scale == (4, 4, 4, 1)
+        env.reset("drawer-close", 3)
+        held = []
+        for _ in range(2):
+            env.step(np.array([2.0, -1.0, 0.5, -1.0]))
+            held.append(env.observe()["state"])
+        np.testing.assert_array_equal(held, single[3::4])
+        assert np.abs(env.expert_action()[:3]).max() > 1
+        for _ in range(34):
+            assert not env.step(np.zeros(4)).done
+        assert env.step(np.zeros(4)).done
+        with pytest.raises(SimulatorError, match="over after 37 steps"):
+            env.step(np.zeros(4))
+        env.use_control("absolute", action_repeat=4)
+        env.reset("drawer-close", 3)
+        for _ in range(2):
+            env.step(np.append(target, -1.0))
+        np.testing.assert_allclose(env._target(), target, atol=1e-6)
+        with pytest.raises(SimulatorError, match="action_repeat: got 0, expected at least 1"):
+            env.use_control("delta", action_repeat=0)
+    finally:
+        env.use_control("delta")
+
+
 def test_absolute_control_leads_the_hand_to_the_target_at_one_centimetre_per_step(env):
     env.reset("drawer-close", 0)
     start = env._target().copy()

@@ -49,12 +49,16 @@ class Absolute(Expert):
     metadata = described(ABSOLUTE_METADATA)
 
 
+class Slow(Expert):
+    metadata = METADATA | {"control_hz": 20.0}
+
+
 class Contradictory(Expert):
     metadata = METADATA | {"action_representation": "absolute"}
 
 
 class DifferentRate(Expert):
-    metadata = METADATA | {"control_hz": 10.0}
+    metadata = METADATA | {"control_hz": 30.0}  # no whole part of the simulator's 80
 
 
 def fails(env):
@@ -165,6 +169,17 @@ def test_rollout_plays_a_policy_in_the_control_its_metadata_names():
     assert played[0] == played[1], "the expert's targets lead where its deltas lead"
 
 
+def test_rollout_plays_a_policy_at_its_own_rate():
+    config = RolloutConfig(tasks=("faucet-close",), episodes=2, execute=1)
+    steps = {}
+    for factory in (Expert, Slow):
+        with RolloutPool("metaworld", policy_factory=factory, workers=0) as pool:
+            result = pool.run(config)
+            assert result["mean_success"] == 1
+            steps[factory] = result["tasks"]["faucet-close"]["mean_steps_to_success"]
+    assert steps[Slow] == pytest.approx(steps[Expert] / 4, abs=2)
+
+
 def check_written(folder: Path) -> None:
     written = json.loads((folder / "rollout.json").read_text())
     assert set(written) == {"settings", "tasks", "mean_success", "episodes", "videos", "wall_s"}
@@ -202,7 +217,7 @@ def test_rollout_pool_surfaces_what_goes_wrong():
 def test_rollout_pool_reports_a_policy_that_cannot_play():
     """Also a worker that is lost, instead of waiting for it."""
     config = RolloutConfig(tasks=("faucet-close",), episodes=1)
-    for factory, message in ((DifferentRate, "control_hz: got 10.0, expected 80.0"), (Contradictory, "action_names: got ")):
+    for factory, message in ((DifferentRate, "control_hz: got 30.0, expected 80.0"), (Contradictory, "action_names: got ")):
         with RolloutPool("metaworld", policy_factory=factory, workers=0) as pool, pytest.raises(SimulatorError, match=message):
             pool.run(config)
     with RolloutPool("metaworld", policy_factory=fails, workers=1) as pool:

@@ -17,8 +17,8 @@ def test_demo_of_the_drawer_pair_learns_to_follow_the_instruction(zygote: Zygote
         *("demo", "--config_path", str(Path(__file__).parents[2] / "configs" / "demo.yaml"), "--workers", "0"),
         *("--tasks", "drawer-open", "drawer-close", "--demonstrations", "16"),
         *("--episodes", "10", "--control_episodes", "5", "--data_dir", "data"),
-        *("--set", "training.max_steps=400", "--set", "training.validate_every_n_steps=200"),
-        *("--set", "training.stages=[{train: head, steps: 100}, {train: all}]"),
+        *("--set", "training.max_steps=250", "--set", "training.validate_every_n_steps=250"),
+        *("--set", "training.stages=[{train: head, steps: 50}, {train: all}]"),
         *("--set", "model.action_head_config.num_inference_timesteps=4"),
     ]
     done = zygote.run(command, tmp_path, timeout=590)

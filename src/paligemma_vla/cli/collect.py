@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import get_args
 
-from paligemma_vla.cli.arguments import add_simulator_arguments, from_flags
+from paligemma_vla.cli.arguments import add_simulator_arguments, from_flags, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control", choices=get_args(Control), default="delta", help="what is recorded as action (default: %(default)s)"
     )
+    text = "simulator steps per recorded action (default: %(default)s)"
+    parser.add_argument("--action_repeat", type=positive, default=1, metavar="N", help=text)
 
 
 def main(args: argparse.Namespace) -> int:

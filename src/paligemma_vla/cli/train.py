@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
         return train(config, args.device, args.resume_checkpoint, args.force, Path(args.config_path))
     from paligemma_vla.training.distributed import launch
 
-    launch(_worker, args, args.nproc or 1, args.max_restarts)
+    launch(run_rank, partial(main, args), args.nproc or 1, args.max_restarts)
     return 0
 
 
@@ -87,13 +88,13 @@ def main_ddp(args: argparse.Namespace) -> int:
     return main(args)
 
 
-def _worker(args: argparse.Namespace) -> int:
-    """One process of a launch. The launcher reports the error of the first rank that fails."""
+def run_rank(job: Callable[[], int]) -> int:
+    """What one process of a launch does. The launcher reports the error of the first rank that fails."""
     from paligemma_vla.cli.main import log_to_stderr
 
     log_to_stderr()
     try:
-        return main(args)
+        return job()
     except VLAError as error:
         raise VLAError(str(error)) from error  # one class for every message that says what to do
 

@@ -49,6 +49,7 @@ class CollectConfig:
     noise_share: of episodes that are disturbed.   noise_scale: range of the noise's standard deviation, of a full stroke.
     noise_memory: correlation of the noise from one step to the next.   steps_after_success: recorded beyond it.
     control: what the recorded actions are, `delta`s or `absolute` targets; the robot moves alike.
+    action_repeat: simulator steps per recorded action; the numbers of steps here are of the simulator.
     done_every: one in so many episodes starts done, where the task can (0: none), and lasts at least done_steps.
     """
 
@@ -66,12 +67,14 @@ class CollectConfig:
     done_every: int = 6
     done_steps: int = 80
     control: Control = "delta"
+    action_repeat: int = 1
 
     def settings(self) -> str:
         """Everything that decides what an episode holds, as one line; stored with the episodes."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")}
-        if self.control == "delta":  # so that folders collected before there was a choice can be continued
-            del kept["control"]
+        for name, default in (("control", "delta"), ("action_repeat", 1)):
+            if kept[name] == default:  # so that folders collected before there was a choice can be continued
+                del kept[name]
         return repr({**kept, "revision": REVISION})
 
 
@@ -93,7 +96,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     """
     started = time.monotonic()
     env = make_environment(config.env, config.image_size)
-    env.use_control(config.control)
+    env.use_control(config.control, config.action_repeat)
     tasks = tuple(dict.fromkeys(env.canonical(task) for task in config.tasks))
     metadata = replace(env.spec.metadata, extra={SETTINGS_KEY: config.settings()})
     env.close()
@@ -129,7 +132,7 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
         first = env.reset(task, int(rng.integers(2**31)), start_away=start_away, start_done=start_done)
         prompts = env.prompts(task, "own")
         prompt = prompts[rng.integers(len(prompts))]
-        steps = range(config.done_steps if start_done else 0, env.max_steps(task))
+        steps = range(config.done_steps // config.action_repeat if start_done else 0, env.max_steps(task))
         recorded = _follow_expert(env, config, first, steps, rng)
         if recorded is not None:
             return _episode(env, *recorded, prompt), attempt + 1
@@ -139,7 +142,7 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
 def correlated_noise(rng: np.random.Generator, config: CollectConfig, dims: int) -> Iterator[NDArray[np.float64]]:
     """Endless AR(1) noise (dims,): n' = m n + sqrt(1 - m^2) e, whose standard deviation stays that of e."""
     scale = rng.uniform(*config.noise_scale) if rng.random() < config.noise_share else 0.0
-    memory = config.noise_memory
+    memory = config.noise_memory**config.action_repeat
     noise = rng.normal(0.0, scale, dims)
     while True:
         yield noise
@@ -156,6 +159,7 @@ def _follow_expert(
     """
     seen, actions = [first], []
     noises = correlated_noise(rng, config, env.spec.action_dim - 1)
+    beyond = config.steps_after_success // config.action_repeat
     solved_at: int | None = None
     for step in range(steps.stop):
         action = env.expert_action()
@@ -166,7 +170,7 @@ def _follow_expert(
         result = env.step(np.clip(executed, env.spec.action_low, env.spec.action_high))
         if result.success and solved_at is None:
             solved_at = step
-        if solved_at is not None and step + 1 >= max(solved_at + 1 + config.steps_after_success, steps.start):
+        if solved_at is not None and step + 1 >= max(solved_at + 1 + beyond, steps.start):
             break
         if not result.done:
             seen.append(env.observe())
@@ -195,13 +199,13 @@ def _refuse_other_settings(config: CollectConfig, task: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def _environment(name: str, image_size: int, control: Control) -> Environment:
+def _environment(name: str, image_size: int, control: Control, action_repeat: int) -> Environment:
     """The simulator of this process, kept from job to job."""
     env = make_environment(name, image_size)
-    env.use_control(control)
+    env.use_control(control, action_repeat)
     return env
 
 
 def _work(job: tuple[CollectConfig, str, int]) -> tuple[Episode, int]:
     config, task, index = job
-    return demonstrate(_environment(config.env, config.image_size, config.control), config, task, index)
+    return demonstrate(_environment(config.env, config.image_size, config.control, config.action_repeat), config, task, index)

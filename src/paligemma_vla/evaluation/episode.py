@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SEED_DOMAIN = 2  # `collect` has another, so no evaluation starts where a demonstration of the same seed did
 GREY = 127
 VIDEO_SIZE, VIDEO_FPS, VIDEO_CRF = 256, 20, 30
-FRAME_EVERY = 2  # steps; at 20 frames a second, videos of an 80 Hz robot run at half speed
+FRAME_HZ = 40  # frames drawn of a simulated second, at most: an 80 Hz robot is shown at half speed, a 20 Hz one as it was
 LAST_FRAMES = 12  # the last picture stays, long enough to see how the episode ended
 
 
@@ -150,11 +150,12 @@ def write_video(path: Path, env: Environment, outcome: EpisodeOutcome, resets: R
         pixels = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3)
         return caption(pixels.mean((1, 3)).astype(np.uint8), outcome.prompt, outcome.success)
 
+    every = max(1, round(env.spec.metadata.control_hz / FRAME_HZ))  # steps
     env.reset(outcome.task, outcome.seed, resets)
     frames = [draw()]
     for step, action in enumerate(outcome.actions, start=1):
         env.step(action)
-        if step % FRAME_EVERY == 0 or step == outcome.steps:
+        if step % every == 0 or step == outcome.steps:
             frames.append(draw())
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, "h264", VIDEO_FPS, VIDEO_CRF, keyframe_every=250) as video:

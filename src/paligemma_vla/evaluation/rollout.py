@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -218,10 +219,15 @@ def _policy(player: _Player) -> Policy | None:
         policy = load_checkpoint(player.checkpoint_path, player.weights)
     else:
         return None
-    if control := policy.metadata.get("action_representation"):
-        env.use_control(control)
+    env.use_control(policy.metadata.get("action_representation") or "delta", _action_repeat(policy, env))
     check_compatible(policy.metadata, env.spec)
     return policy
+
+
+def _action_repeat(policy: Policy, env: Environment) -> int:
+    """Simulator steps per action of the policy; 1 where its rate is not known or not a whole part of the simulator's."""
+    repeat = env.spec.metadata.control_hz / (policy.metadata.get("control_hz") or math.inf)
+    return round(repeat) if repeat >= 1 and math.isclose(repeat, round(repeat)) else 1
 
 
 def _play_job(job: tuple[_Player, Condition, str, int]) -> EpisodeOutcome:

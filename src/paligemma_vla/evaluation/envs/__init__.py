@@ -78,8 +78,11 @@ class Environment(Protocol):
     @property
     def spec(self) -> EnvSpec: ...
 
-    def use_control(self, control: Control) -> None:
-        """What the actions of `step`, `expert_action` and `spec` are from now on; `delta` at first.
+    def use_control(self, control: Control, action_repeat: int = 1) -> None:
+        """What the actions of `step`, `expert_action` and `spec` are from now on; single `delta`s at first.
+
+        action_repeat: simulator steps that one action lasts (>= 1). The control rate falls by as much, and the full stroke of
+        an action grows by as much.
 
         The same demonstration in either control moves the robot alike. Raises `SimulatorError` where there is no such control.
         """
@@ -97,7 +100,7 @@ class Environment(Protocol):
         """Instructions for a task: `own` are for training, `unseen` are held out (empty when the task has none)."""
 
     def max_steps(self, task: str) -> int:
-        """Steps after which an episode of this task is over."""
+        """Actions after which an episode of this task is over."""
 
     def can_start_done(self, task: str) -> bool:
         """Whether `reset(..., start_done=True)` is possible for this task."""

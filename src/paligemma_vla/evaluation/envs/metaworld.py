@@ -55,6 +55,15 @@ ABSOLUTE_SPEC = EnvSpec(
 )
 
 
+def _repeated(spec: EnvSpec, repeat: int) -> EnvSpec:
+    """The specification whose actions last `repeat` simulator steps."""
+    scale = (*(repeat * stroke for stroke in spec.action_scale[:3]), *spec.action_scale[3:])
+    spec = replace(spec, metadata=replace(spec.metadata, control_hz=spec.metadata.control_hz / repeat), action_scale=scale)
+    if spec.metadata.action_representation == "absolute":
+        return spec
+    return replace(spec, action_low=tuple(-stroke for stroke in scale), action_high=scale)
+
+
 class _Task:
     """One MetaWorld task in memory: simulator, expert, cameras by size."""
 
@@ -96,12 +105,15 @@ class MetaWorldEnvironment:
         self._loaded: dict[str, _Task] = {}
         self._current: _Task | None = None
         self._observed: NDArray[np.float64] = np.zeros(0)
+        self._repeat = 1
 
-    def use_control(self, control: Control) -> None:
+    def use_control(self, control: Control, action_repeat: int = 1) -> None:
         if control not in get_args(Control):
             raise SimulatorError(f"metaworld control: got '{control}'{closest(str(control), get_args(Control))}")
-        spec = SPEC if control == "delta" else ABSOLUTE_SPEC
-        self.spec = replace(spec, image_size=self.spec.image_size)
+        if action_repeat < 1:
+            raise SimulatorError(f"metaworld action_repeat: got {action_repeat}, expected at least 1")
+        spec = _repeated(SPEC if control == "delta" else ABSOLUTE_SPEC, action_repeat)
+        self.spec, self._repeat = replace(spec, image_size=self.spec.image_size), action_repeat
 
     def tasks(self) -> tuple[str, ...]:
         return TASKS
@@ -119,7 +131,7 @@ class MetaWorldEnvironment:
         return prompts(self.canonical(task), kind)
 
     def max_steps(self, task: str) -> int:
-        return DEMO_MAX_STEPS if self.canonical(task) in SCENES else MAX_STEPS
+        return (DEMO_MAX_STEPS if self.canonical(task) in SCENES else MAX_STEPS) // self._repeat
 
     def can_start_done(self, task: str) -> bool:
         scene = SCENES.get(self.canonical(task))
@@ -156,13 +168,14 @@ class MetaWorldEnvironment:
     def step(self, action: NDArray[np.floating]) -> StepResult:
         task = self._task()
         limit = self.max_steps(task.name)
-        if task.simulator.curr_path_length >= limit:
+        if task.simulator.curr_path_length >= limit * self._repeat:
             raise SimulatorError(f"metaworld task '{task.name}': the episode is over after {limit} steps; call reset")
         clipped = np.clip(np.asarray(action, np.float32), self.spec.action_low, self.spec.action_high)
-        if self.spec.metadata.action_representation == "absolute":
-            clipped = np.append((clipped[:3] - self._target()) / STROKE, clipped[3:])
-        self._observed, _, _, _, info = task.simulator.step(clipped)
-        return StepResult(success=bool(info["success"]), done=task.simulator.curr_path_length >= limit)
+        absolute = self.spec.metadata.action_representation == "absolute"
+        for _ in range(self._repeat):
+            move = (clipped[:3] - self._target()) / STROKE if absolute else clipped[:3] / self._repeat
+            self._observed, _, _, _, info = task.simulator.step(np.append(move, clipped[3:]))
+        return StepResult(success=bool(info["success"]), done=task.simulator.curr_path_length >= limit * self._repeat)
 
     def observe(self) -> Observation:
         state = self._observed[:STATE_DIM].astype(np.float32)  # (4,)
@@ -178,6 +191,7 @@ class MetaWorldEnvironment:
                 warnings.filterwarnings("ignore", message="Constant")  # that actions get clipped is what comes next
                 action = task.expert.get_action(self._observed)
         delta = np.clip(action, SPEC.action_low, SPEC.action_high).astype(np.float32)
+        delta[:3] *= self._repeat
         if self.spec.metadata.action_representation == "delta":
             return delta
         target = np.clip(self._target() + delta[:3] * STROKE, task.simulator.mocap_low, task.simulator.mocap_high)
