@@ -11,12 +11,12 @@ export HF_HUB_OFFLINE ?= 1
 
 install: $(STAMP)
 
-$(STAMP): constraints.txt pyproject.toml
+$(STAMP): constraints.txt pyproject.toml packages/client/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11-3.13, or name one: make PYTHON=python3.12"; exit 2; }
 	@{ test ! -e $(BEGAN) && $(BIN)/python -m pip --version >/dev/null 2>&1; } || rm -rf $(VENV)
 	@date +%s > $(BEGAN)
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable packages/client --editable '.[dev]'
 	@echo $$(( $$(date +%s) - $$(cat $(BEGAN)) )) > $(STAMP)
 	@rm $(BEGAN)
 

@@ -24,8 +24,9 @@ touch .venv/pip
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
-        shutil.copy(Path(__file__).parents[1] / name, tmp_path)
+    (tmp_path / "packages" / "client").mkdir(parents=True)
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "packages/client/pyproject.toml"):
+        shutil.copy(Path(__file__).parents[1] / name, tmp_path / name)
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o700)
     return tmp_path

@@ -49,12 +49,13 @@ def __getattr__(name: str) -> Any:
 
 
 # torchao, which transformers imports where it is installed, warns of kernels for GPUs that are not here, and torch of how it
-# registers its types; httpx logs every request to the hub, PyOpenGL that its optional accelerator is missing.
+# registers its types; httpx and websockets log every request, PyOpenGL that its optional accelerator is missing.
 LEVELS = {
     "torchao": logging.ERROR,
     "torch.utils._pytree": logging.ERROR,
     "httpx": logging.WARNING,
     "OpenGL.acceleratesupport": logging.WARNING,
+    "websockets": logging.WARNING,
 }
 
 

@@ -28,7 +28,7 @@ from paligemma_vla.errors import CheckpointError, DataError, ModelError, VLAErro
 from paligemma_vla.hub import download_policy
 from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel, dtype_on
-from paligemma_vla.observation import parse_observation, whole_number
+from paligemma_vla.observation import ParsedObservation, parse_observation, whole_number
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.seeding import derive_seed
@@ -106,9 +106,18 @@ class Policy:
         """
         return {"actions": self.infer_batch([observation], [seed], num_steps)[0]}
 
+    def parse(self, observation: Mapping[str, Any]) -> ParsedObservation:
+        """Check an observation, so that a fault of it is not one of the batch it is answered in. Raises as `infer` does."""
+        parsed = parse_observation(observation, self._cameras, self.preprocessor.state.dimension, self.preprocessor.actions)
+        self.preprocessor.prompts.text_ids(parsed.prompt)
+        return parsed
+
     @torch.inference_mode()
     def infer_batch(
-        self, observations: Sequence[Mapping[str, Any]], seeds: Sequence[int | None], num_steps: int | None = None
+        self,
+        observations: Sequence[Mapping[str, Any] | ParsedObservation],
+        seeds: Sequence[int | None],
+        num_steps: int | None = None,
     ) -> NDArray[np.float32]:
         """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments and errors as in `infer`."""
         if not 0 < len(observations) == len(seeds):
@@ -118,8 +127,7 @@ class Policy:
         if num_steps is not None:
             num_steps = whole_number("num_steps", num_steps, 1)
         noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
-        parts = (self._cameras, self.preprocessor.state.dimension, self.preprocessor.actions)
-        parsed = [parse_observation(observation, *parts) for observation in observations]
+        parsed = [each if isinstance(each, ParsedObservation) else self.parse(each) for each in observations]
         present = np.array([[image is not None for image in each.images] for each in parsed])  # (B, N)
         images = [
             torch.from_numpy(np.stack([self._pixels(each.images[n]) for each in parsed])).to(self.device)

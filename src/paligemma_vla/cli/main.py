@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": "compare a policy's actions with recorded episodes",
     "collect": "record scripted demonstrations in a simulator",
     "export": "write a policy as a Hugging Face folder, and put it on the hub",
+    "serve": "answer robots over the network",
     "rollout": "run a policy in a simulator and count successes",
     "data": "look at episodes, check them, convert them from and to LeRobot",
     "tiny": "write a random tiny PaliGemma with tokenizer",

@@ -1,0 +1,72 @@
+"""`paligemma-vla serve`: a policy for robots and benchmarks, over the field's network protocols."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+from paligemma_vla.cli.arguments import natural, positive
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from paligemma_vla.serving.keys import PRESETS
+
+    text = "a .pth.tar of a training run, an exported folder, or org/name on the Hugging Face hub"
+    parser.add_argument("--checkpoint_path", required=True, metavar="P", help=text)
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=natural, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--api_key_env", metavar="NAME", help="environment variable that holds the key clients have to send")
+    parser.add_argument("--max_clients", type=positive, default=32, metavar="N")
+    parser.add_argument("--max_batch", type=positive, default=8, metavar="N", help="observations answered at once")
+    parser.add_argument(
+        "--batch_wait_ms", type=float, default=5.0, metavar="MS", help="what the first of them waits for others"
+    )
+    text = "[PROTOCOL:]image_1=NAME state=A+B ...: what the clients call cameras, state and prompt; - for no such camera"
+    parser.add_argument("--keys", nargs="+", default=[], metavar="K", help=text)
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="the names of a known robot or benchmark")
+    parser.add_argument("--execute", type=positive, metavar="M", help="actions of each chunk that are sent")
+    parser.add_argument("--seed", type=natural, help="of the noise of every answer (default: drawn afresh)")
+    parser.add_argument("--no_limits", action="store_true", help="send actions outside of the data's range, too")
+    parser.add_argument("--certfile", type=Path, metavar="F", help="TLS certificate, PEM")
+    parser.add_argument("--keyfile", type=Path, metavar="F", help="its key")
+
+
+def main(args: argparse.Namespace) -> int:
+    from paligemma_vla.errors import ConfigError
+    from paligemma_vla.serving.build import build_service
+    from paligemma_vla.serving.server import PolicyServer, ServeSettings
+
+    api_key = None
+    if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env)):
+        raise ConfigError(f"--api_key_env {args.api_key_env}: no such environment variable, or an empty one; set it to the key")
+    settings = ServeSettings(
+        host=args.host,
+        port=args.port,
+        api_key=api_key,
+        max_clients=args.max_clients,
+        max_batch=args.max_batch,
+        batch_wait_s=args.batch_wait_ms / 1000,
+        max_queue=args.max_clients,
+        execute=args.execute,
+        certfile=args.certfile,
+        keyfile=args.keyfile,
+    )
+    service = build_service(
+        args.checkpoint_path, args.device, keys=args.keys, preset=args.preset, seed=args.seed, limited=not args.no_limits
+    )
+
+    async def run() -> None:
+        server = PolicyServer(service, settings)
+        scheme = "wss" if settings.certfile else "ws"
+        await server.run(lambda: logger.info("serving at %s://%s:%d", scheme, settings.host, server.port))
+
+    asyncio.run(run())
+    return 0

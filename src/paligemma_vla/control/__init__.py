@@ -1,0 +1,1 @@
+"""Between a policy and a robot: limits on what may be sent."""

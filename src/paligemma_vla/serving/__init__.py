@@ -1,0 +1,1 @@
+"""A policy behind the field's network protocols: `paligemma-vla serve`."""

@@ -1,0 +1,65 @@
+"""From a checkpoint to a service: loaded once, warmed up, with its contract, key maps and limits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from paligemma_vla import versions
+from paligemma_vla.control.limits import ActionLimits
+from paligemma_vla.policy import Policy, fingerprint
+from paligemma_vla.schema import PROMPT, STATE
+from paligemma_vla.serving.keys import KeyMap, build_key_map
+from paligemma_vla.serving.protocols import openpi
+from paligemma_vla.serving.service import PolicyService
+
+log = logging.getLogger(__name__)
+PROTOCOL_KEYS = {openpi.NAME: openpi.KEYS}
+
+
+def build_service(
+    checkpoint_path: str, device: str | None, *, keys: Sequence[str], preset: str | None, seed: int | None, limited: bool
+) -> PolicyService:
+    """Load the policy, answer once, and say what it expects. Arguments as those of `paligemma-vla serve`.
+
+    Raises `CheckpointError` for a checkpoint that cannot be loaded, `ConfigError` for keys that do not fit.
+    """
+    import torch
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy = Policy.from_checkpoint(checkpoint_path, device=chosen)
+    cameras = policy.metadata["cameras"]
+    key_maps = {name: build_key_map(name, cameras, found, keys, preset) for name, found in PROTOCOL_KEYS.items()}
+    began = time.monotonic()
+    policy.infer(example(policy), seed=0)
+    log.info("first answer after %.2f s", time.monotonic() - began)
+    contract = {
+        **policy.metadata,
+        "fingerprint": fingerprint(checkpoint_path),
+        "server_versions": versions(),
+        "keys": {name: named(found) for name, found in key_maps.items()},
+    }
+    return PolicyService(policy, contract, data_limits(policy) if limited else None, seed, key_maps)
+
+
+def example(policy: Policy) -> dict[str, Any]:
+    """An observation of the right form."""
+    size = policy.metadata["image_size"]
+    images = {key: np.zeros((size, size, 3), np.uint8) for key in policy.metadata["cameras"]}
+    return {**images, STATE: np.asarray(policy.preprocessor.statistics.state.mean, np.float32), PROMPT: "wait"}
+
+
+def named(key_map: KeyMap) -> dict[str, list[str]]:
+    """The names that a client may use, by ours."""
+    return {key: ["+".join(parts) for parts in names] for key, names in key_map.sources.items()}
+
+
+def data_limits(policy: Policy) -> ActionLimits:
+    """The range of the training data's actions; no limit of rate."""
+    statistics = policy.preprocessor.statistics.action
+    low, high = (np.asarray(values, np.float32) for values in (statistics.min, statistics.max))
+    return ActionLimits(low, high, np.full(len(low), np.inf, np.float32))

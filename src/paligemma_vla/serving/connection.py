@@ -1,0 +1,61 @@
+"""Of websockets: reading a frame, and work that ends when its client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosedOK
+
+from paligemma_vla.errors import first_line
+from paligemma_vla.serving.service import MAX_PIXELS
+from paligemma_vla_client.codec import CodecError, unpack
+
+T = TypeVar("T")
+FORMATS = ("JPEG", "PNG")
+
+
+def decode(frame: str | bytes) -> dict[str, Any]:
+    """A client's message. Raises `CodecError`."""
+    if isinstance(frame, str):
+        raise CodecError("got a text frame, expected a msgpack map in a binary one")
+    message = unpack(frame, decode_picture)
+    if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
+        raise CodecError(f"got a {type(message).__name__}, expected a map with text keys")
+    return message
+
+
+def decode_picture(found: dict[Any, Any]) -> NDArray[np.uint8]:
+    """The RGB array of `{"__image__", "format", "data"}`. Raises `CodecError`."""
+    data = found.get("data")
+    if not isinstance(data, bytes):
+        raise CodecError("a picture without data")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise CodecError(f"a picture of {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels")
+            return np.array(image.convert("RGB"))
+    except CodecError:
+        raise
+    except Exception as error:  # of any kind: these are bytes from outside
+        raise CodecError(f"a picture that cannot be decoded ({first_line(error)})") from error
+
+
+async def while_connected(connection: ServerConnection, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes; then raises `ConnectionClosedOK`."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(connection.wait_closed())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ConnectionClosedOK(None, None)
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()

@@ -1,0 +1,1 @@
+"""One file per wire protocol: how a client's messages are read, and how it is answered."""

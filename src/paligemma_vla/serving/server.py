@@ -1,0 +1,150 @@
+"""The server: one port for websockets and the few pages, by path."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import http
+import logging
+import signal
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from paligemma_vla.serving.protocols.openpi import serve_openpi
+from paligemma_vla.serving.service import PolicyService
+
+log = logging.getLogger(__name__)
+MAX_FRAME = 64 * 2**20  # bytes of one message
+OPEN_SECONDS = 10  # a client that has not said what it wants by then is disconnected
+PING_SECONDS, PONG_SECONDS = 20, 20
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """host, port: where it listens; port 0 takes a free one. api_key: None lets everybody in. max_clients: connections at once.
+
+    max_batch, batch_wait_s, max_queue: see `Engine`. execute: actions of a chunk that are sent, None: as the protocol has it.
+    certfile, keyfile: TLS, PEM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_clients: int = 32
+    max_batch: int = 8
+    batch_wait_s: float = 0.005
+    max_queue: int = 32
+    execute: int | None = None
+    certfile: Path | None = None
+    keyfile: Path | None = None
+
+
+class PolicyServer:
+    """Serves a `PolicyService` over websockets. It is reached at `port` once `run` has called `ready`."""
+
+    def __init__(self, service: PolicyService, settings: ServeSettings) -> None:
+        self.service, self.settings = service, settings
+        self.port = settings.port
+        self._stop = asyncio.Event()
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop` or SIGTERM or SIGINT; then answer what was asked, and return."""
+        settings = self.settings
+        self.service.start(settings.max_batch, settings.batch_wait_s, settings.max_queue)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with suppress(ValueError, RuntimeError):  # not the main thread
+                loop.add_signal_handler(number, self.stop)
+        context = None
+        if settings.certfile is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.certfile, settings.keyfile)
+        async with serve(
+            self._handle,
+            settings.host,
+            settings.port,
+            ssl=context,
+            process_request=self._process_request,
+            compression=None,
+            max_size=MAX_FRAME,
+            max_queue=4,
+            open_timeout=OPEN_SECONDS,
+            ping_interval=PING_SECONDS,
+            ping_timeout=PONG_SECONDS,
+            server_header="paligemma-vla",
+        ) as server:
+            self.port = server.sockets[0].getsockname()[1]
+            ready()
+            await self._stop.wait()
+            await self._drain(server)
+        assert self.service.engine is not None
+        await self.service.engine.close()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def _drain(self, server: Server) -> None:
+        """No new clients; those that are being answered get their answers."""
+        server.close(close_connections=False)
+
+    def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
+        path = request.path.partition("?")[0]
+        if path in ("/healthz", "/health"):
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if not self._is_authorized(request.headers):
+            response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "API key missing or wrong\n")
+            response.headers["WWW-Authenticate"] = 'Basic realm="paligemma-vla", charset="UTF-8"'
+            return response
+        if "websocket" in request.headers.get("Upgrade", "").lower():
+            return self._refuse(connection, path)
+        if path == "/metrics":
+            return _page(connection, self.service.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+        return connection.respond(http.HTTPStatus.NOT_FOUND, "expected /, /healthz or /metrics\n")
+
+    def _refuse(self, connection: ServerConnection, path: str) -> Response | None:
+        """Why a websocket is not opened; None where it is."""
+        if path not in ("/", "/vla-eval"):
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "expected / (openpi) or /vla-eval\n")
+        if len(self.service.sessions) >= self.settings.max_clients:
+            text = f"{self.settings.max_clients} clients are connected; expected at most as many (--max_clients)\n"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+        return None
+
+    def _is_authorized(self, headers: Headers) -> bool:
+        if self.settings.api_key is None:
+            return True
+        scheme, _, value = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            with suppress(binascii.Error, UnicodeDecodeError):
+                value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+        elif scheme.lower() not in ("api-key", "bearer"):
+            return False
+        return hmac.compare_digest(value.encode(), self.settings.api_key.encode())
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        request = connection.request
+        assert request is not None
+        session = self.service.open_session("openpi", str((connection.remote_address or ("?",))[0]))
+        try:
+            with suppress(ConnectionClosed):
+                await serve_openpi(connection, self.service, session, self.settings.execute)
+        finally:
+            self.service.close_session(session)
+
+
+def _page(connection: ServerConnection, body: bytes, kind: str) -> Response:
+    response = connection.respond(http.HTTPStatus.OK, "")
+    del response.headers["Content-Length"], response.headers["Content-Type"]
+    response.headers["Content-Type"], response.headers["Content-Length"] = kind, str(len(body))
+    response.body = body
+    return response
