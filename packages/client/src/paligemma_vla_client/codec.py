@@ -23,7 +23,8 @@ import msgpack
 import numpy as np
 
 MAX_DEPTH = 16  # containers within each other; observations have three
-MAX_ITEMS = 100_000  # of one list or map
+MAX_ITEMS = 10_000  # of one list or map
+MAX_TOTAL = 100_000  # of all lists and maps of a message: a byte on the wire can become an object of 64
 MAX_DIMENSIONS = 8
 DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])")
 DIALECTS = ("openpi", "vla-eval", "groot")
@@ -45,14 +46,16 @@ def pack(message: Any, dialect: str = "openpi") -> bytes:
             return _encode_array(value, dialect)
         if isinstance(value, np.generic):
             return value.item()
-        raise CodecError(f"got a {type(value).__name__}, expected maps, lists, text, numbers and arrays")
+        raise CodecError(f"got a {type(value).__name__}, expected maps, lists, text, arrays and numbers of at most 64 bits")
 
     if dialect not in DIALECTS:
         raise CodecError(f"dialect: got {dialect!r}, expected one of {', '.join(DIALECTS)}")
     try:
         packed: bytes = msgpack.packb(message, default=encode)
-    except (OverflowError, UnicodeEncodeError, ValueError, TypeError) as error:
-        raise error if isinstance(error, CodecError) else CodecError(f"cannot be encoded: {error}") from error
+    except CodecError:
+        raise
+    except (OverflowError, ValueError, TypeError) as error:
+        raise CodecError(f"cannot be encoded: {error}") from error
     return packed
 
 
@@ -62,9 +65,17 @@ def unpack(data: bytes, decode_image: ImageDecoder | None = None) -> Any:
     decode_image: makes an array of a compressed picture `{"__image__", ...}`; without it such a picture is refused.
     Raises `CodecError`.
     """
+    total = 0
+
+    def counted(items: Any) -> Any:
+        nonlocal total
+        total += len(items) + 1
+        if total > MAX_TOTAL:
+            raise CodecError(f"more than {MAX_TOTAL} items in lists and maps; send numbers as arrays")
+        return items
 
     def hook(found: dict[Any, Any]) -> Any:
-        key, value = _marker(found)
+        key, value = _marker(counted(found))
         if key is None:
             return found
         if key == "__image__":
@@ -80,10 +91,12 @@ def unpack(data: bytes, decode_image: ImageDecoder | None = None) -> Any:
         message = msgpack.unpackb(
             data,
             object_hook=hook,
-            strict_map_key=True,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
+            list_hook=counted,
             max_ext_len=0,
+            ext_hook=_refuse_extension,  # of length 0
+            strict_map_key=True,
+            max_array_len=min(MAX_ITEMS, len(data)),  # each item takes a byte: a length beyond that is not true
+            max_map_len=min(MAX_ITEMS, len(data)),
         )
     except CodecError:
         raise
@@ -91,6 +104,10 @@ def unpack(data: bytes, decode_image: ImageDecoder | None = None) -> Any:
         raise CodecError(f"not a msgpack message ({type(error).__name__}: {error})"[:300]) from error
     _check_depth(message)
     return message
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise CodecError(f"an extension of type {code}, expected maps, lists, text, numbers and arrays")
 
 
 def _encode_array(array: np.ndarray, dialect: str) -> dict[Any, Any]:
