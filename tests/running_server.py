@@ -14,7 +14,7 @@ SETTINGS = {field.name for field in fields(ServeSettings)}
 
 
 class RunningServer:
-    """Starts at once; `close` drains it. port, url: where it listens. service: what it serves, also before it starts."""
+    """Starts at once; `close` drains it. port, zmq_port, url: where it listens. service: what it serves."""
 
     def __init__(self, checkpoint: str, **changes: Any) -> None:
         settings = {"port": 0} | {name: value for name, value in changes.items() if name in SETTINGS}
@@ -52,5 +52,5 @@ class RunningServer:
         await self._server.run(self._began)
 
     def _began(self) -> None:
-        self.port = self._server.port
+        self.port, self.zmq_port = self._server.port, self._server.zmq_port
         self._ready.set()

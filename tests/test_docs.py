@@ -53,7 +53,7 @@ def without_comments(code: str) -> str:
 def defines(path: Path, name: str) -> bool:
     """Whether a Python file defines a function, a class, `Class.method`, or a constant."""
     text = path.read_text("utf-8")
-    return all(re.search(rf"^ *(def|class) {part}\b|^{part}\b.* = ", text, re.MULTILINE) for part in name.split("."))
+    return all(re.search(rf"^ *(async def|def|class) {part}\b|^{part}\b.* = ", text, re.MULTILINE) for part in name.split("."))
 
 
 @document

@@ -41,8 +41,8 @@ collect: env tasks episodes output_dir control action_repeat seed workers image_
 export: checkpoint_path output_dir dtype metrics torch_export push_to_hub private
 rollout: checkpoint_path weights env tasks episodes output_dir seed prompts resets num_steps execute image policy workers
     image_size max_videos
-serve: checkpoint_path device host port api_key_env max_clients max_batch batch_wait_ms keys preset execute seed no_limits
-    certfile keyfile
+serve: checkpoint_path device host port zmq_port api_key_env max_clients max_batch batch_wait_ms keys preset execute seed
+    no_limits certfile keyfile
 data info: json
 data check: json exclusion_list config_path allow_prompt_changes
 data convert: from to input output_dir cameras episodes workers image_format jpeg_quality lerobot_version images codec crf

@@ -6,28 +6,24 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from paligemma_vla import Policy
+from observations import draw, local
+from paligemma_vla.errors import ConfigError
+from paligemma_vla.serving.build import WIRES
+from paligemma_vla.serving.keys import build_key_maps
+from paligemma_vla.serving.protocols.openpi import ROBOARENA, roboarena_configuration
 from paligemma_vla_client import pack, unpack
 
-IMAGES = {"observation/image": "image_1", "observation/wrist_image": "image_2"}
 
-
-def observation(policy: Policy, seed: int = 0) -> dict:
+def to_wire(drawn: dict) -> dict:
     """A message of LIBERO's names."""
-    rng = np.random.default_rng(seed)
-    pictures = {name: rng.integers(0, 255, (40, 50, 3), np.uint8) for name in IMAGES}
-    state = np.asarray(policy.preprocessor.statistics.state.mean) + rng.normal(0, 0.01, policy.metadata["state_dim"])
-    return {**pictures, "observation/state": state, "prompt": "open the drawer"}
-
-
-def local(policy: Policy, message: dict, seed: int) -> np.ndarray:
-    images = {ours: message[name] for name, ours in IMAGES.items()}
-    return policy.infer({**images, "state": message["observation/state"], "prompt": message["prompt"]}, seed=seed)["actions"]
+    images = {"observation/image": drawn["image_1"], "observation/wrist_image": drawn["image_2"]}
+    return {**images, "observation/state": drawn["state"], "prompt": drawn["prompt"]}
 
 
 def test_openpi_client_learns_the_contract_and_gets_the_local_action(serve, policy):
     server = serve(seed=5, limited=False)
-    message = observation(policy)
+    drawn = draw(policy)
+    message = to_wire(drawn)
     with connect(server.url) as connection:
         contract = unpack(connection.recv())
         assert {key: contract[key] for key in ("cameras", "horizon", "state_dim", "action_names")} == {
@@ -36,18 +32,19 @@ def test_openpi_client_learns_the_contract_and_gets_the_local_action(serve, poli
         assert len(contract["fingerprint"]) == 64
         connection.send(pack(message))
         reply = unpack(connection.recv())
-        np.testing.assert_array_equal(reply["actions"], local(policy, message, 5))
+        np.testing.assert_array_equal(reply["actions"], local(policy, drawn, 5))
         assert reply["server_timing"]["infer_ms"] > 0
         connection.send(pack(message | {"seed": 6}))
-        np.testing.assert_array_equal(unpack(connection.recv())["actions"], local(policy, message, 6))
+        np.testing.assert_array_equal(unpack(connection.recv())["actions"], local(policy, drawn, 6))
 
 
 def test_roboarena_messages_get_a_bare_array_and_a_reset(serve, policy):
-    message = observation(policy) | {"session_id": "a", "endpoint": "infer"}
+    drawn = draw(policy)
+    message = to_wire(drawn) | {"session_id": "a", "endpoint": "infer"}
     with connect(serve(seed=5, limited=False, execute=2).url) as connection:
         connection.recv()
         connection.send(pack(message))
-        np.testing.assert_array_equal(unpack(connection.recv()), local(policy, message, 5)[:2])
+        np.testing.assert_array_equal(unpack(connection.recv()), local(policy, drawn, 5)[:2])
         connection.send(pack({"endpoint": "reset", "session_id": "a"}))
         assert connection.recv() == "reset successful"
         connection.send(pack(message | {"endpoint": "infr"}))
@@ -64,7 +61,7 @@ def test_roboarena_messages_get_a_bare_array_and_a_reset(serve, policy):
     ],
 )
 def test_wrong_observation_is_refused_by_name_and_the_connection_lives_on(serve, policy, change, said):
-    message = observation(policy)
+    message = to_wire(draw(policy))
     with connect(serve().url) as connection:
         connection.recv()
         wrong = {key: value for key, value in (message | change).items() if value is not None}
@@ -73,3 +70,36 @@ def test_wrong_observation_is_refused_by_name_and_the_connection_lives_on(serve,
         assert said in refusal and "Traceback" not in refusal
         connection.send(pack(message))
         assert unpack(connection.recv())["actions"].shape == (policy.metadata["horizon"], policy.metadata["action_dim"])
+
+
+def test_roboarenas_clients_are_sent_its_six_fields_alone(serve):
+    keys = ("openpi:action=joint_velocity", "image_1=observation/exterior_image_1_left")
+    with connect(serve(preset="roboarena", keys=keys).url) as connection:
+        assert unpack(connection.recv()) == {
+            "image_resolution": None,
+            "needs_wrist_camera": True,
+            "n_external_cameras": 2,  # they count from 0
+            "needs_stereo_camera": False,
+            "needs_session_id": False,
+            "action_space": "joint_velocity",
+        }
+
+
+@pytest.mark.parametrize(
+    ("convention", "given", "space"),
+    [
+        ("", "joint_position", "joint_position"),
+        ("Joint velocity, rad/s; gripper +1 = close", None, "joint_velocity"),
+        ("joint position", "cartesian_velocity", "cartesian_velocity"),
+        ("delta, +1 = 1 cm", None, None),
+        ("joint position or joint velocity", None, None),
+        ("", "joints", None),
+    ],
+)
+def test_roboarenas_action_space_is_named_and_never_guessed(convention, given, space):
+    key_map = build_key_maps(WIRES, {"image_1": ""}, [f"action={given}"] if given else [], ROBOARENA)["openpi"]
+    if space is None:
+        with pytest.raises(ConfigError, match="add --keys openpi:action=NAME, NAME one of joint_position, "):
+            roboarena_configuration(key_map, convention)
+    else:
+        assert roboarena_configuration(key_map, convention)["action_space"] == space

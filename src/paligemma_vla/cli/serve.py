@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines (default: %(default)s)"
     )
     parser.add_argument("--port", type=natural, default=8000, help="0 takes a free one (default: %(default)s)")
+    text = "port of GR00T's ZeroMQ protocol, 0 takes a free one (default: not spoken)"
+    parser.add_argument("--zmq_port", type=natural, metavar="N", help=text)
     parser.add_argument("--api_key_env", metavar="NAME", help="environment variable that holds the key clients have to send")
     parser.add_argument("--max_clients", type=positive, default=32, metavar="N")
     parser.add_argument("--max_batch", type=positive, default=8, metavar="N", help="observations answered at once")
@@ -42,11 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from paligemma_vla.errors import ConfigError
     from paligemma_vla.serving.build import build_service
+    from paligemma_vla.serving.protocols import groot
     from paligemma_vla.serving.server import PolicyServer, ServeSettings
 
     api_key = None
     if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env)):
         raise ConfigError(f"--api_key_env {args.api_key_env}: no such environment variable, or an empty one; set it to the key")
+    if args.zmq_port is not None:
+        groot.require_zmq()
     settings = ServeSettings(
         host=args.host,
         port=args.port,
@@ -58,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
         execute=args.execute,
         certfile=args.certfile,
         keyfile=args.keyfile,
+        zmq_port=args.zmq_port,
     )
     service = build_service(
         args.checkpoint_path, args.device, keys=args.keys, preset=args.preset, seed=args.seed, limited=not args.no_limits
@@ -66,7 +72,13 @@ def main(args: argparse.Namespace) -> int:
     async def run() -> None:
         server = PolicyServer(service, settings)
         scheme = "wss" if settings.certfile else "ws"
-        await server.run(lambda: logger.info("serving at %s://%s:%d", scheme, settings.host, server.port))
+
+        def ready() -> None:
+            logger.info("serving at %s://%s:%d", scheme, settings.host, server.port)
+            if server.zmq_port is not None:
+                logger.info("serving GR00T's protocol at tcp://%s:%d", settings.host, server.zmq_port)
+
+        await server.run(ready)
 
     asyncio.run(run())
     return 0

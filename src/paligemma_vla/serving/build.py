@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from paligemma_vla import versions
 from paligemma_vla.control.limits import ActionLimits
 from paligemma_vla.policy import Policy, fingerprint
 from paligemma_vla.schema import PROMPT, STATE
-from paligemma_vla.serving.keys import KeyMap, build_key_map
-from paligemma_vla.serving.protocols import openpi
+from paligemma_vla.serving.keys import KeyMap, build_key_maps
+from paligemma_vla.serving.protocols import groot, openpi, vla_eval
 from paligemma_vla.serving.service import PolicyService
 
 log = logging.getLogger(__name__)
-PROTOCOL_KEYS = {openpi.NAME: openpi.KEYS}
+WIRES = (openpi.NAMES, vla_eval.NAMES, groot.NAMES)
 
 
 def build_service(
@@ -33,7 +34,12 @@ def build_service(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     policy = Policy.from_checkpoint(checkpoint_path, device=chosen)
     cameras = policy.metadata["cameras"]
-    key_maps = {name: build_key_map(name, cameras, found, keys, preset) for name, found in PROTOCOL_KEYS.items()}
+    own_names = dict(zip_longest(cameras, policy.metadata["camera_names"][: len(cameras)], fillvalue=""))
+    key_maps = build_key_maps(WIRES, own_names, keys, preset)
+    groot.action_parts(key_maps[groot.NAMES.protocol], policy.metadata["action_dim"])
+    greeting = None
+    if preset == openpi.ROBOARENA:
+        greeting = openpi.roboarena_configuration(key_maps[openpi.NAMES.protocol], policy.metadata["action_convention"])
     began = time.monotonic()
     policy.infer(example(policy), seed=0)
     log.info("first answer after %.2f s", time.monotonic() - began)
@@ -43,7 +49,7 @@ def build_service(
         "server_versions": versions(),
         "keys": {name: named(found) for name, found in key_maps.items()},
     }
-    return PolicyService(policy, contract, data_limits(policy) if limited else None, seed, key_maps)
+    return PolicyService(policy, contract, data_limits(policy) if limited else None, seed, key_maps, greeting)
 
 
 def example(policy: Policy) -> dict[str, Any]:

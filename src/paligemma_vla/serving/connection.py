@@ -1,10 +1,10 @@
-"""Of websockets: reading a frame, and work that ends when its client has gone."""
+"""Of connections: reading a frame, and work that ends when its client has gone."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,11 +13,12 @@ from PIL import Image
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosedOK
 
-from paligemma_vla.errors import first_line
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.serving.service import MAX_PIXELS
 from paligemma_vla_client.codec import CodecError, unpack
 
 T = TypeVar("T")
+MAX_FRAME = 64 * 2**20  # bytes of one message
 FORMATS = ("JPEG", "PNG")
 
 
@@ -29,6 +30,16 @@ def decode(frame: str | bytes) -> dict[str, Any]:
     if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
         raise CodecError(f"got a {type(message).__name__}, expected a map with text keys")
     return message
+
+
+def text_field(message: Mapping[str, Any], name: str, default: str) -> str:
+    """The text at `name`, `default` where there is none. Raises `DataError`."""
+    value = message.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise DataError(f"{name}: got {type(value).__name__}, expected text")
+    return value
 
 
 def decode_picture(found: dict[Any, Any]) -> NDArray[np.uint8]:

@@ -1,7 +1,8 @@
 """Which fields of a client's message are the policy's cameras, state and instruction.
 
 Names in a message are the environment's. A map says for each of ours where it is taken from; the parts of a state are joined
-with `+`. Nested maps are read as if their keys were joined with `/`.
+with `+`. Nested maps are read as if their keys were joined with `/`. `action` is what the clients call the answer, where
+their protocol asks for a name.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from paligemma_vla.errors import ConfigError, DataError, closest
-from paligemma_vla.schema import PROMPT, STATE
+from paligemma_vla.schema import ACTION, PROMPT, STATE
 
 log = logging.getLogger(__name__)
 ABSENT = "-"
 
+PRESETS_ARE_OF = "openpi"  # the protocol whose clients send these names
 PRESETS: dict[str, dict[str, str]] = {
     "droid": {
         "image_1": "observation/exterior_image_1_left",
@@ -40,11 +42,24 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Names:
+    """What the clients of a protocol usually send. usual: names by our key. cameras: what stands before a camera's own name."""
+
+    protocol: str
+    usual: Mapping[str, Sequence[str]]
+    cameras: str
+
+
 @dataclass
 class KeyMap:
-    """Our key -> the names that it may have in a message, the first one found counts; each name is a tuple of joined parts."""
+    """Our key -> the names that it may have in a message, the first one found counts; each name is a tuple of joined parts.
+
+    action: the parts of `--keys action=...`; empty where it was not given.
+    """
 
     sources: dict[str, tuple[tuple[str, ...], ...]]
+    action: tuple[str, ...] = ()
     _ignored: set[str] = field(default_factory=set)
 
     def translate(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,34 +93,48 @@ class KeyMap:
 MOST_IGNORED = 100  # names remembered: a client may send others each time
 
 
-def build_key_map(
-    protocol: str, cameras: Sequence[str], defaults: Mapping[str, Sequence[str]], given: Sequence[str], preset: str | None
-) -> KeyMap:
-    """The map of one protocol.
+def build_key_maps(
+    wires: Sequence[Names], cameras: Mapping[str, str], given: Sequence[str], preset: str | None
+) -> dict[str, KeyMap]:
+    """The map of each protocol.
 
-    cameras: the policy's keys. defaults: names that the protocol's clients use, by our key; our own name is always taken too.
+    cameras: the policy's keys, and their names in its data (empty where it has none). A camera is found by its own name, then
+    by the protocol's usual one unless that is another camera's own; our key is always taken too.
     given: `[PROTOCOL:]OURS=THEIRS[+THEIRS]`, THEIRS `-` for a camera that no client sends. preset: a name in `PRESETS`.
     Raises `ConfigError`.
     """
-    ours = (*cameras, STATE, PROMPT)
-    chosen: dict[str, str] = {key: name for key, name in PRESETS.get(preset or "", {}).items() if key in ours}
-    for entry in sorted(given, key=lambda entry: ":" in entry.partition("=")[0]):  # those of one protocol win
+    ours, known = (*cameras, STATE, PROMPT, ACTION), [names.protocol for names in wires]
+    for entry in given:
         where, _, theirs = entry.partition("=")
         scope, _, key = where.rpartition(":")
-        if scope in ("", protocol):
-            if key not in ours or not theirs:
-                raise ConfigError(f"--keys {entry}: expected [PROTOCOL:]NAME=THEIRS with NAME one of {', '.join(ours)}")
-            if theirs == ABSENT and key not in cameras[1:]:
-                raise ConfigError(f"--keys {entry}: only a camera after the first can be absent")
-            chosen[key] = theirs
+        if scope not in ("", *known):
+            raise ConfigError(f"--keys {entry}: got protocol {scope!r}, expected one of {', '.join(known)}")
+        if key not in ours or not theirs:
+            raise ConfigError(f"--keys {entry}: expected [PROTOCOL:]NAME=THEIRS with NAME one of {', '.join(ours)}")
+        if theirs == ABSENT and key not in list(cameras)[1:]:
+            raise ConfigError(f"--keys {entry}: only a camera after the first can be absent")
+    presets = {PRESETS_ARE_OF: PRESETS.get(preset or "", {})}
+    return {names.protocol: _key_map(names, cameras, given, presets.get(names.protocol, {})) for names in wires}
+
+
+def _key_map(names: Names, cameras: Mapping[str, str], given: Sequence[str], preset: Mapping[str, str]) -> KeyMap:
+    keys = (*cameras, STATE, PROMPT)
+    chosen = {key: name for key, name in preset.items() if key in keys}
+    for scope in ("", f"{names.protocol}:"):  # those of one protocol win
+        entries = (entry.removeprefix(scope).partition("=") for entry in given if entry.startswith(scope))
+        chosen.update({key: theirs for key, _, theirs in entries if ":" not in key})
+    action = tuple(chosen.pop(ACTION).split("+")) if ACTION in chosen else ()
+    own = {key: f"{names.cameras}{name.rpartition('.')[2]}" for key, name in cameras.items() if name}
     sources: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for key in ours:
+    for key in keys:
         if key in chosen:
             if chosen[key] != ABSENT:
                 sources[key] = (tuple(chosen[key].split("+")),)
         else:
-            sources[key] = tuple((name,) for name in dict.fromkeys([*defaults.get(key, ()), key]))
-    return KeyMap(sources)
+            taken = {name for other, name in own.items() if other != key}
+            usual = (name for name in names.usual.get(key, ()) if name not in taken)
+            sources[key] = tuple((name,) for name in dict.fromkeys([*filter(None, [own.get(key)]), *usual, key]))
+    return KeyMap(sources, action)
 
 
 def _flatten(message: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

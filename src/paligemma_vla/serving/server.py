@@ -10,21 +10,28 @@ import http
 import logging
 import signal
 import ssl
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from paligemma_vla.serving.protocols.openpi import serve_openpi
-from paligemma_vla.serving.service import PolicyService
+from paligemma_vla.serving.connection import MAX_FRAME
+from paligemma_vla.serving.protocols import groot, openpi, vla_eval
+from paligemma_vla.serving.service import PolicyService, Session
 
 log = logging.getLogger(__name__)
-MAX_FRAME = 64 * 2**20  # bytes of one message
+Serve = Callable[[ServerConnection, PolicyService, Session, int | None], Coroutine[Any, Any, None]]
+# Path -> the protocol that is spoken there. GR00T's has a port of its own.
+WIRES: dict[str, tuple[str, Serve]] = {
+    "/": (openpi.NAMES.protocol, openpi.serve_openpi),
+    "/vla-eval": (vla_eval.NAMES.protocol, vla_eval.serve_vla_eval),
+}
 OPEN_SECONDS = 10  # a client that has not said what it wants by then is disconnected
 PING_SECONDS, PONG_SECONDS = 20, 20
 
@@ -34,7 +41,7 @@ class ServeSettings:
     """host, port: where it listens; port 0 takes a free one. api_key: None lets everybody in. max_clients: connections at once.
 
     max_batch, batch_wait_s, max_queue: see `Engine`. execute: actions of a chunk that are sent, None: as the protocol has it.
-    certfile, keyfile: TLS, PEM.
+    certfile, keyfile: TLS, PEM. zmq_port: of GR00T's protocol, None: not spoken, 0: a free one.
     """
 
     host: str = "127.0.0.1"
@@ -47,14 +54,15 @@ class ServeSettings:
     execute: int | None = None
     certfile: Path | None = None
     keyfile: Path | None = None
+    zmq_port: int | None = None
 
 
 class PolicyServer:
-    """Serves a `PolicyService` over websockets. It is reached at `port` once `run` has called `ready`."""
+    """Serves a `PolicyService`. It is reached at `port`, and at `zmq_port`, once `run` has called `ready`."""
 
     def __init__(self, service: PolicyService, settings: ServeSettings) -> None:
         self.service, self.settings = service, settings
-        self.port = settings.port
+        self.port, self.zmq_port = settings.port, settings.zmq_port
         self._stop = asyncio.Event()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -69,21 +77,26 @@ class PolicyServer:
         if settings.certfile is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(settings.certfile, settings.keyfile)
-        async with serve(
-            self._handle,
-            settings.host,
-            settings.port,
-            ssl=context,
-            process_request=self._process_request,
-            compression=None,
-            max_size=MAX_FRAME,
-            max_queue=4,
-            open_timeout=OPEN_SECONDS,
-            ping_interval=PING_SECONDS,
-            ping_timeout=PONG_SECONDS,
-            server_header="paligemma-vla",
-        ) as server:
+        async with (
+            AsyncExitStack() as stack,
+            serve(
+                self._handle,
+                settings.host,
+                settings.port,
+                ssl=context,
+                process_request=self._process_request,
+                compression=None,
+                max_size=MAX_FRAME,
+                max_queue=4,
+                open_timeout=OPEN_SECONDS,
+                ping_interval=PING_SECONDS,
+                ping_timeout=PONG_SECONDS,
+                server_header="paligemma-vla",
+            ) as server,
+        ):
             self.port = server.sockets[0].getsockname()[1]
+            if settings.zmq_port is not None:
+                self.zmq_port = await stack.enter_async_context(self._serve_groot(settings.zmq_port))
             ready()
             await self._stop.wait()
             await self._drain(server)
@@ -93,12 +106,18 @@ class PolicyServer:
     def stop(self) -> None:
         self._stop.set()
 
+    def _serve_groot(self, port: int) -> AbstractAsyncContextManager[int]:
+        settings = self.settings
+        if settings.certfile is not None:
+            log.warning("--zmq_port %d is not encrypted: ZeroMQ has no TLS", port)
+        return groot.serve_groot(self.service, settings.host, port, settings.api_key, settings.max_clients, settings.execute)
+
     async def _drain(self, server: Server) -> None:
         """No new clients; those that are being answered get their answers."""
         server.close(close_connections=False)
 
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
-        path = request.path.partition("?")[0]
+        path, _, query = request.path.partition("?")
         if path in ("/healthz", "/health"):
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if not self._is_authorized(request.headers):
@@ -109,11 +128,14 @@ class PolicyServer:
             return self._refuse(connection, path)
         if path == "/metrics":
             return _page(connection, self.service.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+        if path == "/config":
+            status, body = vla_eval.config_page(query, self.settings.max_batch, self.settings.batch_wait_s)
+            return _page(connection, body, "application/json", status)
         return connection.respond(http.HTTPStatus.NOT_FOUND, "expected /, /healthz or /metrics\n")
 
     def _refuse(self, connection: ServerConnection, path: str) -> Response | None:
         """Why a websocket is not opened; None where it is."""
-        if path not in ("/", "/vla-eval"):
+        if path not in WIRES:
             return connection.respond(http.HTTPStatus.NOT_FOUND, "expected / (openpi) or /vla-eval\n")
         if len(self.service.sessions) >= self.settings.max_clients:
             text = f"{self.settings.max_clients} clients are connected; expected at most as many (--max_clients)\n"
@@ -134,16 +156,17 @@ class PolicyServer:
     async def _handle(self, connection: ServerConnection) -> None:
         request = connection.request
         assert request is not None
-        session = self.service.open_session("openpi", str((connection.remote_address or ("?",))[0]))
+        protocol, serve_connection = WIRES[request.path.partition("?")[0]]
+        session = self.service.open_session(protocol, str((connection.remote_address or ("?",))[0]))
         try:
             with suppress(ConnectionClosed):
-                await serve_openpi(connection, self.service, session, self.settings.execute)
+                await serve_connection(connection, self.service, session, self.settings.execute)
         finally:
             self.service.close_session(session)
 
 
-def _page(connection: ServerConnection, body: bytes, kind: str) -> Response:
-    response = connection.respond(http.HTTPStatus.OK, "")
+def _page(connection: ServerConnection, body: bytes, kind: str, status: http.HTTPStatus = http.HTTPStatus.OK) -> Response:
+    response = connection.respond(status, "")
     del response.headers["Content-Length"], response.headers["Content-Type"]
     response.headers["Content-Type"], response.headers["Content-Length"] = kind, str(len(body))
     response.body = body

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -46,7 +47,7 @@ class PolicyService:
     """A policy, what it may send, and who asks.
 
     contract: what a client learns when it connects. limits: None where they are switched off. seed: of the noise of every
-    answer; None draws afresh. key_maps: by protocol.
+    answer; None draws afresh. key_maps: by protocol. greeting: what openpi's clients get instead of the contract.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class PolicyService:
         limits: ActionLimits | None,
         seed: int | None,
         key_maps: dict[str, KeyMap],
+        greeting: dict[str, Any] | None = None,
     ) -> None:
         self.policy, self.contract, self.limits, self.seed, self.key_maps = policy, contract, limits, seed, key_maps
+        self.greeting = greeting or contract
         self.metrics = Metrics()
         self.sessions: dict[int, Session] = {}
         self.engine: Engine | None = None
@@ -82,29 +85,39 @@ class PolicyService:
         """The chunk (K, A) for a client's message. Raises `VLAError` that may be shown to the client."""
         assert self.engine is not None, "call start first"
         arrived = time.monotonic()
-        try:
-            check_pixels(message)
-            parsed = await asyncio.to_thread(self._parse, session.protocol, message)
+        with self._faults(session):
+            parsed = await self._parse(session, message)
             actions = await self.engine.infer(parsed, self.seed if seed is None else seed)
             if self.limits is not None:
                 actions, changed = self.limits.apply(actions, session.executed)
                 self.metrics.limited.inc(changed)
-        except asyncio.CancelledError:
-            raise
-        except VLAError:
-            self.metrics.errors.labels(session.protocol).inc()
-            raise
-        except Exception as error:  # of any kind: the details are for the log, not for the client
-            self.metrics.errors.labels(session.protocol).inc()
-            log.exception("%s: client %d: internal error", session.protocol, session.number)
-            raise VLAError(f"internal error: {type(error).__name__}; the server's log says more") from error
         session.observation, session.actions = parsed, actions
         session.answered, session.seconds = session.answered + 1, time.monotonic() - arrived
         self.metrics.latency.labels(session.protocol).observe(session.seconds)
         return actions
 
-    def _parse(self, protocol: str, message: Mapping[str, Any]) -> ParsedObservation:
-        return self.policy.parse(self.key_maps[protocol].translate(message))
+    async def observe(self, session: Session, message: Mapping[str, Any]) -> None:
+        """Take an observation that is answered from an earlier chunk. Raises as `answer` does."""
+        with self._faults(session):
+            session.observation = await self._parse(session, message)
+
+    async def _parse(self, session: Session, message: Mapping[str, Any]) -> ParsedObservation:
+        check_pixels(message)
+        key_map = self.key_maps[session.protocol]
+        return await asyncio.to_thread(lambda: self.policy.parse(key_map.translate(message)))
+
+    @contextmanager
+    def _faults(self, session: Session) -> Iterator[None]:
+        """Count them; what is not meant for a client is logged, and becomes a `VLAError` that says no more than its type."""
+        try:
+            yield
+        except VLAError:
+            self.metrics.errors.labels(session.protocol).inc()
+            raise
+        except Exception as error:  # of any kind
+            self.metrics.errors.labels(session.protocol).inc()
+            log.exception("%s: client %d: internal error", session.protocol, session.number)
+            raise VLAError(f"internal error: {type(error).__name__}; the server's log says more") from error
 
 
 def check_pixels(message: Mapping[str, Any]) -> None:
