@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 import time
 
@@ -13,6 +14,7 @@ import zmq
 
 from observations import draw, local
 from paligemma_vla.errors import ConfigError
+from paligemma_vla.serving.protocols.groot import require_zmq
 
 PARTS = ("groot:action=arm:1+gripper:1",)
 
@@ -145,20 +147,31 @@ def test_one_slow_client_holds_up_none_and_only_as_many_as_agreed_are_served(ser
 
     server.service.policy.infer_batch = slow
     with Client(server.zmq_port) as waiting, Client(server.zmq_port) as other, Client(server.zmq_port) as third:
+        done: list = []
         thread = threading.Thread(
             target=lambda: done.append(waiting.call("get_action", {"observation": to_wire(draw(policy))}))
         )
-        done: list = []
         thread.start()
-        deadline = time.monotonic() + 10
-        while not server.service.sessions and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert other.call("ping")["status"] == "ok"
-        assert not done
-        assert "2 clients are connected" in third.call("ping")["error"]
-        begin.set()
-        thread.join(20)
+        try:
+            deadline = time.monotonic() + 10
+            while not server.service.sessions and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert other.call("ping")["status"] == "ok"
+            assert not done
+            assert "2 clients are connected" in third.call("ping").get("error", "none")
+        finally:
+            begin.set()
+            thread.join(20)
         assert len(done[0]) == 2
+
+
+def test_missing_package_and_taken_port_are_named(serve, monkeypatch):
+    port = serve(zmq_port=0).zmq_port
+    with pytest.raises(ConfigError, match=f"--zmq_port {port}: Address already in use.*take another port"):
+        serve(zmq_port=port)
+    monkeypatch.setitem(sys.modules, "zmq.asyncio", None)
+    with pytest.raises(ConfigError, match=r"--zmq_port: .*pip install 'paligemma-vla\[zmq\]'"):
+        require_zmq()
 
 
 @pytest.mark.parametrize("given", ["groot:action=arm:1", "groot:action=arm+gripper", "groot:action=arm:x+gripper:1"])

@@ -22,8 +22,12 @@ MAX_FRAME = 64 * 2**20  # bytes of one message
 FORMATS = ("JPEG", "PNG")
 
 
-def decode(frame: str | bytes) -> dict[str, Any]:
-    """A client's message. Raises `CodecError`."""
+async def decode(frame: str | bytes) -> dict[str, Any]:
+    """A client's message, decoded in a thread: pictures in it may be compressed. Raises `CodecError`."""
+    return await asyncio.to_thread(_decode, frame)
+
+
+def _decode(frame: str | bytes) -> dict[str, Any]:
     if isinstance(frame, str):
         raise CodecError("got a text frame, expected a msgpack map in a binary one")
     message = unpack(frame, decode_picture)

@@ -131,7 +131,7 @@ class Answering:
 
     async def _answer(self, envelope: list[bytes], body: bytes, peer: str) -> None:
         try:
-            reply = await self._reply(envelope[0], decode(body), peer)
+            reply = await self._reply(envelope[0], await decode(body), peer)
         except (CodecError, VLAError) as error:
             reply = {"error": str(error)}
         finally:

@@ -46,7 +46,7 @@ async def serve_openpi(connection: ServerConnection, service: PolicyService, ses
     async for frame in connection:
         began = time.monotonic()
         try:
-            message = decode(frame)
+            message = await decode(frame)
             reply = await while_connected(connection, _reply(service, session, message, execute))
         except (CodecError, VLAError) as error:
             await connection.send(str(error))

@@ -49,7 +49,7 @@ async def serve_vla_eval(connection: ServerConnection, service: PolicyService, s
     async for frame in connection:
         seq = 0
         try:
-            message = decode(frame)
+            message = await decode(frame)
             seq = whole_number("seq", message.get("seq"), 0)
             reply = await while_connected(connection, _reply(service, session, message, chunk, execute))
         except (CodecError, VLAError) as error:
