@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from paligemma_vla import Policy
     from paligemma_vla.data.loader import VLADataset
     from paligemma_vla.preprocess import Preprocessor
+    from running_server import RunningServer
 
 ConfigFactory = Callable[..., VLAConfig]
 LONGEST_FIRST = ("integration", "training", "evaluation", "cli", "export")  # folders
@@ -177,3 +178,20 @@ def zygote() -> Iterator[Zygote]:
     """Runs real commands in processes of their own, at the price of a fork. The limit spares the machine, not the tests."""
     with Zygote(memory=8 * 2**30) as started:
         yield started
+
+
+@pytest.fixture
+def serve(checkpoint: Path) -> Iterator[Callable[..., RunningServer]]:
+    """`serve(**changes)` starts a server over the trained policy, on a free port of this machine; changes are fields of
+    `ServeSettings`, or arguments of `build_service`."""
+    from running_server import RunningServer
+
+    running: list[RunningServer] = []
+
+    def start(**changes: Any) -> RunningServer:
+        running.append(RunningServer(str(checkpoint), **changes))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
