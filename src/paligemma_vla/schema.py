@@ -33,6 +33,9 @@ FLAGS = (IS_FIRST, IS_LAST, IS_TERMINAL)
 METADATA_KEY = b"paligemma_vla"
 # What EpisodeWriter says of a file as a whole: how many episodes it holds, and the digest of all their values.
 EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
+# Columns of recorded episodes beside those of S1.1: who acted, unix time of the view in s, and whether the episode succeeded.
+ACTOR, TIME, SUCCESS = "actor", "time", "success"
+LOG_SUFFIX = ".chunks.jsonl"  # of what `serve --record` writes where a client shows one view per chunk: no episodes
 REPRESENTATIONS = ("absolute", "delta")  # of recorded actions
 # What the metadata of one robot's files agree on, where they say it.
 COMPARED = (
@@ -75,6 +78,7 @@ class Episode:
     images: one list per camera, each of `length` encoded JPEG or PNG images (None: camera absent at that step).
     state (length, P) and action (length, A): float32 in real units; `action[t]` is what followed observation t.
     prompt: the instruction. is_terminal: whether the episode ended by reaching a terminal state of the task.
+    extra: further columns by name, a value per step.
     """
 
     images: list[list[bytes | None]]
@@ -82,6 +86,7 @@ class Episode:
     action: NDArray[np.float32]
     prompt: str
     is_terminal: bool = False
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

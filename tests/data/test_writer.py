@@ -152,3 +152,18 @@ def test_writer_refuses_what_does_not_fit_and_writes_nothing_of_it(tmp_path: Pat
         assert writer.episodes_written == 1
         writer.write(episode)
     assert EpisodeIndex.build(str(tmp_path)).length.tolist() == [5, 5]
+
+
+def test_further_columns_are_written_and_left_out_of_training(tmp_path: Path, episode: Episode) -> None:
+    extra = {"actor": pa.string(), "success": pa.bool_()}
+    with EpisodeWriter(tmp_path, METADATA, extra=extra) as writer:
+        writer.write(replace(episode, extra={"actor": list("abcde"), "success": [None] * 5}))
+        writer.write(replace(episode, extra={"actor": list("fghij"), "success": [True] * 5}))
+        with pytest.raises(DataError, match="actor: got 4 values, expected 5"):
+            writer.write(replace(episode, extra={"actor": list("abcd"), "success": [True] * 5}))
+    rows = read_rows(tmp_path)
+    assert "".join(row["actor"] for row in rows) == "abcdefghij"
+    assert [row["success"] for row in rows] == [None] * 5 + [True] * 5
+    assert len(EpisodeIndex.build(str(tmp_path))) == 2
+    with EpisodeWriter(tmp_path, METADATA) as writer, pytest.raises(DataError, match="columns differ"):
+        writer.write(episode)

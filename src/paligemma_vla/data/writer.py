@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -26,14 +26,17 @@ from paligemma_vla.storage import atomic_file, lock_file
 IMAGE_MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 
 
-def arrow_schema(cameras: int, state_dim: int, action_dim: int, metadata: DatasetMetadata) -> pa.Schema:
-    """Schema of an episode file (S1.1): `cameras` image columns, state (P,), action (A,), prompt, three flags."""
+def arrow_schema(
+    cameras: int, state_dim: int, action_dim: int, metadata: DatasetMetadata, extra: Mapping[str, pa.DataType] | None = None
+) -> pa.Schema:
+    """Schema of an episode file (S1.1): `cameras` image columns, state (P,), action (A,), prompt, three flags, extra."""
     columns = [pa.field(schema.image_column(n + 1), pa.binary()) for n in range(cameras)]
     columns += [
         pa.field(schema.STATE, pa.list_(pa.float32(), state_dim), nullable=False),
         pa.field(schema.ACTION, pa.list_(pa.float32(), action_dim), nullable=False),
         pa.field(schema.PROMPT, pa.string(), nullable=False),
         *(pa.field(flag, pa.bool_(), nullable=False) for flag in schema.FLAGS),
+        *(pa.field(name, kind) for name, kind in (extra or {}).items()),
     ]
     return pa.schema(columns, metadata={schema.METADATA_KEY: metadata.to_json().encode()})
 
@@ -43,16 +46,22 @@ class EpisodeWriter:
 
     output_dir: created when missing. metadata: stored in every file. prefix: of the file names; a folder may hold several.
     episodes_per_file: when a shard is closed. The first episode fixes the number of cameras and the dimensions.
+    extra: types of further columns, which every `Episode.extra` has; training does not read them.
 
     `episodes_written` counts what the folder already holds under this prefix, so a killed collection can go on from there.
     Raises `DataError` for an episode that does not fit; nothing of it is written then.
     """
 
     def __init__(
-        self, output_dir: str | Path, metadata: DatasetMetadata, prefix: str = "episodes", episodes_per_file: int = 64
+        self,
+        output_dir: str | Path,
+        metadata: DatasetMetadata,
+        prefix: str = "episodes",
+        episodes_per_file: int = 64,
+        extra: Mapping[str, pa.DataType] | None = None,
     ) -> None:
         self.output_dir, self.metadata, self.prefix = Path(output_dir), metadata, prefix
-        self.episodes_per_file = episodes_per_file
+        self.episodes_per_file, self.extra = episodes_per_file, dict(extra or {})
         self.output_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_file(self.output_dir / f".{prefix}.lock")
         if lock is None:
@@ -88,6 +97,18 @@ class EpisodeWriter:
         if self._in_shard >= self.episodes_per_file:
             self._close_shard()
 
+    def expect(self, cameras: int, state_dim: int, action_dim: int) -> pa.Schema:
+        """The schema of episodes of this form; raises `DataError` where the episodes already written have another."""
+        wanted = arrow_schema(cameras, state_dim, action_dim, self.metadata, self.extra)
+        if self._schema is None:
+            self._schema = wanted
+        if not self._schema.equals(wanted):
+            where = f"{self.output_dir}: episode {self.episodes_written} of '{self.prefix}'"
+            got, expected = (", ".join(f"{one.name}: {one.type}" for one in fields) for fields in (wanted, self._schema))
+            text = f"columns differ from the episodes already written: got {got}, expected {expected}"
+            raise DataError(f"{where}: {text}; write it into another folder or under another prefix")
+        return wanted
+
     def close(self) -> None:
         """Turn what the journal holds into a Parquet file, and let others write here."""
         try:
@@ -107,14 +128,8 @@ class EpisodeWriter:
     def _batch(self, episode: Episode) -> pa.RecordBatch:
         where = f"{self.output_dir}: episode {self.episodes_written} of '{self.prefix}'"
         check_episode(episode, where)
-        length, cameras = episode.length, len(episode.images)
-        wanted = arrow_schema(cameras, episode.state.shape[1], episode.action.shape[1], self.metadata)
-        if self._schema is None:
-            self._schema = wanted
-        if not self._schema.equals(wanted):
-            got, expected = (", ".join(f"{one.name}: {one.type}" for one in fields) for fields in (wanted, self._schema))
-            text = f"columns differ from the episodes already written: got {got}, expected {expected}"
-            raise DataError(f"{where}: {text}; write it into another folder or under another prefix")
+        length = episode.length
+        wanted = self.expect(len(episode.images), episode.state.shape[1], episode.action.shape[1])
         if misfits := self.metadata.misfits(episode.state.shape[1], episode.action.shape[1]):
             raise DataError("\n  ".join([f"{where} cannot be written", *misfits]))
         flags = np.zeros((3, length), bool)
@@ -126,6 +141,7 @@ class EpisodeWriter:
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
         arrays.append(pa.array([episode.prompt] * length, pa.string()))
         arrays += [pa.array(flag) for flag in flags]
+        arrays += [pa.array(episode.extra[name], kind) for name, kind in self.extra.items()]
         return pa.RecordBatch.from_arrays(arrays, schema=wanted)
 
     def _close_shard(self) -> None:
@@ -133,7 +149,8 @@ class EpisodeWriter:
         self._stream.close()
         self._journal.close()
         self._stream = self._journal = None
-        self._publish(_read_journal(self._journal_path))
+        if batches := _read_journal(self._journal_path):  # none where the disk was full at once
+            self._publish(batches)
         self._in_shard = 0
 
     def _publish(self, batches: list[pa.RecordBatch]) -> None:
@@ -183,6 +200,9 @@ def check_episode(episode: Episode, where: str) -> None:
         elif not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
             faults.append(f"{name}: step {row}, dimension {column} is {values[row, column]}, expected a finite number")
+    for name, column_values in episode.extra.items():
+        if len(column_values) != length:
+            faults.append(f"{name}: got {len(column_values)} values, expected {length}")
     for number, images in enumerate(episode.images):
         column = schema.image_column(number + 1)
         if len(images) != length:
