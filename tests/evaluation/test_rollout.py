@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from paligemma_vla.cli import rollout as command
+from paligemma_vla.cli.main import main
+from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
@@ -225,6 +230,34 @@ def test_rollout_pool_reports_a_policy_that_cannot_play():
             pool.run(config)
         with pytest.raises(WorkerError, match="worker process died"):
             pool.run(config)
+
+
+def test_recorded_episodes_are_those_that_were_played(tmp_path):
+    folder = tmp_path / "D"
+    config = RolloutConfig(tasks=("drawer-close",), episodes=2, record=folder)
+    plain = replace(config, record=None)
+    with RolloutPool("metaworld", policy_factory=Expert, workers=0) as pool:
+        result = pool.run(config)
+        failed = pool.run(replace(plain, tasks=("drawer-open",), policy="random", record=tmp_path / "failed", episodes=1))
+        with pytest.raises(SimulatorError, match=r"drawer-close-00000.parquet is there already; give another folder"):
+            pool.run(config)
+        assert pool.run(plain)["episodes"] == result["episodes"], "to record changes nothing"
+    index = EpisodeIndex.build(str(folder))
+    assert index.layout.metadata.action_names == SPEC.metadata.action_names
+    assert index.length.tolist() == [episode["steps"] for episode in result["episodes"]]
+    assert main(["data", "check", str(folder), "--exclusion_list", str(tmp_path / "none.json")]) == 0
+    found = pq.read_table(folder / "drawer-close-00000.parquet").to_pylist()
+    assert all(row["is_terminal"] == row["is_last"] and row["success"] for row in found)
+    rows = pq.read_table(next((tmp_path / "failed").glob("*.parquet"))).to_pylist()
+    assert not any(row["success"] or row["is_terminal"] for row in rows) and len(rows) == failed["episodes"][0]["steps"]
+    with closing(make_environment("metaworld")) as env:
+        view = env.reset("drawer-close", result["episodes"][0]["seed"])
+        for row in found[:20]:  # what is recorded leads where it led
+            np.testing.assert_allclose(row["state"], view["state"], atol=1e-6)
+            seen = np.asarray(Image.open(io.BytesIO(row["image_1_bytes"])), np.int16)
+            assert np.abs(seen - view["image_1"]).mean() < 4
+            env.step(np.array(row["action"], np.float32))
+            view = env.observe()
 
 
 def test_command_line_writes_rollout_json(tmp_path, capsys):

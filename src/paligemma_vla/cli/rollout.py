@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import get_args
 
 from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_arguments, from_flags, natural, positive
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", choices=get_args(ImageSource), default="camera", help="grey is a control: it hides the scene"
     )
     parser.add_argument("--policy", choices=get_args(Actor), default="checkpoint", help="random is a control")
+    text = "folder for what was seen and done at every step, as episodes; slower, since every step is rendered"
+    parser.add_argument("--record", type=Path, metavar="D", help=text)
     parser.add_argument(
         "--max_videos", type=natural, default=1, help="successes, and failures, filmed per task (default: %(default)s)"
     )

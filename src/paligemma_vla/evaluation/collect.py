@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -135,7 +135,7 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
         steps = range(config.done_steps // config.action_repeat if start_done else 0, env.max_steps(task))
         recorded = _follow_expert(env, config, first, steps, rng)
         if recorded is not None:
-            return _episode(env, *recorded, prompt), attempt + 1
+            return build_episode(env, *recorded, prompt, is_terminal=True), attempt + 1
     raise SimulatorError(f"{config.env} task '{task}': its expert failed {MAX_ATTEMPTS} times in a row at episode {index}")
 
 
@@ -177,13 +177,16 @@ def _follow_expert(
     return None if solved_at is None else (seen, actions)
 
 
-def _episode(env: Environment, seen: list[Observation], actions: list[NDArray[np.float32]], prompt: str) -> Episode:
+def build_episode(
+    env: Environment, seen: Sequence[Observation], actions: Sequence[NDArray[np.floating]], prompt: str, is_terminal: bool
+) -> Episode:
+    """What was seen before each action, and the actions (A,), as it is written."""
     images: list[list[bytes | None]] = []
     for number in range(len(env.spec.metadata.cameras)):
         pictures = [cast(dict[str, Any], view)[image_key(number + 1)] for view in seen]
         images.append([encode_image(Image.fromarray(picture), "jpeg", JPEG_QUALITY) for picture in pictures])
     states = np.stack([view["state"] for view in seen])  # (length, P)
-    return Episode(images, states, np.stack(actions).astype(np.float32), prompt, is_terminal=True)
+    return Episode(images, states, np.stack(actions).astype(np.float32), prompt, is_terminal)
 
 
 def _refuse_other_settings(config: CollectConfig, task: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from paligemma_vla import schema
 from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
+from paligemma_vla.evaluation.collect import build_episode
 from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets
+from paligemma_vla.schema import DatasetMetadata, Episode
 
 if TYPE_CHECKING:
     from paligemma_vla.policy import Policy
@@ -41,6 +43,7 @@ class Condition:
     prompts: whose instructions. resets: see `Environment.reset`. image: `grey` replaces every picture by a uniform one.
     policy: `random` plays uniform actions. num_steps: Euler steps, None for the checkpoint's own number.
     execute: actions taken of each chunk before the policy is asked again, None for half of them.
+    record: folder for what is seen at every step; slower, since every step is rendered then.
     """
 
     seed: int = 0
@@ -50,11 +53,13 @@ class Condition:
     policy: Actor = "checkpoint"
     num_steps: int | None = None
     execute: int | None = None
+    record: Path | None = None
 
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """How an episode went. seed: of its reset. steps: until success, or all of them. actions: of each step (A,)."""
+    """How an episode went. seed: of its reset. steps: until success, or all of them. actions: of each step (A,). recorded: what
+    was seen and done at every step, and what its numbers mean."""
 
     task: str
     index: int
@@ -63,6 +68,7 @@ class EpisodeOutcome:
     success: bool
     steps: int
     actions: list[NDArray[np.floating]] = field(repr=False)
+    recorded: tuple[Episode, DatasetMetadata] | None = field(default=None, repr=False)
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
@@ -103,32 +109,40 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
     first = env.reset(task, reset_seed, condition.resets)
-    actions, success = [], False
-    for action in _actions(env, policy, condition, first, prompt, np.random.default_rng(noise_seed)):
+    seen, actions, success = [first], [], False
+    for action in _actions(env, policy, condition, seen, prompt, np.random.default_rng(noise_seed)):
         actions.append(action)
         result = env.step(action)
         success = result.success
         if success or result.done:
             break
-    return EpisodeOutcome(task, index, reset_seed, prompt, success, len(actions), actions)
+        if condition.record is not None:
+            seen.append(env.observe())
+    recorded = None
+    if condition.record is not None:
+        executed = [np.clip(action, env.spec.action_low, env.spec.action_high) for action in actions]
+        episode = build_episode(env, seen, executed, prompt, success)
+        recorded = replace(episode, extra={schema.SUCCESS: [success] * len(actions)}), env.spec.metadata
+    return EpisodeOutcome(task, index, reset_seed, prompt, success, len(actions), actions, recorded)
 
 
 def _actions(
     env: Environment,
     policy: Policy | None,
     condition: Condition,
-    view: schema.Observation,
+    seen: list[schema.Observation],
     prompt: str,
     rng: np.random.Generator,
 ) -> Iterator[NDArray[np.floating]]:
     """Endless actions (A,): random ones, or the first ones of a chunk, then those of the next chunk.
 
-    view: the first observation. Later ones are rendered here, once per chunk: rendering is the slow part.
+    seen: ends with the present observation. Unless all are recorded it is rendered here, once per chunk: that is the slow part.
     """
     while condition.policy == "random":
         yield rng.uniform(env.spec.action_low, env.spec.action_high)
     assert policy is not None
     while True:
+        view = seen[-1]
         observation: dict[str, Any] = {**view, schema.PROMPT: prompt}
         if condition.image == "grey":
             observation |= {key: np.full_like(image, GREY) for key, image in view.items() if key.startswith("image_")}
@@ -138,7 +152,8 @@ def _actions(
         if not 1 <= execute <= len(chunk):
             raise SimulatorError(f"--execute: got {execute}, expected 1 to {len(chunk)}, the policy's horizon")
         yield from chunk[:execute]
-        view = env.observe()
+        if condition.record is None:
+            seen[:] = [env.observe()]
 
 
 def write_video(path: Path, env: Environment, outcome: EpisodeOutcome, resets: Resets) -> None:

@@ -11,16 +11,19 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from paligemma_vla import quiet_libraries
+from paligemma_vla import quiet_libraries, schema
+from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs import Environment, Resets, make_environment
 from paligemma_vla.evaluation.episode import (
@@ -132,8 +135,8 @@ class RolloutPool:
         outcomes: list[EpisodeOutcome] = []
         videos, video_jobs = [], []
         count: Counter[str] = Counter()
-        with progress_bar(config.episodes * len(tasks), label, "episode") as bar:
-            for outcome in self._pool.map(_play_job, jobs):
+        with progress_bar(config.episodes * len(tasks), label, "episode") as bar, ExitStack() as record:
+            for outcome in self._recorded(config, self._pool.map(_play_job, jobs), record):
                 bar.update()
                 kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
                 count[kind] += 1
@@ -159,6 +162,31 @@ class RolloutPool:
         log.info("%s: mean success %.3f, %.0f s", label, mean, result["wall_s"])
         return result
 
+    def _recorded(
+        self, config: RolloutConfig, outcomes: Iterable[EpisodeOutcome], files: ExitStack
+    ) -> Iterator[EpisodeOutcome]:
+        """The same outcomes, once their episodes are written into `config.record`, one file prefix per task."""
+        writers: dict[str, EpisodeWriter] = {}
+        for outcome in outcomes:
+            if config.record is not None and outcome.recorded is not None:
+                episode, metadata = outcome.recorded
+                if outcome.task not in writers:
+                    about = {"recorded_by": "paligemma-vla rollout", "fingerprint": str(self._fingerprint)}
+                    described = replace(metadata, extra=about)
+                    writer = EpisodeWriter(config.record, described, outcome.task, extra={schema.SUCCESS: pa.bool_()})
+                    writers[outcome.task] = files.enter_context(writer)
+                writers[outcome.task].write(episode)
+            yield replace(outcome, recorded=None)
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        """Of the checkpoint, where there is one."""
+        if self.checkpoint_path is None:
+            return None
+        from paligemma_vla.policy import fingerprint  # needs torch, which random actions do not
+
+        return fingerprint(self.checkpoint_path)
+
     def _check(self, config: RolloutConfig) -> tuple[str, ...]:
         """Task names as the environment spells them; everything that can be refused early is refused here."""
         tasks = tuple(dict.fromkeys(self._env.canonical(task) for task in config.tasks))
@@ -168,22 +196,20 @@ class RolloutPool:
             raise SimulatorError("rollout: got no checkpoint; give --checkpoint_path, or --policy random")
         for task in tasks:
             instructions(self._env, task, config.prompts)
+            for found in config.record.glob(f"{task}-?????.parquet") if config.record is not None else ():
+                raise SimulatorError(f"--record {found.parent}: {found.name} is there already; give another folder")
         return tasks
 
     def _settings(self, config: RolloutConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
-        sha256 = None
-        if self.checkpoint_path is not None:
-            from paligemma_vla.policy import fingerprint  # needs torch, which random actions do not
-
-            sha256 = fingerprint(self.checkpoint_path)
         return asdict(config) | {
             "tasks": list(tasks),
             "output_dir": str(config.output_dir) if config.output_dir else None,
+            "record": str(config.record) if config.record else None,
             "env": self._player.env,
             "image_size": self._player.image_size,
             "workers": self._pool.workers,
             "checkpoint_path": self.checkpoint_path,
-            "checkpoint_sha256": sha256,
+            "checkpoint_sha256": self._fingerprint,
             "weights": self._player.weights or "full",
             "versions": {found.name: found.version for found in importlib.metadata.distributions() if found.name in VERSIONED},
         }
