@@ -180,6 +180,16 @@ def zygote() -> Iterator[Zygote]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[RunningServer]:
+    """One without limits, for all tests of a module."""
+    from running_server import RunningServer
+
+    running = RunningServer(str(checkpoint), limited=False)
+    yield running
+    running.close()
+
+
 @pytest.fixture
 def serve(checkpoint: Path) -> Iterator[Callable[..., RunningServer]]:
     """`serve(**changes)` starts a server over the trained policy, on a free port of this machine; changes are fields of

@@ -35,6 +35,9 @@ class RunningServer:
         return f"ws://127.0.0.1:{self.port}"
 
     def close(self) -> None:
+        """Drain it; a second time does nothing."""
+        if not self._thread.is_alive():
+            return
         self._loop.call_soon_threadsafe(self._server.stop)
         self._thread.join(30)
         assert not self._thread.is_alive(), "the server did not end"

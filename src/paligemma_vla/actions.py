@@ -231,16 +231,10 @@ def resolve_actions(config: VLAConfig, metadata: DatasetMetadata, state_dim: int
     settings = config.data.actions
     action = _Column("action", metadata.action_names, metadata.action_units, action_dim)
     state = _Column("state", metadata.state_names, metadata.state_units, state_dim)
-    rotation, turned = "", Numbers()
-    if settings.rotation is not None:
-        rotation = settings.rotation.representation
-        if metadata.action_rotation not in ("", rotation):
-            expected = f"expected {metadata.action_rotation} as the data says"
-            raise ConfigError(f"data.actions.rotation.representation: got {rotation}, {expected}")
-        turned = action.numbers(settings.rotation.dimensions, "rotation.dimensions")
+    rotation, turned = recorded_rotation(config, metadata, action_dim)
     if settings.representation == "absolute":
         return ABSOLUTE
-    if metadata.action_rotation and not rotation:
+    if rotation and not turned:
         held = f"the data's actions hold a rotation as {metadata.action_rotation}, which cannot be subtracted"
         raise ConfigError(f"data.actions.rotation: got null, but {held}; name its dimensions")
     if metadata.action_representation == "delta":
@@ -263,6 +257,22 @@ def resolve_actions(config: VLAConfig, metadata: DatasetMetadata, state_dim: int
             raise ConfigError(f"data.actions.rotation: action {name} is in {unit}, expected rad; convert the data")
     horizon = config.model.action_head_config.horizon
     return ActionTransform(settings.representation, dimensions, starts, rotation, turned, horizon)
+
+
+def recorded_rotation(config: VLAConfig, metadata: DatasetMetadata, action_dim: int) -> tuple[str, Numbers]:
+    """How recorded actions of these dimensions write rotations, and in which dimensions, as `data.actions.rotation` says.
+
+    Without that what the metadata says, and no dimensions: they are not known. Raises `ConfigError` where it cannot be so.
+    """
+    settings = config.data.actions
+    if settings.rotation is None:
+        return metadata.action_rotation, ()
+    rotation = settings.rotation.representation
+    if metadata.action_rotation not in ("", rotation):
+        expected = f"expected {metadata.action_rotation} as the data says"
+        raise ConfigError(f"data.actions.rotation.representation: got {rotation}, {expected}")
+    action = _Column("action", metadata.action_names, metadata.action_units, action_dim)
+    return rotation, action.numbers(settings.rotation.dimensions, "rotation.dimensions")
 
 
 def matched_by_number(config: VLAConfig, metadata: DatasetMetadata) -> bool:

@@ -320,6 +320,23 @@ class WandbConfig(Section):
     mode: Literal["online", "offline"] = "online"
 
 
+Bounds = Annotated[tuple[float | None, ...], Field(strict=False, min_length=1)]
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)] | None, ...], Field(strict=False, min_length=1)]
+
+
+class ControlConfig(Section):
+    """What `serve` may send: a number for each of an action's, in the data's units; null for one without."""
+
+    action_low: Bounds | None = Field(None, description="Smallest numbers of an action that is sent; null: the data's.")
+    action_high: Bounds | None = Field(None, description="Largest; null: the data's.")
+    action_rate: Rates | None = Field(None, description="Largest changes from one action to the next; null: any.")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        for number, (low, high) in enumerate(zip(self.action_low or (), self.action_high or (), strict=False)):
+            if low is not None and high is not None and low > high:
+                yield f"action_low.{number}", f"got {low:g}, expected at most action_high.{number}, {high:g}"
+
+
 class VLAConfig(Section):
     """The whole configuration; sections as in the specification."""
 
@@ -329,6 +346,7 @@ class VLAConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
+    control: ControlConfig = Field(default_factory=ControlConfig)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         batch_size, parts = self.data.batch_size, self.training.gradient_accumulation_steps
@@ -339,6 +357,10 @@ class VLAConfig(Section):
             yield "training.stages", "the whole backbone is frozen in model.vlm_config, so no stage can train all"
         if self.training.parallel != "ddp" and self.optimizer.type == "adamw_8bit":
             yield "optimizer.type", f"got adamw_8bit with parallel: {self.training.parallel}; take adamw, or parallel: ddp"
+        numbers = self.model.action_head_config.per_action_dim
+        for name, given in self.control:
+            if given is not None and len(given) != numbers and not self.data.pad_action_dim:
+                yield f"control.{name}", f"got {len(given)} numbers, expected per_action_dim, {numbers} (null: no own limit)"
 
     def to_yaml(self) -> str:
         """The complete configuration; `load_config` reads it back to an equal object."""

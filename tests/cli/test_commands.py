@@ -40,9 +40,9 @@ evaluate: checkpoint_path weights eval_data_path output_dir save_predictions dev
 collect: env tasks episodes output_dir control action_repeat seed workers image_size
 export: checkpoint_path output_dir dtype metrics torch_export push_to_hub private
 rollout: checkpoint_path weights env tasks episodes output_dir seed prompts resets num_steps execute image policy workers
-    image_size max_videos
+    image_size max_videos record
 serve: checkpoint_path device host port zmq_port api_key_env max_clients max_batch batch_wait_ms keys preset execute seed
-    no_limits certfile keyfile
+    set no_limits record certfile keyfile
 data info: json
 data check: json exclusion_list config_path allow_prompt_changes
 data convert: from to input output_dir cameras episodes workers image_format jpeg_quality lerobot_version images codec crf

@@ -33,4 +33,4 @@ def test_examples_run_against_a_server(server, policy, capsys):
         exec(compile(here, str(README), "exec"), names)
     assert [move.shape for move in moves] == [(size,)] * 3
     shown = capsys.readouterr().out
-    assert f"({horizon}, {size})" in shown and "observation/image: missing (image_1 of the policy" in shown
+    assert f"({horizon}, {size})" in shown and ": missing (image_1 of the policy" in shown

@@ -67,9 +67,9 @@ def test_async_client_gets_the_local_action_to_the_last_bit(server, policy):
 def test_reset_reaches_the_server(server):
     with PolicyClient(server.url) as client:
         session = max(server.service.sessions.items())[1]
-        session.executed = np.zeros(3, np.float32)
+        session.sent = np.zeros((1, 3), np.float32)
         client.reset()
-        assert session.executed is None
+        assert session.sent is None
 
 
 def test_reset_is_not_sent_to_a_server_that_has_no_such_word():

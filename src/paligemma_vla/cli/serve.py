@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="the names of a known robot or benchmark")
     parser.add_argument("--execute", type=positive, metavar="M", help="actions of each chunk that are sent")
     parser.add_argument("--seed", type=natural, help="of the noise of every answer (default: drawn afresh)")
-    parser.add_argument("--no_limits", action="store_true", help="send actions outside of the data's range, too")
+    text = "actions are kept within the data's range; other limits: --set control.action_rate=[0.05,0.05,null] (see configs/)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    parser.add_argument("--no_limits", action="store_true", help="send what the policy predicts, without any limit")
+    text = "folder for what clients show and do: episodes where they send every step, else a log"
+    parser.add_argument("--record", type=Path, metavar="D", help=text)
     parser.add_argument("--certfile", type=Path, metavar="F", help="TLS certificate, PEM")
     parser.add_argument("--keyfile", type=Path, metavar="F", help="its key")
 
@@ -66,7 +70,14 @@ def main(args: argparse.Namespace) -> int:
         zmq_port=args.zmq_port,
     )
     service = build_service(
-        args.checkpoint_path, args.device, keys=args.keys, preset=args.preset, seed=args.seed, limited=not args.no_limits
+        args.checkpoint_path,
+        args.device,
+        keys=args.keys,
+        preset=args.preset,
+        seed=args.seed,
+        limited=not args.no_limits,
+        assignments=args.set,
+        record=args.record,
     )
 
     async def run() -> None:

@@ -447,6 +447,7 @@ def expand_paths(paths: str | Sequence[str], where: str) -> list[str]:
 def _find_episodes(location: str, where: str) -> list[str]:
     """The Parquet files behind a path, glob or URL. Raises `DataError`, or `StorageError`."""
     found: set[str] = set()
+    logs: list[str] = []
     for base, pattern in _remote_bases(location, where) if is_url(location) else local_bases(location):
         names = find_files(base, pattern)
         if not names and not pattern and is_url(location):
@@ -462,8 +463,14 @@ def _find_episodes(location: str, where: str) -> list[str]:
                     got = f"this is {form} data, which is read from a disk only; {COPY_IT}"
                     got = got if is_url(base) else f"this is data of another format; write {form}:{folder}"
                     raise DataError(f"{where}: {folder}: {got}")
-            if not below or below.endswith(".parquet"):
-                found.add(_join(folder, below))
+            file = _join(folder, below)
+            if file.endswith(schema.LOG_SUFFIX):
+                logs.append(file)
+            elif not below or below.endswith(".parquet"):
+                found.add(file)
+    if logs and not found:
+        what = "a log of served chunks, with one view for several actions, so it holds no episodes"
+        raise DataError(f"{where}: {logs[0]}: {what}; `serve --record` writes some of clients that send every step")
     return sorted(found)
 
 

@@ -6,12 +6,15 @@ import logging
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paligemma_vla import versions
-from paligemma_vla.control.limits import ActionLimits
+from paligemma_vla.config import VLAConfig, config_from_dict, parse_assignments
+from paligemma_vla.control.limits import build_limits
+from paligemma_vla.errors import ConfigError
 from paligemma_vla.policy import Policy, fingerprint
 from paligemma_vla.schema import PROMPT, STATE
 from paligemma_vla.serving.keys import KeyMap, build_key_maps
@@ -20,14 +23,24 @@ from paligemma_vla.serving.service import PolicyService
 
 log = logging.getLogger(__name__)
 WIRES = (openpi.NAMES, vla_eval.NAMES, groot.NAMES)
+CHANGEABLE = ("control.", "data.actions.rotation")  # the latter says only where rotations are
 
 
 def build_service(
-    checkpoint_path: str, device: str | None, *, keys: Sequence[str], preset: str | None, seed: int | None, limited: bool
+    checkpoint_path: str,
+    device: str | None,
+    *,
+    keys: Sequence[str],
+    preset: str | None,
+    seed: int | None,
+    limited: bool,
+    assignments: Sequence[str] = (),
+    record: Path | None = None,
 ) -> PolicyService:
     """Load the policy, answer once, and say what it expects. Arguments as those of `paligemma-vla serve`.
 
-    Raises `CheckpointError` for a checkpoint that cannot be loaded, `ConfigError` for keys that do not fit.
+    assignments: of `--set`. Raises `CheckpointError` for a checkpoint that cannot be loaded, `ConfigError` for keys and limits
+    that do not fit.
     """
     import torch
 
@@ -49,7 +62,19 @@ def build_service(
         "server_versions": versions(),
         "keys": {name: named(found) for name, found in key_maps.items()},
     }
-    return PolicyService(policy, contract, data_limits(policy) if limited else None, seed, key_maps, greeting)
+    limits = None
+    if limited:
+        limits = build_limits(policy.preprocessor, policy.robot, changed_config(policy.config, assignments))
+    return PolicyService(policy, contract, limits, seed, key_maps, greeting, record)
+
+
+def changed_config(config: VLAConfig, assignments: Sequence[str]) -> VLAConfig:
+    """A checkpoint's configuration with other limits. Raises `ConfigError` for what training has decided."""
+    overrides = parse_assignments(assignments)
+    for key in overrides:
+        if not key.startswith(CHANGEABLE):
+            raise ConfigError(f"--set {key}: decided by training; expected a key of {' or '.join(CHANGEABLE)}")
+    return config_from_dict(config.model_dump(mode="json"), overrides, "--set")
 
 
 def example(policy: Policy) -> dict[str, Any]:
@@ -62,10 +87,3 @@ def example(policy: Policy) -> dict[str, Any]:
 def named(key_map: KeyMap) -> dict[str, list[str]]:
     """The names that a client may use, by ours."""
     return {key: ["+".join(parts) for parts in names] for key, names in key_map.sources.items()}
-
-
-def data_limits(policy: Policy) -> ActionLimits:
-    """The range of the training data's actions; no limit of rate."""
-    statistics = policy.preprocessor.statistics.action
-    low, high = (np.asarray(values, np.float32) for values in (statistics.min, statistics.max))
-    return ActionLimits(low, high, np.full(len(low), np.inf, np.float32))

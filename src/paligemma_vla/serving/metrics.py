@@ -23,7 +23,9 @@ class Metrics:
         self.clients = Gauge(f"{name}_clients", "connections", ["protocol"], registry=registry)
         self.errors = Counter(f"{name}_errors", "observations refused or failed", ["protocol"], registry=registry)
         self.dropped = Counter(f"{name}_dropped", "observations not computed", ["reason"], registry=registry)
-        self.limited = Counter(f"{name}_limited", "numbers of actions that a limit changed", registry=registry)
+        self.limited = Counter(f"{name}_limited", "numbers of actions that a limit changed", ["name"], registry=registry)
+        self.recording = Gauge(f"{name}_recording", "1 while clients are recorded", registry=registry)
+        self.not_recorded = Counter(f"{name}_not_recorded", "views that --record left out", registry=registry)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -100,8 +100,7 @@ class PolicyServer:
             ready()
             await self._stop.wait()
             await self._drain(server)
-        assert self.service.engine is not None
-        await self.service.engine.close()
+        await self.service.close()
 
     def stop(self) -> None:
         self._stop.set()

@@ -9,18 +9,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.control.limits import ActionLimits
+from paligemma_vla import __version__
+from paligemma_vla.control.limits import ActionLimits, LimitLog
 from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.observation import ParsedObservation
 from paligemma_vla.policy import Policy
 from paligemma_vla.serving.engine import Engine
 from paligemma_vla.serving.keys import KeyMap
 from paligemma_vla.serving.metrics import Metrics
+from paligemma_vla.serving.record import Event, Executed, Recorder
 
 log = logging.getLogger(__name__)
 NUMBERS = count(1)
@@ -29,25 +32,35 @@ MAX_PIXELS = 4096 * 4096  # of one picture
 
 @dataclass
 class Session:
-    """One connection. executed: its last action (A,), where the client says so. observation, actions, seconds: of its last
-    answer."""
+    """One connection. observation, actions, seconds: of its last answer. sent: those of the actions that were sent (N, A).
+
+    executes_all: set by a protocol whose clients execute all that is sent before they observe again. events: how many of it
+    there were to record.
+    """
 
     protocol: str
     peer: str
     number: int = field(default_factory=lambda: next(NUMBERS))
     since: float = field(default_factory=time.time)
     answered: int = 0
-    executed: NDArray[np.float32] | None = None
+    executes_all: bool = False
+    sent: NDArray[np.float32] | None = None
+    events: int = 0
     observation: ParsedObservation | None = None
     actions: NDArray[np.float32] | None = None
     seconds: float = 0.0
+
+    def implied(self) -> Executed | None:
+        """What its client has executed since the last answer, where the protocol says so."""
+        return Executed(self.sent) if self.executes_all and self.sent is not None else None
 
 
 class PolicyService:
     """A policy, what it may send, and who asks.
 
     contract: what a client learns when it connects. limits: None where they are switched off. seed: of the noise of every
-    answer; None draws afresh. key_maps: by protocol. greeting: what openpi's clients get instead of the contract.
+    answer; None draws afresh. key_maps: by protocol. greeting: what openpi's clients get instead of the contract. record:
+    folder for what clients show and do.
     """
 
     def __init__(
@@ -58,16 +71,27 @@ class PolicyService:
         seed: int | None,
         key_maps: dict[str, KeyMap],
         greeting: dict[str, Any] | None = None,
+        record: Path | None = None,
     ) -> None:
         self.policy, self.contract, self.limits, self.seed, self.key_maps = policy, contract, limits, seed, key_maps
         self.greeting = greeting or contract
         self.metrics = Metrics()
+        self.limit_log = LimitLog(() if limits is None else limits.names)
         self.sessions: dict[int, Session] = {}
         self.engine: Engine | None = None
+        about = {"recorded_by": f"paligemma-vla {__version__} serve", "fingerprint": str(contract["fingerprint"])}
+        self.recorder = None if record is None else Recorder(record, policy, about, self.metrics)
 
     def start(self, max_batch: int, wait_s: float, max_queue: int) -> None:
         """Begin to answer; call it in the event loop that will ask."""
         self.engine = Engine(self.policy, self.metrics, max_batch, wait_s, max_queue, lambda: len(self.sessions))
+
+    async def close(self) -> None:
+        """Stop answering, and finish what is recorded."""
+        if self.engine is not None:
+            await self.engine.close()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
 
     def open_session(self, protocol: str, peer: str) -> Session:
         session = Session(protocol, peer)
@@ -78,28 +102,60 @@ class PolicyService:
 
     def close_session(self, session: Session) -> None:
         if self.sessions.pop(session.number, None) is not None:
+            session.events += 1
+            self._record(session, gone=True)
             self.metrics.clients.labels(session.protocol).dec()
             log.info("%s: client %d left after %d answers", session.protocol, session.number, session.answered)
 
-    async def answer(self, session: Session, message: Mapping[str, Any], seed: int | None = None) -> NDArray[np.float32]:
-        """The chunk (K, A) for a client's message. Raises `VLAError` that may be shown to the client."""
+    async def answer(
+        self,
+        session: Session,
+        message: Mapping[str, Any],
+        seed: int | None = None,
+        execute: int | None = None,
+        executed: Executed | None = None,
+    ) -> NDArray[np.float32]:
+        """The actions (N, A) to send for a client's message, all of the chunk or the first `execute`.
+
+        executed: what the client says it did since its message before. Raises `VLAError` that may be shown to the client.
+        """
         assert self.engine is not None, "call start first"
-        arrived = time.monotonic()
+        arrived, when = time.monotonic(), time.time()
+        session.events += 1  # one that fails is missing in the record
         with self._faults(session):
             parsed = await self._parse(session, message)
             actions = await self.engine.infer(parsed, self.seed if seed is None else seed)
+            executed = executed or session.implied()
             if self.limits is not None:
-                actions, changed = self.limits.apply(actions, session.executed)
-                self.metrics.limited.inc(changed)
-        session.observation, session.actions = parsed, actions
+                previous = None if executed is None else executed.actions[-1]
+                actions, moved = self.limits.apply(actions, parsed.state, previous)
+                self._count_limited(moved)
+            if not np.isfinite(actions).all():
+                raise VLAError("the policy's actions are not finite; nothing is sent")
+        session.observation, session.actions, session.sent = parsed, actions, actions[:execute]
+        self._record(session, executed=executed, view=parsed, sent=session.sent, when=when)
         session.answered, session.seconds = session.answered + 1, time.monotonic() - arrived
         self.metrics.latency.labels(session.protocol).observe(session.seconds)
-        return actions
+        return session.sent
 
-    async def observe(self, session: Session, message: Mapping[str, Any]) -> None:
-        """Take an observation that is answered from an earlier chunk. Raises as `answer` does."""
+    async def observe(self, session: Session, message: Mapping[str, Any], executed: Executed | None = None) -> None:
+        """Take an observation that asks for no new chunk. Raises as `answer` does."""
+        session.events += 1
+        when, executed = time.time(), executed or session.implied()
+        session.sent = None
         with self._faults(session):
             session.observation = await self._parse(session, message)
+        self._record(session, executed=executed, view=session.observation, when=when)
+
+    def end_episode(self, session: Session, executed: Executed | None = None, success: bool | None = None) -> None:
+        """The client begins anew: what was sent before says nothing about what follows. executed: since its last message."""
+        session.events += 1
+        self._record(session, executed=executed or session.implied(), success=success)
+        session.sent = None
+
+    def _record(self, session: Session, **facts: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.add(Event(session.number, session.events, session.protocol, **facts))
 
     async def _parse(self, session: Session, message: Mapping[str, Any]) -> ParsedObservation:
         check_pixels(message)
@@ -118,6 +174,12 @@ class PolicyService:
             self.metrics.errors.labels(session.protocol).inc()
             log.exception("%s: client %d: internal error", session.protocol, session.number)
             raise VLAError(f"internal error: {type(error).__name__}; the server's log says more") from error
+
+    def _count_limited(self, moved: NDArray[np.float32]) -> None:
+        self.limit_log.add(moved)
+        for name, changed in zip(self.limit_log.names, np.count_nonzero(moved, axis=0).tolist(), strict=True):
+            if changed:
+                self.metrics.limited.labels(name).inc(changed)
 
 
 def check_pixels(message: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ FREE = {
         "stop_when_save_fails max_skipped_steps checkpoint_dir experiment_name"
     ),
     "wandb": "enabled project entity mode",
+    "control": "action_low action_high action_rate",
 }
 # Files may have moved: their content is compared instead, or comes out of the checkpoint.
 MOVABLE = {

@@ -157,13 +157,14 @@ class Answering:
         if endpoint == "get_modality_config":
             return modality_config(self.service.key_maps[NAMES.protocol], self.parts, self.service.contract["horizon"])
         if endpoint == "reset":
+            self.service.end_episode(session)
             return {}
         data = request.get("data")
         if not isinstance(data, Mapping):
             raise DataError(f"data: got {type(data).__name__}, expected a map with an observation")
         wrapped = "observation" in data
-        actions = await self.service.answer(session, to_observation(data["observation"] if wrapped else data))
-        action = split(actions[: self.execute], self.parts)
+        observation = to_observation(data["observation"] if wrapped else data)
+        action = split(await self.service.answer(session, observation, execute=self.execute), self.parts)
         return [action, {}] if wrapped else {f"action.{name}": part[0] for name, part in action.items()}
 
     def _session(self, client: bytes, peer: str) -> Session:

@@ -20,6 +20,7 @@ from paligemma_vla.observation import whole_number
 from paligemma_vla.schema import PROMPT, STATE
 from paligemma_vla.serving.connection import decode, text_field, while_connected
 from paligemma_vla.serving.keys import KeyMap, Names
+from paligemma_vla.serving.record import parse_executed, parse_success
 from paligemma_vla.serving.service import PolicyService, Session
 from paligemma_vla_client.codec import CodecError, pack
 
@@ -36,7 +37,10 @@ NAMES = Names(
 ROBOARENA = "roboarena"
 EXTERNAL = re.compile(r"observation/exterior_image_(\d+)_")
 ACTION_SPACES = ("joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity")
-OWN_FIELDS = ("endpoint", "session_id", "seed")  # of a message, beside the observation
+# Of a message, beside the observation. Our own client's are `seed`, and `record`: {"executed": (A,) or (M, A), what it did
+# since its message before, "actor": "policy" or "intervention", and at a reset "success": true or false}.
+OWN_FIELDS = ("endpoint", "session_id", "seed", "record")
+ENDPOINTS = ("infer", "reset", "record")  # record: the observation is for the record alone
 
 
 async def serve_openpi(connection: ServerConnection, service: PolicyService, session: Session, execute: int | None) -> None:
@@ -59,18 +63,23 @@ async def serve_openpi(connection: ServerConnection, service: PolicyService, ses
 
 
 async def _reply(service: PolicyService, session: Session, message: Mapping[str, Any], execute: int | None) -> Any:
-    endpoint = text_field(message, "endpoint", "")
+    endpoint, told = text_field(message, "endpoint", ""), message.get("record")
+    executed, success = parse_executed(told, service.policy.metadata["action_dim"]), parse_success(told)
     if endpoint == "reset":
-        session.executed = None
+        service.end_episode(session, executed, success)
         return "reset successful"
-    if endpoint not in ("", "infer"):
-        raise DataError(f"endpoint: got {endpoint!r:.40}{closest(str(endpoint), ('infer', 'reset'))}")
-    seed = None if message.get("seed") is None else whole_number("seed", message["seed"], 0)
+    if endpoint not in ("", *ENDPOINTS):
+        raise DataError(f"endpoint: got {endpoint!r:.40}{closest(endpoint, ENDPOINTS)}")
     observation = {key: value for key, value in message.items() if key not in OWN_FIELDS}
-    actions = await service.answer(session, observation, seed)
-    if not endpoint:
-        return {"actions": actions[:execute]}
-    return actions[: execute or max(1, len(actions) // 2)]
+    session.executes_all = endpoint == "infer"  # as RoboArena's clients do
+    if endpoint == "record":
+        await service.observe(session, observation, executed)
+        return {"recorded": service.recorder is not None}
+    seed = None if message.get("seed") is None else whole_number("seed", message["seed"], 0)
+    if endpoint == "infer" and execute is None:
+        execute = max(1, service.policy.metadata["horizon"] // 2)
+    actions = await service.answer(session, observation, seed, execute, executed)
+    return actions if endpoint else {"actions": actions}
 
 
 def roboarena_configuration(key_map: KeyMap, convention: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ THEIR_ROTATIONS = {"euler_xyz": "euler_xyz", "rotvec": "axis_angle", "quaternion
 async def serve_vla_eval(connection: ServerConnection, service: PolicyService, session: Session, execute: int | None) -> None:
     """Answer one connection until it closes. execute: actions of a chunk that are played; None: half of them."""
     chunk: deque[NDArray[np.float32]] = deque()
+    session.executes_all = True
     async for frame in connection:
         seq = 0
         try:
@@ -74,15 +75,22 @@ async def _reply(
         return {"type": "hello", "payload": hello(service)}
     if kind != "observation":
         chunk.clear()
-        session.executed = None
+        service.end_episode(session, success=success_of(payload) if kind == "episode_end" else None)
         return None
     if chunk:
         await service.observe(session, payload)
     else:
-        actions = await service.answer(session, payload)
-        chunk.extend(actions[: execute or max(1, len(actions) // 2)])
-    session.executed = chunk.popleft()
-    return {"type": "action", "payload": {"actions": session.executed}}
+        chunk.extend(await service.answer(session, payload, execute=execute or max(1, service.policy.metadata["horizon"] // 2)))
+    action = chunk.popleft()
+    session.sent = action[None]  # of which all is executed before the next observation
+    return {"type": "action", "payload": {"actions": action}}
+
+
+def success_of(result: Mapping[str, Any]) -> bool | None:
+    """What a benchmark says of an episode in `metrics`, where it says it."""
+    metrics = result.get("metrics")
+    success = metrics.get("success") if isinstance(metrics, Mapping) else None
+    return bool(success) if isinstance(success, (bool, int, float)) else None
 
 
 def hello(service: PolicyService) -> dict[str, Any]:
