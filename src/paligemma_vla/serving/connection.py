@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosedOK
 
@@ -58,6 +58,8 @@ def decode_picture(found: dict[Any, Any]) -> NDArray[np.uint8]:
             return np.array(image.convert("RGB"))
     except CodecError:
         raise
+    except UnidentifiedImageError as error:  # whose own text has an address in memory
+        raise CodecError(f"a picture that is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # of any kind: these are bytes from outside
         raise CodecError(f"a picture that cannot be decoded ({first_line(error)})") from error
 
