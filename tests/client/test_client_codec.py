@@ -159,6 +159,7 @@ def nested(depth: int) -> object:
         ({b"nd": True, b"type": "|O", b"kind": b"O", b"shape": [1], b"data": pickle.dumps([1])}, "'|O'"),
         ({b"nd": True, b"type": [["a", "<f4"]], b"kind": b"V", b"shape": [1], b"data": b"1234"}, "expected numbers"),
         ({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}, "uint8"),
+        ({b"__npgeneric__": True, b"data": 1.5, b"dtype": "<i4"}, "a number of int32 that is 1.5"),
         ({b"__npgeneric__": True, b"data": "1", b"dtype": "|u1"}, "a number given as str"),
         ({"__ndarray_class__": True, "as_npy": npy(np.array([{}], object), allow_pickle=True)}, "'|O'"),
         ({"__ndarray_class__": True, "as_npy": npy(ARRAY)[:-1]}, "with 23 bytes, expected 24"),

@@ -161,9 +161,12 @@ def _scalar(data: Any, dtype: np.dtype) -> Any:
     if not isinstance(data, (bool, int, float)):
         raise CodecError(f"a number given as {type(data).__name__}")
     try:
-        return dtype.type(data)
-    except (OverflowError, ValueError) as error:
-        raise CodecError(f"a number of {dtype} that is {data!r:.40}") from error
+        value = dtype.type(data)
+    except (OverflowError, ValueError):
+        value = None
+    if value is None or (dtype.kind in "iu" and value != data):  # NumPy 1 wraps
+        raise CodecError(f"a number of {dtype} that is {data!r:.40}")
+    return value
 
 
 def _from_npy(content: Any) -> np.ndarray:
