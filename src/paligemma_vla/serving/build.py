@@ -58,6 +58,7 @@ def build_service(
     log.info("first answer after %.2f s", time.monotonic() - began)
     contract = {
         **policy.metadata,
+        "checkpoint": Path(checkpoint_path).name,
         "fingerprint": fingerprint(checkpoint_path),
         "server_versions": versions(),
         "keys": {name: named(found) for name, found in key_maps.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+NAME = "paligemma_vla"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0)
 
 
@@ -12,7 +13,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        name, registry = "paligemma_vla", self.registry
+        name, registry = NAME, self.registry
         self.latency = Histogram(
             f"{name}_latency_seconds", "from observation to answer", ["protocol"], buckets=SECONDS, registry=registry
         )
@@ -30,3 +31,8 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def total(self, name: str) -> float:
+        """A sample's value over all labels, as `errors_total`."""
+        samples = (sample for family in self.registry.collect() for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == f"{NAME}_{name}")

@@ -10,7 +10,7 @@ import http
 import logging
 import signal
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from paligemma_vla.serving.connection import MAX_FRAME
+from paligemma_vla.serving.page import Page
 from paligemma_vla.serving.protocols import groot, openpi, vla_eval
 from paligemma_vla.serving.service import PolicyService, Session
 
 log = logging.getLogger(__name__)
+wire_log = logging.getLogger(f"{__name__}.wire")  # of websockets, which says of every answer to a page that it was sent
 Serve = Callable[[ServerConnection, PolicyService, Session, int | None], Coroutine[Any, Any, None]]
 # Path -> the protocol that is spoken there. GR00T's has a port of its own.
 WIRES: dict[str, tuple[str, Serve]] = {
@@ -63,6 +65,7 @@ class PolicyServer:
     def __init__(self, service: PolicyService, settings: ServeSettings) -> None:
         self.service, self.settings = service, settings
         self.port, self.zmq_port = settings.port, settings.zmq_port
+        self.page = Page(service)
         self._stop = asyncio.Event()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -77,6 +80,7 @@ class PolicyServer:
         if settings.certfile is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(settings.certfile, settings.keyfile)
+        wire_log.setLevel(logging.WARNING)
         async with (
             AsyncExitStack() as stack,
             serve(
@@ -92,6 +96,7 @@ class PolicyServer:
                 ping_interval=PING_SECONDS,
                 ping_timeout=PONG_SECONDS,
                 server_header="paligemma-vla",
+                logger=wire_log,
             ) as server,
         ):
             self.port = server.sockets[0].getsockname()[1]
@@ -115,7 +120,7 @@ class PolicyServer:
         """No new clients; those that are being answered get their answers."""
         server.close(close_connections=False)
 
-    def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
         path, _, query = request.path.partition("?")
         if path in ("/healthz", "/health"):
             return connection.respond(http.HTTPStatus.OK, "OK\n")
@@ -125,12 +130,18 @@ class PolicyServer:
             return response
         if "websocket" in request.headers.get("Upgrade", "").lower():
             return self._refuse(connection, path)
+        return await self._show(connection, path, query)
+
+    async def _show(self, connection: ServerConnection, path: str, query: str) -> Response:
+        """What is read, not spoken to."""
         if path == "/metrics":
-            return _page(connection, self.service.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+            return _respond(connection, self.service.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
         if path == "/config":
             status, body = vla_eval.config_page(query, self.settings.max_batch, self.settings.batch_wait_s)
-            return _page(connection, body, "application/json", status)
-        return connection.respond(http.HTTPStatus.NOT_FOUND, "expected /, /healthz or /metrics\n")
+            return _respond(connection, body, "application/json", status)
+        if (found := await self.page.get(path)) is not None:
+            return _respond(connection, *found, headers=self.page.headers)
+        return connection.respond(http.HTTPStatus.NOT_FOUND, "expected /, /healthz, /metrics or /config\n")
 
     def _refuse(self, connection: ServerConnection, path: str) -> Response | None:
         """Why a websocket is not opened; None where it is."""
@@ -164,9 +175,15 @@ class PolicyServer:
             self.service.close_session(session)
 
 
-def _page(connection: ServerConnection, body: bytes, kind: str, status: http.HTTPStatus = http.HTTPStatus.OK) -> Response:
+def _respond(
+    connection: ServerConnection,
+    body: bytes,
+    kind: str,
+    status: http.HTTPStatus = http.HTTPStatus.OK,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
     response = connection.respond(status, "")
     del response.headers["Content-Length"], response.headers["Content-Type"]
-    response.headers["Content-Type"], response.headers["Content-Length"] = kind, str(len(body))
+    response.headers.update({"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})})
     response.body = body
     return response

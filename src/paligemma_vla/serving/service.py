@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,14 +29,15 @@ from paligemma_vla.serving.record import Event, Executed, Recorder
 log = logging.getLogger(__name__)
 NUMBERS = count(1)
 MAX_PIXELS = 4096 * 4096  # of one picture
+RECENT_ANSWERS, RECENT_FAULTS = 1000, 20
 
 
 @dataclass
 class Session:
     """One connection. observation, actions, seconds: of its last answer. sent: those of the actions that were sent (N, A).
 
-    executes_all: set by a protocol whose clients execute all that is sent before they observe again. events: how many of it
-    there were to record.
+    seen_at: when the observation was. executes_all: set by a protocol whose clients execute all that is sent before they
+    observe again. events: how many of it there were to record.
     """
 
     protocol: str
@@ -47,6 +49,7 @@ class Session:
     sent: NDArray[np.float32] | None = None
     events: int = 0
     observation: ParsedObservation | None = None
+    seen_at: float = 0.0
     actions: NDArray[np.float32] | None = None
     seconds: float = 0.0
 
@@ -55,12 +58,22 @@ class Session:
         return Executed(self.sent) if self.executes_all and self.sent is not None else None
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A message that was not answered, and what its client was told. client: None before it has a number."""
+
+    when: float
+    protocol: str
+    client: int | None
+    text: str
+
+
 class PolicyService:
     """A policy, what it may send, and who asks.
 
     contract: what a client learns when it connects. limits: None where they are switched off. seed: of the noise of every
     answer; None draws afresh. key_maps: by protocol. greeting: what openpi's clients get instead of the contract. record:
-    folder for what clients show and do.
+    folder for what clients show and do. recent: when the last answers were given, and the seconds they took.
     """
 
     def __init__(
@@ -79,6 +92,9 @@ class PolicyService:
         self.limit_log = LimitLog(() if limits is None else limits.names)
         self.sessions: dict[int, Session] = {}
         self.engine: Engine | None = None
+        self.started = time.time()
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT_ANSWERS)
+        self.faults: deque[Fault] = deque(maxlen=RECENT_FAULTS)
         about = {"recorded_by": f"paligemma-vla {__version__} serve", "fingerprint": str(contract["fingerprint"])}
         self.recorder = None if record is None else Recorder(record, policy, about, self.metrics)
 
@@ -122,7 +138,7 @@ class PolicyService:
         assert self.engine is not None, "call start first"
         arrived, when = time.monotonic(), time.time()
         session.events += 1  # one that fails is missing in the record
-        with self._faults(session):
+        with self._hide_internals(session):
             parsed = await self._parse(session, message)
             actions = await self.engine.infer(parsed, self.seed if seed is None else seed)
             executed = executed or session.implied()
@@ -132,9 +148,11 @@ class PolicyService:
                 self._count_limited(moved)
             if not np.isfinite(actions).all():
                 raise VLAError("the policy's actions are not finite; nothing is sent")
-        session.observation, session.actions, session.sent = parsed, actions, actions[:execute]
+        session.observation, session.seen_at = parsed, when
+        session.actions, session.sent = actions, actions[:execute]
         self._record(session, executed=executed, view=parsed, sent=session.sent, when=when)
         session.answered, session.seconds = session.answered + 1, time.monotonic() - arrived
+        self.recent.append((time.time(), session.seconds))
         self.metrics.latency.labels(session.protocol).observe(session.seconds)
         return session.sent
 
@@ -143,8 +161,8 @@ class PolicyService:
         session.events += 1
         when, executed = time.time(), executed or session.implied()
         session.sent = None
-        with self._faults(session):
-            session.observation = await self._parse(session, message)
+        with self._hide_internals(session):
+            session.observation, session.seen_at = await self._parse(session, message), when
         self._record(session, executed=executed, view=session.observation, when=when)
 
     def end_episode(self, session: Session, executed: Executed | None = None, success: bool | None = None) -> None:
@@ -162,16 +180,19 @@ class PolicyService:
         key_map = self.key_maps[session.protocol]
         return await asyncio.to_thread(lambda: self.policy.parse(key_map.translate(message)))
 
+    def count_fault(self, protocol: str, session: Session | None, error: Exception) -> None:
+        """Remember what a client is told instead of an answer; each protocol calls it where it says so."""
+        self.metrics.errors.labels(protocol).inc()
+        self.faults.append(Fault(time.time(), protocol, None if session is None else session.number, f"{error!s:.1000}"))
+
     @contextmanager
-    def _faults(self, session: Session) -> Iterator[None]:
-        """Count them; what is not meant for a client is logged, and becomes a `VLAError` that says no more than its type."""
+    def _hide_internals(self, session: Session) -> Iterator[None]:
+        """What is not meant for a client is logged, and becomes a `VLAError` that says no more than its type."""
         try:
             yield
         except VLAError:
-            self.metrics.errors.labels(session.protocol).inc()
             raise
         except Exception as error:  # of any kind
-            self.metrics.errors.labels(session.protocol).inc()
             log.exception("%s: client %d: internal error", session.protocol, session.number)
             raise VLAError(f"internal error: {type(error).__name__}; the server's log says more") from error
 

@@ -133,6 +133,8 @@ class Answering:
         try:
             reply = await self._reply(envelope[0], await decode(body), peer)
         except (CodecError, VLAError) as error:
+            session, _ = self._sessions.get(envelope[0], (None, None))
+            self.service.count_fault(NAMES.protocol, session, error)
             reply = {"error": str(error)}
         finally:
             self._busy.discard(envelope[0])

@@ -53,6 +53,7 @@ async def serve_openpi(connection: ServerConnection, service: PolicyService, ses
             message = await decode(frame)
             reply = await while_connected(connection, _reply(service, session, message, execute))
         except (CodecError, VLAError) as error:
+            service.count_fault(session.protocol, session, error)
             await connection.send(str(error))
             continue
         if isinstance(reply, dict):

@@ -54,6 +54,7 @@ async def serve_vla_eval(connection: ServerConnection, service: PolicyService, s
             seq = whole_number("seq", message.get("seq"), 0)
             reply = await while_connected(connection, _reply(service, session, message, chunk, execute))
         except (CodecError, VLAError) as error:
+            service.count_fault(session.protocol, session, error)
             reply = {"type": "error", "payload": {"error": str(error)}}
         if reply is not None:
             await connection.send(pack({**reply, "seq": seq, "timestamp": time.time()}, "vla-eval"))
