@@ -18,13 +18,13 @@ class Chunks:
         self.failures, self.asked, self.resets = failures or {}, [], 0
         self.chunks = np.random.default_rng(0).normal(size=(50, K, A)).astype(np.float32)
 
-    def infer(self, observation: dict) -> dict:
+    def infer(self, observation: dict, record: dict | None) -> dict:
         self.asked.append(observation["step"])
         if error := self.failures.get(len(self.asked) - 1):
             raise error
         return {"actions": self.chunks[len(self.asked) - 1]}
 
-    def reset(self) -> None:
+    def reset(self, record: dict | None) -> None:
         self.resets += 1
 
 

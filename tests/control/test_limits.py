@@ -100,6 +100,15 @@ def test_range_of_the_data_is_of_movements_where_they_are_predicted(representati
     assert np.count_nonzero(moved, axis=0).tolist() == [1 if representation == "delta" else 2, 2, 0]
 
 
+def test_own_range_is_of_the_actions_and_the_data_still_limits_movements(make: Make) -> None:
+    transform = ActionTransform("delta", (0,), (0,), horizon=3)
+    built = build_limits(preprocessor([-1], [1], transform), DatasetMetadata(), make(1, action_high=[7.5]))
+    sent, _ = built.apply(np.float32([[9], [5], [9]]), np.float32([6]), None)
+    np.testing.assert_array_equal(sent, np.float32([[7], [6], [7]]))
+    sent, _ = built.apply(np.float32([[7], [8], [9]]), np.float32([6]), None)
+    np.testing.assert_array_equal(sent, np.float32([[7], [7.5], [7.5]]))
+
+
 def test_configuration_replaces_the_range_of_the_data_number_by_number(make: Make) -> None:
     config = make(3, action_low=[-5, None, None], action_high=[None, 0.5, None], action_rate=[None, 0.25, None])
     built = build_limits(preprocessor([-1, -1, 0], [1, 1, 1]), DatasetMetadata(action_names=NAMES), config)

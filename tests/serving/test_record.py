@@ -23,7 +23,7 @@ from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.schema import LOG_SUFFIX
 from paligemma_vla.serving import record as module
-from paligemma_vla_client import pack, unpack
+from paligemma_vla_client import ActionChunkBroker, PolicyClient, pack, unpack
 from support import call
 
 
@@ -103,6 +103,30 @@ def test_one_view_for_several_actions_is_a_log_and_no_episodes(serve, policy, tm
         assert code == 2 and "log-00000.chunks.jsonl: a log of served chunks" in err
     with pytest.raises(DataError, match="it holds no episodes"):
         EpisodeIndex.build(str(folder / f"log-00001{LOG_SUFFIX}"))
+
+
+def test_broker_shows_every_step_and_says_who_acted(serve, policy, tmp_path):
+    server, done = serve(record=tmp_path / "D"), []
+    with PolicyClient(server.url) as client:
+        broker = ActionChunkBroker(client, execute=3, record=True)
+        for episode in range(2):
+            broker.reset(success=None if episode == 0 else True)
+            for step in range(5):
+                if step == 3:
+                    done.append(np.float32([0.25, -0.25]))
+                    broker.intervene(draw(policy, step), done[-1])
+                else:
+                    done.append(broker.step(draw(policy, step)))
+        broker.reset(success=False)
+        assert (
+            server.service.metrics.registry.get_sample_value("paligemma_vla_latency_seconds_count", {"protocol": "openpi"}) == 4
+        )
+    server.close()
+    found = rows(tmp_path / "D")
+    np.testing.assert_array_equal(np.float32([row["action"] for row in found]), done)
+    np.testing.assert_allclose(found[4]["state"], draw(policy, 4)["state"], rtol=1e-6)
+    assert [row["actor"] for row in found] == [*["policy"] * 3, "intervention", "policy"] * 2
+    assert [(row["is_last"], row["success"]) for row in found[4::5]] == [(True, True), (True, False)]
 
 
 @pytest.mark.parametrize("execute", [None, 1, 3])

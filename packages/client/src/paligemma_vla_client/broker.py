@@ -22,8 +22,9 @@ class Client(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
-    def infer(self, observation: Mapping[str, Any]) -> Mapping[str, Any]: ...
-    def reset(self) -> None: ...
+    def infer(self, observation: Mapping[str, Any], *, record: Mapping[str, Any] | None) -> Mapping[str, Any]: ...
+    def show(self, observation: Mapping[str, Any], record: Mapping[str, Any] | None) -> None: ...
+    def reset(self, record: Mapping[str, Any] | None) -> None: ...
 
 
 class ActionChunkBroker:
@@ -48,6 +49,8 @@ class ActionChunkBroker:
     keep: dimensions that repeat their last value where others become zero. A gripper is told how wide to be even where the arm
     is told how far to move, and must not drop what it has. None: those that have `gripper` in the server's `action_names`.
 
+    record: show the server every step, and what was executed, for `serve --record`; each step costs sending its pictures then.
+
     late: steps without an answer in time, since the last `reset`.
     """
 
@@ -59,19 +62,22 @@ class ActionChunkBroker:
         when_late: str = "stop",
         representation: str | None = None,
         keep: Sequence[int] | None = None,
+        record: bool = False,
     ) -> None:
         if execute is not None and (execute < 1 or ensemble is not None):
             raise ValueError(f"execute: got {execute}, expected at least 1, and none with ensemble, which asks every step")
         if ensemble is not None and not math.isfinite(ensemble):
             raise ValueError(f"ensemble: got {ensemble}, expected a number")
         self.client, self.execute, self.ensemble = client, execute, ensemble
-        self.when_late, self.keep = when_late, keep
+        self.when_late, self.keep, self.record = when_late, keep, record
         self.representation = representation or client.metadata.get("action_representation") or "unknown"
         self._check_when_late()
         if keep is None:
             names = client.metadata.get("action_names") or ()
             self.keep = [index for index, name in enumerate(names) if "gripper" in str(name).lower()]
         self._last: np.ndarray | None = None
+        self._done: list[np.ndarray] = []  # actions of which the server was not told yet
+        self._actor = "policy"  # who chose the last of them
         self._chunks: deque[tuple[int, np.ndarray]] = deque()  # (step of its first action, actions (K, A)), oldest first
         self._forget()
 
@@ -88,14 +94,34 @@ class ActionChunkBroker:
                 raise
             log.warning("late for the %d. time (%s): %s", self.late, self.when_late, error)
             action = self._instead(self._last)
-        self._step += 1
-        self._last = action
+        self._count(action, "policy")
         return action.copy()
 
-    def reset(self) -> None:
-        """Begin a new episode: forget chunks and last action, and tell the server."""
+    def intervene(self, observation: Mapping[str, Any], action: np.ndarray) -> None:
+        """A person chose the action (A,) of this step instead of the policy, which is asked anew at the next `step`."""
+        if self.record:
+            self.client.show(observation, self._executed())
+        self._chunks.clear()
+        self._count(np.array(action, np.float32), "intervention")
+
+    def reset(self, success: bool | None = None) -> None:
+        """Begin a new episode: forget chunks and last action, and tell the server. success: of the one that ends."""
+        told = self._executed()
+        if told is not None and success is not None:
+            told["success"] = success
         self._forget()
-        self.client.reset()
+        self.client.reset(told)
+
+    def _count(self, action: np.ndarray, actor: str) -> None:
+        self._step += 1
+        self._last, self._actor = action, actor
+        if "server_versions" in self.client.metadata:  # `paligemma-vla serve`, whose limits of rate and record need it
+            self._done.append(action)
+
+    def _executed(self) -> dict[str, Any] | None:
+        """What was executed since the server was told last."""
+        done, self._done = self._done, []
+        return {"executed": np.stack(done), "actor": self._actor} if done else None
 
     def _forget(self) -> None:
         self.late = 0
@@ -104,7 +130,7 @@ class ActionChunkBroker:
         self._chunks.clear()
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
-        actions = np.asarray(self.client.infer(observation)["actions"])
+        actions = np.asarray(self.client.infer(observation, record=self._executed())["actions"])
         if self.execute is not None and self.execute > len(actions):
             raise ValueError(f"execute: got {self.execute}, but the server sends {len(actions)} actions; take at most as many")
         self._chunks.append((self._step, actions))
@@ -116,6 +142,8 @@ class ActionChunkBroker:
             while len(self._chunks) > 1:
                 self._chunks.popleft()
             used = 0
+        elif self.record:
+            self.client.show(observation, self._executed())
         action: np.ndarray = self._chunks[0][1][used]
         return action
 

@@ -82,12 +82,19 @@ class AsyncPolicyClient:
         """
         await self._connected()
 
-    async def infer(self, observation: Observation, seed: int | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+    async def infer(
+        self,
+        observation: Observation,
+        seed: int | None = None,
+        timeout_s: float | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """The policy's answer to an observation.
 
         observation: the keys that the server's `--keys` or `--preset` name; pictures (H, W, 3) uint8, `state` (P,), `prompt`.
         seed: of the noise, for an answer that can be repeated; not all servers know it. timeout_s: limit of this request,
-        connecting anew included; None: the client's.
+        connecting anew included; None: the client's. record: what was executed since the observation before, for limits and
+        `serve --record`: {"executed": (A,) or (M, A), "actor": "policy" or "intervention"}; not all servers know it.
         Returns {"actions": (K, A), "server_timing": {...}}, and what else the server sends.
         Raises `ContractError` for a key that the policy does not know, `CodecError` for a value that cannot be sent,
         `PolicyServerError` with the server's text, `PolicyTimeout`, `PolicyConnectionError`.
@@ -95,15 +102,29 @@ class AsyncPolicyClient:
         if self._contract is None:
             await self.connect()
         self._check_keys(observation)
-        frame = pack(dict(observation) if seed is None else {**observation, "seed": seed})
+        told = {"seed": seed, "record": record}
+        frame = pack({**observation, **{name: value for name, value in told.items() if value is not None}})
         return _read_answer(await self._request(frame, timeout_s))
 
-    async def reset(self) -> None:
-        """Begin a new episode. Only `paligemma-vla serve` is told; openpi's protocol has no word for it."""
+    async def show(self, observation: Observation, record: Mapping[str, Any] | None = None) -> None:
+        """Show an observation for `serve --record` alone: of a step that needs no new actions. record: as in `infer`."""
+        if self._contract is None:
+            await self.connect()
+        self._check_keys(observation)
+        if "server_versions" in self.metadata:
+            answer = await self._request(pack({**observation, "endpoint": "record", "record": record}), None)
+            if isinstance(answer, str):
+                raise PolicyServerError(answer)
+
+    async def reset(self, record: Mapping[str, Any] | None = None) -> None:
+        """Begin a new episode. Only `paligemma-vla serve` is told; openpi's protocol has no word for it.
+
+        record: as in `infer`, and "success": whether the episode that ends reached its goal.
+        """
         if self._contract is None:
             await self.connect()
         if "server_versions" in self.metadata:
-            answer = await self._request(pack({"endpoint": "reset"}), None)
+            answer = await self._request(pack({"endpoint": "reset", "record": record}), None)
             if answer != "reset successful":
                 raise PolicyServerError(answer if isinstance(answer, str) else "reset: got an answer that is no text")
 
@@ -285,13 +306,23 @@ class PolicyClient:
     def metadata(self) -> dict[str, Any]:
         return self._client.metadata
 
-    def infer(self, observation: Observation, seed: int | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+    def infer(
+        self,
+        observation: Observation,
+        seed: int | None = None,
+        timeout_s: float | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """As `AsyncPolicyClient.infer`."""
-        return self._run(self._client.infer(observation, seed, timeout_s))
+        return self._run(self._client.infer(observation, seed, timeout_s, record))
 
-    def reset(self) -> None:
+    def show(self, observation: Observation, record: Mapping[str, Any] | None = None) -> None:
+        """As `AsyncPolicyClient.show`."""
+        self._run(self._client.show(observation, record))
+
+    def reset(self, record: Mapping[str, Any] | None = None) -> None:
         """As `AsyncPolicyClient.reset`."""
-        self._run(self._client.reset())
+        self._run(self._client.reset(record))
 
     def check(self, **expected: Any) -> None:
         """As `AsyncPolicyClient.check`."""
