@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import threading
 import time
@@ -110,6 +111,19 @@ def test_other_endpoints(serve, policy):
         assert "kill is refused" in client.call("kill")["error"]
         assert "did you mean 'get_action'" in client.call("getaction")["error"]
         assert client.call("ping")["status"] == "ok"
+
+
+def test_what_is_recorded_of_chunks_is_a_log_with_the_ends_of_episodes(serve, policy, tmp_path):
+    server = serve(zmq_port=0, execute=2, record=tmp_path / "D")
+    with Client(server.zmq_port) as client:
+        for _ in range(2):
+            action = client.call("get_action", {"observation": to_wire(draw(policy))})[0]["action"]
+            client.call("reset", {"options": None})
+    server.close()
+    (log,) = (tmp_path / "D").glob("*.chunks.jsonl")
+    head, *entries = map(json.loads, log.read_text().splitlines())
+    assert head["protocol"] == "groot" and [entry.get("episode_ends") for entry in entries] == [None, True] * 2
+    np.testing.assert_array_equal(np.float32(entries[2]["sent"]), action[0])
 
 
 def test_faults_are_answered_and_the_client_may_go_on(serve, policy):

@@ -178,6 +178,7 @@ def test_intervention_is_recorded_without_an_answer_and_what_is_missing_ends_an_
     np.testing.assert_allclose([row["state"] for row in found], states, rtol=1e-6)
     assert [row["actor"] for row in found] == ["policy", "intervention", "intervention", *["policy"] * 3]
     assert [row["is_first"] for row in found] == [True, False, False, True, False, True]
+    assert logged(tmp_path / "D") == []  # nor is the last view, after which the client left without a word
 
 
 def test_a_full_disk_ends_the_record_with_a_word_and_not_the_server(serve, policy, tmp_path, monkeypatch, caplog):

@@ -224,7 +224,7 @@ class Recorder:
         client = self._clients.setdefault(event.client, _Client(event.protocol))
         if event.count != client.events:  # some are missing: what was executed was so after one of them
             self._end(client)
-        elif client.pending is not None:
+        elif client.pending is not None and (event.view is not None or event.executed is not None):
             self._settle(client, client.pending, event.executed)
         client.events = event.count + 1
         if event.view is None:
