@@ -14,7 +14,8 @@ SETTINGS = {field.name for field in fields(ServeSettings)}
 
 
 class RunningServer:
-    """Starts at once; `close` drains it. port, zmq_port, url: where it listens. service: what it serves."""
+    """Starts at once; `close` drains it. port, zmq_port, url: where it listens. service: what it serves.
+    loop: its event loop."""
 
     def __init__(self, checkpoint: str, **changes: Any) -> None:
         settings = {"port": 0} | {name: value for name, value in changes.items() if name in SETTINGS}
@@ -38,7 +39,7 @@ class RunningServer:
         """Drain it; a second time does nothing."""
         if not self._thread.is_alive():
             return
-        self._loop.call_soon_threadsafe(self._server.stop)
+        self.loop.call_soon_threadsafe(self.server.stop)
         self._thread.join(30)
         assert not self._thread.is_alive(), "the server did not end"
 
@@ -51,9 +52,9 @@ class RunningServer:
             self._ready.set()
 
     async def _run(self) -> None:
-        self._loop, self._server = asyncio.get_running_loop(), PolicyServer(self.service, self._settings)
-        await self._server.run(self._began)
+        self.loop, self.server = asyncio.get_running_loop(), PolicyServer(self.service, self._settings)
+        await self.server.run(self._began)
 
     def _began(self) -> None:
-        self.port, self.zmq_port = self._server.port, self._server.zmq_port
+        self.port, self.zmq_port = self.server.port, self.server.zmq_port
         self._ready.set()

@@ -29,6 +29,10 @@ class CheckpointError(VLAError):
     """A checkpoint that is missing, damaged, or does not fit."""
 
 
+class NotFiniteError(CheckpointError):
+    """Actions that are not numbers; none of them may reach a robot."""
+
+
 class UnreadableCheckpointError(CheckpointError):
     """A checkpoint that this machine cannot read just now; it may be intact."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paligemma_vla import flow, schema
 from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
-from paligemma_vla.errors import CheckpointError, DataError, ModelError, VLAError, first_line
+from paligemma_vla.errors import CheckpointError, DataError, ModelError, NotFiniteError, VLAError, first_line
 from paligemma_vla.hub import download_policy
 from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel, dtype_on
@@ -102,7 +102,7 @@ class Policy:
         cameras after the first may be left out. `state` (P,) in real units. `prompt`. A leading dimension of one is taken as
         a batch. seed: of the initial noise; None draws a fresh one. num_steps: Euler steps; None: the configuration's.
         Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong observation, naming each key,
-        `CheckpointError` when the answer is not finite.
+        `NotFiniteError` when the answer is not finite.
         """
         return {"actions": self.infer_batch([observation], [seed], num_steps)[0]}
 
@@ -153,7 +153,7 @@ class Policy:
         finite = np.isfinite(answer).all(axis=(1, 2))
         if not finite.all():
             number = int(np.flatnonzero(~finite)[0])
-            raise CheckpointError(
+            raise NotFiniteError(
                 f"observation {number} of {len(answer)}: the policy's actions are not finite: the training run diverged; use "
                 f"an earlier checkpoint, or lower optimizer.lr and train again. Or the state is far from those of the "
                 f"training data: got {state[number].tolist()}"

@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from paligemma_vla.errors import ConfigError
+    from paligemma_vla.serving.access import check_address, tls_context
     from paligemma_vla.serving.build import build_service
     from paligemma_vla.serving.protocols import groot
     from paligemma_vla.serving.server import PolicyServer, ServeSettings
 
     api_key = None
-    if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env)):
+    if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env, "").strip()):
         raise ConfigError(f"--api_key_env {args.api_key_env}: no such environment variable, or an empty one; set it to the key")
     if args.zmq_port is not None:
         groot.require_zmq()
@@ -69,6 +70,8 @@ def main(args: argparse.Namespace) -> int:
         keyfile=args.keyfile,
         zmq_port=args.zmq_port,
     )
+    check_address(settings.host, settings.port)  # both before a checkpoint is loaded for minutes
+    tls_context(settings.certfile, settings.keyfile)
     service = build_service(
         args.checkpoint_path,
         args.device,

@@ -18,7 +18,7 @@ from paligemma_vla.policy import Policy
 from paligemma_vla.serving.metrics import Metrics
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     observation: ParsedObservation
     seed: int | None
@@ -53,15 +53,22 @@ class Engine:
         self._queue.append(request)
         self.metrics.queue.set(len(self._queue))
         self._arrived.set()
-        return await request.answer
+        try:
+            return await request.answer
+        except asyncio.CancelledError:  # the client has gone
+            if request in self._queue:
+                self._queue.remove(request)
+                self.metrics.queue.set(len(self._queue))
+                self.metrics.dropped.labels("gone").inc()
+            raise
 
     async def close(self) -> None:
-        """Stop; what still waits is cancelled."""
+        """Stop; what still waits is cancelled. What is being computed ends in its own time, and nobody hears of it."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         for request in self._queue:
             request.answer.cancel()
-        await asyncio.to_thread(self._thread.shutdown)
+        self._thread.shutdown(wait=False)
 
     async def _run(self) -> None:
         while True:
@@ -83,11 +90,13 @@ class Engine:
                 break
         taken = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
         self.metrics.queue.set(len(self._queue))
-        self.metrics.dropped.labels("gone").inc(sum(request.answer.cancelled() for request in taken))
-        return [request for request in taken if not request.answer.cancelled()]
+        return taken
 
     async def _answer(self, batch: list[_Request]) -> None:
-        """One call for all; when it fails, one call each, so that a client meets its own fault only."""
+        """One call for all; when it fails, one call each, so that a client meets its own fault only.
+
+        A request that fails alone, and one that is answered, may have lost its client meanwhile.
+        """
         loop = asyncio.get_running_loop()
         arguments = [request.observation for request in batch], [request.seed for request in batch]
         try:
@@ -95,7 +104,8 @@ class Engine:
         except Exception as error:  # of any kind: the server goes on
             if len(batch) > 1:
                 for request in batch:
-                    await self._answer([request])
+                    if not request.answer.done():
+                        await self._answer([request])
             elif not batch[0].answer.done():
                 batch[0].answer.set_exception(error)
             return

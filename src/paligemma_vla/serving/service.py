@@ -6,30 +6,39 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla import __version__
 from paligemma_vla.control.limits import ActionLimits, LimitLog
-from paligemma_vla.errors import DataError, VLAError
+from paligemma_vla.errors import DataError, NotFiniteError, VLAError
 from paligemma_vla.observation import ParsedObservation
 from paligemma_vla.policy import Policy
 from paligemma_vla.serving.engine import Engine
 from paligemma_vla.serving.keys import KeyMap
 from paligemma_vla.serving.metrics import Metrics
 from paligemma_vla.serving.record import Event, Executed, Recorder
+from paligemma_vla_client.codec import CodecError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 NUMBERS = count(1)
-MAX_PIXELS = 4096 * 4096  # of one picture
+MAX_PIXELS = 4096 * 4096  # of all pictures of one message
+READERS = 2  # threads that read messages; a hostile one keeps one of them busy
 RECENT_ANSWERS, RECENT_FAULTS = 1000, 20
+LONGEST_REFUSAL = 2000  # letters
+
+
+class RefusalError(VLAError):
+    """What a client is told in place of actions. It holds no path, and nothing of the inside of the server."""
 
 
 @dataclass
@@ -97,6 +106,7 @@ class PolicyService:
         self.faults: deque[Fault] = deque(maxlen=RECENT_FAULTS)
         about = {"recorded_by": f"paligemma-vla {__version__} serve", "fingerprint": str(contract["fingerprint"])}
         self.recorder = None if record is None else Recorder(record, policy, about, self.metrics)
+        self._readers = ThreadPoolExecutor(READERS, "reader")
 
     def start(self, max_batch: int, wait_s: float, max_queue: int) -> None:
         """Begin to answer; call it in the event loop that will ask."""
@@ -104,6 +114,7 @@ class PolicyService:
 
     async def close(self) -> None:
         """Stop answering, and finish what is recorded."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         if self.engine is not None:
             await self.engine.close()
         if self.recorder is not None:
@@ -123,6 +134,27 @@ class PolicyService:
             self.metrics.clients.labels(session.protocol).dec()
             log.info("%s: client %d left after %d answers", session.protocol, session.number, session.answered)
 
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The result of what takes long for the event loop: reading what came from outside."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
+
+    @contextmanager
+    def refusals(self, protocol: str, client: int | None = None) -> Iterator[None]:
+        """Turn any error in the block into a `RefusalError`, counted and remembered once. A client learns what it did wrong;
+        what went wrong inside the server is for the log. client: its number, where it is known."""
+        try:
+            yield
+        except RefusalError:
+            raise
+        except Exception as error:  # of any kind: the server goes on
+            refusal = RefusalError(f"{error!s:.{LONGEST_REFUSAL}}")
+            if not isinstance(error, (CodecError, DataError, NotFiniteError)):
+                log.error("%s: client %s: no answer", protocol, client, exc_info=error)
+                refusal = RefusalError(f"internal error: {type(error).__name__}; the server's log says more")
+            self.metrics.errors.labels(protocol).inc()
+            self.faults.append(Fault(time.time(), protocol, client, f"{refusal!s:.1000}"))
+            raise refusal from error
+
     async def answer(
         self,
         session: Session,
@@ -133,13 +165,13 @@ class PolicyService:
     ) -> NDArray[np.float32]:
         """The actions (N, A) to send for a client's message, all of the chunk or the first `execute`.
 
-        executed: what the client says it did since its message before. Raises `VLAError` that may be shown to the client.
+        executed: what the client says it did since its message before. Raises `RefusalError`.
         """
         assert self.engine is not None, "call start first"
         arrived, when = time.monotonic(), time.time()
         session.events += 1  # one that fails is missing in the record
-        with self._hide_internals(session):
-            parsed = await self._parse(session, message)
+        with self.refusals(session.protocol, session.number):
+            parsed = await self.in_thread(self._parse, session.protocol, message)
             actions = await self.engine.infer(parsed, self.seed if seed is None else seed)
             executed = executed or session.implied()
             if self.limits is not None:
@@ -147,7 +179,7 @@ class PolicyService:
                 actions, moved = self.limits.apply(actions, parsed.state, previous)
                 self._count_limited(moved)
             if not np.isfinite(actions).all():
-                raise VLAError("the policy's actions are not finite; nothing is sent")
+                raise NotFiniteError("the policy's actions are not finite; nothing is sent")
         session.observation, session.seen_at = parsed, when
         session.actions, session.sent = actions, actions[:execute]
         self._record(session, executed=executed, view=parsed, sent=session.sent, when=when)
@@ -157,12 +189,13 @@ class PolicyService:
         return session.sent
 
     async def observe(self, session: Session, message: Mapping[str, Any], executed: Executed | None = None) -> None:
-        """Take an observation that asks for no new chunk. Raises as `answer` does."""
+        """Take an observation that asks for no new chunk. Raises `RefusalError`."""
         session.events += 1
         when, executed = time.time(), executed or session.implied()
         session.sent = None
-        with self._hide_internals(session):
-            session.observation, session.seen_at = await self._parse(session, message), when
+        with self.refusals(session.protocol, session.number):
+            session.observation = await self.in_thread(self._parse, session.protocol, message)
+        session.seen_at = when
         self._record(session, executed=executed, view=session.observation, when=when)
 
     def end_episode(self, session: Session, executed: Executed | None = None, success: bool | None = None) -> None:
@@ -175,26 +208,9 @@ class PolicyService:
         if self.recorder is not None:
             self.recorder.add(Event(session.number, session.events, session.protocol, **facts))
 
-    async def _parse(self, session: Session, message: Mapping[str, Any]) -> ParsedObservation:
+    def _parse(self, protocol: str, message: Mapping[str, Any]) -> ParsedObservation:
         check_pixels(message)
-        key_map = self.key_maps[session.protocol]
-        return await asyncio.to_thread(lambda: self.policy.parse(key_map.translate(message)))
-
-    def count_fault(self, protocol: str, session: Session | None, error: Exception) -> None:
-        """Remember what a client is told instead of an answer; each protocol calls it where it says so."""
-        self.metrics.errors.labels(protocol).inc()
-        self.faults.append(Fault(time.time(), protocol, None if session is None else session.number, f"{error!s:.1000}"))
-
-    @contextmanager
-    def _hide_internals(self, session: Session) -> Iterator[None]:
-        """What is not meant for a client is logged, and becomes a `VLAError` that says no more than its type."""
-        try:
-            yield
-        except VLAError:
-            raise
-        except Exception as error:  # of any kind
-            log.exception("%s: client %d: internal error", session.protocol, session.number)
-            raise VLAError(f"internal error: {type(error).__name__}; the server's log says more") from error
+        return self.policy.parse(self.key_maps[protocol].translate(message))
 
     def _count_limited(self, moved: NDArray[np.float32]) -> None:
         self.limit_log.add(moved)

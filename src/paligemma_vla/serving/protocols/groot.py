@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paligemma_vla.errors import ConfigError, DataError, VLAError, closest, needs_extra
+from paligemma_vla.errors import ConfigError, DataError, closest, needs_extra
 from paligemma_vla.schema import ACTION, PROMPT, STATE
 from paligemma_vla.serving.connection import MAX_FRAME, decode, text_field
 from paligemma_vla.serving.keys import KeyMap, Names
-from paligemma_vla.serving.service import PolicyService, Session
-from paligemma_vla_client.codec import CodecError, pack
+from paligemma_vla.serving.service import PolicyService, RefusalError, Session
+from paligemma_vla_client.codec import pack
 
 if TYPE_CHECKING:
     import zmq.asyncio
@@ -131,10 +131,10 @@ class Answering:
 
     async def _answer(self, envelope: list[bytes], body: bytes, peer: str) -> None:
         try:
-            reply = await self._reply(envelope[0], await decode(body), peer)
-        except (CodecError, VLAError) as error:
             session, _ = self._sessions.get(envelope[0], (None, None))
-            self.service.count_fault(NAMES.protocol, session, error)
+            with self.service.refusals(NAMES.protocol, None if session is None else session.number):
+                reply = await self._reply(envelope[0], await self.service.in_thread(decode, body), peer)
+        except RefusalError as error:
             reply = {"error": str(error)}
         finally:
             self._busy.discard(envelope[0])

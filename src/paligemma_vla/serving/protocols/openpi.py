@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 
-from paligemma_vla.errors import ConfigError, DataError, VLAError, closest
+from paligemma_vla.errors import ConfigError, DataError, closest
 from paligemma_vla.observation import whole_number
 from paligemma_vla.schema import PROMPT, STATE
 from paligemma_vla.serving.connection import decode, text_field, while_connected
 from paligemma_vla.serving.keys import KeyMap, Names
 from paligemma_vla.serving.record import parse_executed, parse_success
-from paligemma_vla.serving.service import PolicyService, Session
-from paligemma_vla_client.codec import CodecError, pack
+from paligemma_vla.serving.service import PolicyService, RefusalError, Session
+from paligemma_vla_client.codec import pack
 
 NAMES = Names(
     "openpi",
@@ -50,10 +49,8 @@ async def serve_openpi(connection: ServerConnection, service: PolicyService, ses
     async for frame in connection:
         began = time.monotonic()
         try:
-            message = await decode(frame)
-            reply = await while_connected(connection, _reply(service, session, message, execute))
-        except (CodecError, VLAError) as error:
-            service.count_fault(session.protocol, session, error)
+            reply = await while_connected(connection, _reply(service, session, frame, execute))
+        except RefusalError as error:
             await connection.send(str(error))
             continue
         if isinstance(reply, dict):
@@ -63,20 +60,22 @@ async def serve_openpi(connection: ServerConnection, service: PolicyService, ses
         previous = 1000 * (time.monotonic() - began)
 
 
-async def _reply(service: PolicyService, session: Session, message: Mapping[str, Any], execute: int | None) -> Any:
-    endpoint, told = text_field(message, "endpoint", ""), message.get("record")
-    executed, success = parse_executed(told, service.policy.metadata["action_dim"]), parse_success(told)
+async def _reply(service: PolicyService, session: Session, frame: str | bytes, execute: int | None) -> Any:
+    with service.refusals(session.protocol, session.number):
+        message = await service.in_thread(decode, frame)
+        endpoint, told = text_field(message, "endpoint", ""), message.get("record")
+        if endpoint not in ("", *ENDPOINTS):
+            raise DataError(f"endpoint: got {endpoint!r:.40}{closest(endpoint, ENDPOINTS)}")
+        executed, success = parse_executed(told, service.policy.metadata["action_dim"]), parse_success(told)
+        seed = None if message.get("seed") is None else whole_number("seed", message["seed"], 0)
     if endpoint == "reset":
         service.end_episode(session, executed, success)
         return "reset successful"
-    if endpoint not in ("", *ENDPOINTS):
-        raise DataError(f"endpoint: got {endpoint!r:.40}{closest(endpoint, ENDPOINTS)}")
     observation = {key: value for key, value in message.items() if key not in OWN_FIELDS}
     session.executes_all = endpoint == "infer"  # as RoboArena's clients do
     if endpoint == "record":
         await service.observe(session, observation, executed)
         return {"recorded": service.recorder is not None}
-    seed = None if message.get("seed") is None else whole_number("seed", message["seed"], 0)
     if endpoint == "infer" and execute is None:
         execute = max(1, service.policy.metadata["horizon"] // 2)
     actions = await service.answer(session, observation, seed, execute, executed)

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from websockets.asyncio.server import ServerConnection
 
-from paligemma_vla.errors import DataError, VLAError, closest
+from paligemma_vla.errors import DataError, closest
 from paligemma_vla.observation import whole_number
 from paligemma_vla.schema import PROMPT, ROTATIONS, STATE
 from paligemma_vla.serving.connection import decode, text_field, while_connected
 from paligemma_vla.serving.keys import KeyMap, Names
-from paligemma_vla.serving.service import PolicyService, Session
-from paligemma_vla_client.codec import CodecError, pack
+from paligemma_vla.serving.service import PolicyService, RefusalError, Session
+from paligemma_vla_client.codec import pack
 
 NAMES = Names(
     "vla-eval",
@@ -50,11 +50,11 @@ async def serve_vla_eval(connection: ServerConnection, service: PolicyService, s
     async for frame in connection:
         seq = 0
         try:
-            message = await decode(frame)
-            seq = whole_number("seq", message.get("seq"), 0)
+            with service.refusals(session.protocol, session.number):
+                message = await service.in_thread(decode, frame)
+                seq = whole_number("seq", message.get("seq"), 0)
             reply = await while_connected(connection, _reply(service, session, message, chunk, execute))
-        except (CodecError, VLAError) as error:
-            service.count_fault(session.protocol, session, error)
+        except RefusalError as error:
             reply = {"type": "error", "payload": {"error": str(error)}}
         if reply is not None:
             await connection.send(pack({**reply, "seq": seq, "timestamp": time.time()}, "vla-eval"))
@@ -67,11 +67,12 @@ async def _reply(
     chunk: deque[NDArray[np.float32]],
     execute: int | None,
 ) -> dict[str, Any] | None:
-    kind, payload = text_field(message, "type", ""), message.get("payload")
-    if kind not in TYPES:
-        raise DataError(f"type: got {kind!r:.40}, expected one of {', '.join(TYPES)}{closest(kind, TYPES)}")
-    if not isinstance(payload, Mapping):
-        raise DataError(f"payload: got {type(payload).__name__}, expected a map")
+    with service.refusals(session.protocol, session.number):
+        kind, payload = text_field(message, "type", ""), message.get("payload")
+        if kind not in TYPES:
+            raise DataError(f"type: got {kind!r:.40}, expected one of {', '.join(TYPES)}{closest(kind, TYPES)}")
+        if not isinstance(payload, Mapping):
+            raise DataError(f"payload: got {type(payload).__name__}, expected a map")
     if kind == "hello":
         return {"type": "hello", "payload": hello(service)}
     if kind != "observation":
