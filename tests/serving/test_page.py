@@ -91,6 +91,16 @@ def test_state_is_what_clients_sent_and_got(serve, policy):
     assert state_of(server)["clients"] == []
 
 
+def test_message_that_cannot_be_read_is_among_the_faults(serve):
+    server = serve()
+    with connect(server.url) as connection:
+        connection.recv()
+        connection.send("hello?")
+        refusal = connection.recv()
+        state = state_of(server)
+    assert [fault["text"] for fault in state["faults"]] == [refusal] and state["load"]["errors"] == 1
+
+
 def test_picture_is_what_the_model_sees(serve, policy):
     server, message = serve(), observation(policy)
     with client(server) as ask:

@@ -88,7 +88,8 @@ def main(args: argparse.Namespace) -> int:
         scheme = "wss" if settings.certfile else "ws"
 
         def ready() -> None:
-            logger.info("serving at %s://%s:%d", scheme, settings.host, server.port)
+            place = f"{settings.host}:{server.port}"
+            logger.info("serving at %s://%s; open http%s://%s in a browser to watch", scheme, place, scheme[2:], place)
             if server.zmq_port is not None:
                 logger.info("serving GR00T's protocol at tcp://%s:%d", settings.host, server.zmq_port)
 
