@@ -112,8 +112,16 @@ def test_refusal_of_the_server_is_an_error_with_its_text_and_the_client_goes_on(
     with PolicyClient(server.url) as client:
         with pytest.raises(PolicyServerError, match=r"state: got float64 \(1,\), expected"):
             client.infer(observation(policy) | {"state": np.zeros(1)})
-        with pytest.raises(CodecError, match="got a object"):
+        with pytest.raises(CodecError, match="observation: state: got object, expected NumPy arrays"):
             client.infer(observation(policy) | {"state": object()})
+        assert client.infer(observation(policy))["actions"].ndim == 2
+
+
+def test_pictures_beyond_what_the_server_takes_are_refused_once_and_the_client_goes_on(server, policy):
+    large = np.zeros((4000, 4000, 3), np.uint8)
+    with PolicyClient(server.url) as client:
+        with pytest.raises(PolicyServerError, match=r"observation: 4\d{7} bytes are more than the server takes.*smaller"):
+            client.infer(observation(policy) | {"image_1": large})
         assert client.infer(observation(policy))["actions"].ndim == 2
 
 

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, WebSocketException
+from websockets.protocol import State
 
 from paligemma_vla_client.codec import CodecError, pack, unpack
 from paligemma_vla_client.errors import ContractError, PolicyConnectionError, PolicyServerError, PolicyTimeout
@@ -37,6 +38,7 @@ T = TypeVar("T")
 MAX_FRAME = 64 * 2**20  # bytes of one answer
 ATTEMPT_SECONDS = 10.0  # one attempt to connect
 CLOSE_SECONDS = 1.0
+TOO_BIG = 1009  # why a server closes a connection, in the websocket protocol
 BUSY_STATUS = (500, 502, 503, 504)  # of HTTP: the server or a proxy may have recovered a moment later
 Observation = Mapping[str, Any]
 
@@ -103,7 +105,7 @@ class AsyncPolicyClient:
             await self.connect()
         self._check_keys(observation)
         told = {"seed": seed, "record": record}
-        frame = pack({**observation, **{name: value for name, value in told.items() if value is not None}})
+        frame = _packed({**observation, **{name: value for name, value in told.items() if value is not None}})
         return _read_answer(await self._request(frame, timeout_s))
 
     async def show(self, observation: Observation, record: Mapping[str, Any] | None = None) -> None:
@@ -112,7 +114,7 @@ class AsyncPolicyClient:
             await self.connect()
         self._check_keys(observation)
         if "server_versions" in self.metadata:
-            answer = await self._request(pack({**observation, "endpoint": "record", "record": record}), None)
+            answer = await self._request(_packed({**observation, "endpoint": "record", "record": record}), None)
             if isinstance(answer, str):
                 raise PolicyServerError(answer)
 
@@ -189,6 +191,9 @@ class AsyncPolicyClient:
                 except ConnectionClosed as error:
                     self._drop(connection)
                     self._raise_if_closed()
+                    if error.rcvd is not None and error.rcvd.code == TOO_BIG:  # it would be so again
+                        text = f"observation: {len(frame)} bytes are more than the server takes ({error.rcvd.reason})"
+                        raise PolicyServerError(f"{text}; send smaller pictures") from error
                     if attempt == 2:
                         text = f"{self.url}: the connection was lost again when the request was repeated ({error})"
                         raise PolicyConnectionError(text) from error
@@ -199,7 +204,7 @@ class AsyncPolicyClient:
 
     def _drop(self, connection: ClientConnection) -> None:
         """Forget a connection without waiting for the other side, which may not be there."""
-        connection.transport.abort()
+        _abort(connection)
         self._opening = None
 
     def _raise_if_closed(self) -> None:
@@ -253,7 +258,7 @@ class AsyncPolicyClient:
         try:
             self._learn(await asyncio.wait_for(connection.recv(), ATTEMPT_SECONDS))
         except BaseException:
-            connection.transport.abort()
+            _abort(connection)
             raise
         return connection
 
@@ -371,6 +376,24 @@ def backoff(first_s: float = 0.1, longest_s: float = 5.0) -> Iterator[float]:
         pause = min(2 * pause, longest_s)
 
 
+def _abort(connection: ClientConnection) -> None:
+    if connection.state is not State.CLOSED:  # asyncio's transports are of no use after their end, not even for this
+        connection.transport.abort()
+
+
+def _packed(message: Observation) -> bytes:
+    """The message as a frame. Raises `CodecError` with the key that cannot be sent."""
+    try:
+        return pack(message)
+    except CodecError:
+        for key, value in message.items():
+            try:
+                pack(value)
+            except CodecError as error:
+                raise CodecError(f"observation: {key}: {error}") from None
+        raise
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether the next attempt may succeed where this one failed."""
     if isinstance(error, InvalidStatus):
@@ -386,7 +409,10 @@ def _described(error: Exception) -> str:
         return f"HTTP {error.response.status_code}: {body[:300]}"
     if isinstance(error, asyncio.TimeoutError):
         return f"no answer within {ATTEMPT_SECONDS:g} s"
-    return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ConnectionRefusedError):
+        text += "; nothing listens there: is the server up, and its --host an address that this machine reaches?"
+    return text
 
 
 def _read_answer(frame: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def pack(message: Any, dialect: str = "openpi") -> bytes:
             return _encode_array(value, dialect)
         if isinstance(value, np.generic):
             return value.item()
-        raise CodecError(f"got a {type(value).__name__}, expected maps, lists, text, arrays and numbers of at most 64 bits")
+        raise CodecError(f"got {type(value).__name__}, expected NumPy arrays, numbers of at most 64 bits, text, lists or maps")
 
     if dialect not in DIALECTS:
         raise CodecError(f"dialect: got {dialect!r}, expected one of {', '.join(DIALECTS)}")
