@@ -147,7 +147,7 @@ def first_fault(error: ValidationError) -> str:
 def describe_fault(fault: ErrorDetails) -> str:
     """One of pydantic's faults: dotted field, got, expected."""
     field = ".".join(map(str, fault["loc"]))
-    expected = re.sub(r"^(Value error, |Input should be )", "", fault["msg"])
+    expected = re.sub(r"^(Value error, |Input should be )", "", fault["msg"]).replace("a valid tuple", "a list")
     value = fault["input"]
     got = f"{value!r:.80}" if isinstance(value, str) else reprlib.repr(value)  # a YAML alias may unfold to billions of values
     return f"{field}: got {got}, expected: {expected[:1].lower()}{expected[1:]}".removeprefix(": ")

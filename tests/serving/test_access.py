@@ -21,6 +21,7 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from paligemma_vla.serving import server as server_module
+from paligemma_vla.serving.access import address_for_clients
 from paligemma_vla_client import pack, unpack
 from running_server import RunningServer
 from support import call
@@ -144,6 +145,11 @@ def test_server_that_others_reach_says_what_it_lacks(serve, caplog, certificate)
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         expected = [f"warning: --host 0.0.0.0: other machines reach this server, {said}"] if said else []
         assert warnings == expected
+
+
+@pytest.mark.parametrize("host, shown", [("0.0.0.0", None), ("::", None), ("::1", "[::1]"), ("gpu", "gpu")])
+def test_address_shown_is_one_that_a_client_can_take(host, shown):
+    assert address_for_clients(host) == (shown or socket.gethostname())
 
 
 def open_sockets(server: RunningServer) -> int:

@@ -135,6 +135,21 @@ def test_checkpoint_is_loaded_once_and_answers_before_the_port_opens(checkpoint,
     assert f"serving at ws://127.0.0.1:{port}" in printed
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--execute", 99], "--execute 99: this policy's chunks have 4 actions; take at most as many"),
+        (["--set", "control.action_rate=0.1"], "control.action_rate: got 0.1, expected: a list"),
+        (["--device", "mps"], "--device mps: not available here; available: cpu"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_a_line(checkpoint, capfd, monkeypatch, arguments, said):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, printed = call(capfd, "serve", "--checkpoint_path", checkpoint, "--port", 0, *arguments)
+    assert code == 2 and said in printed, printed
+
+
 def test_pages_say_that_it_lives_and_what_it_counted(serve, policy):
     server = serve()
     page = server.url.replace("ws", "http")

@@ -41,6 +41,20 @@ def test_actions_beyond_the_data_are_cut_counted_and_reported(serve, policy, mon
     assert f"action {name}: a limit changed {horizon} of its numbers" in caplog.text
 
 
+def test_state_far_from_the_data_is_logged_once_for_a_client_and_answered(serve, policy, caplog):
+    message, seen = draw(policy), policy.preprocessor.statistics.state
+    width = np.asarray(seen.max) - np.asarray(seen.min)
+    far = np.asarray(seen.mean) - 2.1 * width * (np.arange(len(width)) == 1)
+    with connect(serve().url) as connection:
+        connection.recv()
+        ask(connection, message | {"state": np.asarray(seen.max) + 0.9 * width})
+        assert "in the training data" not in caplog.text
+        for _ in range(2):
+            assert ask(connection, message | {"state": far})["actions"].size
+    (text,) = [record.getMessage() for record in caplog.records if "in the training data" in record.getMessage()]
+    assert f"state {policy.metadata['state_names'][1]} is {far[1]:g}" in text and "are units and order the same?" in text
+
+
 def test_rate_holds_from_chunk_to_chunk_after_what_the_client_executed(serve, policy, monkeypatch):
     server, message = serve(seed=5, assignments=["control.action_rate=[0.01, 0.01]"]), draw(policy)
     with connect(server.url) as connection:

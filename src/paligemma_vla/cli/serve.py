@@ -47,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from paligemma_vla.errors import ConfigError
-    from paligemma_vla.serving.access import check_address, tls_context
+    from paligemma_vla.serving.access import address_for_clients, check_address, tls_context
     from paligemma_vla.serving.build import build_service
     from paligemma_vla.serving.protocols import groot
     from paligemma_vla.serving.server import PolicyServer, ServeSettings
+    from paligemma_vla.training.distributed import choose_device
 
     api_key = None
     if args.api_key_env is not None and not (api_key := os.environ.get(args.api_key_env, "").strip()):
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     tls_context(settings.certfile, settings.keyfile)
     service = build_service(
         args.checkpoint_path,
-        args.device,
+        str(choose_device(args.device)),
         keys=args.keys,
         preset=args.preset,
         seed=args.seed,
@@ -82,16 +83,19 @@ def main(args: argparse.Namespace) -> int:
         assignments=args.set,
         record=args.record,
     )
+    if (args.execute or 0) > (horizon := service.contract["horizon"]):
+        raise ConfigError(f"--execute {args.execute}: this policy's chunks have {horizon} actions; take at most as many")
 
     async def run() -> None:
         server = PolicyServer(service, settings)
         scheme = "wss" if settings.certfile else "ws"
 
         def ready() -> None:
-            place = f"{settings.host}:{server.port}"
+            host = address_for_clients(settings.host)
+            place = f"{host}:{server.port}"
             logger.info("serving at %s://%s; open http%s://%s in a browser to watch", scheme, place, scheme[2:], place)
             if server.zmq_port is not None:
-                logger.info("serving GR00T's protocol at tcp://%s:%d", settings.host, server.zmq_port)
+                logger.info("serving GR00T's protocol at tcp://%s:%d", host, server.zmq_port)
 
         await server.run(ready)
 

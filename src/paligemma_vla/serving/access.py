@@ -85,6 +85,13 @@ def address_errors(host: str, port: int) -> Iterator[None]:
         raise ConfigError(f"--host {host} --port {port}: {first_line(error)}; expected a port up to 65535") from error
 
 
+def address_for_clients(host: str) -> str:
+    """What stands for `--host` in an address: this machine's name where it listens at all of its addresses."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
+
+
 def warn_of_exposure(host: str, has_key: bool, has_tls: bool) -> None:
     """Say once what is open to whom, where others than this machine reach it."""
     try:

@@ -28,7 +28,7 @@ CHANGEABLE = ("control.", "data.actions.rotation")  # the latter says only where
 
 def build_service(
     checkpoint_path: str,
-    device: str | None,
+    device: str,
     *,
     keys: Sequence[str],
     preset: str | None,
@@ -42,10 +42,7 @@ def build_service(
     assignments: of `--set`. Raises `CheckpointError` for a checkpoint that cannot be loaded, `ConfigError` for keys and limits
     that do not fit.
     """
-    import torch
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = Policy.from_checkpoint(checkpoint_path, device=chosen)
+    policy = Policy.from_checkpoint(checkpoint_path, device=device)
     cameras = policy.metadata["cameras"]
     own_names = dict(zip_longest(cameras, policy.metadata["camera_names"][: len(cameras)], fillvalue=""))
     key_maps = build_key_maps(WIRES, own_names, keys, preset)

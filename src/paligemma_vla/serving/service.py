@@ -46,7 +46,7 @@ class Session:
     """One connection. observation, actions, seconds: of its last answer. sent: those of the actions that were sent (N, A).
 
     seen_at: when the observation was. executes_all: set by a protocol whose clients execute all that is sent before they
-    observe again. events: how many of it there were to record.
+    observe again. events: how many of it there were to record. warned: its state has been called far from the data.
     """
 
     protocol: str
@@ -57,6 +57,7 @@ class Session:
     executes_all: bool = False
     sent: NDArray[np.float32] | None = None
     events: int = 0
+    warned: bool = False
     observation: ParsedObservation | None = None
     seen_at: float = 0.0
     actions: NDArray[np.float32] | None = None
@@ -172,6 +173,7 @@ class PolicyService:
         session.events += 1  # one that fails is missing in the record
         with self.refusals(session.protocol, session.number):
             parsed = await self.in_thread(self._parse, session.protocol, message)
+            self._warn_of_units(session, parsed.state)
             actions = await self.engine.infer(parsed, self.seed if seed is None else seed)
             executed = executed or session.implied()
             if self.limits is not None:
@@ -211,6 +213,17 @@ class PolicyService:
     def _parse(self, protocol: str, message: Mapping[str, Any]) -> ParsedObservation:
         check_pixels(message)
         return self.policy.parse(self.key_maps[protocol].translate(message))
+
+    def _warn_of_units(self, session: Session, state: NDArray[np.float32]) -> None:
+        """Log, once for each client, a number of its state (P,) that is outside of the training data by more than their range:
+        degrees for radians, millimetres for metres, another order. It is answered: limits are there for the actions."""
+        statistics, names = self.policy.preprocessor.statistics.state, self.contract["state_names"]
+        low, high = np.asarray(statistics.min), np.asarray(statistics.max)
+        far = np.flatnonzero((high > low) & (np.maximum(low - state, state - high) > high - low))
+        if len(far) and not session.warned:
+            session.warned, n = True, far[0]
+            got = f"state {names[n] if names else n} is {state[n]:g}, in the training data {low[n]:g} to {high[n]:g}"
+            log.warning("%s: client %d: %s; are units and order the same?", session.protocol, session.number, got)
 
     def _count_limited(self, moved: NDArray[np.float32]) -> None:
         self.limit_log.add(moved)
