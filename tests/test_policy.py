@@ -217,6 +217,7 @@ REFUSED: dict[str, tuple[dict[Any, Any], str]] = {
         {"image_1": PIXELS + np.float32(2)},
         r"image_1: got float32 \(8, 8, 3\) from 2 to 2, exp",
     ),
+    "a camera that gave nothing": ({"image_1": None}, r"image_1: got None, expected an RGB picture"),
     "floats from -1": ({"image_2": PIXELS - 1.0}, r"image_2: got float64 \(8, 8, 3\) from -1 to -1"),
     "not a number": ({"image_1": PIXELS + np.nan}, r"image_1: got float64 \(8, 8, 3\) from nan"),
     "0 and 1": ({"image_1": np.eye(8)[..., None] + np.zeros(3)}, r"image_1: .* of 0 and 1 alone, which may end at 1 or at 255"),

@@ -45,7 +45,10 @@ def parse_observation(
     for key in cameras:
         with faults.collect():
             if key == first and observation.get(key) is None:
-                raise DataError(f"{key}: missing; got {', '.join(map(str, observation))}")
+                got = (
+                    f"got None, expected {IMAGE}" if key in observation else f"missing; got {', '.join(map(str, observation))}"
+                )
+                raise DataError(f"{key}: {got}")
             images.append(_image(key, observation.get(key)))
     with faults.collect():
         state = _state(observation.get(STATE), state_dim, actions)
