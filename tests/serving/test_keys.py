@@ -43,6 +43,11 @@ def test_preset_names_what_openpis_clients_send():
     assert names("vla-eval", "image_1", preset="droid") == names("vla-eval", "image_1")
 
 
+def test_preset_says_which_of_its_cameras_the_policy_has_not(caplog):
+    assert names("openpi", "image_1", cameras={"image_1": "table"}, preset="droid") == ["observation/exterior_image_1_left"]
+    assert "the policy has no image_2; what clients send as observation/wrist_image_left is ignored" in caplog.text
+
+
 @pytest.mark.parametrize(
     "given, said",
     [

@@ -114,6 +114,10 @@ def build_key_maps(
         if theirs == ABSENT and key not in list(cameras)[1:]:
             raise ConfigError(f"--keys {entry}: only a camera after the first can be absent")
     presets = {PRESETS_ARE_OF: PRESETS.get(preset or "", {})}
+    for key in presets[PRESETS_ARE_OF].keys() - set(ours):
+        log.warning(
+            "--preset %s: the policy has no %s; what clients send as %s is ignored", preset, key, PRESETS[preset or ""][key]
+        )
     return {names.protocol: _key_map(names, cameras, given, presets.get(names.protocol, {})) for names in wires}
 
 
