@@ -180,9 +180,12 @@ class _Prompts:
     def __init__(self, image_id: int, image_tokens: int, text: int) -> None:
         self.image_id, self.image_tokens, self.text = image_id, image_tokens, text
 
+    def text_ids(self, prompt: str) -> Any:
+        return np.full(self.text, 5)
+
     def encode(self, prompts: list[str], image_mask: Any) -> tuple[Any, Any]:
         images = np.full((len(prompts), self.image_tokens), self.image_id)
-        ids = np.concatenate([images, np.full((len(prompts), self.text), 5)], axis=1)
+        ids = np.concatenate([images, np.stack([self.text_ids(prompt) for prompt in prompts])], axis=1)
         return ids, np.ones(ids.shape, bool)
 
 
