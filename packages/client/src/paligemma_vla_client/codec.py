@@ -161,7 +161,8 @@ def _scalar(data: Any, dtype: np.dtype) -> Any:
     if not isinstance(data, (bool, int, float)):
         raise CodecError(f"a number given as {type(data).__name__}")
     try:
-        value = dtype.type(data)
+        with np.errstate(over="ignore"):
+            value = dtype.type(data)
     except (OverflowError, ValueError):
         value = None
     if value is None or (dtype.kind in "iu" and value != data):  # NumPy 1 wraps
@@ -179,7 +180,7 @@ def _from_npy(content: Any) -> np.ndarray:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(buffer)
     except Exception as error:  # of any kind: the header is parsed as Python
-        raise CodecError(f"not a .npy file ({error})"[:200]) from error
+        raise CodecError("not a .npy file") from error  # whose own text may hold an address in memory
     if fortran:
         return _array(buffer.read(), _dtype(dtype.str), shape[::-1]).T.copy()
     return _array(buffer.read(), _dtype(dtype.str), shape)
