@@ -236,13 +236,14 @@ def check(server: RunningServer, policy: Policy, wire: Wire, connection: Any, fr
     return actions is not None
 
 
-def fuzz(server: RunningServer, policy: Policy, wire: Wire, number: int, start: int) -> None:
-    answered = []
+def fuzz(server: RunningServer, policy: Policy, wire: Wire, start: int) -> None:
+    """Send 3,000 frames. More at once would fill the memory with what hypothesis remembers of them."""
+    answered: list[bool] = []
 
     @seed(start)  # not shrunk: a frame that fails is short enough, and stands in the message
     @settings(
         phases=[Phase.generate],
-        max_examples=number // FRAMES_PER_CONNECTION,
+        max_examples=3_000 // FRAMES_PER_CONNECTION,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -253,21 +254,22 @@ def fuzz(server: RunningServer, policy: Policy, wire: Wire, number: int, start: 
             answered.extend(check(server, policy, wire, connection, frame) for frame in sent)
 
     send()
-    assert len(answered) >= number * 0.99
+    assert len(answered) >= 2_970
     share = sum(answered) / len(answered)
     assert 0.02 < share < 0.6, f"{share:.0%} were answered: this tests too little"
 
 
 @pytest.mark.parametrize("wire", WIRES, ids=lambda wire: wire.name)
 def test_hostile_frames(fuzzed, policy, wire):
-    fuzz(fuzzed, policy, wire, 3_000, DAILY)
+    fuzz(fuzzed, policy, wire, DAILY)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("wire", WIRES, ids=lambda wire: wire.name)
 def test_many_hostile_frames(fuzzed, policy, wire):
-    fuzz(fuzzed, policy, wire, 100_000, 0)
+    for start in range(34):
+        fuzz(fuzzed, policy, wire, start)
 
 
 @pytest.mark.parametrize("wire", WIRES, ids=lambda wire: wire.name)
