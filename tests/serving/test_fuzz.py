@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import os
 import re
@@ -180,6 +181,8 @@ class Resources:
             assert time.monotonic() < deadline, "connections are left"
             time.sleep(0.01)
         gc.collect()
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as held otherwise, in an arena for each thread
 
         async def count() -> int:
             await asyncio.sleep(0.05)
@@ -189,10 +192,10 @@ class Resources:
         process = psutil.Process()
         return cls(len(server.service.sessions), tasks, threading.active_count(), process.num_fds(), process.memory_info().rss)
 
-    def are_held_by(self, later: Resources, growth: float = GROWTH) -> bool:
+    def are_held_by(self, later: Resources) -> bool:
         """True if no more is held later. Threads that read and the one that computes start when they are needed."""
         exact = all(getattr(self, name) == getattr(later, name) for name in ("sessions", "tasks", "descriptors"))
-        return exact and later.threads - self.threads <= READERS + 1 and later.bytes - self.bytes < growth
+        return exact and later.threads - self.threads <= READERS + 1 and later.bytes - self.bytes < GROWTH
 
 
 @pytest.fixture
@@ -290,4 +293,4 @@ def test_frames_that_would_cost_much_are_refused_soon(served, policy, wire):
                 assert other.ping().wait(1)
                 assert check(served, policy, wire, connection, good)
         held.append(Resources.take(served))
-    assert held[0].are_held_by(held[1], growth=READERS * 125e6), held
+    assert held[0].are_held_by(held[1]), held
