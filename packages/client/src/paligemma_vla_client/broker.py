@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from paligemma_vla_client.chunks import ChunkQueue
 from paligemma_vla_client.errors import PolicyConnectionError, PolicyTimeout
 
 log = logging.getLogger(__name__)
@@ -66,9 +65,7 @@ class ActionChunkBroker:
     ) -> None:
         if execute is not None and (execute < 1 or ensemble is not None):
             raise ValueError(f"execute: got {execute}, expected at least 1, and none with ensemble, which asks every step")
-        if ensemble is not None and not math.isfinite(ensemble):
-            raise ValueError(f"ensemble: got {ensemble}, expected a number")
-        self.client, self.execute, self.ensemble = client, execute, ensemble
+        self.client, self.execute, self._queue = client, execute, ChunkQueue(ensemble)
         self.when_late, self.keep, self.record = when_late, keep, record
         self.representation = representation or client.metadata.get("action_representation") or "unknown"
         self._check_when_late()
@@ -78,7 +75,6 @@ class ActionChunkBroker:
         self._last: np.ndarray | None = None
         self._done: list[np.ndarray] = []  # actions of which the server was not told yet
         self._actor = "policy"  # who chose the last of them
-        self._chunks: deque[tuple[int, np.ndarray]] = deque()  # (step of its first action, actions (K, A)), oldest first
         self._forget()
 
     def step(self, observation: Mapping[str, Any]) -> np.ndarray:
@@ -87,13 +83,14 @@ class ActionChunkBroker:
         Raises what `infer` raises, but for what `when_late` covers.
         """
         try:
-            action = self._next(observation) if self.ensemble is None else self._average(observation, self.ensemble)
+            action = self._next(observation)
         except (PolicyTimeout, PolicyConnectionError) as error:
             self.late += 1
             if self.when_late == "stop" or self._last is None:
                 raise
             log.warning("late for the %d. time (%s): %s", self.late, self.when_late, error)
             action = self._instead(self._last)
+            self._queue.next()  # its step is over
         self._count(action, "policy")
         return action.copy()
 
@@ -101,7 +98,7 @@ class ActionChunkBroker:
         """A person chose the action (A,) of this step instead of the policy, which is asked anew at the next `step`."""
         if self.record:
             self.client.show(observation, self._executed())
-        self._chunks.clear()
+        self._queue.clear()
         self._count(np.array(action, np.float32), "intervention")
 
     def reset(self, success: bool | None = None) -> None:
@@ -113,7 +110,6 @@ class ActionChunkBroker:
         self.client.reset(told)
 
     def _count(self, action: np.ndarray, actor: str) -> None:
-        self._step += 1
         self._last, self._actor = action, actor
         if "server_versions" in self.client.metadata:  # `paligemma-vla serve`, whose limits of rate and record need it
             self._done.append(action)
@@ -125,35 +121,26 @@ class ActionChunkBroker:
 
     def _forget(self) -> None:
         self.late = 0
-        self._step = 0  # of the episode
         self._last = None
-        self._chunks.clear()
+        self._queue.clear()
+
+    def _next(self, observation: Mapping[str, Any]) -> np.ndarray:
+        queue = self._queue
+        done = self.execute is not None and queue.since_chunk >= self.execute
+        if done or queue.ensemble is not None or not queue.left:
+            self._ask(observation)
+        elif self.record:
+            self.client.show(observation, self._executed())
+        action = queue.next()
+        assert action is not None, "a chunk has at least one action"
+        return action
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
+        self._queue.ask()
         actions = np.asarray(self.client.infer(observation, record=self._executed())["actions"])
         if self.execute is not None and self.execute > len(actions):
             raise ValueError(f"execute: got {self.execute}, but the server sends {len(actions)} actions; take at most as many")
-        self._chunks.append((self._step, actions))
-
-    def _next(self, observation: Mapping[str, Any]) -> np.ndarray:
-        used = self._step - self._chunks[0][0] if self._chunks else 0
-        if not self._chunks or used >= (self.execute or len(self._chunks[0][1])):
-            self._ask(observation)
-            while len(self._chunks) > 1:
-                self._chunks.popleft()
-            used = 0
-        elif self.record:
-            self.client.show(observation, self._executed())
-        action: np.ndarray = self._chunks[0][1][used]
-        return action
-
-    def _average(self, observation: Mapping[str, Any], weight: float) -> np.ndarray:
-        self._ask(observation)
-        self._chunks = deque((began, chunk) for began, chunk in self._chunks if self._step - began < len(chunk))
-        predictions = np.stack([chunk[self._step - began] for began, chunk in self._chunks])  # (chunks, A), oldest first
-        weights = np.exp(-weight * np.arange(len(predictions)))
-        average: np.ndarray = (weights / weights.sum()) @ predictions
-        return average.astype(predictions.dtype)
+        self._queue.put(actions)
 
     def _instead(self, last: np.ndarray) -> np.ndarray:
         """The action of a step that got none."""
