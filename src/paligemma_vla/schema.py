@@ -35,6 +35,7 @@ METADATA_KEY = b"paligemma_vla"
 EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
 # Columns of recorded episodes beside those of S1.1: who acted, unix time of the view in s, and whether the episode succeeded.
 ACTOR, TIME, SUCCESS = "actor", "time", "success"
+POLICY, INTERVENTION = "policy", "intervention"  # values of ACTOR
 LOG_SUFFIX = ".chunks.jsonl"  # of what `serve --record` writes where a client shows one view per chunk: no episodes
 REPRESENTATIONS = ("absolute", "delta")  # of recorded actions
 # What the metadata of one robot's files agree on, where they say it.

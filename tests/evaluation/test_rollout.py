@@ -22,7 +22,7 @@ from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
-from paligemma_vla.evaluation.episode import Condition, check_compatible, play, write_video
+from paligemma_vla.evaluation.episode import Condition, check_compatible, play, split_limit, write_video
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
 from paligemma_vla.export.card import read_measurement
 from paligemma_vla.schema import DatasetMetadata
@@ -56,6 +56,23 @@ class Absolute(Expert):
 
 class Slow(Expert):
     metadata = METADATA | {"control_hz": 20.0}
+
+
+class Mistaken(Expert):
+    """At 20 Hz; it believes the handle to be elsewhere in every other episode, and fails there, as policies do."""
+
+    metadata = METADATA | {"control_hz": 20.0}
+    episodes = 0
+
+    def infer(self, observation, *, seed=None, num_steps=None):
+        seen = self.env._observed
+        if self.env._task().simulator.curr_path_length == 0:
+            self.episodes += 1
+        self.env._observed = seen + np.where(np.isin(np.arange(len(seen)), (4, 5)), 0.15 * (self.episodes % 2), 0.0)
+        try:
+            return super().infer(observation, seed=seed, num_steps=num_steps)
+        finally:
+            self.env._observed = seen
 
 
 class Contradictory(Expert):
@@ -258,6 +275,40 @@ def test_recorded_episodes_are_those_that_were_played(tmp_path):
             assert np.abs(seen - view["image_1"]).mean() < 4
             env.step(np.array(row["action"], np.float32))
             view = env.observe()
+
+
+def test_expert_takes_over_where_the_policy_fails_and_is_counted_apart(tmp_path):
+    folder = tmp_path / "D"
+    alone = RolloutConfig(tasks=("window-close",), episodes=2, execute=4)
+    config = replace(alone, take_over="expert", record=folder)
+    with RolloutPool("metaworld", policy_factory=Mistaken, workers=0, image_size=16) as pool:
+        result, plain = pool.run(config), pool.run(alone)
+    for task, entry in result["tasks"].items():
+        assert {name: entry[name] for name in plain["tasks"][task]} == plain["tasks"][task], "the policy's own success"
+        assert (entry["successes"], entry["taken_over"], entry["solved_with_help"]) == (1, 1, 1)
+    played = result["episodes"]
+    assert [episode["taken_over_at"] for episode in played] == [None if episode["success"] else 37 for episode in played]
+    index = EpisodeIndex.build(str(folder))
+    assert index.length.tolist() == [episode["steps"] for episode in played]
+    rows = [row for path in index.paths for row in pq.read_table(path, columns=["actor", "success"]).to_pylist()]
+    for start, length, episode in zip(np.cumsum([0, *index.length[:-1]]), index.length, played, strict=True):
+        own = length if episode["success"] else 37
+        acted = [row["actor"] for row in rows[start : start + length]]
+        assert acted == ["policy"] * own + ["intervention"] * (length - own)
+        assert all(row["success"] for row in rows[start : start + length])
+    assert main(["data", "check", str(folder), "--exclusion_list", str(tmp_path / "none.json")]) == 0
+
+
+def test_expert_takes_over_after_as_many_actions_as_are_given(env, tmp_path):
+    config = RolloutConfig(tasks=("faucet-open",), episodes=1, policy="random", take_over="expert", take_over_after=3)
+    with RolloutPool("metaworld", workers=0) as pool:
+        (episode,) = pool.run(config)["episodes"]
+        assert (episode["taken_over_at"], episode["success"], episode["solved_with_help"]) == (3, False, True)
+        with pytest.raises(SimulatorError, match="--take_over_after: got 500, expected less than 500, the longest episode"):
+            pool.run(replace(config, take_over_after=500))
+        with pytest.raises(SimulatorError, match="got a number without --take_over expert; give both"):
+            pool.run(replace(config, take_over=None))
+    assert split_limit(env, "push", Condition(take_over="expert")) == (250, 500), "half of what MetaWorld allows"
 
 
 def test_command_line_writes_rollout_json(tmp_path, capsys):

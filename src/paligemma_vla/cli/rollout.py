@@ -12,7 +12,7 @@ from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_argu
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from paligemma_vla.evaluation.envs import Resets
-    from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts
+    from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts, TakeOver
 
     add_policy_arguments(parser, required=False, note="; needed unless --policy random")
     add_simulator_arguments(parser, "per task", "for rollout.json and videos/")
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=get_args(Actor), default="checkpoint", help="random is a control")
     text = "folder for what was seen and done at every step, as episodes; slower, since every step is rendered"
     parser.add_argument("--record", type=Path, metavar="D", help=text)
+    text = "let the simulator's expert go on where the policy has not solved the task; a success is not the policy's then"
+    parser.add_argument("--take_over", choices=get_args(TakeOver), help=text)
+    text = "actions of the policy before that (default: the episode's limit; the expert then has as many)"
+    parser.add_argument("--take_over_after", type=natural, metavar="N", help=text)
     parser.add_argument(
         "--max_videos", type=natural, default=1, help="successes, and failures, filmed per task (default: %(default)s)"
     )
@@ -42,7 +46,8 @@ def main(args: argparse.Namespace) -> int:
     for task, entry in result["tasks"].items():
         low, high = entry["ci95"]
         count = f"{entry['successes']}/{entry['episodes']}"
-        lines.append(f"{task:28s} {count:>9s} {entry['rate']:.2f}  [{low:.2f}, {high:.2f}]")
+        helped = f"  with help {entry['solved_with_help']}/{entry['taken_over']}" if args.take_over else ""
+        lines.append(f"{task:28s} {count:>9s} {entry['rate']:.2f}  [{low:.2f}, {high:.2f}]{helped}")
     lines.append(f"{'mean':28s} {'':9s} {result['mean_success']:.2f}  -> {args.output_dir / 'rollout.json'}")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

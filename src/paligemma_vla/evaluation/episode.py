@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Prompts = Literal["own", "opposite", "unseen"]
 ImageSource = Literal["camera", "grey"]
 Actor = Literal["checkpoint", "random"]
+TakeOver = Literal["expert"]
 Picture = NDArray[np.uint8]  # (H, W, 3)
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Condition:
     policy: `random` plays uniform actions. num_steps: Euler steps, None for the checkpoint's own number.
     execute: actions taken of each chunk before the policy is asked again, None for half of them.
     record: folder for what is seen at every step; slower, since every step is rendered then.
+    take_over: `expert`: where the policy has not solved the task after `take_over_after` actions (None: see `split_limit`), the
+    environment's expert goes on from there.
     """
 
     seed: int = 0
@@ -54,12 +58,18 @@ class Condition:
     num_steps: int | None = None
     execute: int | None = None
     record: Path | None = None
+    take_over: TakeOver | None = None
+    take_over_after: int | None = None
 
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """How an episode went. seed: of its reset. steps: until success, or all of them. actions: of each step (A,). recorded: what
-    was seen and done at every step, and what its numbers mean."""
+    """How an episode went. seed: of its reset. success: the policy solved the task alone. steps: until it was solved, or all of
+    them. actions: of each step (A,). recorded: what was seen and done at every step, and what its numbers mean.
+
+    taken_over_at: actions of the policy before the expert's first; None where it did not act. solved_with_help: it then solved
+    the task.
+    """
 
     task: str
     index: int
@@ -69,6 +79,8 @@ class EpisodeOutcome:
     steps: int
     actions: list[NDArray[np.floating]] = field(repr=False)
     recorded: tuple[Episode, DatasetMetadata] | None = field(default=None, repr=False)
+    taken_over_at: int | None = None
+    solved_with_help: bool = False
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
@@ -109,21 +121,47 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
     first = env.reset(task, reset_seed, condition.resets)
-    seen, actions, success = [first], [], False
-    for action in _actions(env, policy, condition, seen, prompt, np.random.default_rng(noise_seed)):
+    seen, actions, solved = [first], [], False
+    own, limit = split_limit(env, task, condition)
+    chosen = _actions(env, policy, condition, seen, prompt, np.random.default_rng(noise_seed))
+    for action in chain(islice(chosen, own), _expert_actions(env)):
         actions.append(action)
-        result = env.step(action)
-        success = result.success
-        if success or result.done:
+        solved = env.step(action).success
+        if solved or len(actions) == limit:
             break
         if condition.record is not None:
             seen.append(env.observe())
+    helped = len(actions) > own
     recorded = None
     if condition.record is not None:
         executed = [np.clip(action, env.spec.action_low, env.spec.action_high) for action in actions]
-        episode = build_episode(env, seen, executed, prompt, success)
-        recorded = replace(episode, extra={schema.SUCCESS: [success] * len(actions)}), env.spec.metadata
-    return EpisodeOutcome(task, index, reset_seed, prompt, success, len(actions), actions, recorded)
+        episode = build_episode(env, seen, executed, prompt, solved)
+        actors = [schema.POLICY] * min(own, len(actions)) + [schema.INTERVENTION] * max(0, len(actions) - own)
+        extra = {schema.SUCCESS: [solved] * len(actions), schema.ACTOR: actors}
+        recorded = replace(episode, extra=extra), env.spec.metadata
+    outcome = EpisodeOutcome(task, index, reset_seed, prompt, solved and not helped, len(actions), actions, recorded)
+    return replace(outcome, taken_over_at=own if helped else None, solved_with_help=solved and helped)
+
+
+def split_limit(env: Environment, task: str, condition: Condition) -> tuple[int, int]:
+    """After how many actions the expert takes over, and after how many the episode is over.
+
+    Unless `take_over_after` says otherwise, the policy has the episode's own limit, so that its successes are those of a
+    rollout without help, or half of what the simulator allows where that is less. The expert then has as long as an episode.
+    Raises `SimulatorError` where the expert would never act.
+    """
+    limit, longest = env.max_steps(task), env.longest_episode(task)
+    if condition.take_over is None:
+        return limit, limit
+    own = min(limit, longest // 2) if condition.take_over_after is None else condition.take_over_after
+    if not 0 <= own < longest:
+        raise SimulatorError(f"--take_over_after: got {own}, expected less than {longest}, the longest episode of '{task}'")
+    return own, min(own + limit, longest)
+
+
+def _expert_actions(env: Environment) -> Iterator[NDArray[np.floating]]:
+    while True:
+        yield env.expert_action()
 
 
 def _actions(
@@ -160,18 +198,20 @@ def write_video(path: Path, env: Environment, outcome: EpisodeOutcome, resets: R
     """Take the actions of an episode again and draw it, larger than the policy saw it: `path` (.mp4), and its end beside it
     (.jpg)."""
 
-    def draw() -> Picture:
+    def draw(step: int) -> Picture:
         # At twice the size and averaged: the camera has no antialiasing.
         pixels = env.render(2 * VIDEO_SIZE).reshape(VIDEO_SIZE, 2, VIDEO_SIZE, 2, 3)
-        return caption(pixels.mean((1, 3)).astype(np.uint8), outcome.prompt, outcome.success)
+        helping = outcome.taken_over_at is not None and step > outcome.taken_over_at
+        text = f"{outcome.prompt} (expert)" if helping else outcome.prompt
+        return caption(pixels.mean((1, 3)).astype(np.uint8), text, outcome.success)
 
     every = max(1, round(env.spec.metadata.control_hz / FRAME_HZ))  # steps
     env.reset(outcome.task, outcome.seed, resets)
-    frames = [draw()]
+    frames = [draw(0)]
     for step, action in enumerate(outcome.actions, start=1):
         env.step(action)
         if step % every == 0 or step == outcome.steps:
-            frames.append(draw())
+            frames.append(draw(step))
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, "h264", VIDEO_FPS, VIDEO_CRF, keyframe_every=250) as video:
         for frame in [*frames, *[frames[-1]] * LAST_FRAMES]:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EPISODE = ("task", "index", "seed", "prompt", "success", "steps")  # what rollout.json says of one
+HELPED = ("taken_over_at", "solved_with_help")  # and of one in which the expert may take over
+RECORDED = {schema.SUCCESS: pa.bool_(), schema.ACTOR: pa.string()}  # columns beside those that training reads
 VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 
 PolicyFactory = Callable[[Environment], "Policy"]
@@ -147,13 +149,15 @@ class RolloutPool:
                     video_jobs.append((self._player, outcome, config.resets, folder / path))
                 outcomes.append(outcome)
         list(self._pool.map(_video_job, video_jobs))
-        by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task]) for task in tasks}
+        helps = config.take_over is not None
+        by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task], helps) for task in tasks}
+        described = EPISODE + HELPED if helps else EPISODE
         mean = float(np.mean([entry["rate"] for entry in by_task.values()]))
         result = {
             "settings": self._settings(config, tasks),
             "tasks": by_task,
             "mean_success": mean,
-            "episodes": [{name: getattr(outcome, name) for name in EPISODE} for outcome in outcomes],
+            "episodes": [{name: getattr(outcome, name) for name in described} for outcome in outcomes],
             "videos": videos,
             "wall_s": round(time.monotonic() - started, 2),
         }
@@ -173,7 +177,7 @@ class RolloutPool:
                 if outcome.task not in writers:
                     about = {"recorded_by": "paligemma-vla rollout", "fingerprint": str(self._fingerprint)}
                     described = replace(metadata, extra=about)
-                    writer = EpisodeWriter(config.record, described, outcome.task, extra={schema.SUCCESS: pa.bool_()})
+                    writer = EpisodeWriter(config.record, described, outcome.task, extra=RECORDED)
                     writers[outcome.task] = files.enter_context(writer)
                 writers[outcome.task].write(episode)
             yield replace(outcome, recorded=None)
@@ -194,6 +198,8 @@ class RolloutPool:
             raise SimulatorError(f"rollout: got {len(tasks)} tasks, {config.episodes} episodes, expected at least 1 of each")
         if config.policy == "checkpoint" and not (self._player.checkpoint_path or self._player.policy_factory):
             raise SimulatorError("rollout: got no checkpoint; give --checkpoint_path, or --policy random")
+        if config.take_over_after is not None and config.take_over is None:
+            raise SimulatorError("--take_over_after: got a number without --take_over expert; give both")
         for task in tasks:
             instructions(self._env, task, config.prompts)
             for found in config.record.glob(f"{task}-?????.parquet") if config.record is not None else ():
@@ -215,8 +221,11 @@ class RolloutPool:
         }
 
 
-def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
+def _task_result(outcomes: list[EpisodeOutcome], helps: bool) -> dict[str, Any]:
+    """Of one task. successes are the policy's alone; with helps, those after the expert took over are counted beside them."""
     solved = [outcome.steps for outcome in outcomes if outcome.success]
+    taken_over = [outcome for outcome in outcomes if outcome.taken_over_at is not None]
+    help_given = {"taken_over": len(taken_over), "solved_with_help": sum(outcome.solved_with_help for outcome in taken_over)}
     return {
         "successes": len(solved),
         "episodes": len(outcomes),
@@ -224,6 +233,7 @@ def _task_result(outcomes: list[EpisodeOutcome]) -> dict[str, Any]:
         "ci95": list(wilson_interval(len(solved), len(outcomes))),
         "mean_steps_to_success": float(np.mean(solved)) if solved else None,
         "prompts_used": sorted({outcome.prompt for outcome in outcomes}),
+        **(help_given if helps else {}),
     }
 
 

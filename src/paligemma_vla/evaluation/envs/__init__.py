@@ -62,7 +62,7 @@ class EnvSpec:
 class StepResult:
     """What one step led to. There is no image in it: rendering is the slow part, so `observe` does it when it is wanted.
 
-    success: the task is solved in this very state (it does not end the episode).   done: the step limit is reached.
+    success: the task is solved in this very state (it does not end the episode).   done: `max_steps` is reached.
     """
 
     success: bool
@@ -102,6 +102,9 @@ class Environment(Protocol):
     def max_steps(self, task: str) -> int:
         """Actions after which an episode of this task is over."""
 
+    def longest_episode(self, task: str) -> int:
+        """Actions after which `step` refuses another one: `max_steps`, or more where an episode may go on beyond it."""
+
     def can_start_done(self, task: str) -> bool:
         """Whether `reset(..., start_done=True)` is possible for this task."""
 
@@ -115,7 +118,7 @@ class Environment(Protocol):
         """
 
     def step(self, action: NDArray[np.floating]) -> StepResult:
-        """Apply one action (A,), clipped to the spec's range. Raises `SimulatorError` when the episode is over."""
+        """Apply one action (A,), clipped to the spec's range. Raises `SimulatorError` after `longest_episode` of them."""
 
     def observe(self) -> Observation:
         """Render and return the present observation (no prompt)."""

@@ -133,6 +133,9 @@ class MetaWorldEnvironment:
     def max_steps(self, task: str) -> int:
         return (DEMO_MAX_STEPS if self.canonical(task) in SCENES else MAX_STEPS) // self._repeat
 
+    def longest_episode(self, task: str) -> int:
+        return MAX_STEPS // self._repeat
+
     def can_start_done(self, task: str) -> bool:
         scene = SCENES.get(self.canonical(task))
         return scene is not None and scene.travel is not None
@@ -167,7 +170,7 @@ class MetaWorldEnvironment:
 
     def step(self, action: NDArray[np.floating]) -> StepResult:
         task = self._task()
-        limit = self.max_steps(task.name)
+        limit = self.longest_episode(task.name)
         if task.simulator.curr_path_length >= limit * self._repeat:
             raise SimulatorError(f"metaworld task '{task.name}': the episode is over after {limit} steps; call reset")
         clipped = np.clip(np.asarray(action, np.float32), self.spec.action_low, self.spec.action_high)
@@ -175,7 +178,8 @@ class MetaWorldEnvironment:
         for _ in range(self._repeat):
             move = (clipped[:3] - self._target()) / STROKE if absolute else clipped[:3] / self._repeat
             self._observed, _, _, _, info = task.simulator.step(np.append(move, clipped[3:]))
-        return StepResult(success=bool(info["success"]), done=task.simulator.curr_path_length >= limit * self._repeat)
+        done = task.simulator.curr_path_length >= self.max_steps(task.name) * self._repeat
+        return StepResult(success=bool(info["success"]), done=done)
 
     def observe(self) -> Observation:
         state = self._observed[:STATE_DIM].astype(np.float32)  # (4,)
