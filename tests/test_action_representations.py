@@ -18,7 +18,7 @@ from conftest import ConfigFactory
 from paligemma_vla import Policy, flow
 from paligemma_vla.actions import ActionTransform
 from paligemma_vla.cli.main import main
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.loader import Collator, VLADataset
 from paligemma_vla.data.statistics import compute_statistics
@@ -27,6 +27,7 @@ from paligemma_vla.errors import ConfigError, DataError, VLAError
 from paligemma_vla.evaluation.open_loop import OpenLoopConfig, check_same_robot, evaluate
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.policy import Continuation
 from paligemma_vla.schema import METADATA_KEY, DatasetMetadata, Episode
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training import preflight
@@ -223,6 +224,33 @@ def test_validation_error_is_of_actions_as_recorded(trained: dict[str, Trainer],
     metrics = trainer.validate()
     assert metrics["val/action_mae"] == pytest.approx(errors.sum() / count.sum(), rel=1e-4)
     assert metrics["val/action_mae_per_dim"] == pytest.approx((errors.sum(0) / count.sum(0)).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("representation", ["chunk_relative", "delta"])
+def test_chunk_that_goes_on_is_anchored_to_the_new_state(trained: dict[str, Trainer], arm: Arm, representation: str) -> None:
+    """Poses that the arm is being led to, composed by hand from where it is now; a prefix of them comes back as they are."""
+    policy = policy_of(trained[representation])
+    policy.config = config_from_dict(policy.config.model_dump(), {"training.rtc_max_delay": 3})
+    row, later = arm.rows[10], arm.rows[12]  # of one episode
+    left = recorded_after(arm.rows, 10)[1:3]  # (2, 8): two of the four actions that were planned from the earlier state
+    state = state_of(later)
+    expected, before = [], state[1:8].astype(np.float64)
+    for pose in [*left, left[-1], left[-1]]:
+        step = pose[:3] - before[:3]
+        turn = (Rotation.from_quat(before[3:]).inv() * Rotation.from_quat(pose[3:7])).as_quat(canonical=True)
+        expected.append([*step, *turn, pose[7]])
+        if representation == "delta":
+            before = pose[:7]
+    ongoing = policy._ongoing([Continuation(left.astype(np.float32), 2)], state[None], "prefix")
+    normalised = policy.preprocessor.action.normalize(np.array(expected, np.float32))
+    np.testing.assert_allclose(ongoing.actions[0], normalised, atol=2e-5)
+    assert (ongoing.delay.item(), ongoing.length.item(), ongoing.guided) == (2, 2, False)
+    image = np.asarray(Image.open(io.BytesIO(row["image_1_bytes"])))
+    observation = {"image_1": image, "state": state, "prompt": row["prompt"]}
+    answer = policy.infer(observation, seed=0, continuation=Continuation(left.astype(np.float32), 2))["actions"]
+    canonical = left.copy()
+    canonical[:, 3:7] *= np.sign(left[:, 6:7])  # q and -q are one rotation
+    np.testing.assert_allclose(answer[:2], canonical, atol=1e-4)
 
 
 @pytest.mark.parametrize("representation", ["chunk_relative", "delta"])

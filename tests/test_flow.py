@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -94,3 +97,50 @@ def test_euler_on_a_linear_velocity_is_the_compound_interest_formula(steps: int)
 def test_euler_refuses_fewer_than_one_step(steps: int) -> None:
     with pytest.raises(ValueError, match="num_steps"):
         flow.euler(lambda point, time: point, torch.zeros(1, 1, 1), steps)
+
+
+def test_soft_mask_keeps_what_is_executed_and_lets_go_of_what_is_not_planned() -> None:
+    """The paper's equation 5 with H actions, d of them executed meanwhile, s executed since the last chunk: length = H - s."""
+    horizon = 12
+    for delay, length in ((0, 5), (3, 8), (4, 4), (2, 12), (0, 0)):
+        expected = []
+        for i in range(horizon):
+            c = (length - i) / (length - delay + 1)
+            soft = c * (math.exp(c) - 1) / (math.e - 1)
+            expected.append(1.0 if i < delay else soft if i < length else 0.0)
+        got = flow.soft_mask(torch.tensor([delay]), torch.tensor([length]), horizon)[0]
+        torch.testing.assert_close(got, torch.tensor(expected))
+        assert (got.diff() <= 0).all()
+
+
+def test_guidance_weight_is_the_papers_below_its_limit() -> None:
+    assert flow.guidance_weight(0.0) == flow.GUIDANCE_WEIGHT
+    for time in (0.3, 0.5, 0.7):
+        ratio = (1 - time) ** 2 / (time**2 + (1 - time) ** 2)  # r^2 of the paper
+        assert flow.guidance_weight(time) == pytest.approx(min(flow.GUIDANCE_WEIGHT, (1 - time) / (time * ratio)))
+    assert flow.guidance_weight(0.5) == pytest.approx(2.0)
+
+
+def test_guided_velocity_equals_finite_differences() -> None:
+    """What is added is the weight times the gradient of -1/2 |target - end|^2, weighted, through the end that v leads to."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3
+
+    def velocity(action: torch.Tensor, time: float) -> torch.Tensor:
+        return torch.tanh(action.flatten(1) @ mix + time).view(action.shape)
+
+    action, target = (torch.randn(2, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights = torch.rand(2, 4, 1, generator=generator, dtype=torch.float64).expand(2, 4, 2)
+    for time in (0.0, 0.4, 0.9):
+
+        def distance(point: torch.Tensor, time: float = time) -> float:
+            end = point + (1 - time) * velocity(point, time)
+            return float((weights * (target - end).square()).sum() / 2)
+
+        got = flow.guided(velocity, target, weights)(action, time) - velocity(action, time)
+        step, expected = 1e-6, torch.zeros_like(action)
+        for index in np.ndindex(*action.shape):
+            nudge = torch.zeros_like(action)
+            nudge[index] = step
+            expected[index] = -(distance(action + nudge) - distance(action - nudge)) / (2 * step)
+        torch.testing.assert_close(got, flow.guidance_weight(time) * expected, atol=1e-6, rtol=1e-5)

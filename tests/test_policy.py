@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from PIL import ExifTags, Image
 import paligemma_vla
 from conftest import ConfigFactory
 from paligemma_vla import Policy, flow
+from paligemma_vla.config import config_from_dict
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.loader import Collator, VLADataset
 from paligemma_vla.data.statistics import compute_statistics
@@ -27,6 +29,7 @@ from paligemma_vla.errors import DataError, VLAError
 from paligemma_vla.model import VLAModel
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.observation import _from_pillow
+from paligemma_vla.policy import Continuation
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.training.checkpoint import load_checkpoint
 from support import (
@@ -74,6 +77,33 @@ def test_policy_equals_the_model_called_by_hand_on_the_loaders_batch(
         got = policy.infer(observation_of(rows[number]), seed=number)["actions"]
         assert (got.shape, got.dtype) == ((HORIZON, ACTION_DIM), np.float32)
         np.testing.assert_allclose(got, expected, atol=1e-6 * max(1.0, np.abs(expected).max()))
+
+
+def test_answers_of_a_batch_continue_each_in_its_own_way(policy: Policy, rows: list[dict[str, Any]]) -> None:
+    """None, a trained prefix and guidance beside one another: each answer is the one that its observation gets alone."""
+    learned = copy.copy(policy)
+    learned.config = config_from_dict(policy.config.model_dump(), {"training.rtc_max_delay": 2})
+    observations = [observation_of(rows[number]) for number in range(4)]
+    planned = np.array([row["action"] for row in rows[1:4]], np.float32)
+    continuations = [None, Continuation(planned, 2), Continuation(planned, 3), Continuation(planned[:0], 1)]
+    assert [learned.realtime_method(each) for each in continuations] == [None, "prefix", "guidance", None]
+    together = learned.infer_batch(observations, [0, 1, 2, 3], continuations=continuations)
+    for number, observation in enumerate(observations):
+        alone = learned.infer(observation, seed=number, continuation=continuations[number])["actions"]
+        np.testing.assert_allclose(together[number], alone, atol=1e-4)
+    plain = policy.infer_batch(observations, [0, 1, 2, 3])
+    np.testing.assert_allclose(together[[0, 3]], plain[[0, 3]], atol=1e-5)
+    np.testing.assert_allclose(together[1, :2], planned[:2], atol=1e-5)
+    distance = [np.abs(chunk[:3] - planned).mean() for chunk in (plain[2], together[2])]
+    assert distance[1] < 0.3 * distance[0]
+
+
+def test_prefix_that_was_not_trained_is_refused(policy: Policy, observation: Observation) -> None:
+    planned = np.zeros((3, ACTION_DIM), np.float32)
+    with pytest.raises(
+        DataError, match=r"realtime: got prefix with a delay of 2 steps, expected none \(training.rtc_max_delay: 0"
+    ):
+        policy.infer(observation, continuation=Continuation(planned, 2), realtime="prefix")
 
 
 def test_policy_needs_nothing_but_its_checkpoint(
@@ -250,7 +280,7 @@ def test_policy_refuses_by_name(case: str, policy: Policy, observation: Observat
 def test_policy_refuses_a_seed_that_is_none(seed: Any, policy: Policy, observation: Observation) -> None:
     with pytest.raises(DataError, match=r"seed: got .*, expected a whole number from 0"):
         policy.infer(observation, seed=seed)
-    with pytest.raises(DataError, match="observations: got 1 and 2 seeds"):
+    with pytest.raises(DataError, match="observations: got 1, 2 seeds and"):
         policy.infer_batch([observation], [1, 2])
     with pytest.raises(DataError, match="observation: got list, expected a dictionary of image_1, image_2"):
         policy.infer([observation], seed=0)  # type: ignore[arg-type]

@@ -249,6 +249,7 @@ class TrainingConfig(Section):
     shard_processes: Positive | None = Field(None, description="hsdp: processes that share one copy; null: a machine's.")
     cpu_offload: bool = Field(False, description="fsdp, hsdp: keep weights and optimiser in the machine's memory: slow.")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="Moving average of the weights, for validation and Policy; 0: off.")
+    rtc_max_delay: NonNegative = Field(0, description="Learn to continue chunks: most actions given at once; 0: off.")
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = Field((), description="E.g. head first, then all.")
     log_interval: Positive = Field(10, description="Optimiser steps between log lines.")
     validate_every_n_steps: Positive | None = Field(None, description="null: at the end of each epoch.")
@@ -353,6 +354,9 @@ class VLAConfig(Section):
         if batch_size % parts:
             text = f"got {parts}, expected a divisor of data.batch_size ({batch_size})"
             yield "training.gradient_accumulation_steps", text
+        horizon, delay = self.model.action_head_config.horizon, self.training.rtc_max_delay
+        if delay >= horizon:
+            yield "training.rtc_max_delay", f"got {delay}, expected less than the horizon, {horizon}; 0 switches it off"
         if self.model.vlm_config.frozen and any(stage.train == "all" for stage in self.training.stages):
             yield "training.stages", "the whole backbone is frozen in model.vlm_config, so no stage can train all"
         if self.training.parallel != "ddp" and self.optimizer.type == "adamw_8bit":

@@ -9,12 +9,31 @@ so the velocity a model learns is `action - noise`, everywhere (specification S4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 TIME_MIN, TIME_MAX = 0.02, 0.98
+GUIDANCE_WEIGHT = 5.0  # largest weight of the guidance; above it few Euler steps overshoot (arXiv 2506.07339)
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+class Ongoing(NamedTuple):
+    """What a robot goes on executing while its next chunk is sampled (real-time chunking).
+
+    actions: (B, K, A) normalised, what is left of the last chunk, from the present step on; its last action repeated up to K.
+    delay: (B,) how many of them are executed before the new chunk is used.   length: (B,) how many are real, >= delay.
+    guided: pull a model towards them that was trained without prefixes; False: it was trained with them (`flow_prefix`).
+    """
+
+    actions: Tensor
+    delay: Tensor
+    length: Tensor
+    guided: bool
 
 
 def draw_time(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
@@ -41,6 +60,11 @@ def interpolate(noise: Tensor, action: Tensor, time: Tensor) -> Tensor:
     return (1 - t) * noise + t * action
 
 
+def prefix_mask(length: Tensor, horizon: int) -> Tensor:
+    """Which actions of a chunk are among its first `length` (...,): bool (..., K)."""
+    return torch.arange(horizon, device=length.device) < length[..., None]
+
+
 def velocity_target(noise: Tensor, action: Tensor) -> Tensor:
     """What the model is to predict anywhere on the path: `action - noise`."""
     return action - noise
@@ -57,7 +81,44 @@ def masked_squared_error(velocity: Tensor, target: Tensor, mask: Tensor) -> tupl
     return torch.where(mask, squared, 0.0).sum(), mask.sum().float()
 
 
-def euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, num_steps: int) -> Tensor:
+def soft_mask(delay: Tensor, length: Tensor, horizon: int) -> Tensor:
+    """How firmly a new chunk keeps to each action of the last one: (B,) and (B,) to (B, K) in [0, 1].
+
+    1 for those that are executed before the chunk is used, falling to 0 where the last chunk ends (arXiv 2506.07339, eq. 5).
+    """
+    step = torch.arange(horizon, device=delay.device)
+    delay, length = delay[:, None], length[:, None]
+    c = (length - step) / (length - delay + 1)
+    weight = torch.where(step < delay, 1.0, c * torch.expm1(c) / (math.e - 1))
+    return torch.where(step < length, weight, 0.0)
+
+
+def guidance_weight(time: float) -> float:
+    """Weight of the guidance at a flow time: (1 - t) / t * (t^2 + (1 - t)^2) / (1 - t)^2, at most `GUIDANCE_WEIGHT`."""
+    if not 0 < time < 1:
+        return GUIDANCE_WEIGHT
+    return min(GUIDANCE_WEIGHT, (time**2 + (1 - time) ** 2) / (time * (1 - time)))
+
+
+def guided(velocity: Velocity, target: Tensor, weights: Tensor) -> Velocity:
+    """A velocity that also leads to where `target` (B, K, A) is, with `weights` (B, K, A): real-time chunking at inference.
+
+    At each time the chunk that the velocity leads to is A + (1 - t) v; its weighted distance to the target comes back through
+    the Jacobian of that estimate (arXiv 2506.07339, eq. 2 to 4). Needs gradients: not within `torch.inference_mode`.
+    """
+
+    def corrected(action: Tensor, time: float) -> Tensor:
+        with torch.enable_grad():
+            action = action.detach().requires_grad_()
+            unguided = velocity(action, time)
+            end = action + (1 - time) * unguided
+        (correction,) = torch.autograd.grad(end, action, weights * (target - end.detach()))
+        return unguided.detach() + guidance_weight(time) * correction
+
+    return corrected
+
+
+def euler(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
     """Integrate dA/dt = velocity(A, t) from t = 0 (noise) to t = 1 in `num_steps` equal Euler steps (S6.1).
 
     velocity receives (A, t_i) with t_i = i / num_steps. Exact when the velocity is constant.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,21 @@ CONFIG, TOKENIZER, PROCESSOR = "config.json", "tokenizer.json", "processor_confi
 # What processor_config.json says about images, and config.json therefore does not: its name there -> in `ImageSpec`.
 IMAGE_SETTINGS = {"image_mean": "mean", "image_std": "std", "resample": "resample"}
 AGAIN = "fetch or export it again"
+
+
+RealTime = Literal["prefix", "guidance"]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a robot goes on executing while the answer to its observation is computed (real-time chunking).
+
+    actions: (n, A) float32 in real units, what is left of its last chunk, from the observation on.
+    delay: how many of them will be executed before the answer is used.
+    """
+
+    actions: NDArray[np.float32]
+    delay: int
 
 
 class Policy:
@@ -80,6 +95,7 @@ class Policy:
             "rotation": _rotation(self.config, robot),
             "horizon": head.horizon,
             "num_inference_timesteps": head.num_inference_timesteps,
+            "rtc_max_delay": self.config.training.rtc_max_delay,
             "training": trained.training,
             "weights": weights or "full",
             "versions": trained.versions,
@@ -95,16 +111,39 @@ class Policy:
         """
         return cls(load_trained(path), str(path), torch.device(device), weights)
 
-    def infer(self, observation: Mapping[str, Any], seed: int | None = None, num_steps: int | None = None) -> dict[str, Any]:
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        seed: int | None = None,
+        num_steps: int | None = None,
+        continuation: Continuation | None = None,
+        realtime: RealTime | None = None,
+    ) -> dict[str, Any]:
         """Answer one observation.
 
         observation: `image_1 .. image_N`, RGB of any size: (H, W, 3) or (3, H, W), uint8 or floats from 0 to 1, or PIL images;
         cameras after the first may be left out. `state` (P,) in real units. `prompt`. A leading dimension of one is taken as
         a batch. seed: of the initial noise; None draws a fresh one. num_steps: Euler steps; None: the configuration's.
-        Returns {"actions": (K, A) float32 in real units}. Raises `DataError` for a wrong observation, naming each key,
-        `NotFiniteError` when the answer is not finite.
+        continuation: what the robot does meanwhile; the answer begins like it, and goes on from there. realtime: how,
+        see `realtime_method`.
+        Returns {"actions": (K, A) float32 in real units}, action k for the k-th step after the observation. Raises `DataError`
+        for a wrong observation, naming each key, `NotFiniteError` when the answer is not finite.
         """
-        return {"actions": self.infer_batch([observation], [seed], num_steps)[0]}
+        return {"actions": self.infer_batch([observation], [seed], num_steps, [continuation], realtime)[0]}
+
+    def realtime_method(self, continuation: Continuation | None, realtime: RealTime | None = None) -> RealTime | None:
+        """How an answer will continue: `prefix`, as trained (`training.rtc_max_delay`), at no cost; `guidance`, of any policy
+        for any delay, at two to three times the cost of the head; None where nothing is left to continue.
+
+        realtime: one of the two for all; None chooses. Raises `DataError` for a prefix that was not trained.
+        """
+        if continuation is None or not len(continuation.actions):
+            return None
+        delay, longest = min(continuation.delay, len(continuation.actions)), self.config.training.rtc_max_delay
+        if realtime == "prefix" and delay > longest:
+            trained = f"up to {longest} steps" if longest else "none (training.rtc_max_delay: 0)"
+            raise DataError(f"realtime: got prefix with a delay of {delay} steps, expected {trained}; take guidance")
+        return realtime or ("prefix" if delay <= longest and longest else "guidance")
 
     def parse(self, observation: Mapping[str, Any]) -> ParsedObservation:
         """Check an observation, so that a fault of it is not one of the batch it is answered in. Raises as `infer` does."""
@@ -112,30 +151,64 @@ class Policy:
         self.preprocessor.prompts.text_ids(parsed.prompt)
         return parsed
 
-    @torch.inference_mode()
     def infer_batch(
         self,
         observations: Sequence[Mapping[str, Any] | ParsedObservation],
         seeds: Sequence[int | None],
         num_steps: int | None = None,
+        continuations: Sequence[Continuation | None] | None = None,
+        realtime: RealTime | None = None,
     ) -> NDArray[np.float32]:
-        """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments and errors as in `infer`."""
-        if not 0 < len(observations) == len(seeds):
-            raise DataError(
-                f"observations: got {len(observations)} and {len(seeds)} seeds, expected at least one, and a seed each"
-            )
+        """Answer several observations at once: actions (B, K, A) float32 in real units. Arguments and errors as in `infer`.
+
+        Those that continue in different ways are computed one way after the other.
+        """
+        if continuations is None:
+            continuations = [None] * len(seeds)
+        if not 0 < len(observations) == len(seeds) == len(continuations):
+            counts = f"{len(observations)}, {len(seeds)} seeds and {len(continuations)} continuations"
+            raise DataError(f"observations: got {counts}, expected at least one, and one of each for each")
         if num_steps is not None:
             num_steps = whole_number("num_steps", num_steps, 1)
-        noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
         parsed = [each if isinstance(each, ParsedObservation) else self.parse(each) for each in observations]
-        present = np.array([[image is not None for image in each.images] for each in parsed])  # (B, N)
+        methods = [self.realtime_method(each, realtime) for each in continuations]
+        noise = torch.stack([self._noise(seed) for seed in seeds])  # (B, M = 1, K, A)
+        answer = np.empty((len(parsed), *noise.shape[2:]), np.float32)[..., : self.preprocessor.action.dimension]
+        for method in dict.fromkeys(methods):
+            rows = [row for row, each in enumerate(methods) if each == method]
+            views = [parsed[row] for row in rows]
+            state = np.stack([view.state for view in views])  # (B, P)
+            left = [each for row in rows if (each := continuations[row]) is not None]
+            going_on = None if method is None else self._ongoing(left, state, method)
+            with torch.no_grad() if method == "guidance" else torch.inference_mode():
+                predicted = self._sample(views, state, noise[rows], num_steps, going_on)
+            answer[rows] = self.preprocessor.decode_actions(predicted, state)
+        finite = np.isfinite(answer).all(axis=(1, 2))
+        if not finite.all():
+            number = int(np.flatnonzero(~finite)[0])
+            raise NotFiniteError(
+                f"observation {number} of {len(answer)}: the policy's actions are not finite: the training run diverged; use "
+                f"an earlier checkpoint, or lower optimizer.lr and train again. Or the state is far from those of the "
+                f"training data: got {parsed[number].state.tolist()}"
+            )
+        return answer
+
+    def _sample(
+        self,
+        views: Sequence[ParsedObservation],
+        state: NDArray[np.float32],
+        noise: Tensor,
+        num_steps: int | None,
+        ongoing: flow.Ongoing | None,
+    ) -> NDArray[np.float32]:
+        """What the model predicts (B, K, A), normalised, from the states (B, P) and noise (B, 1, K, A)."""
+        present = np.array([[image is not None for image in view.images] for view in views])  # (B, N)
         images = [
-            torch.from_numpy(np.stack([self._pixels(each.images[n]) for each in parsed])).to(self.device)
+            torch.from_numpy(np.stack([self._pixels(view.images[n]) for view in views])).to(self.device)
             for n in range(len(self._cameras))
         ]  # N of (B, 3, H, W)
-        prompts = [each.prompt for each in parsed]
+        prompts = [view.prompt for view in views]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
-        state = np.stack([each.state for each in parsed])  # (B, P)
         actions = self.model(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
@@ -145,20 +218,26 @@ class Policy:
             further_images=images[2:],
             input_ids=torch.from_numpy(ids),
             image_mask=torch.from_numpy(present),
-            flow_noise=noise,
+            flow_noise=noise.to(self.device),
             num_steps=num_steps,
+            ongoing=ongoing,
         )
-        predicted = actions[..., : self.preprocessor.action.dimension].cpu().numpy()
-        answer = self.preprocessor.decode_actions(predicted, state)  # (B, K, A)
-        finite = np.isfinite(answer).all(axis=(1, 2))
-        if not finite.all():
-            number = int(np.flatnonzero(~finite)[0])
-            raise NotFiniteError(
-                f"observation {number} of {len(answer)}: the policy's actions are not finite: the training run diverged; use "
-                f"an earlier checkpoint, or lower optimizer.lr and train again. Or the state is far from those of the "
-                f"training data: got {state[number].tolist()}"
-            )
-        return answer
+        predicted: NDArray[np.float32] = actions[..., : self.preprocessor.action.dimension].cpu().numpy()
+        return predicted
+
+    def _ongoing(self, continuations: Sequence[Continuation], state: NDArray[np.float32], method: RealTime) -> flow.Ongoing:
+        """Continuations as the model sees actions: relative ones start from the new states (B, P); the last one is repeated,
+        since a zero means the data's mean."""
+        head = self.config.model.action_head_config
+        actions = np.zeros((len(state), head.horizon, head.per_action_dim), np.float32)
+        rest = [each.actions[: head.horizon] for each in continuations]
+        steps = np.arange(head.horizon)
+        repeated = np.stack([left[np.minimum(steps, len(left) - 1)] for left in rest])  # (B, K, A)
+        actions[..., : repeated.shape[2]] = self.preprocessor.encode_actions(repeated, state)
+        length = torch.tensor([len(left) for left in rest], device=self.device)
+        delay = torch.tensor([each.delay for each in continuations], device=self.device)
+        on_device = torch.from_numpy(actions).to(self.device)
+        return flow.Ongoing(on_device, torch.minimum(delay, length), length, guided=method == "guidance")
 
     def _noise(self, seed: int | None) -> Tensor:
         head = self.config.model.action_head_config

@@ -309,3 +309,25 @@ def test_processor_may_be_a_folder(tiny_config: ConfigFactory, tiny_model_dir: P
     built = VLADataset(config.data.train_parquet_files, str(tiny_model_dir), config)
     assert identical(dict(built[5]), dict(dataset[5]))
     assert build_preprocessor(tiny_config()).to_dict() == built.preprocessor.to_dict()
+
+
+def test_prefixes_are_drawn_for_training_alone_and_leave_the_other_draws_as_they_are(
+    session_config: ConfigFactory, preprocessor: Preprocessor
+) -> None:
+    draws = {"model.action_head_config.num_flow_samples": 8}
+    plain = make(session_config(draws, cameras=2), preprocessor, training=True)
+    config = session_config({"training.rtc_max_delay": 3, **draws}, cameras=2)
+    given = make(config, preprocessor, training=True)
+    drawn = []
+    for number in range(len(given)):
+        item, without = given[number], plain[number]
+        assert item.keys() - without.keys() == {"flow_prefix"}
+        assert all(identical(item[key], without[key]) for key in without)
+        assert torch.equal(item["flow_prefix"], given[number]["flow_prefix"])
+        drawn.append(item["flow_prefix"])
+    counts = torch.stack(drawn).flatten().bincount()
+    assert len(counts) == 4  # 0 to 3
+    assert counts.min() > 0.7 * counts.float().mean()
+    batch = Collator(preprocessor.prompts)([given[0], given[1]])
+    assert batch["flow_prefix"].shape == (2, 8)
+    assert "flow_prefix" not in make(config, preprocessor)[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paligemma_vla import flow
@@ -135,6 +136,89 @@ def test_loss_is_the_specifications_objective() -> None:
     assert output.loss_sum.detach().item() == pytest.approx(total, rel=1e-5)
     assert output.valid_count == 2 * action_mask.sum()
     torch.testing.assert_close(output.target, action[:, None] - noise)
+
+
+@torch.no_grad()
+def naive_velocity(head: FlowmatchingActionHead, x: dict[str, Tensor], action: Tensor, time: Tensor) -> Tensor:
+    """The head written down with a time of its own for each action: action (B, K, A), time (B, K)."""
+    context = head.project_context(x["context"], x["mask"], x["state"])
+    condition = F.silu(head.time_embedding(time) + context.state)  # (B, K, D)
+    tokens = head.action_encoder(action) + head.position
+
+    def heads(y: Tensor) -> Tensor:
+        return y.unflatten(-1, (4, -1)).transpose(1, 2)
+
+    for block, (key, value) in zip(head.blocks, context.keys_values, strict=True):
+        parts = block.modulation(condition).chunk(9, dim=-1)  # each (B, K, D)
+        y = block.norm(tokens) * (1 + parts[1]) + parts[0]
+        attended = F.scaled_dot_product_attention(*(heads(each) for each in block.qkv(y).chunk(3, dim=-1)))
+        tokens = tokens + parts[2] * block.self_out(attended.transpose(1, 2).flatten(2))
+        y = block.norm(tokens) * (1 + parts[4]) + parts[3]
+        attended = F.scaled_dot_product_attention(heads(block.query(y)), key, value, attn_mask=context.mask)
+        tokens = tokens + parts[5] * block.cross_out(attended.transpose(1, 2).flatten(2))
+        tokens = tokens + parts[8] * block.mlp(block.norm(tokens) * (1 + parts[7]) + parts[6])
+    shift, scale = head.final_modulation(condition).chunk(2, dim=-1)
+    return head.velocity(head.final_norm(tokens) * (1 + scale) + shift)
+
+
+DELAYS = torch.tensor([0, 1, 3, 2, 4])
+
+
+def test_loss_with_prefixes_equals_a_loop_with_a_time_for_each_action() -> None:
+    head, x = make_head(), inputs()
+    generator = torch.Generator().manual_seed(3)
+    action, noise = torch.randn(5, K, A, generator=generator), torch.randn(5, 2, K, A, generator=generator)
+    action_mask = torch.rand(5, K, A, generator=generator) > 0.2
+    time, prefix = torch.rand(5, 2, generator=generator), torch.stack([DELAYS, DELAYS.flip(0)], dim=1)
+    output = head.loss(x["context"], action.flatten(1), x["state"], x["mask"], action_mask, time, noise, prefix)
+    total, count = 0.0, 0
+    for m in range(2):
+        own = torch.stack([torch.tensor([1.0 if k < prefix[b, m] else float(time[b, m]) for k in range(K)]) for b in range(5)])
+        point = (1 - own[..., None]) * noise[:, m] + own[..., None] * action
+        velocity = naive_velocity(head, x, point, own)
+        for b in range(5):
+            for k in range(int(prefix[b, m]), K):
+                error = (velocity[b, k] - (action - noise[:, m])[b, k])[action_mask[b, k]]
+                total, count = total + float(error.square().sum()), count + len(error)
+    assert output.loss_sum.detach().item() == pytest.approx(total, rel=1e-5)
+    assert output.valid_count == count > 0
+    without = head.loss(x["context"], action.flatten(1), x["state"], x["mask"], action_mask, time, noise)
+    none = head.loss(x["context"], action.flatten(1), x["state"], x["mask"], action_mask, time, noise, 0 * prefix)
+    torch.testing.assert_close(none.loss_sum, without.loss_sum)
+
+
+def ongoing(guided: bool, delay: Tensor = DELAYS) -> flow.Ongoing:
+    actions = torch.rand(5, K, A, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    return flow.Ongoing(actions, delay, torch.full((5,), K), guided)
+
+
+def test_sample_with_a_prefix_equals_a_loop_that_writes_it_at_each_step() -> None:
+    head, x, given = make_head(), inputs(), ongoing(guided=False)
+    with torch.no_grad():
+        got = head.sample(x["context"], x["mask"], x["state"], x["noise"], 6, given)
+    action = x["noise"].clone()
+    for step in range(6):
+        time = torch.full((5, K), step / 6)
+        for b, delay in enumerate(DELAYS.tolist()):
+            action[b, :delay], time[b, :delay] = given.actions[b, :delay], 1.0
+        action = action + naive_velocity(head, x, action, time) / 6
+    for b, delay in enumerate(DELAYS.tolist()):
+        action[b, :delay] = given.actions[b, :delay]
+        assert torch.equal(got[b, :delay], given.actions[b, :delay])
+    torch.testing.assert_close(got, action, atol=1e-5, rtol=0)
+
+
+def test_guidance_leads_to_what_is_being_executed_and_leaves_other_samples_alone() -> None:
+    head, x = make_head(), inputs()
+    delay = torch.tensor([0, 2, 4, 0, 1])
+    given = ongoing(guided=True, delay=delay)._replace(length=torch.tensor([0, 3, 4, 0, 4]))
+    with torch.no_grad():
+        free = head.sample(x["context"], x["mask"], x["state"], x["noise"], 10)
+        got = head.sample(x["context"], x["mask"], x["state"], x["noise"], 10, given)
+    assert torch.equal(got[[0, 3]], free[[0, 3]])  # nothing to continue
+    for b in (1, 2, 4):
+        before, after = ((each[b] - given.actions[b])[: delay[b]].abs().max() for each in (free, got))
+        assert after < 0.2 * before
 
 
 def test_draws_left_to_the_head_follow_the_configuration_and_torchs_seed() -> None:

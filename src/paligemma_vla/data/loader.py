@@ -56,6 +56,7 @@ class Item(TypedDict, total=False):
     action_mask: Tensor
     flow_time: Tensor
     flow_noise: Tensor
+    flow_prefix: Tensor
     position: int
 
 
@@ -82,6 +83,7 @@ class VLADataset(Dataset[Item]):
         self.index = parquet_files if isinstance(parquet_files, EpisodeIndex) else EpisodeIndex.build(parquet_files)
         self.preprocessor = processor if isinstance(processor, Preprocessor) else build_preprocessor(config, processor)
         self.config, self.stream = config, "training" if training else "validation"
+        self.max_prefix = config.training.rtc_max_delay if training else 0
         self.augmentation = config.data.augmentation if training and config.data.augmentation.enabled else None
         check_fit(self.index, self.preprocessor.statistics, config)
         if self.preprocessor is not processor:
@@ -139,6 +141,9 @@ class VLADataset(Dataset[Item]):
             "flow_noise": flow.draw_noise((head.num_flow_samples, *action.shape), generator),
             "position": ref.position,
         }
+        if self.max_prefix:  # from a generator of its own: time and noise are as without
+            generator.manual_seed(derive_seed(seed, f"{self.stream} prefix", ref.position))
+            item["flow_prefix"] = torch.randint(self.max_prefix + 1, (head.num_flow_samples,), generator=generator)
         return item  # type: ignore[return-value]
 
     def __getitems__(self, refs: list[SampleRef] | Part) -> list[Item] | VLAError:

@@ -325,6 +325,7 @@ def full_batch(config: VLAConfig, samples: int, tokens: int, side: int) -> dict[
         "action_mask": torch.ones(samples, *chunk, dtype=torch.bool),
         "flow_time": torch.empty(samples, draws),
         "flow_noise": torch.empty(samples, draws, *chunk),
+        "flow_prefix": torch.ones(samples, draws, dtype=torch.long) if config.training.rtc_max_delay else None,
     }
 
 

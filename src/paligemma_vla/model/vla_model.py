@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
+from paligemma_vla.flow import Ongoing
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
@@ -151,7 +152,9 @@ class VLAModel(nn.Module):
         action_mask: Tensor | None = None,
         flow_time: Tensor | None = None,
         flow_noise: Tensor | None = None,
+        flow_prefix: Tensor | None = None,
         num_steps: int | None = None,
+        ongoing: Ongoing | None = None,
     ) -> FlowOutput | Tensor:
         """Training objective with `actions_gt_seq`, sampled actions without (S3.2, S4.1).
 
@@ -159,7 +162,8 @@ class VLAModel(nn.Module):
         raw_prompt_texts_batch: B instructions, encoded here unless input_ids and vlm_attention_mask_batch (B, T) are given.
         state_batch (B, P) normalised. actions_gt_seq (B, K * A) or (B, K, A) normalised, with action_mask (B, K, A).
         further_images: cameras 3 .. N. image_mask (B, N): which cameras are present. flow_time (B, M), flow_noise
-        (B, M, K, A): drawn here when missing; in sampling flow_noise is the start, (B, 1, K, A). num_steps: Euler steps.
+        (B, M, K, A): drawn here when missing; in sampling flow_noise is the start, (B, 1, K, A). flow_prefix (B, M): so many
+        first actions are given. num_steps: Euler steps. ongoing: what sampled actions have to continue.
 
         Returns `FlowOutput`, or actions (B, K, A), normalised, float32.
         """
@@ -168,10 +172,12 @@ class VLAModel(nn.Module):
             context, mask = self._context(*inputs, further_images, input_ids, image_mask)
             if actions_gt_seq is None:
                 noise = None if flow_noise is None else flow_noise[:, 0]
-                actions: Tensor = self.action_head.get_action(context, state_batch, mask, noise, num_steps)
+                more = {} if ongoing is None else {"ongoing": ongoing}  # not every head knows it
+                actions: Tensor = self.action_head.get_action(context, state_batch, mask, noise, num_steps, **more)
                 return actions
+            prefix = {} if flow_prefix is None else {"flow_prefix": flow_prefix}
             output: FlowOutput = self.action_head.loss(
-                context, actions_gt_seq, state_batch, mask, action_mask, flow_time, flow_noise
+                context, actions_gt_seq, state_batch, mask, action_mask, flow_time, flow_noise, **prefix
             )
             return output
 
@@ -210,4 +216,5 @@ def arguments_from_batch(batch: dict[str, Any], sample: bool = False, num_steps:
         "actions_gt_seq": batch["action"],
         "action_mask": batch["action_mask"],
         "flow_time": batch["flow_time"],
+        "flow_prefix": batch.get("flow_prefix"),
     }

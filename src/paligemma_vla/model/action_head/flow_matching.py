@@ -43,6 +43,25 @@ class ProjectedContext:
     state: Tensor | None
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What modulates the blocks: flow time and state.
+
+    vector: (B or 1, M or 1, D). clean: (B, M, K), the actions whose own flow time is 1, with their vector (B or 1, 1, D).
+    """
+
+    vector: Tensor
+    clean: tuple[Tensor, Tensor] | None = None
+
+    def modulation(self, layer: nn.Module) -> Tensor:
+        """The layer's output for each action: (B, M, 1 or K, n D). It is computed for two vectors, not for K."""
+        output: Tensor = layer(self.vector)[..., None, :]
+        if self.clean is None:
+            return output
+        mask, vector = self.clean
+        return torch.where(mask[..., None], layer(vector)[..., None, :], output)
+
+
 class TimeEmbedding(nn.Module):
     """Flow time in [0, 1] to (..., D): sines and cosines with periods from 0.004 to 4, then a small MLP."""
 
@@ -81,10 +100,10 @@ class Block(nn.Module):
         key, value = self.key_value(context).chunk(2, dim=-1)
         return self._split(key), self._split(value)
 
-    def forward(self, x: Tensor, condition: Tensor, context: KeyValue, mask: Tensor) -> Tensor:
-        """x (B, M, K, D), condition (B or 1, M or 1, D) to (B, M, K, D)."""
+    def forward(self, x: Tensor, condition: Condition, context: KeyValue, mask: Tensor) -> Tensor:
+        """x (B, M, K, D) to (B, M, K, D)."""
         batch, draws, steps, width = x.shape
-        parts = self.modulation(condition)[..., None, :].chunk(9, dim=-1)  # each (B, M, 1, D)
+        parts = condition.modulation(self.modulation).chunk(9, dim=-1)  # each (B, M, 1 or K, D)
         shift, scale, gate = parts[0::3], parts[1::3], parts[2::3]
 
         query, key, value = self.qkv(self._modulated(x, shift[0], scale[0])).flatten(0, 1).chunk(3, dim=-1)  # (B M, K, D)
@@ -163,24 +182,32 @@ class FlowmatchingActionHead(nn.Module):
         context: ProjectedContext | Tensor,
         context_mask: Tensor | None = None,
         state: Tensor | None = None,
+        clean: Tensor | None = None,
     ) -> Tensor:
         """Velocity at a point of the flow (S4.2): same shape as `action`, (B, K, A) or (B, M, K, A), float32.
 
         time: a number, (B,) or (B, M), in [0, 1]. context: what `project_context` gave, or fused tokens (B, T, E) with mask
-        and state.
+        and state. clean: (B, K) or (B, M, K), actions that are given: their own time is 1 (arXiv 2512.05964).
         """
         if isinstance(context, Tensor):
             context = self.project_context(context, context_mask, state)
         draws = action if action.dim() == 4 else action[:, None]  # (B, M, K, A)
         time = torch.as_tensor(time, dtype=torch.float32, device=action.device)
-        condition = self.time_embedding(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1))
-        condition = F.silu(condition if context.state is None else condition + context.state)  # (B or 1, M, D)
+        condition = Condition(self._condition(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1), context))
+        if clean is not None:
+            at_end = self._condition(torch.ones(1, 1, device=action.device), context)
+            condition = Condition(condition.vector, (clean if clean.dim() == 3 else clean[:, None], at_end))
         x = self.action_encoder(draws) + self.position
         for block, key_value in zip(self.blocks, context.keys_values, strict=True):
             x = block(x, condition, key_value, context.mask)
-        shift, scale = self.final_modulation(condition)[..., None, :].chunk(2, dim=-1)
+        shift, scale = condition.modulation(self.final_modulation).chunk(2, dim=-1)
         velocity: Tensor = self.velocity(self.final_norm(x) * (1 + scale) + shift)
         return velocity.float().view(action.shape)
+
+    def _condition(self, time: Tensor, context: ProjectedContext) -> Tensor:
+        """time (B or 1, M) to (B or 1, M, D)."""
+        embedded = self.time_embedding(time)
+        return F.silu(embedded if context.state is None else embedded + context.state)
 
     def loss(
         self,
@@ -191,11 +218,13 @@ class FlowmatchingActionHead(nn.Module):
         action_mask: Tensor | None = None,
         flow_time: Tensor | None = None,
         flow_noise: Tensor | None = None,
+        flow_prefix: Tensor | None = None,
     ) -> FlowOutput:
         """The training objective (S4.2): at M random points of each sample's path, squared error of the velocity.
 
         actions_gt (B, K * A) or (B, K, A); action_mask (B, K, A), None: all valid; flow_time (B, M) and flow_noise
-        (B, M, K, A), None: drawn here from torch's global generator.
+        (B, M, K, A), None: drawn here from torch's global generator. flow_prefix (B, M): so many first actions are given, as
+        they are when a robot executes them already; they are left out of the loss (arXiv 2512.05964).
         """
         chunk = (self.config.horizon, self.config.per_action_dim)
         action = actions_gt.view(-1, 1, *chunk).float()  # (B, 1, K, A)
@@ -206,16 +235,45 @@ class FlowmatchingActionHead(nn.Module):
         if action_mask is None:
             action_mask = torch.ones_like(action[:, 0], dtype=torch.bool)
         context = self.project_context(fused_tokens, context_mask, state)
-        velocity = self.predict_velocity(flow.interpolate(flow_noise, action, flow_time), flow_time, context)
+        point, mask, clean = flow.interpolate(flow_noise, action, flow_time), action_mask[:, None], None
+        if flow_prefix is not None:
+            clean = flow.prefix_mask(flow_prefix, self.config.horizon)  # (B, M, K)
+            point, mask = torch.where(clean[..., None], action, point), mask & ~clean[..., None]
+        velocity = self.predict_velocity(point, flow_time, context, clean=clean)
         target = flow.velocity_target(flow_noise, action)
-        return FlowOutput(velocity, target, *flow.masked_squared_error(velocity, target, action_mask[:, None]))
+        return FlowOutput(velocity, target, *flow.masked_squared_error(velocity, target, mask))
 
     def sample(
-        self, context: Tensor, context_mask: Tensor | None, state: Tensor | None, noise: Tensor, num_steps: int
+        self,
+        context: Tensor,
+        context_mask: Tensor | None,
+        state: Tensor | None,
+        noise: Tensor,
+        num_steps: int,
+        ongoing: flow.Ongoing | None = None,
     ) -> Tensor:
-        """Integrate from noise (B, K, A) to actions (B, K, A) in `num_steps` Euler steps; deterministic given the noise."""
+        """Integrate from noise (B, K, A) to actions (B, K, A) in `num_steps` Euler steps; deterministic given the noise.
+
+        ongoing: what the actions have to continue; None: nothing.
+        """
         projected = self.project_context(context, context_mask, state)
-        return flow.euler(lambda action, time: self.predict_velocity(action, time, projected), noise, num_steps)
+
+        def velocity(action: Tensor, time: float) -> Tensor:
+            return self.predict_velocity(action, time, projected)
+
+        if ongoing is None:
+            return flow.euler(velocity, noise, num_steps)
+        horizon = self.config.horizon
+        if ongoing.guided:
+            weights = flow.soft_mask(ongoing.delay, ongoing.length, horizon)[..., None].expand_as(noise)
+            return flow.euler(flow.guided(velocity, ongoing.actions, weights), noise, num_steps)
+        clean = flow.prefix_mask(ongoing.delay, horizon)  # (B, K)
+
+        def continued(action: Tensor, time: float) -> Tensor:
+            action = torch.where(clean[..., None], ongoing.actions, action)
+            return self.predict_velocity(action, time, projected, clean=clean)
+
+        return torch.where(clean[..., None], ongoing.actions, flow.euler(continued, noise, num_steps))
 
     def get_action(
         self,
@@ -224,14 +282,16 @@ class FlowmatchingActionHead(nn.Module):
         context_mask: Tensor | None = None,
         noise: Tensor | None = None,
         num_steps: int | None = None,
+        ongoing: flow.Ongoing | None = None,
     ) -> Tensor:
-        """Sample actions (B, K, A), normalised (S6.1). noise: None draws Uniform(-1, 1) from torch's global generator."""
+        """Sample actions (B, K, A), normalised (S6.1). noise: None draws Uniform(-1, 1) from torch's global generator.
+        ongoing: what they have to continue."""
         if noise is None:
             shape = (len(fused_tokens), self.config.horizon, self.config.per_action_dim)
             noise = flow.draw_noise(shape).to(fused_tokens.device)
         if num_steps is None:
             num_steps = self.config.num_inference_timesteps
-        return self.sample(fused_tokens, context_mask, state, noise, num_steps)
+        return self.sample(fused_tokens, context_mask, state, noise, num_steps, ongoing)
 
     def forward(
         self, fused_tokens: Tensor, state: Tensor | None = None, actions_gt: Tensor | None = None
