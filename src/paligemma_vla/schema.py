@@ -36,6 +36,8 @@ EPISODES_KEY, CONTENT_KEY = b"episodes", b"content_digest"
 # Columns of recorded episodes beside those of S1.1: who acted, unix time of the view in s, and whether the episode succeeded.
 ACTOR, TIME, SUCCESS = "actor", "time", "success"
 POLICY, INTERVENTION = "policy", "intervention"  # values of ACTOR
+# What was executed where it is not `action` (A,), and the simulator's reset arguments as JSON, the same at every step.
+EXECUTED, RESET = "executed_action", "reset"
 LOG_SUFFIX = ".chunks.jsonl"  # of what `serve --record` writes where a client shows one view per chunk: no episodes
 REPRESENTATIONS = ("absolute", "delta")  # of recorded actions
 # What the metadata of one robot's files agree on, where they say it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.cli import collect as command
-from paligemma_vla.errors import SimulatorError
+from paligemma_vla.errors import DataError, SimulatorError
 from paligemma_vla.evaluation.collect import CollectConfig, collect, correlated_noise, demonstrate
-from paligemma_vla.evaluation.envs import StepResult
+from paligemma_vla.evaluation.envs import Start, StepResult
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, METADATA, MetaWorldEnvironment
 from paligemma_vla.evaluation.envs.metaworld_tasks import prompts
 
@@ -60,10 +61,10 @@ class Spy:
     def max_steps(self, task):
         return 90 if self._fail else self._env.max_steps(task)
 
-    def reset(self, task, seed, **options):
+    def reset(self, task, seed, resets="demo", **options):
         self.clean, self.executed, self.targets = [], [], []
         self.resets.append(options | {"seed": seed})
-        return self._env.reset(task, seed, **options)
+        return self._env.reset(task, seed, resets, **options)
 
     def expert_action(self):
         self.clean.append(self._env.expert_action())
@@ -91,6 +92,7 @@ def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
         episode = demonstrate(spy, replace(config, noise_share=share), "faucet-open", 0)[0]
         clean, executed = np.stack(spy.clean), np.stack(spy.executed)
         np.testing.assert_array_equal(episode.action, clean)
+        np.testing.assert_array_equal(np.stack(episode.extra[schema.EXECUTED]), executed)
         assert np.abs(clean).max() <= 1 and np.abs(executed).max() <= 1
         disturbance = np.abs(executed - clean)
         assert disturbance[:, :3].mean() > 0.05 if share else disturbance.max() == 0
@@ -163,6 +165,41 @@ def test_settings_of_delta_control_are_those_of_before_there_was_a_choice(config
         "{'env': 'metaworld', 'seed': 4, 'image_size': 64, 'noise_share': 0.5, 'noise_scale': (0.1, 0.3), 'noise_memory': 0.9, "
         "'steps_after_success': 8, 'done_every': 6, 'done_steps': 80, 'revision': 2}"
     )
+
+
+def test_collect_stores_how_each_episode_started(config, tmp_path):
+    collect(replace(config, tasks=("drawer-close",), done_every=2))
+    written = table(tmp_path, "drawer-close")
+    starts = [Start.from_json(text, "column reset") for text in dict.fromkeys(written[schema.RESET].to_pylist())]
+    assert [(start.task, start.start_away, start.start_done) for start in starts] == [
+        ("drawer-close", False, False),
+        ("drawer-close", True, False),
+    ]
+    first = np.flatnonzero(written[schema.IS_FIRST].to_numpy())
+    with closing(Blind()) as env:
+        for start, row in zip(starts, first.tolist(), strict=True):
+            np.testing.assert_array_equal(start.reset(env)["state"], written[schema.STATE][row].as_py())
+
+
+def test_collect_goes_on_in_a_folder_without_the_further_columns(config, tmp_path, caplog):
+    """One that an earlier version collected: the episodes are the same, so the folder stays one data set."""
+    config = replace(config, tasks=("faucet-open",))
+    collect(replace(config, output_dir=tmp_path / "new"))
+    collect(replace(config, episodes=1))
+    path = tmp_path / "faucet-open-00000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns([schema.EXECUTED, schema.RESET]), path)
+    assert collect(config).episodes == 1
+    assert "has no column executed_action, reset" in caplog.text
+    both = pa.concat_tables([pq.read_table(file) for file in sorted(tmp_path.glob("*.parquet"))])
+    assert both.equals(table(tmp_path / "new", "faucet-open").select(both.column_names))
+
+
+def test_start_refuses_what_is_no_start():
+    start = Start("drawer-open", 3, "stock", start_away=True)
+    assert Start.from_json(start.to_json(), "x") == start
+    for text, fault in (("{}", "task: got"), (start.to_json().replace("3", "true"), "seed: got True"), ("[", "file: row 4")):
+        with pytest.raises(DataError, match=fault):
+            Start.from_json(text, "file: row 4")
 
 
 def test_correlated_noise_has_the_memory_and_scale_it_was_given(config):

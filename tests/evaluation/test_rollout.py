@@ -20,7 +20,7 @@ from paligemma_vla.cli import rollout as command
 from paligemma_vla.cli.main import main
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.errors import SimulatorError, WorkerError
-from paligemma_vla.evaluation.envs import make_environment
+from paligemma_vla.evaluation.envs import Start, make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
 from paligemma_vla.evaluation.episode import Condition, check_compatible, play, split_limit, write_video
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
@@ -268,7 +268,7 @@ def test_recorded_episodes_are_those_that_were_played(tmp_path):
     rows = pq.read_table(next((tmp_path / "failed").glob("*.parquet"))).to_pylist()
     assert not any(row["success"] or row["is_terminal"] for row in rows) and len(rows) == failed["episodes"][0]["steps"]
     with closing(make_environment("metaworld")) as env:
-        view = env.reset("drawer-close", result["episodes"][0]["seed"])
+        view = Start.from_json(found[0]["reset"], "row 0").reset(env)
         for row in found[:20]:  # what is recorded leads where it led
             np.testing.assert_allclose(row["state"], view["state"], atol=1e-6)
             seen = np.asarray(Image.open(io.BytesIO(row["image_1_bytes"])), np.int16)

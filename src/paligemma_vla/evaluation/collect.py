@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,7 +28,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
-from paligemma_vla.evaluation.envs import Control, Environment, make_environment
+from paligemma_vla.evaluation.envs import Control, Environment, Start, make_environment
 from paligemma_vla.progress import progress_bar
 from paligemma_vla.schema import Episode, Observation, image_key
 from paligemma_vla.workers import WorkerPool
@@ -105,8 +106,8 @@ def collect(config: CollectConfig) -> CollectSummary:
     progress = progress_bar(config.episodes * len(tasks), "demonstrations", "episode")
     with WorkerPool(config.workers) as pool, progress:
         for task in tasks:
-            _refuse_other_settings(config, task)
-            with EpisodeWriter(config.output_dir, metadata, prefix=task) as writer:
+            columns = _further_columns(config, task, len(metadata.action_names))
+            with EpisodeWriter(config.output_dir, metadata, prefix=task, extra=columns) as writer:
                 stored = writer.episodes_written
                 progress.update(min(stored, config.episodes))
                 attempts = 0
@@ -129,13 +130,17 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
     start_done, start_away = done and env.can_start_done(task), index % 2 == 1
     for attempt in range(MAX_ATTEMPTS):
         rng = np.random.default_rng([SEED_DOMAIN, config.seed, zlib.crc32(task.encode()), index, attempt])
-        first = env.reset(task, int(rng.integers(2**31)), start_away=start_away, start_done=start_done)
+        start = Start(task, int(rng.integers(2**31)), start_away=start_away, start_done=start_done)
+        first = start.reset(env)
         prompts = env.prompts(task, "own")
         prompt = prompts[rng.integers(len(prompts))]
         steps = range(config.done_steps // config.action_repeat if start_done else 0, env.max_steps(task))
         recorded = _follow_expert(env, config, first, steps, rng)
         if recorded is not None:
-            return build_episode(env, *recorded, prompt, is_terminal=True), attempt + 1
+            seen, actions, executed = recorded
+            episode = build_episode(env, seen, actions, prompt, is_terminal=True)
+            extra: dict[str, Sequence[Any]] = {schema.EXECUTED: executed, schema.RESET: [start.to_json()] * len(actions)}
+            return replace(episode, extra=extra), attempt + 1
     raise SimulatorError(f"{config.env} task '{task}': its expert failed {MAX_ATTEMPTS} times in a row at episode {index}")
 
 
@@ -151,30 +156,31 @@ def correlated_noise(rng: np.random.Generator, config: CollectConfig, dims: int)
 
 def _follow_expert(
     env: Environment, config: CollectConfig, first: Observation, steps: range, rng: np.random.Generator
-) -> tuple[list[Observation], list[NDArray[np.float32]]] | None:
+) -> tuple[list[Observation], list[NDArray[np.float32]], list[NDArray[np.float32]]] | None:
     """Follow the noisy expert from the first observation, for at least `steps.start` and at most `steps.stop` steps.
 
-    Returns what was seen and the clean actions that belonged to it, until `steps_after_success` beyond the first success;
-    None when there was no success.
+    Returns what was seen, the clean actions that belonged to it, and the executed ones, until `steps_after_success` beyond the
+    first success; None when there was no success.
     """
-    seen, actions = [first], []
+    seen, actions, executed = [first], [], []
     noises = correlated_noise(rng, config, env.spec.action_dim - 1)
     beyond = config.steps_after_success // config.action_repeat
     solved_at: int | None = None
     for step in range(steps.stop):
         action = env.expert_action()
         actions.append(action)
-        executed = action.copy()
+        disturbed = action.copy()
         # The gripper is left alone: opening it by chance would drop things, which no correction recovers.
-        executed[:-1] += next(noises) * env.spec.action_scale[:-1]
-        result = env.step(np.clip(executed, env.spec.action_low, env.spec.action_high))
+        disturbed[:-1] += next(noises) * env.spec.action_scale[:-1]
+        executed.append(np.clip(disturbed, env.spec.action_low, env.spec.action_high).astype(np.float32))
+        result = env.step(executed[-1])
         if result.success and solved_at is None:
             solved_at = step
         if solved_at is not None and step + 1 >= max(solved_at + 1 + beyond, steps.start):
             break
         if not result.done:
             seen.append(env.observe())
-    return None if solved_at is None else (seen, actions)
+    return None if solved_at is None else (seen, actions, executed)
 
 
 def build_episode(
@@ -189,16 +195,26 @@ def build_episode(
     return Episode(images, states, np.stack(actions).astype(np.float32), prompt, is_terminal)
 
 
-def _refuse_other_settings(config: CollectConfig, task: str) -> None:
-    """A folder must not mix episodes of one task from two settings; it would be a data set that no command makes."""
+def _further_columns(config: CollectConfig, task: str, action_dim: int) -> dict[str, pa.DataType]:
+    """Columns to write beside those of every episode: all of them, or those of the task's episodes that are there already.
+
+    A folder must not mix episodes of one task from two settings; it would be a data set that no command makes.
+    """
+    columns = {schema.EXECUTED: pa.list_(pa.float32(), action_dim), schema.RESET: pa.string()}
     for path in sorted(Path(config.output_dir).glob(f"{task}-?????.parquet"))[:1]:
-        stored = (stored_schema(path).metadata or {}).get(schema.METADATA_KEY, b"{}")
-        settings = schema.DatasetMetadata.from_json(stored, str(path)).extra.get(SETTINGS_KEY)
+        stored = stored_schema(path)
+        metadata = (stored.metadata or {}).get(schema.METADATA_KEY, b"{}")
+        settings = schema.DatasetMetadata.from_json(metadata, str(path)).extra.get(SETTINGS_KEY)
         if settings != config.settings():
             raise SimulatorError(
                 f"{path}: episodes collected with other settings\n  got      {settings}\n  expected {config.settings()}\n"
                 "  collect into another folder, or delete these files"
             )
+        if missing := [name for name in columns if name not in stored.names]:
+            absent = f"{path}: has no column {', '.join(missing)}, so those that are added have none either"
+            log.warning("%s; to replay them, collect into another folder", absent)
+        columns = {name: kind for name, kind in columns.items() if name in stored.names}
+    return columns
 
 
 @lru_cache(maxsize=1)

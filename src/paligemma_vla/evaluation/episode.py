@@ -18,7 +18,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.collect import build_episode
-from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets
+from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets, Start
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
     reset_seed, choice, noise_seed = (int(word) for word in seeds.generate_state(3))
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
-    first = env.reset(task, reset_seed, condition.resets)
-    seen, actions, solved = [first], [], False
+    start = Start(task, reset_seed, condition.resets)
+    seen, actions, solved = [start.reset(env)], [], False
     own, limit = split_limit(env, task, condition)
     chosen = _actions(env, policy, condition, seen, prompt, np.random.default_rng(noise_seed))
     for action in chain(islice(chosen, own), _expert_actions(env)):
@@ -137,7 +137,8 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
         executed = [np.clip(action, env.spec.action_low, env.spec.action_high) for action in actions]
         episode = build_episode(env, seen, executed, prompt, solved)
         actors = [schema.POLICY] * min(own, len(actions)) + [schema.INTERVENTION] * max(0, len(actions) - own)
-        extra = {schema.SUCCESS: [solved] * len(actions), schema.ACTOR: actors}
+        extra: dict[str, list[Any]] = {schema.SUCCESS: [solved] * len(actions), schema.ACTOR: actors}
+        extra[schema.RESET] = [start.to_json()] * len(actions)
         recorded = replace(episode, extra=extra), env.spec.metadata
     outcome = EpisodeOutcome(task, index, reset_seed, prompt, solved and not helped, len(actions), actions, recorded)
     return replace(outcome, taken_over_at=own if helped else None, solved_with_help=solved and helped)

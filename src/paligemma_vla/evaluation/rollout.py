@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 
 EPISODE = ("task", "index", "seed", "prompt", "success", "steps")  # what rollout.json says of one
 HELPED = ("taken_over_at", "solved_with_help")  # and of one in which the expert may take over
-RECORDED = {schema.SUCCESS: pa.bool_(), schema.ACTOR: pa.string()}  # columns beside those that training reads
+# Columns beside those that training reads.
+RECORDED = {schema.SUCCESS: pa.bool_(), schema.ACTOR: pa.string(), schema.RESET: pa.string()}
 VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 
 PolicyFactory = Callable[[Environment], "Policy"]

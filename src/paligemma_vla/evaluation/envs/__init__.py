@@ -7,14 +7,17 @@ A new simulator is one file beside this one: a class that takes `image_size` and
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from paligemma_vla.errors import SimulatorError, closest
-from paligemma_vla.schema import DatasetMetadata, Layout, Observation
+from paligemma_vla.errors import DataError, SimulatorError, closest
+from paligemma_vla.schema import DatasetMetadata, Layout, Observation, first_fault
 
 Resets = Literal["demo", "stock"]
 PromptKind = Literal["own", "unseen"]
@@ -67,6 +70,38 @@ class StepResult:
 
     success: bool
     done: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """How an episode begins: the arguments of `Environment.reset`. The column `reset` of an episode stores them as JSON."""
+
+    task: str
+    seed: int
+    resets: Resets = "demo"
+    start_away: bool = False
+    start_done: bool = False
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def reset(self, env: Environment) -> Observation:
+        """Begin such an episode; returns the first observation."""
+        return env.reset(self.task, self.seed, self.resets, start_away=self.start_away, start_done=self.start_done)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Start:
+        """Read what `to_json` wrote; raises `DataError`, naming `where`. An unknown field is refused: it was an argument."""
+        try:
+            return _start_reader().validate_json(text, strict=True)
+        except ValidationError as error:
+            raise DataError(f"{where}: {first_fault(error)}") from error
+
+
+@lru_cache
+def _start_reader() -> TypeAdapter[Start]:
+    return TypeAdapter(Start)
 
 
 class Environment(Protocol):
