@@ -152,13 +152,13 @@ class RolloutPool:
         list(self._pool.map(_video_job, video_jobs))
         helps = config.take_over is not None
         by_task = {task: _task_result([outcome for outcome in outcomes if outcome.task == task], helps) for task in tasks}
-        described = EPISODE + HELPED if helps else EPISODE
+        names = EPISODE + HELPED if helps else EPISODE
         mean = float(np.mean([entry["rate"] for entry in by_task.values()]))
         result = {
             "settings": self._settings(config, tasks),
             "tasks": by_task,
             "mean_success": mean,
-            "episodes": [{name: getattr(outcome, name) for name in described} for outcome in outcomes],
+            "episodes": [{name: getattr(outcome, name) for name in names} for outcome in outcomes],
             "videos": videos,
             "wall_s": round(time.monotonic() - started, 2),
         }
