@@ -131,6 +131,9 @@ class DataConfig(Section):
     val_parquet_files: ParquetFiles | None = Field(None, description="Validation episodes; null: split off val_fraction.")
     val_fraction: float = Field(0.05, ge=0, lt=1, description="Share of episodes held out without val_parquet_files.")
     exclude_episodes: PathText | None = Field(None, description="List of episodes to leave out, from `data check`.")
+    labels: Literal["all", "interventions"] = Field(
+        "all", description="Steps that are learnt; interventions: where files have the column actor, those alone."
+    )
     normalization_stats_path: PathText = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
     normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
     allow_other_statistics: bool = Field(False, description="Accept statistics of another data set.")

@@ -15,7 +15,8 @@ import numpy as np
 from paligemma_vla.actions import resolve_actions
 from paligemma_vla.cli.arguments import add_config_arguments, configured
 from paligemma_vla.config import VLAConfig, source_paths
-from paligemma_vla.data.index import EpisodeIndex, load_exclusions
+from paligemma_vla.data.index import load_exclusions
+from paligemma_vla.data.labels import build_index
 from paligemma_vla.data.statistics import compute_part, merge_parts
 from paligemma_vla.errors import VLAError
 from paligemma_vla.progress import progress_bar
@@ -60,7 +61,8 @@ def write_statistics(
         config = configure()
         with group.one_at_a_time():  # the others find its index on the disk
             excluded = load_exclusions(config.data.exclude_episodes)
-            index = EpisodeIndex.build(source_paths(config.data.train_parquet_files), where, excluded)
+            horizon = config.model.action_head_config.horizon
+            index = build_index(source_paths(config.data.train_parquet_files), where, excluded, config.data.labels, horizon)
         layout = index.layout
         actions = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
     files = range(len(index.paths))[group.rank :: group.world_size]

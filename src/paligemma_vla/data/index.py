@@ -79,7 +79,8 @@ class EpisodeIndex:
     groups: of all files one after the other, the first row of each row group, and the file's number of rows (int64); those
     of file f are at group_offsets[f : f + 2] (int64). stamps: per file, size in bytes, mtime in ns, and a store's version of
     it (int64, see `ByteSource.identity`). digests: per file, see `EpisodeFile.digest` (uint64). excluded: how many episodes
-    (and files as a whole) an exclusion list left out.
+    (and files as a whole) an exclusion list left out. unlabelled: per episode, its first rows that are no labels (int32);
+    None: all are.
     """
 
     paths: tuple[str, ...]
@@ -92,6 +93,7 @@ class EpisodeIndex:
     stamps: NDArray[np.int64]
     digests: NDArray[np.uint64]
     excluded: int = 0
+    unlabelled: NDArray[np.int32] | None = None
 
     @classmethod
     def build(
@@ -132,6 +134,7 @@ class EpisodeIndex:
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "length", "groups")},
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("stamps", "digests")},
             excluded=sum(part.excluded for part in parts),
+            unlabelled=None if all(part.unlabelled is None for part in parts) else np.concatenate([*map(_unlabelled, parts)]),
         )
 
     def __len__(self) -> int:
@@ -146,7 +149,8 @@ class EpisodeIndex:
     def nbytes(self) -> int:
         """Memory the index takes, paths included."""
         arrays = (self.file, self.start, self.length, self.groups, self.group_offsets, self.stamps, self.digests)
-        return sum(array.nbytes for array in arrays) + sum(sys.getsizeof(path) for path in self.paths)
+        labels = 0 if self.unlabelled is None else self.unlabelled.nbytes
+        return labels + sum(array.nbytes for array in arrays) + sum(sys.getsizeof(path) for path in self.paths)
 
     @property
     def fingerprint(self) -> str:
@@ -154,6 +158,8 @@ class EpisodeIndex:
         digest = hashlib.blake2b(np.int64(len(self.paths)).tobytes(), digest_size=16)
         for array, kind in ((self.digests, "<u8"), (self.file, "<i4"), (self.start, "<i8"), (self.length, "<i4")):
             digest.update(array.astype(kind).tobytes())
+        if self.unlabelled is not None:
+            digest.update(self.unlabelled.astype("<i4").tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -186,7 +192,9 @@ class EpisodeIndex:
 
     def select(self, episodes: NDArray[np.int64]) -> EpisodeIndex:
         """The same files with some of the episodes, given in ascending order."""
-        return replace(self, file=self.file[episodes], start=self.start[episodes], length=self.length[episodes])
+        unlabelled = None if self.unlabelled is None else self.unlabelled[episodes]
+        chosen = replace(self, file=self.file[episodes], start=self.start[episodes], length=self.length[episodes])
+        return replace(chosen, unlabelled=unlabelled)
 
     def split(self, fraction: float, seed: int) -> tuple[EpisodeIndex, EpisodeIndex]:
         """Split by whole episodes into (training, validation); `fraction` of them, at least one, go to validation."""
@@ -198,6 +206,10 @@ class EpisodeIndex:
             )
         order = np.random.default_rng(np.random.SeedSequence([seed, 0x5A11D])).permutation(len(self))
         return self.select(np.sort(order[count:])), self.select(np.sort(order[:count]))
+
+
+def _unlabelled(index: EpisodeIndex) -> NDArray[np.int32]:
+    return np.zeros(len(index), np.int32) if index.unlabelled is None else index.unlabelled
 
 
 def _stamp(path: str, identity: Identity) -> Identity:

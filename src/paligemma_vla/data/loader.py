@@ -65,7 +65,7 @@ class VLADataset(Dataset[Item]):
 
     A sample is the window of `max_seq_len` frames that ends at step t of an episode. Of its images only the last is decoded,
     since that is what the model uses (D6). Its label is `action[t : t + horizon]`, padded past the episode's end, with
-    `action_mask` False there (D7).
+    `action_mask` False there (D7), and at steps that are no labels (`data.labels`).
 
     parquet_files: file, folder, glob, list, or an `EpisodeIndex`. processor: hub id or folder of the backbone, or a
     `Preprocessor`. training: with augmentation, and random draws of their own. reader: of the rows; None: in random order.
@@ -119,14 +119,14 @@ class VLADataset(Dataset[Item]):
             check_prompt(prompt, preprocessor.prompts)
         images, present = self._images(group.pictures(number), where, ref.position)
         input_ids, attention_mask = preprocessor.prompts.encode([prompt], present[None])
-        recorded, real = read_chunk(self.reader, episode, step, head.horizon)
+        recorded, labels = read_chunk(self.reader, episode, step, head.horizon)
         values = preprocessor.encode_actions(recorded, group.state[number])
         if not np.isfinite(values).all():
             raise FaultError(no_rotation().at(*where, schema.ACTION))
         action = np.zeros((head.horizon, head.per_action_dim), np.float32)
         action_mask = np.zeros((head.horizon, head.per_action_dim), bool)
         action[:, : values.shape[1]] = values
-        action_mask[real, : values.shape[1]] = ref.valid
+        action_mask[labels, : values.shape[1]] = ref.valid
         generator = torch.Generator().manual_seed(derive_seed(seed, f"{self.stream} flow", ref.position))
         item: dict[str, Any] = {
             **{schema.image_key(n + 1): torch.from_numpy(image) for n, image in enumerate(images)},
@@ -180,15 +180,18 @@ class VLADataset(Dataset[Item]):
 
 
 def read_chunk(reader: EpisodeReader, episode: int, step: int, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The recorded actions of the next `horizon` steps (K, A), and which of them the episode has (K,).
+    """The recorded actions of the next `horizon` steps (K, A), and which of them are labels (K,).
 
-    Past the episode's end its last action is repeated.
+    Past the episode's end its last action is repeated, and is none.
     """
     index = reader.index
     row, real = int(index.start[episode]) + step, min(horizon, int(index.length[episode]) - step)
     actions = reader.actions(int(index.file[episode]), row, row + real)
     steps = np.arange(horizon)
-    return actions[np.minimum(steps, real - 1)], steps < real
+    labels = steps < real
+    if index.unlabelled is not None:
+        labels &= step + steps >= index.unlabelled[episode]
+    return actions[np.minimum(steps, real - 1)], labels
 
 
 def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config: VLAConfig) -> None:

@@ -119,12 +119,14 @@ def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[Episo
 
 def index_sources(config: VLAConfig) -> tuple[list[EpisodeIndex], EpisodeIndex | None]:
     """The episodes to train on, per source, and those to validate on."""
-    data = config.data
-    exclude = load_exclusions(data.exclude_episodes)
+    from paligemma_vla.data.labels import build_index  # a policy on a robot has no use for it
+
+    data, horizon = config.data, config.model.action_head_config.horizon
+    build = partial(build_index, exclude=load_exclusions(data.exclude_episodes), labels=data.labels, horizon=horizon)
     paths = [source_paths([source]) for source in _configured_sources(config)]
-    sources = [EpisodeIndex.build(each, "data.train_parquet_files", exclude) for each in paths]
+    sources = [build(each, "data.train_parquet_files") for each in paths]
     if data.val_parquet_files is not None:
-        validation = EpisodeIndex.build(source_paths(data.val_parquet_files), "data.val_parquet_files", exclude)
+        validation = build(source_paths(data.val_parquet_files), "data.val_parquet_files")
         if seen := int(_shared_episodes(validation, sources).sum()):
             logger.warning("data.val_parquet_files: %d of %d episodes are trained on as well", seen, len(validation))
         return sources, validation
