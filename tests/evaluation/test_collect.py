@@ -18,7 +18,7 @@ from paligemma_vla import schema
 from paligemma_vla.cli import collect as command
 from paligemma_vla.errors import DataError, SimulatorError
 from paligemma_vla.evaluation.collect import CollectConfig, collect, correlated_noise, demonstrate
-from paligemma_vla.evaluation.envs import Start, StepResult
+from paligemma_vla.evaluation.envs import Start
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, METADATA, MetaWorldEnvironment
 from paligemma_vla.evaluation.envs.metaworld_tasks import prompts
 
@@ -74,7 +74,7 @@ class Spy:
         self.executed.append(np.array(action))
         self.targets.append(self._env._target().copy())
         result = self._env.step(action)
-        return StepResult(success=False, done=result.done) if len(self.resets) <= self._fail else result
+        return replace(result, success=False) if len(self.resets) <= self._fail else result
 
 
 def table(folder: Path, task: str):

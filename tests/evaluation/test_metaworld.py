@@ -259,7 +259,8 @@ def test_repeated_action_is_that_many_steps_of_its_part(env):
         for _ in range(34):
             assert not env.step(np.zeros(4)).done
         assert env.step(np.zeros(4)).done
-        with pytest.raises(SimulatorError, match="over after 37 steps"):
+        assert all(env.step(np.zeros(4)).done for _ in range(37, env.longest_episode("drawer-close")))
+        with pytest.raises(SimulatorError, match="over after 125 steps"):
             env.step(np.zeros(4))
         env.use_control("absolute", action_repeat=4)
         env.reset("drawer-close", 3)
@@ -309,3 +310,19 @@ def test_meshes_out_of_view_are_left_out_and_no_pixel_changes(env, task, monkeyp
                 patch.setattr(camera, "_out_of_view", lambda data, camera=camera: np.zeros(len(camera._meshes), bool))
                 np.testing.assert_array_equal(picture, env.render(64))
     assert min(left_out) >= 3
+
+
+@pytest.mark.parametrize("control", ["delta", "absolute"])
+def test_hold_action_leaves_hand_and_gripper_where_they_are(env, control):
+    env.use_control(control)
+    first = env.reset("drawer-open", 3)
+    for _ in range(30):
+        state = env.step(env.expert_action()).state
+    np.testing.assert_array_equal(state, env.observe()["state"])
+    for _ in range(20):
+        state = env.step(env.hold_action()).state
+    still = [env.step(env.hold_action()).state for _ in range(20)]
+    assert np.abs(still - state)[:, :3].max() < 5e-3
+    assert np.abs(still - state)[:, 3].max() < 0.02
+    assert np.abs(still[-1] - first["state"])[:3].max() > 0.05
+    env.use_control("delta")

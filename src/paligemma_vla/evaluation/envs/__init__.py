@@ -65,9 +65,11 @@ class EnvSpec:
 class StepResult:
     """What one step led to. There is no image in it: rendering is the slow part, so `observe` does it when it is wanted.
 
-    success: the task is solved in this very state (it does not end the episode).   done: `max_steps` is reached.
+    state: (P,) float32, as in an observation.   success: the task is solved in this very state (it does not end the episode).
+    done: `max_steps` is reached.
     """
 
+    state: NDArray[np.float32]
     success: bool
     done: bool
 
@@ -157,6 +159,9 @@ class Environment(Protocol):
 
     def observe(self) -> Observation:
         """Render and return the present observation (no prompt)."""
+
+    def hold_action(self) -> NDArray[np.float32]:
+        """The action (A,) that leaves the robot where it is, and its gripper as it was commanded last."""
 
     def expert_action(self) -> NDArray[np.float32]:
         """The scripted expert's action (A,) in the present state, clipped to the spec's range."""

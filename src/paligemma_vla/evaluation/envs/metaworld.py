@@ -106,6 +106,7 @@ class MetaWorldEnvironment:
         self._current: _Task | None = None
         self._observed: NDArray[np.float64] = np.zeros(0)
         self._repeat = 1
+        self._gripper = 0.0  # commanded last
 
     def use_control(self, control: Control, action_repeat: int = 1) -> None:
         if control not in get_args(Control):
@@ -165,7 +166,7 @@ class MetaWorldEnvironment:
             move_hand_away(simulator, rng)
         simulator._prev_obs = simulator._get_curr_obs_combined_no_goal()
         self._observed = simulator._get_obs()
-        self._current = loaded
+        self._current, self._gripper = loaded, 0.0
         return self.observe()
 
     def step(self, action: NDArray[np.floating]) -> StepResult:
@@ -179,11 +180,18 @@ class MetaWorldEnvironment:
             move = (clipped[:3] - self._target()) / STROKE if absolute else clipped[:3] / self._repeat
             self._observed, _, _, _, info = task.simulator.step(np.append(move, clipped[3:]))
         done = task.simulator.curr_path_length >= self.max_steps(task.name) * self._repeat
-        return StepResult(success=bool(info["success"]), done=done)
+        self._gripper = float(clipped[3])
+        return StepResult(self._state(), success=bool(info["success"]), done=done)
 
     def observe(self) -> Observation:
-        state = self._observed[:STATE_DIM].astype(np.float32)  # (4,)
-        return {"image_1": self.render(self.spec.image_size), "state": state}
+        return {"image_1": self.render(self.spec.image_size), "state": self._state()}
+
+    def _state(self) -> NDArray[np.float32]:
+        return self._observed[:STATE_DIM].astype(np.float32)  # (4,)
+
+    def hold_action(self) -> NDArray[np.float32]:
+        absolute = self.spec.metadata.action_representation == "absolute"
+        return np.append(self._target() if absolute else np.zeros(3), self._gripper).astype(np.float32)
 
     def expert_action(self) -> NDArray[np.float32]:
         """See `Environment.expert_action`. MetaWorld's expert, where there is none of ours."""
