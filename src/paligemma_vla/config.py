@@ -246,6 +246,8 @@ class TrainingConfig(Section):
     epochs: Positive = Field(10, description="Passes over the training samples.")
     max_steps: Positive | None = Field(None, description="End after this many optimiser steps, schedule included.")
     seed: int = Field(0, ge=0, lt=2**63, description="Order, augmentation, flow time and noise depend on it and the position.")
+    init_from: PathText | None = Field(None, description="Policy whose weights a new run begins with; null: the backbone's.")
+    init_statistics: Literal["kept", "own"] = Field("kept", description="With init_from: the policy's, or those of this data.")
     grad_clip_norm: float = Field(1.0, gt=0, le=1e30, description="Largest gradient norm.")
     gradient_accumulation_steps: Positive = Field(1, description="Split each batch into this many forward/backward passes.")
     parallel: Literal["ddp", "fsdp", "hsdp"] = Field("ddp", description="Copies of the model, shards, or shards in groups.")

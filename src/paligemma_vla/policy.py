@@ -69,7 +69,7 @@ class Policy:
     ) -> None:
         """trained: what `load_trained` read from `where`. device: where the model will answer; None keeps it on the CPU, in
         float32 as it was trained, for an export. weights: as in `from_checkpoint`."""
-        with _file_errors(where):
+        with file_errors(where):
             self.config = config_from_dict(trained.config, where=f"{where}: config")
             self.preprocessor = Preprocessor.from_dict(trained.preprocessor, where)
             self.robot = DatasetMetadata.from_json(trained.metadata, where)
@@ -341,7 +341,7 @@ def _build_model(
 
 
 @contextmanager
-def _file_errors(location: str | Path) -> Iterator[None]:
+def file_errors(location: str | Path) -> Iterator[None]:
     """What is read inside comes from files that anybody may have edited: any error is a `CheckpointError`.
 
     A `ModelError` passes: a class that is not installed here is no damage.
@@ -363,7 +363,7 @@ def _read_folder(folder: Path) -> Trained:
     Every file is compared with its sha256: a flipped byte in a weight would move a robot otherwise than it learned.
     """
     raw = read_config(folder)
-    with _file_errors(folder):
+    with file_errors(folder):
         shards = sorted(name for name in raw["files"] if name.endswith(".safetensors"))
         for name in (RUN_STATISTICS, TOKENIZER, PROCESSOR, *shards):
             if not (folder / name).is_file():

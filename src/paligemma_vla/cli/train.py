@@ -34,6 +34,12 @@ CONFIG_FLAGS = (
     ("--train_data_override", "data.train_parquet_files", str, "file, folder, glob or URL of training episodes"),
     ("--val_data_override", "data.val_parquet_files", str, "file, folder, glob or URL of validation episodes"),
     ("--model_path_override", "model.vlm_config.model_name_or_path", str, "backbone: hub id or folder"),
+    (
+        "--init_from",
+        "training.init_from",
+        str,
+        "new run from a policy's weights: checkpoint, exported folder, org/name on the hub",
+    ),
     ("--wandb_project_name", "wandb.project", str, None),
     ("--wandb_entity", "wandb.entity", str, None),
 )
@@ -44,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, key, kind, text in CONFIG_FLAGS:
         parser.add_argument(flag, dest=key, type=kind, help=text, metavar=flag[2:].upper())
     parser.add_argument("--resume_checkpoint", help="path or URL of a checkpoint, or auto: the run's newest that verifies")
-    parser.add_argument("--force", action="store_true", help="resume although data or settings differ from the checkpoint's")
+    force = "resume although data or settings differ from the checkpoint's; its optimiser stays (without it: --init_from)"
+    parser.add_argument("--force", action="store_true", help=force)
     parser.add_argument("--use_wandb", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--nproc", type=positive, help="processes on this machine (default: 1; main_train_ddp.py: one per GPU)")
@@ -130,7 +137,7 @@ def train(
         def begin() -> BaseFileLock:  # not earlier: a run that cannot begin leaves no trace
             if config_path is not None:
                 warn_of_other_data(config_path, trainer.data)
-            return begin_run(config, trainer.data, distributed, trainer.step, checkpoint, remote)
+            return begin_run(trainer.config, trainer.data, distributed, trainer.step, checkpoint, remote)
 
         lock = distributed.on_main(begin)
         trainer.run()

@@ -210,19 +210,17 @@ def check_fit(index: EpisodeIndex, statistics: DatasetStatistics | None, config:
         raise DataError("\n  ".join([f"{index.paths[0]}: {MISFIT}", *faults]))
 
 
-def check_actions(layout: Layout, statistics: DatasetStatistics | None, config: VLAConfig, trained: bool = False) -> None:
+def check_actions(layout: Layout, statistics: DatasetStatistics | None, config: VLAConfig, remedy: str | None = None) -> None:
     """Raise `ConfigError` when `data.actions` cannot be what it says for this data, or the statistics are of other actions.
 
-    trained: they are a checkpoint's.
+    remedy: where the statistics are a checkpoint's, what to do if other actions are wanted.
     """
     wanted = resolve_actions(config, layout.metadata, layout.state_dim, layout.action_dim)
     if statistics is None or wanted == statistics.actions:
         return
     expected, got = (actions.describe(layout.metadata) for actions in (wanted, statistics.actions))
-    if trained:
-        raise ConfigError(
-            f"data.actions: got {expected}; the checkpoint predicts {got}: take it back, or start a run of its own"
-        )
+    if remedy is not None:
+        raise ConfigError(f"data.actions: got {expected}; the checkpoint predicts {got}: take it back, or {remedy}")
     path = config.data.normalization_stats_path
     raise ConfigError(f"data.normalization_stats_path: {path} is of actions as {got}, expected {expected}; {recompute(path)}")
 

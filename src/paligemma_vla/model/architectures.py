@@ -7,6 +7,7 @@ memory, and to measure with random weights, where the gated files are not at han
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def read_architecture(vlm: VLMConfig) -> dict[str, Any]:
     check_backbone(vlm.model_name_or_path, vlm.revision)
     with backbone_errors(vlm.model_name_or_path):
         return dict(AutoConfig.from_pretrained(vlm.model_name_or_path, revision=vlm.revision).to_dict())
+
+
+def tower_sizes(architecture: Mapping[str, Any]) -> dict[str, int]:
+    """Whole numbers of the two towers by dotted key: widths, layers, heads, vocabulary."""
+    towers = {name: architecture.get(name, {}) for name in ("vision_config", "text_config")}
+    return {f"{tower}.{key}": value for tower, keys in towers.items() for key, value in keys.items() if type(value) is int}
 
 
 def architecture_to_plan(vlm: VLMConfig) -> tuple[dict[str, Any], bool]:

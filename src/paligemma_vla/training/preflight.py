@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,14 @@ from paligemma_vla.preprocess import Preprocessor, load_prompt_and_image_spec
 from paligemma_vla.storage import is_url
 from paligemma_vla.training.distributed import Distributed
 
+if TYPE_CHECKING:
+    from paligemma_vla.training.init_from import SourcePolicy
+
 # The statistics are compared with the first rows of some files, not of all: a start must not take a pass over the data.
 FILES_SAMPLED, ROWS_SAMPLED = 64, 1024
 # As a share of their range: more data of the same task leaves it a little, which does no harm.
 SLACK = 0.1
+COMPUTE = "compute the statistics of this data (`paligemma-vla stats`)"
 logger = logging.getLogger(__name__)
 
 
@@ -57,21 +61,28 @@ def prepare(
     distributed: Distributed,
     preprocessor: Preprocessor | None = None,
     architecture: dict[str, Any] | None = None,
+    source: SourcePolicy | None = None,
 ) -> tuple[Preprocessor, Data, MemoryPlan]:
     """Index the data, read statistics and tokenizer, plan the memory, and check all of it together.
 
-    preprocessor, architecture: those of a checkpoint; None reads them as configured. Raises one `VLAError` with every fault.
+    preprocessor: of the checkpoint that is resumed. architecture: of a checkpoint's backbone. None reads them as configured.
+    source: the policy that a new run begins with. Raises one `VLAError` with every fault.
     """
     faults = Faults()
     trained = preprocessor is not None
+    kept = source if source is not None and source.keeps_statistics else None
     statistics = None
     with faults.collect():
         check_processes(config, distributed)
     with faults.collect():
-        statistics = preprocessor.statistics if preprocessor else DatasetStatistics.load(config.data.normalization_stats_path)
+        if source is not None:
+            source.check()
+    with faults.collect():
+        own = preprocessor or (kept.preprocessor if kept else None)
+        statistics = own.statistics if own else DatasetStatistics.load(config.data.normalization_stats_path)
     with faults.collect():
         if preprocessor is None:
-            prompts, image = load_prompt_and_image_spec(config)
+            prompts, image = source.prompt_and_image_spec() if source else load_prompt_and_image_spec(config)
         if architecture is None:
             architecture = read_architecture(config.model.vlm_config)
         plan = plan_run(config, architecture, distributed.device, distributed.world_size, distributed.local_world_size)
@@ -79,8 +90,12 @@ def prepare(
         sources, validation = _index_once(config, distributed)
         train = EpisodeIndex.concatenate(sources)
         warn_of_copies([train] if validation is None else [train, validation])
-        checks = [partial(check_episodes, train, config), partial(check_actions, train.layout, statistics, config, trained)]
-        checks += [partial(check_fit, index, statistics, config) for index in (train, validation) if index is not None]
+        other_actions = "start a run of its own" if trained else kept.other_statistics if kept else None
+        checks = [partial(check_episodes, train, config)]
+        checks += [partial(check_actions, train.layout, statistics, config, other_actions)]
+        checks += [partial(kept.check_dimensions, train.layout)] if kept else []
+        for index in (train, validation):
+            checks += [partial(check_fit, index, None if kept else statistics, config)] if index is not None else []
         cameras = range(config.model.vlm_config.cameras)
         checks += [partial(check_cameras, index, cameras) for index in (*sources, validation) if index is not None]
         for check in checks:
@@ -88,9 +103,13 @@ def prepare(
                 check()
     if not (faults.errors or trained or config.data.allow_other_statistics):
         assert statistics is not None
+        path = config.data.normalization_stats_path
+        where = f"training.init_statistics: kept: {kept.location}" if kept else f"data.normalization_stats_path: {path}"
         for index in sources:
+            if kept is None:
+                warn_of_other_files(index, statistics, path)
             with faults.collect():
-                check_range(index, statistics, config.data.normalization_stats_path)
+                check_range(index, statistics, where, kept.other_statistics if kept else COMPUTE)
     faults.raise_all("this run cannot begin")
     if preprocessor is None:
         assert statistics is not None
@@ -249,14 +268,21 @@ def check_episodes(train: EpisodeIndex, config: VLAConfig) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) -> None:
-    """Refuse statistics of other data: what they were computed from lies between their minimum and maximum."""
-    from paligemma_vla.data.statistics import model_numbers  # a run that goes on has no use for it
-
+def warn_of_other_files(index: EpisodeIndex, statistics: DatasetStatistics, path: str) -> None:
+    """Log how many files the statistics of `path` were not computed from."""
     known_files = set(statistics.digests)
     others = sum(hex_digest(digest) not in known_files for digest in index.digests.tolist())
     if others:
-        logger.warning("%s was not computed from %d of the %d training files", where, others, len(index.paths))
+        logger.warning("%s was not computed from %d of the %d training files", path, others, len(index.paths))
+
+
+def check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str, remedy: str) -> None:
+    """Refuse statistics of other data: what they were computed from lies between their minimum and maximum.
+
+    where: key and name of the statistics. Raises `DataError`.
+    """
+    from paligemma_vla.data.statistics import model_numbers  # a run that goes on has no use for it
+
     metadata = index.layout.metadata
     for file in range(0, len(index.paths), max(1, len(index.paths) // FILES_SAMPLED)):
         for states, actions in islice(model_numbers(index, file, statistics.actions, ROWS_SAMPLED), 1):
@@ -264,21 +290,23 @@ def check_range(index: EpisodeIndex, statistics: DatasetStatistics, where: str) 
                 (schema.STATE, states, statistics.state, metadata.state_names),
                 (schema.ACTION, actions, statistics.action, metadata.action_names),
             ]:
-                _check_values(values, known, f"{index.paths[file]}: column {name}", names, where)
+                if fault := _first_outside(values, known, names):
+                    raise DataError(
+                        f"{where} is of other data: {index.paths[file]}: column {name}, {fault}; {remedy}, or set "
+                        f"data.allow_other_statistics: true"
+                    )
 
 
-def _check_values(values: NDArray[np.float32], known: Statistics, column: str, names: tuple[str, ...], where: str) -> None:
+def _first_outside(values: NDArray[np.float32], known: Statistics, names: tuple[str, ...]) -> str | None:
+    """The first of the numbers (R, dimensions) that is far from the range of the statistics: got, expected."""
     slack = SLACK * (known.max - known.min) + 1e-6
     outside = (values < known.min - slack) | (values > known.max + slack)
     if not outside.any():
-        return
+        return None
     row, dimension = (int(i) for i in np.argwhere(outside)[0])
     name = f" ({names[dimension]})" if dimension < len(names) else ""
-    raise DataError(
-        f"data.normalization_stats_path: {where} is of other data: {column}, dimension {dimension}{name}: got "
-        f"{values[row, dimension]:g}, expected between {known.min[dimension]:g} and {known.max[dimension]:g}; compute the "
-        f"statistics of this data (`paligemma-vla stats`), or set data.allow_other_statistics: true"
-    )
+    got, low, high = values[row, dimension], known.min[dimension], known.max[dimension]
+    return f"dimension {dimension}{name}: got {got:g}, expected between {low:g} and {high:g}"
 
 
 def _log_actions(config: VLAConfig, preprocessor: Preprocessor, train: EpisodeIndex) -> None:

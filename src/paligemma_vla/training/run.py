@@ -189,6 +189,15 @@ def warn_of_other_data(config_path: Path, data: Data) -> None:
         logger.warning("%s is of a run on other episodes than there are now: this run will not repeat it", config_path)
 
 
+def keep_start(config: VLAConfig, saved: Mapping[str, Any], where: str) -> VLAConfig:
+    """The configuration of a resume, with `init_from` as in the checkpoint, which has the weights of the run itself."""
+    if config.training.init_from is not None:
+        logger.info("%s has the weights of this run: training.init_from (%s) is not read", where, config.training.init_from)
+    recorded = saved["config"]["training"]  # older checkpoints do not know the keys
+    own = {"init_from": recorded.get("init_from"), "init_statistics": recorded.get("init_statistics", "kept")}
+    return config.model_copy(update={"training": config.training.model_copy(update=own)})
+
+
 def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Mapping[str, str | None], where: str) -> None:
     """Raise `CheckpointError` with every difference that would make a resume silently another run."""
     old = config_from_dict(saved["config"], where=f"{where}: config")
@@ -207,7 +216,7 @@ def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Map
     if differences:
         remedy = (
             f"{where}: this would be another run; take back what differs (the checkpoint's own configuration is config.yaml of "
-            f"its run), start a run of its own, or go on all the same with --force"
+            f"its run), start a run of its own (--init_from begins it with these weights), or go on all the same with --force"
         )
         raise CheckpointError("\n  ".join([remedy, *differences]))
 
@@ -235,18 +244,12 @@ def _is_other_backbone(saved: Mapping[str, Any], before: VLMConfig, now: VLMConf
     """Whether another backbone is named. Its weights come out of the checkpoint, so one that has only moved is the same."""
     if now.model_name_or_path == before.model_name_or_path:
         return False
-    from paligemma_vla.model.architectures import read_architecture  # heavy, and needed for this alone
+    from paligemma_vla.model.architectures import read_architecture, tower_sizes  # heavy, and needed for this alone
 
     try:
-        return _sizes(read_architecture(now)) != _sizes(saved["backbone"])
+        return tower_sizes(read_architecture(now)) != tower_sizes(saved["backbone"])
     except ModelError:
         return True
-
-
-def _sizes(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole numbers of the two towers: widths, layers, heads, vocabulary."""
-    towers = {name: architecture.get(name, {}) for name in ("vision_config", "text_config")}
-    return {key: value for key, value in _flatten(towers).items() if type(value) is int}
 
 
 def _are_other_statistics(saved: Mapping[str, Any], config: VLAConfig) -> bool:

@@ -41,7 +41,7 @@ from paligemma_vla.training.metrics import LossMonitor, Meter, Step, Tracker
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
 from paligemma_vla.training.parallel import build_mesh, full_tensor, parallelize
 from paligemma_vla.training.preflight import prepare
-from paligemma_vla.training.run import RemoteRun, check_same_run
+from paligemma_vla.training.run import RemoteRun, check_same_run, keep_start
 from paligemma_vla.training.sharded import ShardedWriter, gather_tensors, read_shards, restore_model, restore_optimizer
 from paligemma_vla.training.validation import to_device, validate
 
@@ -70,8 +70,15 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         saved = None if resume is None else ckpt.open_to_resume(resume, distributed, verified)
         preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None
-        backbone = saved["backbone"] if saved else None
-        self.preprocessor, self.data, self.plan = prepare(config, distributed, preprocessor, backbone)
+        backbone, source = saved["backbone"] if saved else None, None
+        if saved is not None:
+            self.config = config = keep_start(config, saved, str(resume))
+        elif config.training.init_from is not None:
+            from paligemma_vla.training.init_from import SourcePolicy  # with the modules of a policy
+
+            source = distributed.on_all(partial(SourcePolicy, config, config.training.init_from))
+            backbone = source.trained.backbone if source else None
+        self.preprocessor, self.data, self.plan = prepare(config, distributed, preprocessor, backbone, source)
         if distributed.main and self.plan.fits:
             logger.info("%s", self.plan.table())
         elif distributed.main:
@@ -82,9 +89,15 @@ class Trainer:
         mesh = build_mesh(config.training, distributed)
         one_at_a_time = distributed.any(self.plan.one_at_a_time)
 
+        self.begins_with: str | None = None
+
         def build() -> None:
             with distributed.one_at_a_time() if one_at_a_time else contextlib.nullcontext():
                 self.model = VLAModel(config, self.preprocessor.prompts, self.preprocessor.image, backbone)
+                if source is not None:
+                    layout = self.data.train.index.layout
+                    changed = source.load_into(self.model, distributed.device, layout)
+                    self.begins_with = source.describe(changed, self.preprocessor, layout)
                 with self._explained():
                     self.parallel = parallelize(self.model, distributed, config.training, mesh)
 
@@ -392,6 +405,8 @@ class Trainer:
             f"{self.config.training.experiment_name}: {parameters:.1f} M parameters, {learning:.1f} M learn; {len(train)} "
             f"training episodes ({train.steps} steps), {validation} validation episodes"
         )
+        if self.begins_with is not None:
+            logger.info("it begins with %s", self.begins_with)
         logger.info(
             f"optimiser steps {self.step} to {stop} of {self.total_steps}, {order.steps_per_epoch} per epoch, total batch "
             f"{order.batch_size} on {self.distributed.world_size} process(es), {self.distributed.device}"
