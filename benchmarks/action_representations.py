@@ -24,7 +24,8 @@ from paligemma_vla.config import VLAConfig, load_config
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.statistics import compute_statistics
 from paligemma_vla.evaluation.collect import CollectConfig, collect
-from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
+from paligemma_vla.evaluation.compare import wilson_interval
+from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 from paligemma_vla.model.tiny import write_tiny_paligemma
 from paligemma_vla.training.checkpoint import LAST
 

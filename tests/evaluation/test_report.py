@@ -20,9 +20,9 @@ from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.evaluation.charts import Axis, Line, chunk_chart, clean, line_chart, number, smooth
+from paligemma_vla.evaluation.compare import wilson_interval
 from paligemma_vla.evaluation.open_loop import OpenLoopConfig, OpenLoopResult, evaluate
 from paligemma_vla.evaluation.report import Report, duration, render
-from paligemma_vla.evaluation.rollout import wilson_interval
 from support import METADATA, make_episode
 
 HOSTILE = """</title></style><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;{0}{}"""

@@ -20,10 +20,11 @@ from paligemma_vla.cli import rollout as command
 from paligemma_vla.cli.main import main
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.errors import SimulatorError, WorkerError
+from paligemma_vla.evaluation.compare import wilson_interval
 from paligemma_vla.evaluation.envs import Start, make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
 from paligemma_vla.evaluation.episode import Condition, check_compatible, play, split_limit, write_video
-from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool, wilson_interval
+from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 from paligemma_vla.export.card import read_measurement
 from paligemma_vla.schema import DatasetMetadata
 
@@ -96,11 +97,6 @@ def env():
     environment = make_environment("metaworld")
     yield environment
     environment.close()
-
-
-def test_wilson_interval_matches_published_values():
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(115, 120) == pytest.approx((0.9062, 0.9821), abs=1e-4)
 
 
 def test_orientation_that_the_checkpoint_does_not_say_is_compatible_and_logged(caplog):
@@ -309,6 +305,21 @@ def test_expert_takes_over_after_as_many_actions_as_are_given(env, tmp_path):
         with pytest.raises(SimulatorError, match="got a number without --take_over expert; give both"):
             pool.run(replace(config, take_over=None))
     assert split_limit(env, "push", Condition(take_over="expert")) == (250, 500), "half of what MetaWorld allows"
+
+
+def test_only_what_failed_is_played_again(tmp_path):
+    config = RolloutConfig(tasks=("window-close",), episodes=2, execute=4, output_dir=tmp_path)
+    again = replace(config, failed_in=tmp_path / "rollout.json", output_dir=tmp_path / "again", take_over="expert")
+    with RolloutPool("metaworld", policy_factory=Mistaken, workers=0, image_size=16) as pool:
+        failed = [episode for episode in pool.run(config)["episodes"] if not episode["success"]]
+        assert len(failed) == 1
+        played = pool.run(replace(again, take_over_after=8))
+        assert [episode["seed"] for episode in played["episodes"]] == [episode["seed"] for episode in failed]
+        assert json.loads((tmp_path / "again" / "rollout.json").read_text())["settings"]["failed_in"] == str(again.failed_in)
+        with pytest.raises(SimulatorError, match="other starts: seed: got 1, expected 0 as there; give the same --seed"):
+            pool.run(replace(again, seed=1))
+        with pytest.raises(SimulatorError, match="the policy failed in none of 2 episodes of drawer-open; give others"):
+            pool.run(replace(again, tasks=("drawer-open",)))
 
 
 def test_command_line_writes_rollout_json(tmp_path, capsys):

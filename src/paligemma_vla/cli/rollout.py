@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--take_over", choices=get_args(TakeOver), help=text)
     text = "actions of the policy before that (default: the episode's limit; the expert then has as many)"
     parser.add_argument("--take_over_after", type=natural, metavar="N", help=text)
+    text = "a rollout.json; play only the starts that the policy failed there, with the same --seed"
+    parser.add_argument("--failed_in", type=Path, metavar="FILE", help=text)
     parser.add_argument(
         "--max_videos", type=natural, default=1, help="successes, and failures, filmed per task (default: %(default)s)"
     )

@@ -28,8 +28,8 @@ from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, Picture, episode_prompts
 from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.evaluation.charts import Line, chunk_chart, columns, line_chart, number, smooth
+from paligemma_vla.evaluation.compare import wilson_interval
 from paligemma_vla.evaluation.open_loop import OpenLoopResult, Trace
-from paligemma_vla.evaluation.rollout import wilson_interval
 from paligemma_vla.storage import atomic_write, read_json
 
 FILMS, MOST_FILMS = 6, 24  # of the headline and of a condition; of the first condition beside the headline

@@ -25,6 +25,7 @@ import pyarrow as pa
 from paligemma_vla import quiet_libraries, schema
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import SimulatorError
+from paligemma_vla.evaluation.compare import StartKey, failed_starts, wilson_interval
 from paligemma_vla.evaluation.envs import Environment, Resets, make_environment
 from paligemma_vla.evaluation.episode import (
     Condition,
@@ -60,20 +61,14 @@ class RolloutConfig(Condition):
 
     episodes: per task.   max_videos: per task, of successes and as many of failures (the first of each).
     output_dir: for `rollout.json` and `videos/`; None writes nothing, and then there are no videos.
+    failed_in: a former rollout.json; only the starts that the policy failed there are played.
     """
 
     tasks: tuple[str, ...] = ()
     episodes: int = 20
     max_videos: int = 0
     output_dir: Path | None = None
-
-
-def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a success rate; unlike the normal one it is right at 0 and 1."""
-    from scipy.stats import binomtest  # takes most of a second
-
-    interval = binomtest(successes, episodes).proportion_ci(0.95, "wilson")
-    return float(interval.low), float(interval.high)
+    failed_in: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,16 +124,17 @@ class RolloutPool:
         the tasks; the episodes; the videos; seconds.
         """
         started = time.monotonic()
-        tasks = self._check(config)
+        starts = self._starts(config, self._check(config))
+        tasks = tuple(dict.fromkeys(task for task, _ in starts))
         folder = config.output_dir
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        jobs = ((self._player, config, task, index) for task in tasks for index in range(config.episodes))
+        jobs = ((self._player, config, *start) for start in starts)
         label = f"{config.prompts}/{config.resets}/{config.image}/{config.policy}"
         outcomes: list[EpisodeOutcome] = []
         videos, video_jobs = [], []
         count: Counter[str] = Counter()
-        with progress_bar(config.episodes * len(tasks), label, "episode") as bar, ExitStack() as record:
+        with progress_bar(len(starts), label, "episode") as bar, ExitStack() as record:
             for outcome in self._recorded(config, self._pool.map(_play_job, jobs), record):
                 bar.update()
                 kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
@@ -207,11 +203,23 @@ class RolloutPool:
                 raise SimulatorError(f"--record {found.parent}: {found.name} is there already; give another folder")
         return tasks
 
+    def _starts(self, config: RolloutConfig, tasks: tuple[str, ...]) -> list[StartKey]:
+        """Task and index of every episode to play."""
+        starts = [(task, index) for task in tasks for index in range(config.episodes)]
+        if config.failed_in is not None:
+            failed = failed_starts(config.failed_in, vars(config) | {"env": self._player.env})
+            starts = [start for start in starts if start in failed]
+            if not starts:
+                asked = f"{config.episodes} episodes of {', '.join(tasks)}"
+                raise SimulatorError(f"--failed_in {config.failed_in}: the policy failed in none of {asked}; give others")
+        return starts
+
     def _settings(self, config: RolloutConfig, tasks: tuple[str, ...]) -> dict[str, Any]:
         return asdict(config) | {
             "tasks": list(tasks),
             "output_dir": str(config.output_dir) if config.output_dir else None,
             "record": str(config.record) if config.record else None,
+            "failed_in": str(config.failed_in) if config.failed_in else None,
             "env": self._player.env,
             "image_size": self._player.image_size,
             "workers": self._pool.workers,

@@ -138,7 +138,7 @@ def _index_once(config: VLAConfig, distributed: Distributed) -> tuple[list[Episo
 
 def index_sources(config: VLAConfig) -> tuple[list[EpisodeIndex], EpisodeIndex | None]:
     """The episodes to train on, per source, and those to validate on."""
-    from paligemma_vla.data.labels import build_index  # a policy on a robot has no use for it
+    from paligemma_vla.data.labels import build_index  # the trainer is light to import without
 
     data, horizon = config.data, config.model.action_head_config.horizon
     build = partial(build_index, exclude=load_exclusions(data.exclude_episodes), labels=data.labels, horizon=horizon)
