@@ -46,7 +46,7 @@ class Expert:
     def __init__(self, env) -> None:
         self.env, self.calls = env, []
 
-    def infer(self, observation, *, seed=None, num_steps=None):
+    def infer(self, observation, *, seed=None, num_steps=None, continuation=None, realtime=None):
         self.calls.append((observation, seed, num_steps))
         return {"actions": np.repeat(self.env.expert_action()[None], self.horizon, axis=0)}
 
@@ -65,7 +65,7 @@ class Mistaken(Expert):
     metadata = METADATA | {"control_hz": 20.0}
     episodes = 0
 
-    def infer(self, observation, *, seed=None, num_steps=None):
+    def infer(self, observation, *, seed=None, num_steps=None, continuation=None, realtime=None):
         seen = self.env._observed
         if self.env._task().simulator.curr_path_length == 0:
             self.episodes += 1
@@ -179,12 +179,15 @@ def test_rollout_pool_is_independent_of_workers_and_serves_several_conditions(tm
 
 def test_rollout_plays_a_policy_in_the_control_its_metadata_names():
     config = RolloutConfig(tasks=("faucet-close",), episodes=1, execute=1)
-    played = []
+    played, jerks = [], []
     for factory in (Expert, Absolute):
         with RolloutPool("metaworld", policy_factory=factory, workers=0) as pool:
             random = pool.run(replace(config, policy="random"))  # before the policy is asked for anything
-            played.append((pool.run(config)["episodes"], random["mean_success"]))
+            (episode,) = pool.run(config)["episodes"]
+            jerks.append(episode.pop("jerk"))
+            played.append((episode, random["mean_success"]))
     assert played[0] == played[1], "the expert's targets lead where its deltas lead"
+    assert jerks[0] == pytest.approx(jerks[1], rel=1e-4)
 
 
 def test_rollout_plays_a_policy_at_its_own_rate():

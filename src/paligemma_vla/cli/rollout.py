@@ -13,6 +13,7 @@ from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_argu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from paligemma_vla.evaluation.envs import Resets
     from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts, TakeOver
+    from paligemma_vla.evaluation.execution import Execution
 
     add_policy_arguments(parser, required=False, note="; needed unless --policy random")
     add_simulator_arguments(parser, "per task", "for rollout.json and videos/")
@@ -20,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resets", choices=get_args(Resets), default="demo", help="how episodes start (default: %(default)s)")
     parser.add_argument("--num_steps", type=positive, metavar="N", help="Euler steps (default: the checkpoint's)")
     parser.add_argument("--execute", type=positive, metavar="M", help="actions taken of each chunk (default: half the horizon)")
+    text = "control steps between an observation and the use of its answer (default: %(default)s)"
+    parser.add_argument("--delay", type=natural, default=0, metavar="N", help=text)
+    text = "what the robot does meanwhile: hold, or go on with its chunk (docs/realtime.md; default: %(default)s)"
+    parser.add_argument("--execution", choices=get_args(Execution), default="blocking", help=text)
+    parser.add_argument("--max_steps", type=positive, metavar="N", help="actions per episode (default: the simulator's)")
     parser.add_argument(
         "--image", choices=get_args(ImageSource), default="camera", help="grey is a control: it hides the scene"
     )

@@ -19,10 +19,11 @@ from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.collect import build_episode
 from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets, Start
+from paligemma_vla.evaluation.execution import Execution, Timing, execute_chunks, rms_jerk
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 if TYPE_CHECKING:
-    from paligemma_vla.policy import Policy
+    from paligemma_vla.policy import Continuation, Policy
 
 Prompts = Literal["own", "opposite", "unseen"]
 ImageSource = Literal["camera", "grey"]
@@ -44,7 +45,7 @@ class Condition:
 
     prompts: whose instructions. resets: see `Environment.reset`. image: `grey` replaces every picture by a uniform one.
     policy: `random` plays uniform actions. num_steps: Euler steps, None for the checkpoint's own number.
-    execute: actions taken of each chunk before the policy is asked again, None for half of them.
+    execute, delay, execution: see `Timing`. max_steps: actions until the episode is over, None: the environment's number.
     record: folder for what is seen at every step; slower, since every step is rendered then.
     take_over: `expert`: where the policy has not solved the task after `take_over_after` actions (None: see `split_limit`), the
     environment's expert goes on from there.
@@ -57,6 +58,9 @@ class Condition:
     policy: Actor = "checkpoint"
     num_steps: int | None = None
     execute: int | None = None
+    delay: int = 0
+    execution: Execution = "blocking"
+    max_steps: int | None = None
     record: Path | None = None
     take_over: TakeOver | None = None
     take_over_after: int | None = None
@@ -65,7 +69,8 @@ class Condition:
 @dataclass(frozen=True)
 class EpisodeOutcome:
     """How an episode went. seed: of its reset. success: the policy solved the task alone. steps: until it was solved, or all of
-    them. actions: of each step (A,). recorded: what was seen and done at every step, and what its numbers mean.
+    them. actions: of each step (A,). jerk: of the policy, see `rms_jerk`. recorded: what was seen and done at every step, and
+    what its numbers mean.
 
     taken_over_at: actions of the policy before the expert's first; None where it did not act. solved_with_help: it then solved
     the task.
@@ -78,6 +83,7 @@ class EpisodeOutcome:
     success: bool
     steps: int
     actions: list[NDArray[np.floating]] = field(repr=False)
+    jerk: float | None = None
     recorded: tuple[Episode, DatasetMetadata] | None = field(default=None, repr=False)
     taken_over_at: int | None = None
     solved_with_help: bool = False
@@ -121,12 +127,14 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
     start = Start(task, reset_seed, condition.resets)
-    seen, actions, solved = [start.reset(env)], [], False
+    seen, states, actions, solved = [start.reset(env)], [], [], False
     own, limit = split_limit(env, task, condition)
     chosen = _actions(env, policy, condition, seen, prompt, np.random.default_rng(noise_seed))
     for action in chain(islice(chosen, own), _expert_actions(env)):
         actions.append(action)
-        solved = env.step(action).success
+        result = env.step(action)
+        states.append(result.state)
+        solved = result.success
         if solved or len(actions) == limit:
             break
         if condition.record is not None:
@@ -140,7 +148,8 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
         extra: dict[str, list[Any]] = {schema.SUCCESS: [solved] * len(actions), schema.ACTOR: actors}
         extra[schema.RESET] = [start.to_json()] * len(actions)
         recorded = replace(episode, extra=extra), env.spec.metadata
-    outcome = EpisodeOutcome(task, index, reset_seed, prompt, solved and not helped, len(actions), actions, recorded)
+    jerk = rms_jerk(np.stack(states[:own]), env.spec.metadata) if own else None
+    outcome = EpisodeOutcome(task, index, reset_seed, prompt, solved and not helped, len(actions), actions, jerk, recorded)
     return replace(outcome, taken_over_at=own if helped else None, solved_with_help=solved and helped)
 
 
@@ -151,7 +160,9 @@ def split_limit(env: Environment, task: str, condition: Condition) -> tuple[int,
     rollout without help, or half of what the simulator allows where that is less. The expert then has as long as an episode.
     Raises `SimulatorError` where the expert would never act.
     """
-    limit, longest = env.max_steps(task), env.longest_episode(task)
+    limit, longest = condition.max_steps or env.max_steps(task), env.longest_episode(task)
+    if limit > longest:
+        raise SimulatorError(f"--max_steps: got {limit}, expected at most {longest}, the longest episode of '{task}'")
     if condition.take_over is None:
         return limit, limit
     own = min(limit, longest // 2) if condition.take_over_after is None else condition.take_over_after
@@ -173,26 +184,28 @@ def _actions(
     prompt: str,
     rng: np.random.Generator,
 ) -> Iterator[NDArray[np.floating]]:
-    """Endless actions (A,): random ones, or the first ones of a chunk, then those of the next chunk.
+    """Endless actions (A,): random ones, or those of chunks as `condition` executes them.
 
     seen: ends with the present observation. Unless all are recorded it is rendered here, once per chunk: that is the slow part.
     """
     while condition.policy == "random":
         yield rng.uniform(env.spec.action_low, env.spec.action_high)
     assert policy is not None
-    while True:
-        view = seen[-1]
+    timing, looked = Timing(condition.execution, condition.delay, condition.execute), False
+
+    def ask(continuation: Continuation | None) -> NDArray[np.floating]:
+        nonlocal looked
+        if looked and condition.record is None:
+            seen[:] = [env.observe()]
+        view, looked = seen[-1], True
         observation: dict[str, Any] = {**view, schema.PROMPT: prompt}
         if condition.image == "grey":
             observation |= {key: np.full_like(image, GREY) for key, image in view.items() if key.startswith("image_")}
         seed = int(rng.integers(2**31))
-        chunk = np.asarray(policy.infer(observation, seed=seed, num_steps=condition.num_steps)["actions"])  # (K, A)
-        execute = max(1, len(chunk) // 2) if condition.execute is None else condition.execute
-        if not 1 <= execute <= len(chunk):
-            raise SimulatorError(f"--execute: got {execute}, expected 1 to {len(chunk)}, the policy's horizon")
-        yield from chunk[:execute]
-        if condition.record is None:
-            seen[:] = [env.observe()]
+        how: dict[str, Any] = {"num_steps": condition.num_steps, "continuation": continuation, "realtime": timing.realtime}
+        return np.asarray(policy.infer(observation, seed=seed, **how)["actions"])
+
+    yield from execute_chunks(env, ask, timing)
 
 
 def write_video(path: Path, env: Environment, outcome: EpisodeOutcome, resets: Resets) -> None:

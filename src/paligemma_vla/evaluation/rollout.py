@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EPISODE = ("task", "index", "seed", "prompt", "success", "steps")  # what rollout.json says of one
+EPISODE = ("task", "index", "seed", "prompt", "success", "steps", "jerk")  # what rollout.json says of one
 HELPED = ("taken_over_at", "solved_with_help")  # and of one in which the expert may take over
 # Columns beside those that training reads.
 RECORDED = {schema.SUCCESS: pa.bool_(), schema.ACTOR: pa.string(), schema.RESET: pa.string()}
@@ -241,6 +241,7 @@ def _task_result(outcomes: list[EpisodeOutcome], helps: bool) -> dict[str, Any]:
         "rate": len(solved) / len(outcomes),
         "ci95": list(wilson_interval(len(solved), len(outcomes))),
         "mean_steps_to_success": float(np.mean(solved)) if solved else None,
+        "mean_jerk": float(np.mean(jerks)) if (jerks := [each.jerk for each in outcomes if each.jerk is not None]) else None,
         "prompts_used": sorted({outcome.prompt for outcome in outcomes}),
         **(help_given if helps else {}),
     }
