@@ -11,6 +11,8 @@ from paligemma_vla_client.errors import (
     PolicyServerError,
     PolicyTimeout,
 )
+from paligemma_vla_client.loop import ControlLoop
+from paligemma_vla_client.rate import LoopReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "ChunkQueue",
     "CodecError",
     "ContractError",
+    "ControlLoop",
+    "LoopReport",
     "PolicyClient",
     "PolicyConnectionError",
     "PolicyError",

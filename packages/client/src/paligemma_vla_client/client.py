@@ -90,6 +90,9 @@ class AsyncPolicyClient:
         seed: int | None = None,
         timeout_s: float | None = None,
         record: Mapping[str, Any] | None = None,
+        executed: int | None = None,
+        delay: int | None = None,
+        unused: bool = False,
     ) -> dict[str, Any]:
         """The policy's answer to an observation.
 
@@ -97,6 +100,12 @@ class AsyncPolicyClient:
         seed: of the noise, for an answer that can be repeated; not all servers know it. timeout_s: limit of this request,
         connecting anew included; None: the client's. record: what was executed since the observation before, for limits and
         `serve --record`: {"executed": (A,) or (M, A), "actor": "policy" or "intervention"}; not all servers know it.
+
+        Of real-time chunking, for `paligemma-vla serve` (`ControlLoop` gives all three): executed: control steps from the
+        observation of the last chunk to this one; the rest of that chunk is what the answer continues. delay: control steps
+        until the answer will be used; so many of its first actions are those of the last chunk. unused: the last answer came
+        too late and was not used; `executed` counts in the one before it.
+
         Returns {"actions": (K, A), "server_timing": {...}}, and what else the server sends.
         Raises `ContractError` for a key that the policy does not know, `CodecError` for a value that cannot be sent,
         `PolicyServerError` with the server's text, `PolicyTimeout`, `PolicyConnectionError`.
@@ -104,7 +113,7 @@ class AsyncPolicyClient:
         if self._contract is None:
             await self.connect()
         self._check_keys(observation)
-        told = {"seed": seed, "record": record}
+        told = {"seed": seed, "record": record, "executed": executed, "delay": delay, "unused": unused or None}
         frame = _packed({**observation, **{name: value for name, value in told.items() if value is not None}})
         return _read_answer(await self._request(frame, timeout_s))
 
@@ -317,9 +326,12 @@ class PolicyClient:
         seed: int | None = None,
         timeout_s: float | None = None,
         record: Mapping[str, Any] | None = None,
+        executed: int | None = None,
+        delay: int | None = None,
+        unused: bool = False,
     ) -> dict[str, Any]:
         """As `AsyncPolicyClient.infer`."""
-        return self._run(self._client.infer(observation, seed, timeout_s, record))
+        return self._run(self._client.infer(observation, seed, timeout_s, record, executed, delay, unused))
 
     def show(self, observation: Observation, record: Mapping[str, Any] | None = None) -> None:
         """As `AsyncPolicyClient.show`."""
