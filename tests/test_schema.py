@@ -7,7 +7,7 @@ import json
 import pytest
 
 from paligemma_vla.errors import DataError
-from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.schema import DatasetMetadata, chunk_coverage
 from support import METADATA
 
 ARM = DatasetMetadata(
@@ -54,3 +54,8 @@ def test_metadata_of_another_type_names_the_field(name: str, values: list[object
     for value in values:
         with pytest.raises(DataError, match=rf"^x\.parquet: {name}(\..+)?: got "):
             DatasetMetadata.from_json(json.dumps({name: value}), "x.parquet")
+
+
+def test_chunk_covers_what_its_rate_says() -> None:
+    assert chunk_coverage(24, 80.0) == "a chunk of 24 actions covers 0.30 s at 80 Hz"
+    assert chunk_coverage(8, 0.0) == "", "the rate is not known"

@@ -142,6 +142,11 @@ class DatasetMetadata:
             raise DataError(f"{where}: {first_fault(error)}") from error
 
 
+def chunk_coverage(actions: int, control_hz: float) -> str:
+    """How long a chunk of `actions` lasts, as `a chunk of 24 actions covers 0.30 s at 80 Hz`; empty at an unknown rate, 0."""
+    return f"a chunk of {actions} actions covers {actions / control_hz:.2f} s at {control_hz:g} Hz" if control_hz else ""
+
+
 def first_fault(error: ValidationError) -> str:
     """The first of pydantic's faults."""
     return describe_fault(error.errors(include_url=False)[0])

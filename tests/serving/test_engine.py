@@ -29,11 +29,11 @@ class Gate:
         self.begun, self.open = threading.Event(), threading.Event()
         self._compute = policy.infer_batch
 
-    def __call__(self, observations: list[Any], seeds: list[int | None]) -> Any:
+    def __call__(self, observations: list[Any], *others: Any) -> Any:
         self.batches.append([observation.prompt for observation in observations])
         self.begun.set()
         assert self.open.wait(PATIENCE)
-        return self._compute(observations, seeds)
+        return self._compute(observations, *others)
 
 
 @pytest.fixture
@@ -164,10 +164,10 @@ def test_error_of_one_request_does_not_fail_those_computed_with_it(serve, policy
     server = serve(limited=False)
     compute = server.service.policy.infer_batch
 
-    def fail(observations: list[Any], seeds: list[int | None]) -> Any:
+    def fail(observations: list[Any], *others: Any) -> Any:
         if any(observation.prompt == "fail" for observation in observations):
             raise RuntimeError("/home/robot/secret.py has failed")
-        return compute(observations, seeds)
+        return compute(observations, *others)
 
     server.service.policy.infer_batch = fail
     gate = gated(server)
@@ -243,3 +243,21 @@ def test_flood_of_one_client_leaves_the_others_their_turns(serve, policy, client
         for _ in range(200):
             actions_of(floods)
         flooding.result()
+
+
+def test_answers_that_continue_a_chunk_are_computed_apart_and_in_their_turn(serve, policy, clients):
+    """Guidance takes longer: who asks plainly does not wait for it in one batch."""
+    server = serve(limited=False)
+    connections = clients(server, 5)
+    for connection in connections:
+        connection.send(pack(draw(policy)))
+        actions_of(connection)
+    gate = gated(server)
+    fields = [{}, {"executed": 1, "delay": 1}, {}, {"executed": 1, "delay": 1}, {}]
+    for number, (connection, told) in enumerate(zip(connections, fields, strict=True)):
+        connection.send(pack(draw(policy) | {"prompt": str(number)} | told))
+        waits_until(gate.begun.is_set if number == 0 else lambda number=number: counted(server, "queue") == number)
+    gate.open.set()
+    for connection in connections:
+        actions_of(connection)
+    assert gate.batches == [["0"], ["1", "3"], ["2", "4"]]

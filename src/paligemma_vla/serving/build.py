@@ -16,7 +16,7 @@ from paligemma_vla.config import VLAConfig, config_from_dict, parse_assignments
 from paligemma_vla.control.limits import build_limits
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.policy import Policy, fingerprint
-from paligemma_vla.schema import PROMPT, STATE
+from paligemma_vla.schema import PROMPT, STATE, chunk_coverage
 from paligemma_vla.serving.keys import KeyMap, build_key_maps
 from paligemma_vla.serving.protocols import groot, openpi, vla_eval
 from paligemma_vla.serving.service import PolicyService
@@ -52,7 +52,8 @@ def build_service(
         greeting = openpi.roboarena_configuration(key_maps[openpi.NAMES.protocol], policy.metadata["action_convention"])
     began = time.monotonic()
     policy.infer(example(policy), seed=0)
-    log.info("first answer after %.2f s", time.monotonic() - began)
+    coverage = chunk_coverage(policy.metadata["horizon"], policy.metadata["control_hz"])
+    log.info("first answer after %.2f s%s", time.monotonic() - began, f"; {coverage}" if coverage else "")
     contract = {
         **policy.metadata,
         "checkpoint": Path(checkpoint_path).name,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from paligemma_vla.errors import DataError
 from paligemma_vla.observation import ParsedObservation
-from paligemma_vla.policy import Policy
+from paligemma_vla.policy import Continuation, Policy, RealTime
 from paligemma_vla.serving.metrics import Metrics
 
 
@@ -22,6 +22,8 @@ from paligemma_vla.serving.metrics import Metrics
 class _Request:
     observation: ParsedObservation
     seed: int | None
+    continuation: Continuation | None
+    method: RealTime | None  # how the answer will continue
     answer: asyncio.Future[NDArray[np.float32]]
     arrived: float = field(default_factory=time.monotonic)
 
@@ -29,6 +31,7 @@ class _Request:
 class Engine:
     """Batches what arrives within `wait_s` of the first waiting request, at most `max_batch` at once.
 
+    Answers that continue a chunk in different ways are computed apart, since guidance takes longer; the first to come begins.
     It does not wait for clients that are not there: with as many requests as clients it begins at once. max_queue: requests
     that may wait; more are refused, because an answer that comes late moves a robot by what it saw long ago.
     """
@@ -43,13 +46,16 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "policy")
         self._task = asyncio.create_task(self._run())
 
-    async def infer(self, observation: ParsedObservation, seed: int | None) -> NDArray[np.float32]:
-        """Actions (K, A) in real units. A cancelled call is not computed. Raises what `Policy.infer` raises, and `DataError`
-        when too many wait."""
+    async def infer(
+        self, observation: ParsedObservation, seed: int | None, continuation: Continuation | None = None
+    ) -> NDArray[np.float32]:
+        """Actions (K, A) in real units; continuation: what they continue. A cancelled call is not computed. Raises what
+        `Policy.infer` raises, and `DataError` when too many wait."""
         if len(self._queue) >= self.max_queue:
             self.metrics.dropped.labels("queue").inc()
             raise DataError(f"server: {len(self._queue)} observations wait, expected at most {self.max_queue}; send it again")
-        request = _Request(observation, seed, asyncio.get_running_loop().create_future())
+        method = self.policy.realtime_method(continuation)
+        request = _Request(observation, seed, continuation, method, asyncio.get_running_loop().create_future())
         self._queue.append(request)
         self.metrics.queue.set(len(self._queue))
         self._arrived.set()
@@ -88,7 +94,9 @@ class Engine:
                 await asyncio.wait_for(self._arrived.wait(), left)
             except TimeoutError:
                 break
-        taken = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
+        taken = [request for request in self._queue if request.method == self._queue[0].method][: self.max_batch]
+        for request in taken:
+            self._queue.remove(request)
         self.metrics.queue.set(len(self._queue))
         return taken
 
@@ -98,9 +106,12 @@ class Engine:
         A request that fails alone, and one that is answered, may have lost its client meanwhile.
         """
         loop = asyncio.get_running_loop()
-        arguments = [request.observation for request in batch], [request.seed for request in batch]
+        parts = zip(*((request.observation, request.seed, request.continuation) for request in batch), strict=True)
+        observations, seeds, continuations = map(list, parts)
         try:
-            answers = await loop.run_in_executor(self._thread, self.policy.infer_batch, *arguments)
+            answers = await loop.run_in_executor(
+                self._thread, self.policy.infer_batch, observations, seeds, None, continuations
+            )
         except Exception as error:  # of any kind: the server goes on
             if len(batch) > 1:
                 for request in batch:

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from paligemma_vla import __version__
 from paligemma_vla.control.limits import ActionLimits, LimitLog
+from paligemma_vla.control.realtime import Progress, RobotChunks
 from paligemma_vla.errors import DataError, NotFiniteError, VLAError
 from paligemma_vla.observation import ParsedObservation
-from paligemma_vla.policy import Policy
+from paligemma_vla.policy import Continuation, Policy
+from paligemma_vla.schema import chunk_coverage
 from paligemma_vla.serving.engine import Engine
 from paligemma_vla.serving.keys import KeyMap
 from paligemma_vla.serving.metrics import Metrics
@@ -41,12 +43,22 @@ class RefusalError(VLAError):
     """What a client is told in place of actions. It holds no path, and nothing of the inside of the server."""
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a client says beside its observation: the seed of the noise, what it executed since its message before, and where it
+    is in its last chunk."""
+
+    seed: int | None = None
+    executed: Executed | None = None
+    progress: Progress | None = None
+
+
 @dataclass
 class Session:
     """One connection. observation, actions, seconds: of its last answer. sent: those of the actions that were sent (N, A).
 
-    seen_at: when the observation was. executes_all: set by a protocol whose clients execute all that is sent before they
-    observe again. events: how many of it there were to record. warned: its state has been called far from the data.
+    seen_at: when the observation was. chunks: what it has to execute. executes_all: set by a protocol whose clients execute all
+    that is sent before they observe again. events: how many of it there were to record. warned: what was logged of it once.
     """
 
     protocol: str
@@ -57,7 +69,8 @@ class Session:
     executes_all: bool = False
     sent: NDArray[np.float32] | None = None
     events: int = 0
-    warned: bool = False
+    chunks: RobotChunks = field(default_factory=RobotChunks)
+    warned: set[str] = field(default_factory=set)
     observation: ParsedObservation | None = None
     seen_at: float = 0.0
     actions: NDArray[np.float32] | None = None
@@ -160,22 +173,19 @@ class PolicyService:
         self,
         session: Session,
         message: Mapping[str, Any],
-        seed: int | None = None,
+        said: Said = Said(),
         execute: int | None = None,
-        executed: Executed | None = None,
     ) -> NDArray[np.float32]:
-        """The actions (N, A) to send for a client's message, all of the chunk or the first `execute`.
-
-        executed: what the client says it did since its message before. Raises `RefusalError`.
-        """
+        """The actions (N, A) to send for a client's message, all of the chunk or the first `execute`. Raises `RefusalError`."""
         assert self.engine is not None, "call start first"
         arrived, when = time.monotonic(), time.time()
         session.events += 1  # one that fails is missing in the record
         with self.refusals(session.protocol, session.number):
             parsed = await self.in_thread(self._parse, session.protocol, message)
             self._warn_of_units(session, parsed.state)
-            actions = await self.engine.infer(parsed, self.seed if seed is None else seed)
-            executed = executed or session.implied()
+            going_on = session.chunks.continuation(said.progress)
+            actions = await self.engine.infer(parsed, self.seed if said.seed is None else said.seed, going_on)
+            executed = said.executed or session.implied()
             if self.limits is not None:
                 previous = None if executed is None else executed.actions[-1]
                 actions, moved = self.limits.apply(actions, parsed.state, previous)
@@ -184,8 +194,10 @@ class PolicyService:
                 raise NotFiniteError("the policy's actions are not finite; nothing is sent")
         session.observation, session.seen_at = parsed, when
         session.actions, session.sent = actions, actions[:execute]
+        session.chunks.add(session.sent)
         self._record(session, executed=executed, view=parsed, sent=session.sent, when=when)
         session.answered, session.seconds = session.answered + 1, time.monotonic() - arrived
+        self._warn_of_delay(session, said.progress, going_on)
         self.recent.append((time.time(), session.seconds))
         self.metrics.latency.labels(session.protocol).observe(session.seconds)
         return session.sent
@@ -205,6 +217,7 @@ class PolicyService:
         session.events += 1
         self._record(session, executed=executed or session.implied(), success=success)
         session.sent = None
+        session.chunks.clear()
 
     def _record(self, session: Session, **facts: Any) -> None:
         if self.recorder is not None:
@@ -220,10 +233,29 @@ class PolicyService:
         statistics, names = self.policy.preprocessor.statistics.state, self.contract["state_names"]
         low, high = np.asarray(statistics.min), np.asarray(statistics.max)
         far = np.flatnonzero((high > low) & (np.maximum(low - state, state - high) > high - low))
-        if len(far) and not session.warned:
-            session.warned, n = True, far[0]
+        if len(far) and "units" not in session.warned:
+            session.warned.add("units")
+            n = far[0]
             got = f"state {names[n] if names else n} is {state[n]:g}, in the training data {low[n]:g} to {high[n]:g}"
             log.warning("%s: client %d: %s; are units and order the same?", session.protocol, session.number, got)
+
+    def _warn_of_delay(self, session: Session, progress: Progress | None, going_on: Continuation | None) -> None:
+        """Log, once for each client, what makes its robot stand: an answer that took longer than the actions last which it got,
+        and a delay that is longer than what it has left to execute."""
+        if session.sent is None or session.answered < 2:  # the first answer may be slow
+            return
+        coverage = chunk_coverage(len(session.sent), hz := self.contract["control_hz"])
+        if session.seconds * hz > len(session.sent) and "latency" not in session.warned:
+            session.warned.add("latency")
+            text = "%s: client %d: an answer took %.2f s, and %s: the robot stands meanwhile"
+            log.warning(text, session.protocol, session.number, session.seconds, coverage)
+        left = 0 if going_on is None else len(going_on.actions)
+        if progress is not None and progress.delay > left > 0 and "delay" not in session.warned:
+            session.warned.add("delay")
+            text = "%s: client %d: an answer is used after %d control steps, and it has %d left until then (%s)"
+            log.warning(
+                f"{text}: the robot stands; ask earlier", session.protocol, session.number, progress.delay, left, coverage
+            )
 
     def _count_limited(self, moved: NDArray[np.float32]) -> None:
         self.limit_log.add(moved)

@@ -34,6 +34,7 @@ from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.progress import progress_bar
+from paligemma_vla.schema import chunk_coverage
 from paligemma_vla.training import checkpoint as ckpt
 from paligemma_vla.training.distributed import Distributed, with_new_group
 from paligemma_vla.training.interrupt import StopRequest
@@ -405,6 +406,9 @@ class Trainer:
             f"{self.config.training.experiment_name}: {parameters:.1f} M parameters, {learning:.1f} M learn; {len(train)} "
             f"training episodes ({train.steps} steps), {validation} validation episodes"
         )
+        horizon = self.config.model.action_head_config.horizon
+        if coverage := chunk_coverage(horizon, self.data.train.index.layout.metadata.control_hz):
+            logger.info("%s", coverage)
         if self.begins_with is not None:
             logger.info("it begins with %s", self.begins_with)
         logger.info(

@@ -144,6 +144,7 @@ class _Run:
         self.execute = loop.execute or 1  # None: until a chunk says how long it is
         self.delays: list[int] = []
         self.guess = 0  # of the delay, before one is measured
+        self.length = 0  # of the last chunk
         self.question: _Question | None = None
         self.views: deque[Future[None]] = deque()
         self.waits = True  # the robot, for the next chunk
@@ -202,7 +203,7 @@ class _Run:
         executed, delay = self.queue.ask(), None
         told: dict[str, Any] = {"record": self.executed.take()}
         if self.loop.mode == "real_time" and self.queue.left:
-            delay = min(self.delay, self.queue.left)
+            delay = min(self.delay, self.length) if self.recent else min(self.guess, self.queue.left)
             told.update(executed=executed, delay=delay, unused=self.queue.unused)
         waits = self.waits or self.loop.mode == "blocking"
         answer = self.pool.submit(self.loop.client.infer, observation, **told)
@@ -229,6 +230,7 @@ class _Run:
             raise ValueError(text)
         if self.loop.execute is None and self.loop.mode != "ensemble":
             self.execute = max(1, len(actions) // 2)
+        self.length = len(actions)
         may_wait = self.queue.left > self.delay  # for the next answer, in place of one that is too late
         used = self.queue.put(actions, question.delay if may_wait else None)
         self.chunks, self.unused = self.chunks + used, self.unused + (not used)

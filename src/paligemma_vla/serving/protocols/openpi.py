@@ -14,13 +14,14 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 
+from paligemma_vla.control import realtime
 from paligemma_vla.errors import ConfigError, DataError, closest
 from paligemma_vla.observation import whole_number
 from paligemma_vla.schema import PROMPT, STATE
 from paligemma_vla.serving.connection import decode, text_field, while_connected
 from paligemma_vla.serving.keys import KeyMap, Names
 from paligemma_vla.serving.record import parse_executed, parse_success
-from paligemma_vla.serving.service import PolicyService, RefusalError, Session
+from paligemma_vla.serving.service import PolicyService, RefusalError, Said, Session
 from paligemma_vla_client.codec import pack
 
 NAMES = Names(
@@ -36,9 +37,9 @@ NAMES = Names(
 ROBOARENA = "roboarena"
 EXTERNAL = re.compile(r"observation/exterior_image_(\d+)_")
 ACTION_SPACES = ("joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity")
-# Of a message, beside the observation. Our own client's are `seed`, and `record`: {"executed": (A,) or (M, A), what it did
-# since its message before, "actor": "policy" or "intervention", and at a reset "success": true or false}.
-OWN_FIELDS = ("endpoint", "session_id", "seed", "record")
+# Of a message, beside the observation. Our own client's are `seed`, those of real-time chunking, and `record`:
+# {"executed": (A,) or (M, A), what it did since its message before, "actor", and at a reset "success": true or false}.
+OWN_FIELDS = ("endpoint", "session_id", "seed", "record", *realtime.FIELDS)
 ENDPOINTS = ("infer", "reset", "record")  # record: the observation is for the record alone
 
 
@@ -68,6 +69,7 @@ async def _reply(service: PolicyService, session: Session, frame: str | bytes, e
             raise DataError(f"endpoint: got {endpoint!r:.40}{closest(endpoint, ENDPOINTS)}")
         executed, success = parse_executed(told, service.policy.metadata["action_dim"]), parse_success(told)
         seed = None if message.get("seed") is None else whole_number("seed", message["seed"], 0)
+        said = Said(seed, executed, realtime.parse_progress(message, service.policy.metadata["horizon"]))
     if endpoint == "reset":
         service.end_episode(session, executed, success)
         return "reset successful"
@@ -78,7 +80,7 @@ async def _reply(service: PolicyService, session: Session, frame: str | bytes, e
         return {"recorded": service.recorder is not None}
     if endpoint == "infer" and execute is None:
         execute = max(1, service.policy.metadata["horizon"] // 2)
-    actions = await service.answer(session, observation, seed, execute, executed)
+    actions = await service.answer(session, observation, said, execute)
     return actions if endpoint else {"actions": actions}
 
 
