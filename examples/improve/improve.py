@@ -185,12 +185,16 @@ def report(args: argparse.Namespace) -> int:
         "against as much plain training": shown(result["corrections_against_plain"]["weakest"]),
         "starts that failed before": f"{solved} of {failed} are solved now",
     }
+    by_task = {
+        f"by task, against {name}": {task: interval(found) for task, found in result[key]["tasks"].items()}
+        for name, key in (("the policy before", "corrections_against_before"), ("more training", "corrections_against_plain"))
+    }
     page = Report(
         title="Learning from its own failures",
         subtitle=f"{args.demonstrations} demonstrations a task, then corrections of failures and {args.steps} further steps.",
         run_dir=work / "experiments" / "corrections",
         rollouts=[(*text, played[arm].parent) for arm, text in ARMS.items()],
-        facts=facts,
+        facts=facts | by_task,
     )
     write_report(work / "report.html", page)
     against_before, against_plain = (result[f"corrections_against_{other}"]["tasks"] for other in ("before", "plain"))

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.index import EpisodeIndex
+from paligemma_vla.data.doctor import CheckOptions, diagnose
+from paligemma_vla.data.faults import Kind
+from paligemma_vla.data.index import EpisodeIndex, ExclusionList
 from paligemma_vla.data.labels import build_index, keep_interventions
 from paligemma_vla.data.loader import VLADataset
 from paligemma_vla.data.statistics import compute_statistics
@@ -95,6 +97,18 @@ def test_mixture_learns_demonstrations_and_corrections_by_their_weights(
             tiny_config(changes | {"training.max_steps": 2, "data.reading": reading, "data.val_fraction": 0.1})
         )
         assert trainer.step == 2
+
+
+def test_check_with_such_a_configuration_lists_episodes_of_unknown_actors(tmp_path: Path, tiny_config: ConfigFactory) -> None:
+    location = record(tmp_path / "recorded", ("PPII", "PI?P-", "PPI"))
+    (path,) = (str(path) for path in Path(location).glob("*.parquet"))
+    for labels, rows in (("all", []), ("interventions", [6, 8])):
+        options = CheckOptions(config=tiny_config({"data.labels": labels}))
+        found = diagnose([path], options, lambda size: None)
+        assert [(fault.row, fault.kind) for fault in found.faults] == [(row, Kind.ACTOR) for row in rows]
+        assert [(entry.first_row, entry.rows) for entry in found.excluded] == [(4, 5)] * bool(rows)
+    without = ExclusionList(str(tmp_path / "list.json"), found.excluded)
+    assert build_index([location], "data", without, "interventions", HORIZON).unlabelled.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from paligemma_vla.data.faults import (
     FaultError,
     Kind,
     Unusable,
+    actor_faults,
     check_prompt,
     layout_misfits,
     missing_image,
@@ -179,6 +180,9 @@ class FileCheck:
         self.faults += depth
         broken |= {fault.column for fault in depth}
         columns = [name for name in (schema.STATE, schema.ACTION, schema.PROMPT, *cameras) if name not in broken]
+        config = self.options.config
+        if config is not None and config.data.labels == "interventions" and schema.ACTOR in file.columns:
+            columns.append(schema.ACTOR)
         jobs, videos = [(group, column) for group in groups for column in columns], VideoDecoders()
         for number, (group, column) in enumerate(jobs):
             with self._collected():
@@ -186,6 +190,8 @@ class FileCheck:
                     if column in (schema.STATE, schema.ACTION):
                         matrix = to_matrix(values, layout.state_dim if column == schema.STATE else layout.action_dim)
                         self.faults += number_faults(self.path, column, values, matrix, rows)
+                    elif column == schema.ACTOR:
+                        self.faults += actor_faults(self.path, values, rows)
                     else:
                         pictures = None if column == schema.PROMPT else file.pictures(values, videos)
                         self._check_values(column, values, pictures, rows)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
@@ -53,6 +54,7 @@ class Kind(StrEnum):
     PROMPT = "missing instruction"
     PROMPT_LENGTH = "instruction too long"
     PROMPT_CHANGE = "instruction changes"
+    ACTOR = "unknown actor"
     CONFIG = "does not fit the configuration"
 
 
@@ -142,6 +144,14 @@ def number_faults(path: str, name: str, column: pa.Array, values: NDArray[np.flo
             got = values[slot, item] if entry[item] is None else entry[item]
             text = f"dimension {item} is {got}, expected a finite float32"
         yield Fault(path, kind, f"{text}; mend it, or {LEAVE_OUT}", int(rows[slot]), name)
+
+
+def actor_faults(path: str, column: pa.Array | pa.ChunkedArray, rows: Rows) -> Iterator[Fault]:
+    """Rows of the column `actor` that say neither `policy` nor `intervention`. rows (R,): their numbers in the file."""
+    known = pc.is_in(column, value_set=pa.array([schema.POLICY, schema.INTERVENTION])).to_numpy(zero_copy_only=False)
+    for slot in np.flatnonzero(~known).tolist():
+        text = f"got {column[slot].as_py()!r:.40}, expected {schema.POLICY} or {schema.INTERVENTION}; mend it, or {LEAVE_OUT}"
+        yield Fault(path, Kind.ACTOR, text, int(rows[slot]), schema.ACTOR)
 
 
 def missing_image() -> Unusable:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
+from paligemma_vla.data.faults import actor_faults, raise_first
 from paligemma_vla.data.formats import open_file, read_columns
 from paligemma_vla.data.index import REQUESTS, EpisodeIndex, ExclusionList
 from paligemma_vla.errors import DataError
@@ -64,10 +65,8 @@ def _cut_file(index: EpisodeIndex, file: int, horizon: int) -> Runs:
         if schema.ACTOR not in source.columns:
             return np.stack([starts, lengths, np.zeros_like(lengths)], axis=1)
         column = read_columns(source, [schema.ACTOR])[schema.ACTOR]
-    known = pc.is_in(column, value_set=pa.array([schema.POLICY, schema.INTERVENTION])).to_numpy()
-    for row in np.flatnonzero(~known & index.has_rows(file, np.arange(len(known))))[:1]:
-        got, expected = column[int(row)].as_py(), f"{schema.POLICY} or {schema.INTERVENTION}"
-        raise DataError(f"{index.paths[file]}: row {row}, column {schema.ACTOR}: got {got!r:.40}, expected {expected}")
+    inside = np.flatnonzero(index.has_rows(file, np.arange(len(column))))
+    raise_first(actor_faults(index.paths[file], column.take(pa.array(inside)), inside))
     acted = pc.equal(column, schema.INTERVENTION).fill_null(False).to_numpy()
     episodes = zip(starts.tolist(), lengths.tolist(), strict=True)
     runs = [run for start, length in episodes for run in find_runs(acted[start : start + length], start, horizon)]
