@@ -319,6 +319,8 @@ def test_only_what_failed_is_played_again(tmp_path):
         played = pool.run(replace(again, take_over_after=8))
         assert [episode["seed"] for episode in played["episodes"]] == [episode["seed"] for episode in failed]
         assert json.loads((tmp_path / "again" / "rollout.json").read_text())["settings"]["failed_in"] == str(again.failed_in)
+        card = read_measurement(tmp_path / "again" / "rollout.json")
+        assert card.rows[0][1] == "0/1" and "Only starts that failed" in card.note and "the policy's alone" in card.note
         with pytest.raises(SimulatorError, match="other starts: seed: got 1, expected 0 as there; give the same --seed"):
             pool.run(replace(again, seed=1))
         with pytest.raises(SimulatorError, match="the policy failed in none of 2 episodes of drawer-open; give others"):

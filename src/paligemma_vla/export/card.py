@@ -121,6 +121,10 @@ def _closed_loop(raw: Mapping[str, Any]) -> Measurement:
     settings = raw["settings"]
     condition = ", ".join(f"{name} {settings[name]}" for name in ("prompts", "resets", "image", "policy"))
     note = f"Mean {raw['mean_success']:.3f}; {condition}; weights {settings['weights']}."
+    if settings.get("failed_in"):
+        note += " Only starts that failed in another rollout were played."
+    if settings.get("take_over"):
+        note += " An expert took over where the policy had not solved the task; these successes are the policy's alone."
     checkpoint = settings["checkpoint_sha256"] if settings["policy"] == "checkpoint" else None
     return Measurement(f"Closed loop: success in {settings['env']}", SUCCESSES, _successes(raw["tasks"]), note, checkpoint)
 
