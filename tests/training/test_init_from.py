@@ -24,7 +24,7 @@ from paligemma_vla.schema import Episode
 from paligemma_vla.training.checkpoint import load_checkpoint, save_checkpoint
 from paligemma_vla.training.trainer import Trainer
 from ranks import ALONE, Reference, assert_same_curve
-from support import LENGTHS, METADATA, call, identical, make_episode, observation_of, train_here
+from support import LENGTHS, METADATA, call, identical, make_episode, observation_of, train_here, write_checkpoint
 from zygote import Zygote
 
 HEAD = "model.action_head_config"
@@ -60,11 +60,14 @@ def other_robot(folder: Path) -> dict[str, Any]:
     return {**data, f"{HEAD}.per_action_dim": 3, "training.init_statistics": "own"}
 
 
-@pytest.mark.parametrize("source", ["checkpoint", "exported"])
+@pytest.mark.parametrize("kind", ["file", "shards", "export"])
 def test_run_begins_with_the_averaged_weights_and_nothing_else_of_the_policy(
-    tiny_config: ConfigFactory, checkpoint: Path, source: str, request: pytest.FixtureRequest
+    tiny_config: ConfigFactory, checkpoint: Path, exported: Path, tmp_path: Path, kind: str
 ) -> None:
-    trainer = begin(tiny_config({"training.init_from": str(request.getfixturevalue(source))}, cameras=2))
+    source = {"file": checkpoint, "shards": tmp_path / "policy.dcp", "export": exported}[kind]
+    if kind == "shards":
+        write_checkpoint(source, load_checkpoint(checkpoint))
+    trainer = begin(tiny_config({"training.init_from": str(source)}, cameras=2))
     saved = load_checkpoint(checkpoint)
     weights = {**saved["state_dict"], **saved["ema"]["average"]}
     assert not identical(weights, saved["state_dict"])
@@ -86,6 +89,15 @@ def test_run_answers_as_the_policy_before_its_first_step(
     assert np.array_equal(answer, policy.infer(seen, seed=5)["actions"])
     assert trainer.begins_with is not None
     assert "number of cameras: got 1, expected 2" in trainer.begins_with
+
+
+def test_weights_that_do_not_learn_are_rounded_only_where_products_are(tiny_config: ConfigFactory, checkpoint: Path) -> None:
+    """Norms stay float32, as in a `Policy`."""
+    frozen = {f"model.vlm_config.{key}": True for key in ("freeze_vision_tower", "freeze_language_model")}
+    config = tiny_config({**frozen, "model.vlm_config.dtype": "bfloat16", "training.init_from": str(checkpoint)}, cameras=2)
+    weights, state = load_trained(checkpoint).state_dict, begin(config).model.state_dict()
+    assert identical(dict(state), {name: weights[name].to(tensor.dtype) for name, tensor in state.items()})
+    assert {tensor.dtype for name, tensor in state.items() if "norm" in name} == {torch.float32}
 
 
 def test_tensors_of_another_shape_keep_what_both_have(tiny_config: ConfigFactory, checkpoint: Path, tmp_path: Path) -> None:
@@ -220,11 +232,16 @@ def test_statistics_are_the_policys_or_own(
 
     with caplog.at_level(logging.WARNING):
         allowed = begin(tiny_config({**settings, "data.allow_other_statistics": True}))
-        own = begin(tiny_config({**settings, "training.init_statistics": "own"}))
+        seen = {"data.normalization": "mean_std", "data.prompt_max_len": 40, "data.image_resize": "pad"}
+        own = begin(tiny_config({**settings, **seen, "training.init_statistics": "own"}))
     assert not caplog.records
     before = load_trained(checkpoint).preprocessor["statistics"]
     assert allowed.preprocessor.statistics.to_dict() == before
     assert own.preprocessor.statistics.to_dict() == compute_statistics(str(tmp_path / "data"), "test").to_dict()
+    preprocessor = own.preprocessor
+    assert (preprocessor.normalization, preprocessor.prompts.max_len, preprocessor.image.resize) == ("mean_std", 40, "pad")
+    assert own.begins_with is not None
+    assert "data.image_resize: got pad, expected stretch" in own.begins_with
     assert identical(dict(own.model.state_dict()), dict(allowed.model.state_dict()))
 
 
@@ -260,7 +277,7 @@ def test_ranks_begin_with_the_same_weights(
     session_config: ConfigFactory, checkpoint: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     """Also those that are made anew, in shards."""
-    changes = {"training.init_from": str(checkpoint), f"{HEAD}.horizon": 6, "training.max_steps": 2, "data.val_fraction": 0.0}
+    changes = {"training.init_from": str(checkpoint), f"{HEAD}.horizon": 6, "training.max_steps": 1, "data.val_fraction": 0.0}
     config = session_config({**changes, "training.experiment_name": "alone_from"}, cameras=2)
     train_here(config)
     reference = Reference(config, tmp_path, zygote)
