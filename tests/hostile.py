@@ -16,6 +16,8 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+from paligemma_vla.control import realtime
+
 Message = dict[str, Any]
 DTYPES = ("|u1", "<u1", "|i1", "<f4", ">f4", "<f8", "<f2", "<i8", "<u8", "|b1")
 BAD_DTYPES = (
@@ -207,6 +209,9 @@ values = st.recursive(
 )
 
 
+OTHER_FIELDS = ("observation", "observation/state", "images", "endpoint", "session_id", "seed", *realtime.FIELDS, "extra")
+
+
 @st.composite
 def messages(draw: st.DrawFn, good: Message) -> Message:
     """A good message with some of its fields hostile, missing, or under another name; and others beside them."""
@@ -217,7 +222,21 @@ def messages(draw: st.DrawFn, good: Message) -> Message:
         del message[draw(st.sampled_from(sorted(message)))]
     if draw(st.integers(0, 3)) == 0:
         message[
-            draw(st.sampled_from(["observation", "observation/state", "images", "seed", "endpoint", "session_id", "extra"]))
+            draw(
+                st.sampled_from(
+                    [
+                        "observation",
+                        "observation/state",
+                        "images",
+                        "seed",
+                        "executed",
+                        "delay",
+                        "endpoint",
+                        "session_id",
+                        "extra",
+                    ]
+                )
+            )
         ] = draw(values)
     return message
 

@@ -10,12 +10,12 @@ change `make_arm`.
 from __future__ import annotations
 
 import argparse
-import time
+import logging
 from typing import Any
 
 import numpy as np
 
-from paligemma_vla_client import ActionChunkBroker, PolicyClient
+from paligemma_vla_client import ControlLoop, LoopReport, PolicyClient
 
 
 def make_arm(port: str, name: str, cameras: dict[str, int]) -> Any:
@@ -37,9 +37,9 @@ def read_observation(robot: Any, metadata: dict[str, Any], task: str) -> dict[st
     return {**images, "state": state, "prompt": task}
 
 
-def run(robot: Any, client: PolicyClient, task: str, seconds: float, execute: int | None = None) -> int:
-    """One action per control step of the training data, for so many seconds; returns how many. execute: actions of each chunk
-    before the policy is asked again; None: half of them."""
+def run(robot: Any, client: PolicyClient, task: str, seconds: float, execute: int | None = None) -> LoopReport:
+    """One action per control step of the training data, for so many seconds, also while the policy thinks. execute: control
+    steps before it is asked again; None: half a chunk. Returns how it went."""
     metadata = client.metadata
     missing = [name for name in metadata["state_names"] if name not in robot.observation_features]
     if missing or list(metadata["action_names"]) != list(robot.action_features):
@@ -47,17 +47,14 @@ def run(robot: Any, client: PolicyClient, task: str, seconds: float, execute: in
             f"robot: got joints {list(robot.action_features)}, expected {metadata['action_names']} as in the training data"
             f" (state {metadata['state_names']})"
         )
-    execute = execute or max(1, metadata["horizon"] // 2)
-    positions = metadata["action_representation"] or "absolute"  # of joints, as LeRobot records them
-    broker = ActionChunkBroker(client, execute=execute, when_late="hold", representation=positions)
-    broker.reset()
-    steps, period = int(seconds * metadata["control_hz"]), 1 / metadata["control_hz"]
-    began = time.perf_counter()
-    for step in range(steps):
-        action = broker.step(read_observation(robot, metadata, task))
+
+    def act(action: np.ndarray) -> None:
         robot.send_action({name: float(value) for name, value in zip(metadata["action_names"], action, strict=True)})
-        time.sleep(max(0.0, began + (step + 1) * period - time.perf_counter()))
-    return steps
+
+    positions = metadata["action_representation"] or "absolute"  # of joints, as LeRobot records them
+    loop = ControlLoop(client, execute=execute, when_late="hold", representation=positions)
+    loop.reset()
+    return loop.run(lambda: read_observation(robot, metadata, task), act, steps=int(seconds * loop.hz))
 
 
 def main() -> None:
@@ -70,12 +67,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--execute", type=int)
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
     cameras = {name: int(index) for name, _, index in (entry.partition("=") for entry in args.cameras)}
     robot = make_arm(args.port, args.id, cameras)
     with PolicyClient(args.server, timeout_s=1.0) as client:
         robot.connect()
         try:
-            run(robot, client, args.task, args.seconds, args.execute)
+            logging.info("%s", run(robot, client, args.task, args.seconds, args.execute))
         finally:
             robot.disconnect()
 

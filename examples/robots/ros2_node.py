@@ -5,18 +5,19 @@
 
 It takes the last picture of each camera (`sensor_msgs/Image`, rgb8 or bgr8) and the last `sensor_msgs/JointState`. It publishes
 one `std_msgs/Float64MultiArray` of positions per control step to `/forward_position_controller/commands`, as ros2_control's
-controllers take it. Joints and cameras are in the order of the policy. Nothing is published until every topic has been heard,
-and nothing when one has been silent for longer than `stale_s`.
+controllers take it, also while the policy thinks. Joints and cameras are in the order of the policy. Nothing is published until
+every topic has been heard, and nothing when one has been silent for longer than `stale_s`.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
 import numpy as np
 
-from paligemma_vla_client import ActionChunkBroker, PolicyClient, PolicyError
+from paligemma_vla_client import ControlLoop, PolicyClient, PolicyError
 
 
 def to_picture(message: Any) -> np.ndarray:
@@ -70,28 +71,32 @@ def main() -> None:
     cameras = list(node.declare_parameter("cameras", [""]).value)
     stale_s = node.declare_parameter("stale_s", 0.5).value
     client = PolicyClient(server, timeout_s=1.0)
-    execute = max(1, client.metadata["horizon"] // 2)
-    broker = ActionChunkBroker(client, execute=execute, when_late="hold", representation="absolute")
+    loop = ControlLoop(client, when_late="hold", representation="absolute")
     latest = Latest([*cameras, "/joint_states"])
     for topic in cameras:
         node.create_subscription(Image, topic, lambda message, topic=topic: latest.put(topic, message), qos_profile_sensor_data)
     node.create_subscription(JointState, "/joint_states", lambda message: latest.put("/joint_states", message), 10)
     commands = node.create_publisher(Float64MultiArray, "/forward_position_controller/commands", 10)
 
-    def step() -> None:
-        if silent := latest.stale(stale_s):
-            node.get_logger().warning(f"waiting for {', '.join(silent)}", throttle_duration_sec=2.0)
-            return
-        try:
-            action = broker.step(observation(latest, cameras, joints, task))
-        except PolicyError as error:
-            node.get_logger().error(f"no action: {error}", throttle_duration_sec=2.0)
-            return
+    def observe() -> dict[str, Any]:
+        return observation(latest, cameras, joints, task)
+
+    def act(action: np.ndarray) -> None:
         commands.publish(Float64MultiArray(data=[float(value) for value in action]))
 
-    node.create_timer(1 / client.metadata["control_hz"], step)
+    def may_not_move() -> bool:
+        return bool(latest.stale(stale_s)) or not rclpy.ok()
+
+    threading.Thread(target=rclpy.spin, args=[node], daemon=True).start()  # topics are heard while the loop runs
     try:
-        rclpy.spin(node)
+        while rclpy.ok():
+            try:
+                loop.run(observe, act, until=may_not_move)
+            except PolicyError as error:
+                node.get_logger().error(f"no action: {error}", throttle_duration_sec=2.0)
+            if silent := latest.stale(stale_s):
+                node.get_logger().warning(f"waiting for {', '.join(silent)}", throttle_duration_sec=2.0)
+            time.sleep(0.1)
     finally:
         client.close()
         node.destroy_node()

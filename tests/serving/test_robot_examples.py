@@ -46,8 +46,8 @@ def test_lerobot_arm_gets_the_actions_of_its_observations_by_name(serve, policy)
     example = load("lerobot_arm")
     with PolicyClient(server.url) as client:
         arm = Arm(client.metadata)
-        steps = example.run(arm, client, "open the drawer", seconds=0.4, execute=2)
-        assert steps == len(arm.sent) == int(0.4 * policy.metadata["control_hz"])
+        report = example.run(arm, client, "open the drawer", seconds=0.4, execute=2)
+        assert report.steps == len(arm.sent) == int(0.4 * policy.metadata["control_hz"])
         first = example.read_observation(Arm(client.metadata), client.metadata, "open the drawer")
         expected = policy.infer(first, seed=3)["actions"]
         got = [[action[name] for name in policy.metadata["action_names"]] for action in arm.sent[:2]]
