@@ -86,7 +86,7 @@ class KeyMap:
         for name in sorted(flat.keys() - used - self._ignored):
             if len(self._ignored) < MOST_IGNORED:
                 self._ignored.add(name)
-                log.info("%.80s: not mapped to a camera, state or prompt of the policy; ignored", name)
+                log.info("%.80r: not mapped to a camera, state or prompt of the policy; ignored", name)
         return observation
 
 
