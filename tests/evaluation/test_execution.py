@@ -10,7 +10,7 @@ import pytest
 
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.envs.metaworld import METADATA, SPEC
-from paligemma_vla.evaluation.execution import ENSEMBLE, Timing, execute_chunks, rms_jerk
+from paligemma_vla.evaluation.execution import ENSEMBLE, Motion, Timing, execute_chunks, measure_motion
 
 HOLD = -1
 
@@ -79,9 +79,13 @@ def test_more_actions_than_a_chunk_has_are_refused():
         executed(Timing(execute=9), 1)
 
 
-def test_rms_jerk_is_the_third_derivative_of_the_position():
+def test_motion_is_measured_by_the_derivatives_of_the_position():
     time = np.arange(50)[:, None] / METADATA.control_hz
-    states = np.concatenate([2 * time**3 / 6, time**2, 3 * time**3 / 6, np.sin(99 * time)], axis=1)
-    assert rms_jerk(states, METADATA) == pytest.approx(np.sqrt(2**2 + 3**2), rel=1e-6)
-    assert rms_jerk(states[:3], METADATA) is None
-    assert rms_jerk(states, replace(METADATA, control_hz=0.0)) is None
+    states = np.concatenate([2 * time**3 / 6, 0 * time, 3 * time**3 / 6, np.sin(99 * time)], axis=1).astype(np.float32)
+    motion = measure_motion(list(states), METADATA)
+    assert motion.jerk == pytest.approx(np.sqrt(2**2 + 3**2), rel=0.1)  # float32, differentiated three times
+    middle = time[:-1, 0] + 0.5 / METADATA.control_hz
+    np.testing.assert_allclose(motion.speed, np.sqrt(2**2 + 3**2) * middle**2 / 2, atol=1e-3)
+    assert measure_motion(list(states[:3]), METADATA).jerk is None
+    assert measure_motion(list(states), replace(METADATA, control_hz=0.0)) == Motion(0.0)
+    assert measure_motion([], METADATA).speed == ()

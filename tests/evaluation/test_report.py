@@ -178,6 +178,17 @@ def test_every_video_is_inside_the_page_once(tmp_path: Path) -> None:
     assert all({"autoplay", "muted", "loop", "playsinline", "controls"} <= video.keys() for video in videos)
 
 
+def test_speed_of_the_robot_stands_beside_its_film(tmp_path: Path) -> None:
+    folder = write_rollout(tmp_path / "own", {"drawer-open": (1, 1)})
+    raw = json.loads((folder / "rollout.json").read_text())
+    assert "speed in cm/s" not in render(Report("t", rollouts=[("own", "", folder)])), "of an earlier version"
+    raw["videos"][0]["motion"] = {"control_hz": 10, "speed": [0.0, 0.0, 0.4, 0.4]}
+    (folder / "rollout.json").write_text(json.dumps(raw))
+    page = render(Report("t", rollouts=[("own", "", folder)]))
+    assert "speed in cm/s" in page
+    assert "0.3" in page[page.index("speed in cm/s") - 2000 :]  # seconds of the last step
+
+
 def test_damaged_results_are_named_and_files_outside_their_folder_not_carried_out(tmp_path: Path) -> None:
     folder = write_rollout(tmp_path / "own", {"drawer-open": (1, 1)})
     (tmp_path / "secret").write_bytes(b"secret")

@@ -19,7 +19,7 @@ from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.collect import build_episode
 from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets, Start
-from paligemma_vla.evaluation.execution import Execution, Timing, execute_chunks, rms_jerk
+from paligemma_vla.evaluation.execution import Execution, Motion, Timing, execute_chunks, measure_motion
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Condition:
 @dataclass(frozen=True)
 class EpisodeOutcome:
     """How an episode went. seed: of its reset. success: the policy solved the task alone. steps: until it was solved, or all of
-    them. actions: of each step (A,). jerk: of the policy, see `rms_jerk`. recorded: what was seen and done at every step, and
+    them. actions: of each step (A,). motion: while the policy acted. recorded: what was seen and done at every step, and
     what its numbers mean.
 
     taken_over_at: actions of the policy before the expert's first; None where it did not act. solved_with_help: it then solved
@@ -83,10 +83,14 @@ class EpisodeOutcome:
     success: bool
     steps: int
     actions: list[NDArray[np.floating]] = field(repr=False)
-    jerk: float | None = None
+    motion: Motion = field(repr=False)
     recorded: tuple[Episode, DatasetMetadata] | None = field(default=None, repr=False)
     taken_over_at: int | None = None
     solved_with_help: bool = False
+
+    @property
+    def jerk(self) -> float | None:
+        return self.motion.jerk
 
 
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
@@ -148,8 +152,8 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
         extra: dict[str, list[Any]] = {schema.SUCCESS: [solved] * len(actions), schema.ACTOR: actors}
         extra[schema.RESET] = [start.to_json()] * len(actions)
         recorded = replace(episode, extra=extra), env.spec.metadata
-    jerk = rms_jerk(np.stack(states[:own]), env.spec.metadata) if own else None
-    outcome = EpisodeOutcome(task, index, reset_seed, prompt, solved and not helped, len(actions), actions, jerk, recorded)
+    motion = measure_motion(states[:own], env.spec.metadata)
+    outcome = EpisodeOutcome(task, index, reset_seed, prompt, solved and not helped, len(actions), actions, motion, recorded)
     return replace(outcome, taken_over_at=own if helped else None, solved_with_help=solved and helped)
 
 

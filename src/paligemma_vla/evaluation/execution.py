@@ -5,7 +5,7 @@ An answer is used `delay` control steps after its observation. Meanwhile the rob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -77,14 +77,27 @@ def _checked(execute: int | None, horizon: int) -> int:
     return execute
 
 
-def rms_jerk(states: Floats, metadata: DatasetMetadata) -> float | None:
-    """How jerkily the robot moved: root mean square of the third derivative of its position, m/s^3.
+@dataclass(frozen=True)
+class Motion:
+    """How a robot moved. control_hz: control steps per second. speed: from each step to the next, m/s. jerk: root mean square
+    of the third derivative of its position, m/s^3; None where it took under four steps.
 
-    states: (steps, P), one for each control step. None where no state is in metres, the rate is unknown, or it took under
-    four steps.
+    Without numbers where no state is in metres, or the rate is unknown.
     """
+
+    control_hz: float
+    speed: tuple[float, ...] = ()
+    jerk: float | None = None
+
+
+def measure_motion(states: Sequence[NDArray[np.float32]], metadata: DatasetMetadata) -> Motion:
+    """states: (P,) after each control step."""
     position = [n for n, unit in enumerate(metadata.state_units) if unit == "m"]
-    if not position or not metadata.control_hz or len(states) < 4:
-        return None
-    jerk = np.diff(states[:, position].astype(np.float64), 3, axis=0) * metadata.control_hz**3
-    return float(np.sqrt(np.square(jerk).sum(axis=1).mean()))
+    hz = metadata.control_hz
+    if not position or not hz or not states:
+        return Motion(hz)
+    path = np.stack(states)[:, position].astype(np.float64)
+    speed = hz * np.linalg.norm(np.diff(path, axis=0), axis=1)
+    jerk = hz**3 * np.diff(path, 3, axis=0)
+    rms = float(np.sqrt(np.square(jerk).sum(axis=1).mean())) if len(jerk) else None
+    return Motion(hz, tuple(round(float(value), 4) for value in speed), rms)

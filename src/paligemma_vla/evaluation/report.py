@@ -188,7 +188,13 @@ def _film(video: dict[str, Any]) -> dict[str, Any]:
         still, content = poster.read_bytes(), path.read_bytes()
     except OSError as error:
         raise DataError(f"{error.filename}: named by rollout.json, but it cannot be read ({error.strerror})") from error
-    return {**video, "still": _data_url(still, "image/jpeg"), "video": _data_url(content, "video/mp4")}
+    shown = {"still": _data_url(still, "image/jpeg"), "video": _data_url(content, "video/mp4"), "speed": ""}
+    motion = video.get("motion") or {"speed": ()}  # rollouts of earlier versions say nothing of it
+    if len(motion["speed"]):
+        seconds = np.arange(len(motion["speed"])) / motion["control_hz"]
+        centimetres = 100 * np.array(motion["speed"])
+        shown["speed"] = line_chart([Line(seconds, centimetres)], "speed in cm/s, by second", zero=True)
+    return {**video, **shown}
 
 
 # Open loop.

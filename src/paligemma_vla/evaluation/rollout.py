@@ -142,6 +142,7 @@ class RolloutPool:
                 if folder is not None and count[kind] <= config.max_videos:
                     path = f"videos/{kind}_{count[kind]}.mp4"
                     described = {"task": outcome.task, "success": outcome.success, "prompt": outcome.prompt}
+                    described["motion"] = {"control_hz": outcome.motion.control_hz, "speed": outcome.motion.speed}
                     videos.append({**described, "path": path, "poster": path.replace(".mp4", ".jpg")})
                     video_jobs.append((self._player, outcome, config.resets, folder / path))
                 outcomes.append(outcome)
