@@ -142,7 +142,7 @@ def test_answer_that_is_later_than_was_said_is_not_used_and_the_next_one_continu
 
 
 def test_answer_that_is_later_than_was_said_is_used_where_nothing_is_left_to_wait_with():
-    policy = SlowPolicy(Robot(), [1, 1, K - 2, 1])
+    policy = SlowPolicy(Robot(), [1, 1, K - 4, 1])
     executed, report = play(policy, 30, "real_time", execute=2)
     np.testing.assert_array_equal(executed[:, 1], np.arange(30))
     assert report.unused == 0 and report.held == 0
@@ -234,13 +234,14 @@ def test_first_answer_does_not_count_as_delay():
 
 
 def test_person_takes_over_and_the_policy_begins_anew():
-    policy = SlowPolicy(Robot(), [0])
-    theirs = {8: np.full(A, -1.0), 9: np.full(A, -2.0)}
+    """Also while a question is open: its answer, of before, is not executed."""
+    policy = SlowPolicy(Robot(), [0, 3, 0])
+    theirs = {5: np.full(A, -1.0), 6: np.full(A, -2.0)}
     executed, _ = play(policy, 30, "real_time", intervene=lambda seen: theirs.get(seen["step"]), execute=4, record=True)
-    np.testing.assert_array_equal(executed[8:10], [[-1, -1], [-2, -2]])
-    np.testing.assert_array_equal(executed[10:, 1], np.arange(10, 30))
-    anew = policy.asked.index(10)
-    assert "executed" not in policy.said[anew] and policy.said[anew]["record"]["actor"] == "intervention"
+    np.testing.assert_array_equal(executed[5:7], [[-1, -1], [-2, -2]])
+    np.testing.assert_array_equal(executed[7:, 1], np.arange(7, 30))
+    assert policy.asked[:3] == [0, 4, 7] and not (executed[:, 0] == 1).any()
+    assert "executed" not in policy.said[2] and policy.said[2]["record"]["actor"] == "intervention"
 
 
 def test_recorded_steps_reach_the_server_in_order_each_with_what_was_executed_before():
