@@ -228,6 +228,10 @@ def test_data_format_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for code in blocks(ROOT / "docs" / "data_format.md", "python"):
         exec(compile(code, "data_format.md", "exec"), scope)
     assert scope["index"].steps == 20 + 21 + 22 + 23  # type: ignore[attr-defined]
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for code in blocks(ROOT / "docs" / "replay.md", "python"):
+        exec(compile(code, "replay.md", "exec"), scope)
+    assert scope["replayed"].state.shape == (20, 4)  # type: ignore[attr-defined]
     by_hand = EpisodeIndex.build("data/by_hand.parquet")
     assert (len(by_hand), by_hand.steps, by_hand.layout.metadata.robot) == (1, 25, "my arm")
 

@@ -34,6 +34,14 @@ def between(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 positive, natural = between(1), between(0)
 
 
+def share(text: str) -> float:
+    """Type of a flag: a number above 0 and at most 1."""
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0 and at most 1")
+
+
 def from_flags(kind: type[Made], args: argparse.Namespace, **others: Any) -> Made:
     """A dataclass whose fields are named as flags are. others: what no flag gives."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}

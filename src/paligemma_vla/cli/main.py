@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "write a policy as a Hugging Face folder, and put it on the hub",
     "serve": "answer robots over the network",
     "rollout": "run a policy in a simulator and count successes",
+    "replay": "play recorded actions in a simulator, open loop: do they do what the recording says?",
     "data": "look at episodes, check them, convert them from and to LeRobot",
     "tiny": "write a random tiny PaliGemma with tokenizer",
 }

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +24,7 @@ from paligemma_vla import quiet_libraries, schema
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.compare import StartKey, failed_starts, wilson_interval
-from paligemma_vla.evaluation.envs import Environment, Resets, make_environment
+from paligemma_vla.evaluation.envs import Environment, Resets, make_environment, match_control, package_versions
 from paligemma_vla.evaluation.episode import (
     Condition,
     EpisodeOutcome,
@@ -50,7 +48,6 @@ EPISODE = ("task", "index", "seed", "prompt", "success", "steps", "jerk")  # wha
 HELPED = ("taken_over_at", "solved_with_help")  # and of one in which the expert may take over
 # Columns beside those that training reads.
 RECORDED = {schema.SUCCESS: pa.bool_(), schema.ACTOR: pa.string(), schema.RESET: pa.string()}
-VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 
 PolicyFactory = Callable[[Environment], "Policy"]
 
@@ -227,7 +224,7 @@ class RolloutPool:
             "checkpoint_path": self.checkpoint_path,
             "checkpoint_sha256": self._fingerprint,
             "weights": self._player.weights or "full",
-            "versions": {found.name: found.version for found in importlib.metadata.distributions() if found.name in VERSIONED},
+            "versions": package_versions(),
         }
 
 
@@ -266,15 +263,9 @@ def _policy(player: _Player) -> Policy | None:
         policy = load_checkpoint(player.checkpoint_path, player.weights)
     else:
         return None
-    env.use_control(policy.metadata.get("action_representation") or "delta", _action_repeat(policy, env))
+    match_control(env, policy.metadata.get("action_representation") or "", policy.metadata.get("control_hz") or 0.0)
     check_compatible(policy.metadata, env.spec)
     return policy
-
-
-def _action_repeat(policy: Policy, env: Environment) -> int:
-    """Simulator steps per action of the policy; 1 where its rate is not known or not a whole part of the simulator's."""
-    repeat = env.spec.metadata.control_hz / (policy.metadata.get("control_hz") or math.inf)
-    return round(repeat) if repeat >= 1 and math.isclose(repeat, round(repeat)) else 1
 
 
 def _play_job(job: tuple[_Player, Condition, str, int]) -> EpisodeOutcome:

@@ -7,10 +7,12 @@ A new simulator is one file beside this one: a class that takes `image_size` and
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from paligemma_vla.schema import DatasetMetadata, Layout, Observation, first_fau
 Resets = Literal["demo", "stock"]
 PromptKind = Literal["own", "unseen"]
 Control = Literal["delta", "absolute"]
+VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
 _REGISTRY = {"metaworld": "MetaWorldEnvironment"}  # name of the module, and of the class in it
 
 
@@ -101,9 +104,24 @@ class Start:
             raise DataError(f"{where}: {first_fault(error)}") from error
 
 
+def match_control(env: Environment, representation: str, control_hz: float) -> None:
+    """Let a new environment take actions as they were recorded: `delta` or `absolute` (empty: delta), so many per second.
+
+    One action per step of the simulator where the rate is not known (0), or not a whole part of the simulator's.
+    """
+    repeat = env.spec.metadata.control_hz / (control_hz or math.inf)
+    whole = repeat >= 1 and math.isclose(repeat, round(repeat))
+    env.use_control(cast(Control, representation or "delta"), round(repeat) if whole else 1)
+
+
 @lru_cache
 def _start_reader() -> TypeAdapter[Start]:
     return TypeAdapter(Start)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result in a simulator depends on, of those that are installed."""
+    return {found.name: found.version for found in importlib.metadata.distributions() if found.name in VERSIONED}
 
 
 class Environment(Protocol):
