@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -96,7 +97,8 @@ def test_train_command_leaves_the_promised_files(run, workplace: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = set().union(*lines)
     assert {"train/batch_loss", "train/lr", "train/grad_norm", "val/epoch_loss", "val/action_mae"} <= keys
-    assert "finished;" in (folder / "logs" / "train.log").read_text()
+    log = (folder / "logs" / "train.log").read_text()
+    assert "finished;" in log and re.search(r"a chunk of \d+ actions covers \d\.\d\d s at [\d.]+ Hz", log)
     saved = torch.load(folder / "checkpoints" / "checkpoint_epoch_2.pth.tar", weights_only=True)
     assert {"epoch", "state_dict", "optimizer", "best_metric", "lr_scheduler"} <= set(saved)
     observation = {"image_1": np.zeros((50, 60, 3), np.uint8), "state": np.zeros(7), "prompt": "open the drawer"}

@@ -270,6 +270,20 @@ def test_ticker_keeps_the_rate_and_never_hurries_to_catch_up():
     np.testing.assert_allclose(ticker.jitter_ms(), np.percentile([0, 0, 150, 0], [50, 95, 100]), atol=1e-9)
 
 
+@pytest.mark.parametrize("waits, missed, gap", [(0.04, 0, 0.14), (0.3, 1, 0.4)])
+def test_ticker_gives_an_action_its_time_after_the_robot_stood(waits, missed, gap):
+    clock = [5.0]
+    ticker = Ticker(10, now=lambda: clock[0], sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    for stands in (0.7, 0.0, waits, 0.0):  # the first chunk of a run is waited for: no deadline is missed
+        ticker.wait()
+        if stands:
+            clock[0] += stands
+            ticker.restart()
+        ticker.act()
+    np.testing.assert_allclose(ticker.gaps, [0.1, gap, 0.1])
+    assert ticker.missed == missed
+
+
 @pytest.mark.parametrize(
     "metadata, options, said",
     [

@@ -254,7 +254,12 @@ class PolicyService:
             session.warned.add("delay")
             text = "%s: client %d: an answer is used after %d control steps, and it has %d left until then (%s)"
             log.warning(
-                f"{text}: the robot stands; ask earlier", session.protocol, session.number, progress.delay, left, coverage
+                f"{text}: the robot stands; see docs/realtime.md",
+                session.protocol,
+                session.number,
+                progress.delay,
+                left,
+                coverage,
             )
 
     def _count_limited(self, moved: NDArray[np.float32]) -> None:

@@ -210,6 +210,7 @@ class _Run:
         self.question = _Question(answer, self.steps, delay, waits)
         if waits:
             wait([answer])
+            self.ticker.restart()
             self._take_answer()
 
     def _take_answer(self) -> None:

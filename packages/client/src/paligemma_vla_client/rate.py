@@ -63,6 +63,12 @@ class Ticker:
             self._sleep(self._due - now)
         self._due += self.period
 
+    def restart(self) -> None:
+        """The robot stood within its step until now: the next one is due a period later, or two actions would be too near."""
+        now = self._now()
+        self.missed += self._acted is not None and self._due is not None and now > self._due
+        self._due = now + self.period
+
     def act(self) -> None:
         """An action is sent now."""
         now = self._now()
