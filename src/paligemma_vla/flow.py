@@ -50,6 +50,16 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None = None)
     return torch.rand(shape, generator=generator, device=_device(generator)) * 2 - 1
 
 
+def draw_prefix(shape: tuple[int, ...], longest: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw how many first actions are given: 0 in half of the draws, else 1 to `longest` alike; int64.
+
+    A prefix tells much of what the pictures say. Where all draws had one, a backbone would hardly learn to look.
+    """
+    device = _device(generator)
+    length = torch.randint(1, longest + 1, shape, generator=generator, device=device)
+    return torch.where(torch.rand(shape, generator=generator, device=device) < 0.5, length, 0)
+
+
 def _device(generator: torch.Generator | None) -> torch.device:
     return generator.device if generator is not None else torch.device("cpu")
 

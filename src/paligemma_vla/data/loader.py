@@ -143,7 +143,7 @@ class VLADataset(Dataset[Item]):
         }
         if self.max_prefix:  # from a generator of its own: time and noise are as without
             generator.manual_seed(derive_seed(seed, f"{self.stream} prefix", ref.position))
-            item["flow_prefix"] = torch.randint(self.max_prefix + 1, (head.num_flow_samples,), generator=generator)
+            item["flow_prefix"] = flow.draw_prefix((head.num_flow_samples,), self.max_prefix, generator)
         return item  # type: ignore[return-value]
 
     def __getitems__(self, refs: list[SampleRef] | Part) -> list[Item] | VLAError:
