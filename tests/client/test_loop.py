@@ -303,7 +303,13 @@ def test_server_without_real_time_chunking_is_refused_with_what_to_take():
     policy = SlowPolicy(Robot(), [0])
     del policy.metadata["rtc_max_delay"]
     with pytest.raises(ValueError, match="this server does not know; take asynchronous or ensemble"):
-        ControlLoop(policy, hz=HZ)
+        ControlLoop(policy, "real_time", hz=HZ)
+    assert ControlLoop(policy, hz=HZ).mode == "asynchronous"
+
+
+@pytest.mark.parametrize("trained, mode", [(0, "asynchronous"), (3, "real_time")])
+def test_chunks_are_continued_by_itself_only_where_the_policy_was_trained_for_it(trained, mode):
+    assert ControlLoop(SlowPolicy(Robot(), [0], rtc_max_delay=trained), hz=HZ).mode == mode
 
 
 def test_execute_beyond_a_chunk_is_refused():

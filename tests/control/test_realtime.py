@@ -87,6 +87,6 @@ def test_policy_in_the_robots_process_continues_its_last_chunk(policy):
 
 def test_loop_moves_a_robot_by_a_policy_in_its_own_process(policy):
     robot, executed = RealTimePolicy(policy), []
-    report = ControlLoop(robot, hz=50, when_late="zero").run(lambda: seen(policy), executed.append, steps=20)
+    report = ControlLoop(robot, "real_time", hz=50, when_late="zero").run(lambda: seen(policy), executed.append, steps=20)
     assert np.shape(executed) == (20, policy.metadata["action_dim"]) and report.steps == 20
     assert report.chunks >= 2 and report.held < 20

@@ -96,7 +96,7 @@ def test_robot_of_a_slow_server_moves_on_and_what_it_executes_was_known_to_the_p
 
     server.service.policy.infer_batch = spy
     with PolicyClient(server.url) as client:
-        loop = ControlLoop(client, hz=50, when_late="zero")
+        loop = ControlLoop(client, "real_time", hz=50, when_late="zero")
         report = loop.run(observe, executed.append, steps=40)
         loop.reset(success=True)
     assert report.steps == len(executed) == 40 and len(asked) == len(seen) >= 3

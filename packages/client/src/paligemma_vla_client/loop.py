@@ -34,7 +34,7 @@ class ControlLoop:
     """Moves a robot at a fixed rate, by a policy that answers with chunks of actions.
 
     client: a `PolicyClient`, or in the policy's own process `paligemma_vla.control.realtime.RealTimePolicy`.
-    mode: what happens while the policy thinks.
+    mode: what happens while the policy thinks. None: `real_time` with a policy that was trained for it, else `asynchronous`.
 
     - `blocking`: the robot waits.
     - `asynchronous`: it goes on with the last chunk. The new one begins where the robot is by then, whatever the old one was
@@ -58,7 +58,7 @@ class ControlLoop:
     def __init__(
         self,
         client: Client,
-        mode: str = "real_time",
+        mode: str | None = None,
         execute: int | None = None,
         hz: float | None = None,
         when_late: str = "stop",
@@ -67,6 +67,8 @@ class ControlLoop:
         record: bool = False,
     ) -> None:
         metadata = client.metadata
+        if mode is None:
+            mode = "real_time" if metadata.get("rtc_max_delay") else "asynchronous"
         if mode not in MODES:
             raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
         if mode == "real_time" and "rtc_max_delay" not in metadata:
