@@ -3,8 +3,8 @@
     python -m benchmarks.realtime --output_dir experiments/realtime
 
 Collects demonstrations at the simulator's 80 Hz, trains by the demo's recipe with a horizon of 24 (three seeds, with and
-without prefixes), plays every method at every delay from the same starts, and prints the tables of docs/realtime.md. Some two
-hours of two cores; what is there is not made again.
+without prefixes), plays every method at every delay from the same starts, and prints the tables of docs/realtime.md; its
+plot is success.svg, its films are in report.html. Some two hours of two cores; what is there is not made again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from benchmarks.common import environment
 from paligemma_vla.cli.demo import ENVIRONMENT, TASKS
 from paligemma_vla.cli.main import log_to_stderr, main
+from paligemma_vla.evaluation.charts import WIDTH, Line, line_chart
 from paligemma_vla.evaluation.collect import CollectConfig, collect
 from paligemma_vla.evaluation.compare import paired_interval, wilson_interval
+from paligemma_vla.evaluation.report import Report, write_report
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 from paligemma_vla.model.tiny import write_tiny_paligemma
 from paligemma_vla.policy import Continuation, Policy
@@ -35,6 +38,8 @@ DELAYS = (0, 2, 4, 8, 12)
 PLAIN, PREFIX = "plain", "prefix"  # kinds of training
 METHODS = {"blocking": PLAIN, "asynchronous": PLAIN, "ensemble": PLAIN, "guidance": PLAIN, "prefix": PREFIX}
 REFERENCE = "blocking"
+FILMED_DELAY, FILMED = 8, ("prefix", "blocking", "guidance")
+COLOURS = ("#2f5bd7", "#d9730d", "#1c8a5a", "#a33ea1", "#b93a32")
 BOOTSTRAP = 10_000
 Episodes = list[dict[str, Any]]
 
@@ -60,6 +65,7 @@ def settings(folder: Path, *more: str) -> list[str]:
         f"model.vlm_config.model_name_or_path={folder / 'tiny-paligemma'}",
         f"model.action_head_config.horizon={HORIZON}",
         f"training.checkpoint_dir={folder / 'runs'}",
+        "data.cache_mb=1024",  # all of the data
         *more,
     ]
     return [word for value in values for word in ("--set", value)]
@@ -94,7 +100,8 @@ def play_all(folder: Path, seeds: int, episodes: int, workers: int) -> dict[str,
         with RolloutPool(ENVIRONMENT, checkpoint, workers=workers) as pool:
             for (method, of), delay in product(METHODS.items(), DELAYS):
                 if of == kind and seed == 0:
-                    config = replace(base, execution=method, delay=delay)  # type: ignore[arg-type]
+                    films = 1 if delay == FILMED_DELAY and method in FILMED else 0
+                    config = replace(base, execution=method, delay=delay, max_videos=films)  # type: ignore[arg-type]
                     found["delays"][f"{method} {delay}"] = play(pool, config, folder / "rollouts" / f"{method}_{delay}")
             undelayed = replace(base, execution=PREFIX if kind == PREFIX else REFERENCE, seed=1, episodes=2 * episodes)
             found["seeds"][f"{kind} {seed}"] = play(pool, undelayed, folder / "rollouts" / f"undelayed_{kind}_{seed}")
@@ -176,6 +183,34 @@ def interval(bounds: tuple[float, float], digits: str) -> str:
     return f"[{bounds[0]:+{digits}}, {bounds[1]:+{digits}}]"
 
 
+def plot(rows: list[dict[str, Any]]) -> str:
+    """Success by delay as an SVG file, a curve a method."""
+    lines = []
+    for number, method in enumerate(METHODS):
+        mine = [row for row in rows if row["method"] == method]
+        lines.append(Line([row["delay"] for row in mine], [row["rate"] for row in mine], f"c{number}"))
+    chart = line_chart(lines, "delay, control steps", zero=True)
+    inside = chart[chart.index(">") + 1 : chart.rindex("</svg>")]
+    style = "text { font: 11px sans-serif; fill: #666 } polyline { fill: none; stroke-width: 2 } .axis { stroke: #ccc }"
+    style += "".join(f" .c{number} {{ stroke: {colour} }}" for number, colour in enumerate(COLOURS))
+    entry = Markup('<text x="{}" y="14" style="fill: {}; font-weight: bold">{}</text>')
+    names = [entry.format(44 + 78 * number, COLOURS[number], method) for number, method in enumerate(METHODS)]
+    frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 215"><style>{}</style>{}'
+    frame += '<g transform="translate(0 22)">{}</g></svg>'
+    return str(Markup(frame).format(WIDTH, Markup(style), Markup().join(names), Markup(inside))) + "\n"
+
+
+def show_films(folder: Path) -> None:
+    """A page of films beside the robot's speed: waiting, and going on."""
+    late = f"each answer {FILMED_DELAY} control steps late, a chunk every {EXECUTE}"
+    page = Report(
+        title="Answers that come late",
+        subtitle=f"The robot waits for them, or goes on with the chunk it has: {late}.",
+        rollouts=[(method, late, folder / "rollouts" / f"{method}_{FILMED_DELAY}") for method in FILMED],
+    )
+    write_report(folder / "report.html", page)
+
+
 def cli() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("experiments/realtime"))
@@ -193,6 +228,8 @@ def cli() -> None:
     summary = summarize(play_all(folder, args.seeds, args.episodes, args.workers))
     summary |= {"ms_per_call": time_calls(folder), "environment": environment("python -m benchmarks.realtime")}
     atomic_write(folder / "realtime.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write(folder / "success.svg", plot(summary["rows"]))
+    show_films(folder)
     print(table(summary))
     print(json.dumps({name: summary[name] for name in ("undelayed", "ms_per_call")}, indent=2))
 

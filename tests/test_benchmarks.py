@@ -8,9 +8,10 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from benchmarks import scale_plan
+from benchmarks import realtime, scale_plan
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -48,6 +49,32 @@ def test_plan_of_a_large_run_follows_from_its_unit_costs_and_stands_in_the_docum
     document = (REPOSITORY / "docs" / "deploy.md").read_text()
     assert scale_plan.table(figures) in document
     assert scale_plan.assumption_table(asdict(given)) in document
+
+
+def test_a_method_that_fails_more_often_says_so_in_table_and_plot() -> None:
+    def episodes(solved: int) -> realtime.Episodes:
+        return [{"success": number < solved, "steps": 100, "jerk": 1.0 + (number >= solved)} for number in range(20)]
+
+    found = {
+        "delays": {
+            f"{method} {delay}": episodes(20 - delay * (method == "guidance"))
+            for method in realtime.METHODS
+            for delay in realtime.DELAYS
+        },
+        "seeds": {"plain 0": episodes(20), "prefix 0": episodes(18)},
+    }
+    summary = realtime.summarize(found)
+    rows = {(row["method"], row["delay"]): row for row in summary["rows"]}
+    assert rows["guidance", 12]["rate"] == pytest.approx(0.4)
+    assert rows["guidance", 12]["difference"][1] < 0 < rows["blocking", 12]["difference"][1]
+    assert rows["guidance", 12]["steps"] == pytest.approx((8 * 100 + 12 * realtime.LIMIT) / 20)
+    assert rows["guidance", 12]["jerk_difference"][0] > 0
+    assert summary["undelayed"]["prefix"] == pytest.approx(0.9)
+    assert "| guidance | 12 | 0.40" in realtime.table(summary)
+    drawn = ElementTree.fromstring(realtime.plot(summary["rows"]))
+    curves = [line.get("points") for line in drawn.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert len(curves) == len(realtime.METHODS)
+    assert len(set(curves)) == 2, "one method is worse, the others are alike"
 
 
 def test_figures_of_the_plan_are_those_worked_out_by_hand() -> None:

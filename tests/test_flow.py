@@ -36,6 +36,18 @@ def test_draw_noise_is_uniform_between_minus_one_and_one() -> None:
     assert -1 <= noise.min() < -0.999 < 0.999 < noise.max() <= 1
 
 
+@pytest.mark.parametrize("draws", [1, 2, 5, 8])
+def test_half_of_the_draws_of_a_sample_have_a_prefix(draws: int) -> None:
+    samples, longest = 20_000, 6
+    length = flow.draw_prefix((samples, draws), longest, torch.Generator().manual_seed(0))
+    with_prefix = (length > 0).sum(dim=1)
+    assert set(with_prefix.tolist()) <= {draws // 2, (draws + 1) // 2}
+    shares = torch.bincount(length.flatten(), minlength=longest + 1) / length.numel()
+    expected = torch.tensor([0.5, *[0.5 / longest] * longest])
+    torch.testing.assert_close(shares, expected, atol=0.01, rtol=0)
+    assert (length > 0).float().mean(dim=0) == pytest.approx([0.5] * draws, abs=0.02)
+
+
 def test_path_runs_from_noise_to_action_with_the_target_as_its_velocity() -> None:
     generator = torch.Generator().manual_seed(0)
     noise, action = (torch.randn(5, 3, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -51,13 +51,16 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None = None)
 
 
 def draw_prefix(shape: tuple[int, ...], longest: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw how many first actions are given: 0 in half of the draws, else 1 to `longest` alike; int64.
+    """Draw how many first actions are given, (..., M) int64: 0 in half of the M draws of a sample, else 1 to `longest` alike.
 
     A prefix tells much of what the pictures say. Where all draws had one, a backbone would hardly learn to look.
     """
     device = _device(generator)
     length = torch.randint(1, longest + 1, shape, generator=generator, device=device)
-    return torch.where(torch.rand(shape, generator=generator, device=device) < 0.5, length, 0)
+    # One uniform number a sample, moved on by 1 / M from draw to draw: half of them whatever it is, where M is even.
+    uniform = torch.rand((*shape[:-1], 1), generator=generator, device=device)
+    share = (uniform + torch.arange(shape[-1], device=device) / shape[-1]) % 1
+    return torch.where(share < 0.5, length, 0)
 
 
 def _device(generator: torch.Generator | None) -> torch.device:
