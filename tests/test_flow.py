@@ -134,12 +134,13 @@ def test_guidance_weight_is_the_papers_below_its_limit() -> None:
 
 
 def test_guided_velocity_equals_finite_differences() -> None:
-    """What is added is the weight times the gradient of -1/2 |target - end|^2, weighted, through the end that v leads to."""
+    """What is added is the weight times the gradient of -1/2 |target - end|^2, weighted, through the end that v leads to.
+    Estimates that are not steep: the weight is the paper's."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3
 
     def velocity(action: torch.Tensor, time: float) -> torch.Tensor:
-        return torch.tanh(action.flatten(1) @ mix + time).view(action.shape)
+        return 0.1 * torch.tanh(action.flatten(1) @ mix + time).view(action.shape) - 0.9 * action
 
     action, target = (torch.randn(2, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     weights = torch.rand(2, 4, 1, generator=generator, dtype=torch.float64).expand(2, 4, 2)
@@ -156,3 +157,23 @@ def test_guided_velocity_equals_finite_differences() -> None:
             nudge[index] = step
             expected[index] = -(distance(action + nudge) - distance(action - nudge)) / (2 * step)
         torch.testing.assert_close(got, flow.guidance_weight(time) * expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steepness", [0.5, 3.0, 20.0])
+@pytest.mark.parametrize("time", [0.0, 0.5, 0.9])
+def test_guidance_does_not_lead_past_its_target(steepness: float, time: float) -> None:
+    """An end that is `steepness` times the point: in the time that is left, the correction takes it at most to the target."""
+    generator = torch.Generator().manual_seed(0)
+    action, target = (torch.randn(3, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def velocity(point: torch.Tensor, at: float) -> torch.Tensor:
+        return (steepness - 1) * point / (1 - at)
+
+    correction = flow.guided(velocity, target, torch.ones_like(action))(action, time) - velocity(action, time)
+    error, moved = target - steepness * action, steepness * (1 - time) * correction
+    share = moved / error
+    torch.testing.assert_close(share, share[:1, :1, :1].expand_as(share))
+    papers = flow.guidance_weight(time) * (1 - time) * steepness**2
+    assert share[0, 0, 0].item() == pytest.approx(min(1.0, papers))
+    at_target = flow.guided(velocity, steepness * action, torch.ones_like(action))(action, time)
+    torch.testing.assert_close(at_target, velocity(action, time))

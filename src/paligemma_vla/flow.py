@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TIME_MIN, TIME_MAX = 0.02, 0.98
+NUDGE, TINY = 0.02, 1e-20  # of a normalised action; what keeps 0 / 0 at 0
 GUIDANCE_WEIGHT = 5.0  # largest weight of the guidance; above it few Euler steps overshoot (arXiv 2506.07339)
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -117,7 +118,9 @@ def guided(velocity: Velocity, target: Tensor, weights: Tensor) -> Velocity:
     """A velocity that also leads to where `target` (B, K, A) is, with `weights` (B, K, A): real-time chunking at inference.
 
     At each time the chunk that the velocity leads to is A + (1 - t) v; its weighted distance to the target comes back through
-    the Jacobian of that estimate (arXiv 2506.07339, eq. 2 to 4). Needs gradients: not within `torch.inference_mode`.
+    the Jacobian of that estimate (arXiv 2506.07339, eq. 2 to 4). It is never longer than what brings the chunk as near to the
+    target as this direction can, in the time that is left: the weight alone overshoots where the estimate is steep, as those of
+    small models are. Needs gradients: not within `torch.inference_mode`.
     """
 
     def corrected(action: Tensor, time: float) -> Tensor:
@@ -126,7 +129,14 @@ def guided(velocity: Velocity, target: Tensor, weights: Tensor) -> Velocity:
             unguided = velocity(action, time)
             end = action + (1 - time) * unguided
         (correction,) = torch.autograd.grad(end, action, weights * (target - end.detach()))
-        return unguided.detach() + guidance_weight(time) * correction
+        action, unguided = action.detach(), unguided.detach()
+        largest = correction.abs().amax((1, 2), keepdim=True).clamp_min(TINY)
+        nudge = NUDGE / largest * correction
+        moved = nudge + (1 - time) * (velocity(action + nudge, time) - unguided)  # how the end moves with it
+        slope, curvature = (part.sum((1, 2), keepdim=True) for part in (correction * nudge, weights * moved.square()))
+        nearest = slope / curvature.clamp_min(TINY)  # in nudges
+        weight = torch.clamp(nearest * NUDGE / largest / (1 - time), max=guidance_weight(time))
+        return unguided + weight * correction
 
     return corrected
 
