@@ -2,8 +2,8 @@
 
     python -m benchmarks.realtime --output_dir experiments/realtime
 
-Collects demonstrations at the simulator's 80 Hz; trains by the demo's recipe with a horizon of 24, three seeds, without
-prefixes, and with them in the last quarter of the steps; plays every method at every delay from the same starts; prints the
+Collects demonstrations at the simulator's 80 Hz; trains by the demo's recipe with a horizon of 24, three seeds, and goes on
+from these weights with prefixes, for a quarter of the steps; plays every method at every delay from the same starts; prints the
 tables of docs/realtime.md. Its plot is success.svg, its films are in report.html. Some two hours of two cores; what is there is
 not made again.
 """
@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
@@ -28,6 +28,7 @@ from paligemma_vla.cli.main import log_to_stderr, main
 from paligemma_vla.evaluation.charts import WIDTH, Line, line_chart
 from paligemma_vla.evaluation.collect import CollectConfig, collect
 from paligemma_vla.evaluation.compare import paired_interval, wilson_interval
+from paligemma_vla.evaluation.execution import Execution
 from paligemma_vla.evaluation.report import Report, write_report
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 from paligemma_vla.model.tiny import write_tiny_paligemma
@@ -36,9 +37,16 @@ from paligemma_vla.storage import atomic_write
 
 HORIZON, EXECUTE, LIMIT = 24, 12, 300
 DELAYS = (0, 2, 4, 8, 12)
-PLAIN, PREFIX = "plain", "prefix"  # kinds of training
-METHODS = {"blocking": PLAIN, "asynchronous": PLAIN, "ensemble": PLAIN, "guidance": PLAIN, "prefix": PREFIX}
-REFERENCE = "blocking"
+PLAIN: Final = "plain"  # kinds of training
+PREFIX: Final = "prefix"
+METHODS: dict[Execution, str] = {
+    "blocking": PLAIN,
+    "asynchronous": PLAIN,
+    "ensemble": PLAIN,
+    "guidance": PLAIN,
+    "prefix": PREFIX,
+}
+REFERENCE: Final = "blocking"
 FURTHER = ("optimizer.lr=1.0e-3", "optimizer.vlm_lr=3.0e-4", "lr_scheduler.warmup_steps=50")  # of trained weights
 FILMED_DELAY, FILMED = 8, ("prefix", "blocking", "guidance")
 COLOURS = ("#2f5bd7", "#d9730d", "#1c8a5a", "#a33ea1", "#b93a32")
@@ -74,22 +82,18 @@ def settings(folder: Path, *more: str) -> list[str]:
 
 
 def train(folder: Path, seed: int, workers: int, steps: int) -> None:
-    """Two models, of as many steps: one by the demo's recipe; the other goes on with prefixes for the last quarter of it."""
-    branch = steps - steps // 4
-    how = ["--device", "cpu", "--nproc", str(workers), "--resume_checkpoint", "auto"]
-    plain = [f"training.max_steps={steps}", f"training.save_every_n_steps={branch}"]
-    prefix = [f"training.max_steps={steps - branch}", f"training.rtc_max_delay={max(DELAYS)}", "training.stages=[]", *FURTHER]
-    prefix.append(f"training.init_from={checkpoint(folder, PLAIN, seed, branch)}")
-    for kind, values, last in ((PLAIN, plain, steps), (PREFIX, prefix, steps - branch)):
+    """A model by the demo's recipe, and one that goes on from its weights with prefixes, for a quarter of the steps."""
+    plain = [f"training.max_steps={steps}"]
+    prefix = [f"training.max_steps={steps // 4}", f"training.rtc_max_delay={max(DELAYS)}", "training.stages=[]", *FURTHER]
+    prefix.append(f"training.init_from={checkpoint(folder, PLAIN, seed)}")
+    for kind, values in ((PLAIN, plain), (PREFIX, prefix)):
         values += [f"training.experiment_name={kind}_{seed}", f"training.seed={seed}"]
-        if not checkpoint(folder, kind, seed, last).is_file():
-            run("train", *settings(folder, *values), *how)
+        if not checkpoint(folder, kind, seed).is_file():
+            run("train", *settings(folder, *values), "--device", "cpu", "--nproc", str(workers))
 
 
-def checkpoint(folder: Path, kind: str, seed: int, step: int | None = None) -> Path:
-    """Of a run, after a step; None: the last."""
-    name = "last" if step is None else f"checkpoint_step_{step}"
-    return folder / "runs" / f"{kind}_{seed}" / "checkpoints" / f"{name}.pth.tar"
+def checkpoint(folder: Path, kind: str, seed: int) -> Path:
+    return folder / "runs" / f"{kind}_{seed}" / "checkpoints" / "last.pth.tar"
 
 
 def play(pool: RolloutPool, config: RolloutConfig, output: Path) -> Episodes:
@@ -110,7 +114,7 @@ def play_all(folder: Path, seeds: int, episodes: int, workers: int) -> dict[str,
             for (method, of), delay in product(METHODS.items(), DELAYS):
                 if of == kind and seed == 0:
                     films = 1 if delay == FILMED_DELAY and method in FILMED else 0
-                    config = replace(base, execution=method, delay=delay, max_videos=films)  # type: ignore[arg-type]
+                    config = replace(base, execution=method, delay=delay, max_videos=films)
                     found["delays"][f"{method} {delay}"] = play(pool, config, folder / "rollouts" / f"{method}_{delay}")
             undelayed = replace(base, execution=PREFIX if kind == PREFIX else REFERENCE, seed=1, episodes=2 * episodes)
             found["seeds"][f"{kind} {seed}"] = play(pool, undelayed, folder / "rollouts" / f"undelayed_{kind}_{seed}")
@@ -171,23 +175,30 @@ def time_calls(folder: Path, repeats: int = 30) -> dict[str, float]:
     return {name: statistics.median(each[3:]) for name, each in times.items()}
 
 
+def overview(summary: dict[str, Any]) -> str:
+    """Success by method and delay."""
+    lines = [f"| success at a delay of | {' | '.join(map(str, DELAYS))} |", f"|---|{'---|' * len(DELAYS)}"]
+    for method in METHODS:
+        cells = [f"{row['rate']:.2f} {interval(row['ci95'], '.2f')}" for row in summary["rows"] if row["method"] == method]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(summary: dict[str, Any]) -> str:
     lines = ["| method | delay | success | difference to blocking | steps | difference | jerk, m/s³ | difference |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in summary["rows"]:
-        cells = [row["method"], str(row["delay"]), f"{row['rate']:.2f} [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]"]
-        cells.append(interval(row["difference"], ".2f") if row["method"] != REFERENCE else "")
-        for name, digits in (("steps", ".0f"), ("jerk", ".0f")):
-            cells += [
-                format(row[name], digits),
-                interval(row[f"{name}_difference"], digits) if row["method"] != REFERENCE else "",
-            ]
+        cells = [row["method"], str(row["delay"]), f"{row['rate']:.2f}"]
+        cells.append(interval(row["difference"], "+.2f") if row["method"] != REFERENCE else "")
+        for name in ("steps", "jerk"):
+            cells.append(f"{row[name]:.0f}")
+            cells.append(interval(row[f"{name}_difference"], "+.0f") if row["method"] != REFERENCE else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def interval(bounds: tuple[float, float], digits: str) -> str:
-    return f"[{bounds[0]:+{digits}}, {bounds[1]:+{digits}}]"
+    return f"[{bounds[0]:{digits}}, {bounds[1]:{digits}}]"
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
@@ -234,10 +245,10 @@ def cli() -> None:
         train(folder, seed, args.workers, args.steps)
     summary = summarize(play_all(folder, args.seeds, args.episodes, args.workers))
     summary |= {"ms_per_call": time_calls(folder), "environment": environment("python -m benchmarks.realtime")}
-    atomic_write(folder / "realtime.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write(folder / "realtime.json", json.dumps(summary, indent=1) + "\n")
     atomic_write(folder / "success.svg", plot(summary["rows"]))
     show_films(folder)
-    print(table(summary))
+    print(overview(summary), table(summary), sep="\n\n")
     print(json.dumps({name: summary[name] for name in ("undelayed", "ms_per_call")}, indent=2))
 
 

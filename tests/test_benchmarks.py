@@ -70,11 +70,20 @@ def test_a_method_that_fails_more_often_says_so_in_table_and_plot() -> None:
     assert rows["guidance", 12]["steps"] == pytest.approx((8 * 100 + 12 * realtime.LIMIT) / 20)
     assert rows["guidance", 12]["jerk_difference"][0] > 0
     assert summary["undelayed"]["prefix"] == pytest.approx(0.9)
-    assert "| guidance | 12 | 0.40" in realtime.table(summary)
+    assert "| guidance | 12 | 0.40 |" in realtime.table(summary)
+    assert realtime.overview(summary).splitlines()[5].count("[") == len(realtime.DELAYS)
     drawn = ElementTree.fromstring(realtime.plot(summary["rows"]))
     curves = [line.get("points") for line in drawn.iter("{http://www.w3.org/2000/svg}polyline")]
     assert len(curves) == len(realtime.METHODS)
     assert len(set(curves)) == 2, "one method is worse, the others are alike"
+
+
+def test_tables_of_delays_stand_in_the_document() -> None:
+    result = json.loads((scale_plan.RESULTS.parent / "realtime.json").read_text())
+    document = (REPOSITORY / "docs" / "realtime.md").read_text()
+    assert realtime.overview(result) in document
+    assert realtime.table(result) in document
+    assert (REPOSITORY / "docs" / "assets" / "delays.svg").read_text() == realtime.plot(result["rows"])
 
 
 def test_figures_of_the_plan_are_those_worked_out_by_hand() -> None:
