@@ -203,7 +203,7 @@ def interval(bounds: tuple[float, float], digits: str) -> str:
 
 def plot(rows: list[dict[str, Any]]) -> str:
     """Success by delay as an SVG file, a curve a method."""
-    lines = []
+    lines = [Line([DELAYS[0], DELAYS[-1]], [1, 1], "axis")]
     for number, method in enumerate(METHODS):
         mine = [row for row in rows if row["method"] == method]
         lines.append(Line([row["delay"] for row in mine], [row["rate"] for row in mine], f"c{number}"))
@@ -212,7 +212,9 @@ def plot(rows: list[dict[str, Any]]) -> str:
     style = "text { font: 11px sans-serif; fill: #666 } polyline { fill: none; stroke-width: 2 } .axis { stroke: #ccc }"
     style += "".join(f" .c{number} {{ stroke: {colour} }}" for number, colour in enumerate(COLOURS))
     entry = Markup('<text x="{}" y="14" style="fill: {}; font-weight: bold">{}</text>')
-    names = [entry.format(44 + 78 * number, COLOURS[number], method) for number, method in enumerate(METHODS)]
+    names = [
+        entry.format(x, colour, method) for x, colour, method in zip((44, 112, 212, 290, 366), COLOURS, METHODS, strict=True)
+    ]
     frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 215"><style>{}</style>{}'
     frame += '<g transform="translate(0 22)">{}</g></svg>'
     return str(Markup(frame).format(WIDTH, Markup(style), Markup().join(names), Markup(inside))) + "\n"

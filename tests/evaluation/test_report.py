@@ -181,11 +181,11 @@ def test_every_video_is_inside_the_page_once(tmp_path: Path) -> None:
 def test_speed_of_the_robot_stands_beside_its_film(tmp_path: Path) -> None:
     folder = write_rollout(tmp_path / "own", {"drawer-open": (1, 1)})
     raw = json.loads((folder / "rollout.json").read_text())
-    assert "speed in cm/s" not in render(Report("t", rollouts=[("own", "", folder)])), "of an earlier version"
+    assert "cm/s, by second" not in render(Report("t", rollouts=[("own", "", folder)])), "of an earlier version"
     raw["videos"][0]["motion"] = {"control_hz": 10, "speed": [0.0, 0.0, 0.4, 0.4]}
     (folder / "rollout.json").write_text(json.dumps(raw))
     page = render(Report("t", rollouts=[("own", "", folder)]))
-    assert "speed in cm/s" in page
+    assert "cm/s, by second" in page
     assert {"0", "0.1", "20", "40"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", page))  # of 0.3 s, and of 40 cm/s
 
 

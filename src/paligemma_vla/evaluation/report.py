@@ -193,7 +193,7 @@ def _film(video: dict[str, Any]) -> dict[str, Any]:
     if len(motion["speed"]):
         seconds = np.arange(len(motion["speed"])) / motion["control_hz"]
         centimetres = 100 * np.array(motion["speed"])
-        shown["speed"] = line_chart([Line(seconds, centimetres)], "speed in cm/s, by second", zero=True)
+        shown["speed"] = line_chart([Line(seconds, centimetres)], "cm/s, by second", zero=True)
     return {**video, **shown}
 
 
