@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("experiments/improve"), help="where everything goes")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="T")
-    parser.add_argument("--demonstrations", type=positive, default=60, help="per task (default: %(default)s)")
+    parser.add_argument("--demonstrations", type=positive, default=32, help="per task (default: %(default)s)")
     parser.add_argument("--base_steps", type=positive, default=1800, help="of the first training (default: %(default)s)")
     parser.add_argument("--correction_starts", type=positive, default=120, help="per task (default: %(default)s)")
     text = "actions of the policy before the expert takes over; each failed start is played once for each (default: 6 12 20)"
