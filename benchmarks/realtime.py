@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from markupsafe import Markup
 
 from benchmarks.common import environment
@@ -162,6 +163,7 @@ def bootstrap(differences: np.ndarray) -> tuple[float, float]:
 
 def time_calls(folder: Path, repeats: int = 30) -> dict[str, float]:
     """Milliseconds of one answer, medians of interleaved calls on one core."""
+    torch.set_num_threads(1)
     policies = {kind: Policy.from_checkpoint(checkpoint(folder, kind, 0)) for kind in (PLAIN, PREFIX)}
     observation = {"image_1": np.zeros((64, 64, 3), np.uint8), "state": np.array([0, 0.6, 0.2, 1]), "prompt": "open the drawer"}
     going_on = Continuation(np.zeros((HORIZON - EXECUTE, 4), np.float32), 4)
@@ -208,7 +210,6 @@ def plot(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["method"] == method]
         lines.append(Line([row["delay"] for row in mine], [row["rate"] for row in mine], f"c{number}"))
     chart = line_chart(lines, "delay, control steps", zero=True)
-    inside = chart[chart.index(">") + 1 : chart.rindex("</svg>")]
     style = "text { font: 11px sans-serif; fill: #666 } polyline { fill: none; stroke-width: 2 } .axis { stroke: #ccc }"
     style += "".join(f" .c{number} {{ stroke: {colour} }}" for number, colour in enumerate(COLOURS))
     entry = Markup('<text x="{}" y="14" style="fill: {}; font-weight: bold">{}</text>')
@@ -216,8 +217,8 @@ def plot(rows: list[dict[str, Any]]) -> str:
         entry.format(x, colour, method) for x, colour, method in zip((44, 112, 212, 290, 366), COLOURS, METHODS, strict=True)
     ]
     frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} 215"><style>{}</style>{}'
-    frame += '<g transform="translate(0 22)">{}</g></svg>'
-    return str(Markup(frame).format(WIDTH, Markup(style), Markup().join(names), Markup(inside))) + "\n"
+    frame += '<g transform="translate(0 10)">{}</g></svg>\n'
+    return str(Markup(frame).format(WIDTH, Markup(style), Markup().join(names), chart))
 
 
 def show_films(folder: Path) -> None:
