@@ -177,3 +177,23 @@ def test_guidance_does_not_lead_past_its_target(steepness: float, time: float) -
     assert share[0, 0, 0].item() == pytest.approx(min(1.0, papers))
     at_target = flow.guided(velocity, steepness * action, torch.ones_like(action))(action, time)
     torch.testing.assert_close(at_target, velocity(action, time))
+
+
+def test_guidance_with_a_soft_mask_goes_where_the_weighted_distance_is_least() -> None:
+    """Where the limit counts: neither a little more nor a little less of the correction comes nearer to the target."""
+    generator = torch.Generator().manual_seed(0)
+    action, target = (torch.randn(3, 4, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights = torch.rand(3, 4, 1, generator=generator, dtype=torch.float64).expand(3, 4, 2)
+    steepness, time = 20.0, 0.5
+
+    def velocity(point: torch.Tensor, at: float) -> torch.Tensor:
+        return (steepness - 1) * point / (1 - at)
+
+    correction = flow.guided(velocity, target, weights)(action, time) - velocity(action, time)
+
+    def distance(share: float) -> torch.Tensor:
+        end = steepness * (action + share * (1 - time) * correction)
+        return (weights * (target - end).square()).sum((1, 2))
+
+    assert (distance(1.0) < distance(0.99)).all()
+    assert (distance(1.0) < distance(1.01)).all()
