@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import asdict
@@ -84,6 +85,12 @@ def test_tables_of_delays_stand_in_the_document() -> None:
     assert realtime.overview(result) in document
     assert realtime.table(result) in document
     assert (REPOSITORY / "docs" / "assets" / "delays.svg").read_text() == realtime.plot(result["rows"])
+
+
+def test_table_of_corrections_stands_in_the_document() -> None:
+    table = runpy.run_path(str(REPOSITORY / "examples" / "improve" / "improve.py"))["table"]
+    result = json.loads((scale_plan.RESULTS.parent / "improve.json").read_text())
+    assert f"```\n{table(result)}\n```" in (REPOSITORY / "docs" / "improve.md").read_text()
 
 
 def test_figures_of_the_plan_are_those_worked_out_by_hand() -> None:

@@ -197,15 +197,19 @@ def report(args: argparse.Namespace) -> int:
         facts=facts | by_task,
     )
     write_report(work / "report.html", page)
-    against_before, against_plain = (result[f"corrections_against_{other}"]["tasks"] for other in ("before", "plain"))
-    lines = [f"{'task':14s} before  after  plain   after - before         after - plain"]
-    for task in own:
-        one, two = against_before[task], against_plain[task]
-        rates = f"{one['before']:6.2f} {one['after']:6.2f} {two['before']:6.2f}"
-        lines.append(f"{task:14s} {rates}   {interval(one):22s} {interval(two)}{' *' * (task in weakest)}")
-    lines += [f"{name}: {value}" for name, value in facts.items()]
+    lines = [table(result), *(f"{name}: {value}" for name, value in facts.items())]
     sys.stdout.write("\n".join([*lines, f"{work / 'report.html'}: open it in a browser"]) + "\n")
     return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """Success of the three policies and its differences, by task; the weakest have a star."""
+    lines = ["task           before  after  plain   after - before         after - plain"]
+    for task in result["own"]:
+        one, two = (result[f"corrections_against_{other}"]["tasks"][task] for other in ("before", "plain"))
+        rates = f"{one['before']:6.2f} {one['after']:6.2f} {two['before']:6.2f}"
+        lines.append(f"{task:14s} {rates}   {interval(one):22s} {interval(two)}{' *' * (task in result['weakest'])}")
+    return "\n".join(lines)
 
 
 def interval(found: dict[str, Any]) -> str:
