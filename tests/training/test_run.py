@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from conftest import ConfigFactory
 from paligemma_vla.cli.main import main
@@ -57,7 +57,7 @@ def test_run_folder_records_what_each_start_depended_on(tiny_config: ConfigFacto
     assert [start["step"] for start in starts] == [0, 6]
     index = EpisodeIndex.build(config.data.train_parquet_files)
     for start in starts:
-        assert (start["packages"]["torch"], start["device"]) == (torch.__version__, "cpu")
+        assert (start["packages"]["torch"], start["device"]) == (metadata.version("torch"), "cpu")
         assert start["data"]["fingerprint"] == {"training": index.fingerprint, "validation": None}
         assert (start["data"]["episodes"], start["data"]["steps"]) == (len(index), index.steps)
 

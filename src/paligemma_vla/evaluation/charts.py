@@ -192,7 +192,7 @@ def _x_axis(axis: Axis, height: int, label: str = "") -> Markup:
     rows = [
         _text(x, height - 4, "middle", _tick(value))
         for value, x in zip(ticks, axis.project(ticks), strict=True)
-        if x < WIDTH - RIGHT - 14 * len(label)
+        if x < WIDTH - RIGHT - 9 * len(label)
     ]
     return Markup().join([*rows, _text(WIDTH - RIGHT, height - 4, "end", label)])
 
