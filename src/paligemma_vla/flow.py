@@ -141,14 +141,19 @@ def guided(velocity: Velocity, target: Tensor, weights: Tensor) -> Velocity:
     return corrected
 
 
+def euler_times(num_steps: int) -> list[float]:
+    """Times at which `euler` asks for the velocity: i / num_steps."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps: got {num_steps}, expected at least 1")
+    return [step / num_steps for step in range(num_steps)]
+
+
 def euler(velocity: Velocity, noise: Tensor, num_steps: int) -> Tensor:
     """Integrate dA/dt = velocity(A, t) from t = 0 (noise) to t = 1 in `num_steps` equal Euler steps (S6.1).
 
-    velocity receives (A, t_i) with t_i = i / num_steps. Exact when the velocity is constant.
+    velocity receives (A, t_i) with t_i of `euler_times`. Exact when the velocity is constant.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps: got {num_steps}, expected at least 1")
     action = noise
-    for step in range(num_steps):
-        action = action + velocity(action, step / num_steps) / num_steps
+    for time in euler_times(num_steps):
+        action = action + velocity(action, time) / num_steps
     return action

@@ -96,7 +96,7 @@ def test_action_tokens_see_each_other_and_know_their_place() -> None:
     assert (velocity[:, 0] - velocity[:, 1]).abs().max() > 1e-3
 
 
-def test_context_is_projected_once_per_observation_not_once_per_step() -> None:
+def test_what_does_not_change_is_computed_once_not_once_per_step() -> None:
     head, x = make_head(), inputs()
     calls: Counter[str] = Counter()
 
@@ -108,13 +108,14 @@ def test_context_is_projected_once_per_observation_not_once_per_step() -> None:
     for block in head.blocks:
         block.key_value.register_forward_hook(count("key_value"))
         block.qkv.register_forward_hook(count("qkv"))
+        block.modulation.register_forward_hook(count("modulation"))
     with torch.no_grad():
         head.sample(x["context"], x["mask"], x["state"], x["noise"], 50)
-    assert calls == {"context_proj": 1, "state_encoder": 1, "key_value": 2, "qkv": 2 * 50}
+    assert calls == {"context_proj": 1, "state_encoder": 1, "key_value": 2, "modulation": 2, "qkv": 2 * 50}
     calls.clear()
     draws = {"flow_time": torch.rand(5, 6), "flow_noise": torch.randn(5, 6, K, A)}
     head.loss(x["context"], torch.randn(5, K * A), x["state"], x["mask"], **draws)
-    assert calls == {"context_proj": 1, "state_encoder": 1, "key_value": 2, "qkv": 2}
+    assert calls == {"context_proj": 1, "state_encoder": 1, "key_value": 2, "modulation": 2, "qkv": 2}
 
 
 def test_loss_is_the_specifications_objective() -> None:
@@ -149,7 +150,7 @@ def naive_velocity(head: FlowmatchingActionHead, x: dict[str, Tensor], action: T
         return y.unflatten(-1, (4, -1)).transpose(1, 2)
 
     for block, (key, value) in zip(head.blocks, context.keys_values, strict=True):
-        parts = block.modulation(condition).chunk(9, dim=-1)  # each (B, K, D)
+        parts = F.linear(condition, block.modulation.weight, block.modulation.bias).chunk(9, dim=-1)  # each (B, K, D)
         y = block.norm(tokens) * (1 + parts[1]) + parts[0]
         attended = F.scaled_dot_product_attention(*(heads(each) for each in block.qkv(y).chunk(3, dim=-1)))
         tokens = tokens + parts[2] * block.self_out(attended.transpose(1, 2).flatten(2))
@@ -157,7 +158,8 @@ def naive_velocity(head: FlowmatchingActionHead, x: dict[str, Tensor], action: T
         attended = F.scaled_dot_product_attention(heads(block.query(y)), key, value, attn_mask=context.mask)
         tokens = tokens + parts[5] * block.cross_out(attended.transpose(1, 2).flatten(2))
         tokens = tokens + parts[8] * block.mlp(block.norm(tokens) * (1 + parts[7]) + parts[6])
-    shift, scale = head.final_modulation(condition).chunk(2, dim=-1)
+    last = head.final_modulation
+    shift, scale = F.linear(condition, last.weight, last.bias).chunk(2, dim=-1)
     return head.velocity(head.final_norm(tokens) * (1 + scale) + shift)
 
 

@@ -43,23 +43,24 @@ class ProjectedContext:
     state: Tensor | None
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What modulates the blocks: flow time and state.
+class Modulation(NamedTuple):
+    """Shift, scale (with its 1 added) and gate of every layer, for some flow times.
 
-    vector: (B or 1, M or 1, D). clean: (B, M, K), the actions whose own flow time is 1, with their vector (B or 1, 1, D).
+    blocks: of each (B or 1, M or 1, 1 or K, 9 D). final: (B or 1, M or 1, 1 or K, 2 D).
     """
 
-    vector: Tensor
-    clean: tuple[Tensor, Tensor] | None = None
+    blocks: list[Tensor]
+    final: Tensor
 
-    def modulation(self, layer: nn.Module) -> Tensor:
-        """The layer's output for each action: (B, M, 1 or K, n D). It is computed for two vectors, not for K."""
-        output: Tensor = layer(self.vector)[..., None, :]
-        if self.clean is None:
-            return output
-        mask, vector = self.clean
-        return torch.where(mask[..., None], layer(vector)[..., None, :], output)
+    def at(self, draw: int) -> Modulation:
+        """That of one of the M times: (B or 1, 1, 1 or K, n D)."""
+        return Modulation([block[:, draw, None] for block in self.blocks], self.final[:, draw, None])
+
+    def where(self, chosen: Tensor, other: Modulation) -> Modulation:
+        """That of `other` for the actions that are chosen (B, M, K)."""
+        chosen = chosen[..., None]
+        blocks = [torch.where(chosen, theirs, own) for own, theirs in zip(self.blocks, other.blocks, strict=True)]
+        return Modulation(blocks, torch.where(chosen, other.final, self.final))
 
 
 class TimeEmbedding(nn.Module):
@@ -77,6 +78,28 @@ class TimeEmbedding(nn.Module):
         return embedded
 
 
+class AdaptiveNorms(nn.Linear):
+    """What modulates `norms` layer norms: shift, scale and gate of each, in turn, from the conditioning vector (..., D).
+
+    It begins at zero. The scale that it gives is 1 more than the layer's own.
+    """
+
+    one: Tensor
+
+    def __init__(self, width: int, norms: int, gates: bool) -> None:
+        kinds = 3 if gates else 2
+        super().__init__(width, norms * kinds * width)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        one = torch.zeros(norms, kinds, width)
+        one[:, 1] = 1
+        self.register_buffer("one", one.flatten(), persistent=False)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """condition (..., D) to (..., norms * 2 or 3 * D)."""
+        return F.linear(condition, self.weight, self.bias + self.one)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, MLP; shift, scale and gate of each come from the conditioning vector."""
 
@@ -91,36 +114,30 @@ class Block(nn.Module):
         self.cross_out = nn.Linear(width, width)
         hidden = int(mlp_ratio * width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-        self.modulation = nn.Linear(width, 9 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = AdaptiveNorms(width, 3, gates=True)
 
     def project_context(self, context: Tensor) -> KeyValue:
         """Context (B, T, D) to keys and values (B, heads, T, D / heads)."""
         key, value = self.key_value(context).chunk(2, dim=-1)
         return self._split(key), self._split(value)
 
-    def forward(self, x: Tensor, condition: Condition, context: KeyValue, mask: Tensor) -> Tensor:
-        """x (B, M, K, D) to (B, M, K, D)."""
+    def forward(self, x: Tensor, modulation: Tensor, context: KeyValue, mask: Tensor) -> Tensor:
+        """x (B, M, K, D) to (B, M, K, D). modulation: (B or 1, M or 1, 1 or K, 9 D)."""
         batch, draws, steps, width = x.shape
-        parts = condition.modulation(self.modulation).chunk(9, dim=-1)  # each (B, M, 1 or K, D)
+        parts = modulation.chunk(9, dim=-1)
         shift, scale, gate = parts[0::3], parts[1::3], parts[2::3]
 
-        query, key, value = self.qkv(self._modulated(x, shift[0], scale[0])).flatten(0, 1).chunk(3, dim=-1)  # (B M, K, D)
+        modulated = torch.addcmul(shift[0], self.norm(x), scale[0])
+        query, key, value = self.qkv(modulated).flatten(0, 1).chunk(3, dim=-1)  # (B M, K, D)
         mixed = F.scaled_dot_product_attention(self._split(query), self._split(key), self._split(value))
-        x = x + gate[0] * self.self_out(self._join(mixed)).view(x.shape)
+        x = torch.addcmul(x, gate[0], self.self_out(self._join(mixed)).view(x.shape))
 
         # All M draws of a sample look at one context, so they stand side by side as queries: nothing is copied.
-        query = self.query(self._modulated(x, shift[1], scale[1])).view(batch, draws * steps, width)
+        query = self.query(torch.addcmul(shift[1], self.norm(x), scale[1])).view(batch, draws * steps, width)
         mixed = F.scaled_dot_product_attention(self._split(query), *context, attn_mask=mask)
-        x = x + gate[1] * self.cross_out(self._join(mixed)).view(x.shape)
+        x = torch.addcmul(x, gate[1], self.cross_out(self._join(mixed)).view(x.shape))
 
-        out: Tensor = x + gate[2] * self.mlp(self._modulated(x, shift[2], scale[2]))
-        return out
-
-    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        normalised: Tensor = self.norm(x)
-        return normalised * (1 + scale) + shift
+        return torch.addcmul(x, gate[2], self.mlp(torch.addcmul(shift[2], self.norm(x), scale[2])))
 
     def _split(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -150,11 +167,10 @@ class FlowmatchingActionHead(nn.Module):
             self.state_encoder = nn.Sequential(nn.Linear(state_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final_modulation = AdaptiveNorms(width, 1, gates=False)
         self.velocity = nn.Linear(width, config.per_action_dim)
-        for layer in (self.final_modulation, self.velocity):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.velocity.weight)
+        nn.init.zeros_(self.velocity.bias)
 
     def project_context(
         self, fused_tokens: Tensor, context_mask: Tensor | None = None, state: Tensor | None = None
@@ -193,21 +209,27 @@ class FlowmatchingActionHead(nn.Module):
             context = self.project_context(context, context_mask, state)
         draws = action if action.dim() == 4 else action[:, None]  # (B, M, K, A)
         time = torch.as_tensor(time, dtype=torch.float32, device=action.device)
-        condition = Condition(self._condition(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1), context))
+        modulation = self._modulation(time.reshape(1, 1) if time.dim() == 0 else time.view(len(action), -1), context)
         if clean is not None:
-            at_end = self._condition(torch.ones(1, 1, device=action.device), context)
-            condition = Condition(condition.vector, (clean if clean.dim() == 3 else clean[:, None], at_end))
-        x = self.action_encoder(draws) + self.position
-        for block, key_value in zip(self.blocks, context.keys_values, strict=True):
-            x = block(x, condition, key_value, context.mask)
-        shift, scale = condition.modulation(self.final_modulation).chunk(2, dim=-1)
-        velocity: Tensor = self.velocity(self.final_norm(x) * (1 + scale) + shift)
-        return velocity.float().view(action.shape)
+            at_end = self._modulation(torch.ones(1, 1, device=action.device), context)
+            modulation = modulation.where(clean if clean.dim() == 3 else clean[:, None], at_end)
+        return self._velocity(draws, modulation, context).view(action.shape)
 
-    def _condition(self, time: Tensor, context: ProjectedContext) -> Tensor:
-        """time (B or 1, M) to (B or 1, M, D)."""
-        embedded = self.time_embedding(time)
-        return F.silu(embedded if context.state is None else embedded + context.state)
+    def _modulation(self, time: Tensor, context: ProjectedContext) -> Modulation:
+        """What flow times (B or 1, M) and the state make of every layer."""
+        embedded = self.time_embedding(time)  # (B or 1, M, D)
+        condition = F.silu(embedded if context.state is None else embedded + context.state)[:, :, None]
+        blocks = [block.modulation(condition) for block in cast("list[Block]", self.blocks)]
+        return Modulation(blocks, self.final_modulation(condition))
+
+    def _velocity(self, draws: Tensor, modulation: Modulation, context: ProjectedContext) -> Tensor:
+        """draws (B, M, K, A) to their velocity, float32."""
+        x = self.action_encoder(draws) + self.position
+        for block, modulated, key_value in zip(self.blocks, modulation.blocks, context.keys_values, strict=True):
+            x = block(x, modulated, key_value, context.mask)
+        shift, scale = modulation.final.chunk(2, dim=-1)
+        velocity: Tensor = self.velocity(torch.addcmul(shift, self.final_norm(x), scale))
+        return velocity.float()
 
     def loss(
         self,
@@ -257,23 +279,29 @@ class FlowmatchingActionHead(nn.Module):
         ongoing: what the actions have to continue; None: nothing.
         """
         projected = self.project_context(context, context_mask, state)
+        # The times are known, so what they make of every layer is one product for all of them: at batch 1 the weights of these
+        # layers, 2/5 of a block's, are read once, not at each step.
+        times = flow.euler_times(num_steps)
+        known = self._modulation(torch.tensor([times], device=noise.device), projected)
 
         def velocity(action: Tensor, time: float) -> Tensor:
-            return self.predict_velocity(action, time, projected)
+            return self._velocity(action[:, None], known.at(times.index(time)), projected)[:, 0]
 
         if ongoing is None:
             return flow.euler(velocity, noise, num_steps)
-        horizon = self.config.horizon
+        given, horizon = ongoing.actions, self.config.horizon
         if ongoing.guided:
             weights = flow.soft_mask(ongoing.delay, ongoing.length, horizon)[..., None].expand_as(noise)
-            return flow.euler(flow.guided(velocity, ongoing.actions, weights), noise, num_steps)
+            return flow.euler(flow.guided(velocity, given, weights), noise, num_steps)
         clean = flow.prefix_mask(ongoing.delay, horizon)  # (B, K)
+        at_end = self._modulation(torch.ones(1, 1, device=noise.device), projected)
 
         def continued(action: Tensor, time: float) -> Tensor:
-            action = torch.where(clean[..., None], ongoing.actions, action)
-            return self.predict_velocity(action, time, projected, clean=clean)
+            action = torch.where(clean[..., None], given, action)
+            modulation = known.at(times.index(time)).where(clean[:, None], at_end)
+            return self._velocity(action[:, None], modulation, projected)[:, 0]
 
-        return torch.where(clean[..., None], ongoing.actions, flow.euler(continued, noise, num_steps))
+        return torch.where(clean[..., None], given, flow.euler(continued, noise, num_steps))
 
     def get_action(
         self,
