@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,12 +30,64 @@ from paligemma_vla.schema import DatasetMetadata, Episode
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `better` is `higher` or `lower`."""
+    """One line of the table. `better` is `higher` or `lower`; spread: from the fastest to the slowest repeat, in `unit`.
+
+    ratio: how many times better than `against`, measured in the same run. share: of `limit`, a physical one, reached.
+    """
 
     name: str
     value: float
     unit: str
     better: str
+    spread: tuple[float, float] | None = None
+    ratio: float | None = None
+    against: str | None = None
+    share: float | None = None
+    limit: str | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the repeats of one thing."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def in_ms(self) -> tuple[float, str, str, tuple[float, float]]:
+        """Value, unit, direction and spread of a `Row`."""
+        return self.median * 1e3, "ms", "lower", (min(self.seconds) * 1e3, max(self.seconds) * 1e3)
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+    """Seconds of several things, one after the other in each of several rounds, so that a slow minute is everybody's.
+
+    Each has run once before, untimed.
+    """
+    for run in runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - began)
+    return {name: Times(tuple(seconds)) for name, seconds in taken.items()}
+
+
+def read_bytes_per_second() -> float:
+    """What all threads together read from memory: the sum of numbers that no cache holds."""
+    numbers = torch.ones(2**27)  # 512 MB
+    return numbers.nbytes / best_seconds(numbers.sum)
+
+
+def multiplications_per_second(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second (two for a multiplication and an addition) of a large matrix product."""
+    one, two = (torch.rand(size, size).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: one @ two)
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def report(rows: list[Row], command: str, path: Path) -> None:
     """Print a table, and write it to a file with what it was measured on."""
     width = max(len(row.name) for row in rows)
     for row in rows:
-        print(f"{row.name:<{width}}  {row.value:>12,.4g}  {row.unit}")
+        ratio = "" if row.ratio is None else f"{row.ratio:5.2f} x {row.against}"
+        share = "" if row.share is None else f"  {row.share:.0%} of {row.limit}"
+        print(f"{row.name:<{width}}  {row.value:>10,.4g}  {row.unit:22s} {ratio}{share}".rstrip())
     result = {**environment(command), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

@@ -21,6 +21,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -64,7 +65,10 @@ def save_checkpoint(path: Path, payload: Mapping[str, Any]) -> None:
             except RuntimeError as error:  # torch's own, where a full disk raised an `OSError`
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             file.flush()
-            line = f"{sha256(file.name)}  {path.name}\n"
+            with ThreadPoolExecutor(1) as pool:  # the disk writes while the file is hashed, from memory
+                synced = pool.submit(os.fsync, file.fileno())
+                line = f"{sha256(file.name)}  {path.name}\n"
+                synced.result()
             # Until the rename both digests are right: after a kill in between the file, old or new, verifies.
             old = _digests(path) if path.exists() else ""
             atomic_write(_digest_path(path), old + line)
