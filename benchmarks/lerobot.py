@@ -46,7 +46,7 @@ def write_moving(folder: Path) -> None:
 
 
 def _window(scene: np.ndarray, top: int, left: int) -> bytes:
-    return encode_image(Image.fromarray(scene[top : top + HEIGHT, left : left + WIDTH]), "jpeg", 95)
+    return encode_image(scene[top : top + HEIGHT, left : left + WIDTH], "jpeg", 95)
 
 
 def convert(*arguments: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from paligemma_vla.actions import ActionTransform
 from paligemma_vla.errors import DataError, Faults, closest, first_line
 from paligemma_vla.preprocess import to_upright_rgb
-from paligemma_vla.schema import PROMPT, STATE
+from paligemma_vla.schema import PROMPT, STATE, Pixels
 
 IMAGE = "an RGB picture: a uint8 array (H, W, 3), floats from 0 to 1, or a PIL image"
 
@@ -26,7 +26,7 @@ IMAGE = "an RGB picture: a uint8 array (H, W, 3), floats from 0 to 1, or a PIL i
 class ParsedObservation(NamedTuple):
     """images: RGB, one per camera of the policy; None: absent. state: (P,) in real units."""
 
-    images: list[Image.Image | None]
+    images: list[Pixels | None]
     state: NDArray[np.float32]
     prompt: str
 
@@ -100,7 +100,7 @@ def _got(value: Any, numbers: NDArray[Any] | None) -> str:
     return type(value).__name__ if numbers is None else f"{numbers.dtype} {numbers.shape}"
 
 
-def _image(key: str, value: Any) -> Image.Image | None:
+def _image(key: str, value: Any) -> Pixels | None:
     if value is None:
         return None
     if isinstance(value, Image.Image):
@@ -120,14 +120,14 @@ def _image(key: str, value: Any) -> Image.Image | None:
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise DataError(f"{key}: got {got}, expected {IMAGE}")
-    return Image.fromarray(pixels)
+    return pixels
 
 
-def _from_pillow(key: str, image: Image.Image) -> Image.Image:
+def _from_pillow(key: str, image: Image.Image) -> Pixels:
     if image.mode.startswith(("I", "F")):
         raise DataError(f"{key}: got a PIL image of mode {image.mode}, expected 8 bits per channel")
     try:
-        return to_upright_rgb(image)
+        return np.asarray(to_upright_rgb(image))
     except Exception as error:  # its file is decoded here, and may hold any bytes
         raise DataError(f"{key}: the PIL image cannot be decoded ({first_line(error)})") from error
 

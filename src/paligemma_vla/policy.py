@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel, dtype_on
 from paligemma_vla.observation import ParsedObservation, parse_observation, whole_number
 from paligemma_vla.preprocess import Preprocessor
-from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.schema import DatasetMetadata, Pixels
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.storage import is_url, read_json, sha256
 from paligemma_vla.training.checkpoint import DIGEST, RECORD, is_in_shards, load_checkpoint
@@ -248,7 +247,7 @@ class Policy:
             generator.manual_seed(derive_seed(whole_number("seed", seed, 0), "policy noise", 0))
         return flow.draw_noise((1, head.horizon, head.per_action_dim), generator)  # (M = 1, K, A)
 
-    def _pixels(self, image: Image.Image | None) -> NDArray[np.uint8]:
+    def _pixels(self, image: Pixels | None) -> Pixels:
         if image is None:
             return np.zeros((3, self.preprocessor.image.size, self.preprocessor.image.size), np.uint8)
         return self.preprocessor.image.apply(image)

@@ -22,8 +22,10 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import DataError, ModelError
 from paligemma_vla.hub import backbone_errors, check_backbone
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
+from paligemma_vla.schema import Pixels
 
 Box = tuple[float, float, float, float]
+TORCH_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 LONGEST_PROMPT = 100_000  # characters
 TURNS = {  # EXIF orientation -> what turns the stored picture as it is to be seen; 1 is as stored
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
@@ -35,51 +37,82 @@ EXIF_ERRORS = (struct.error, SyntaxError, LookupError, TypeError, ValueError, Ze
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How the backbone wants its images: square side in pixels, and `(pixel / 255 - mean) / std` per channel."""
+    """How the backbone wants its images: square side in pixels, and `(pixel / 255 - mean) / std` per channel.
+
+    resize: `stretch` is what PaliGemma's own processor does; `pad` keeps the aspect and fills with black. resizer: who computes
+    it. `torch` crops at whole pixels; its colours are next to those of `pillow` (1 of 255; more at edges where one side grows
+    and the other shrinks).
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = int(Image.Resampling.BICUBIC)
     resize: str = "stretch"
+    resizer: str = "pillow"  # of checkpoints that do not say; what is trained now has `torch`
 
-    def apply(self, image: Image.Image, box: Box | None = None) -> NDArray[np.uint8]:
-        """An RGB image of any size as (3, size, size) uint8; `box` as in `fit`."""
-        return to_pixels(self.fit(image, box))
+    def apply(self, pixels: Pixels, box: Box | None = None) -> Pixels:
+        """An RGB image (H, W, 3) uint8 of any size as (3, size, size); `box` (left, top, right, bottom; shares of the sides)
+        crops first."""
+        height, width, _ = pixels.shape
+        if self.resize == "pad" and width != height:
+            pixels = _pad_to_square(pixels)
+            height, width, _ = pixels.shape
+        left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
+        corners = (left * width, top * height, right * width, bottom * height)
+        if self.resizer == "torch":
+            x, y, wide, high = (round(v) for v in (corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1]))
+            pixels, box = pixels[y : y + max(high, 1), x : x + max(wide, 1)], None
+        if pixels.shape[:2] == (self.size, self.size) and box is None:
+            planes = pixels.transpose(2, 0, 1)
+        elif self.resizer == "torch":
+            planes = _resized(pixels, self.size, self.resample)
+        else:
+            resized = Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling(self.resample), box=corners)
+            planes = np.asarray(resized).transpose(2, 0, 1)
+        return np.ascontiguousarray(planes)
 
-    def fit(self, image: Image.Image, box: Box | None = None) -> Image.Image:
-        """Resize an RGB image to size x size; `box` (left, top, right, bottom; shares of the sides) crops first.
+    def decoded_side(self) -> int:
+        """Side that a picture which is larger by far may be decoded at, in px; 0: at its own size.
 
-        `stretch` is what PaliGemma's own processor does; `pad` keeps the aspect and fills with black.
+        Twice what is wanted: then the resizing after it decides how the picture looks.
         """
-        if self.resize == "pad" and image.width != image.height:
-            image = _pad_to_square(image)
-        if image.size != (self.size, self.size) or box is not None:
-            left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
-            pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-            image = image.resize((self.size, self.size), Image.Resampling(self.resample), box=pixels)
-        return image
+        return 2 * self.size if self.resizer == "torch" else 0
+
+
+def _resized(pixels: Pixels, size: int, resample: int) -> Pixels:
+    """(H, W, 3) to (3, size, size), with the filter of Pillow, which torch computes at several times its speed."""
+    import torch  # here: commands that only look at data do without
+
+    if not pixels.flags.writeable or min(pixels.strides) < 0:  # torch has no such tensors
+        pixels = pixels.copy()
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    mode = TORCH_FILTERS[resample]
+    resized: Pixels = torch.nn.functional.interpolate(planes, size=(size, size), mode=mode, antialias=True)[0].numpy()
+    return resized
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
     """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says. Raises as Pillow for damaged pixels."""
     image.load()  # EXIF may follow the pixels of a PNG
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except EXIF_ERRORS:
-        turn = None
+    turn = exif_turn(image)
     return image.convert("RGB") if turn is None else image.convert("RGB").transpose(turn)
 
 
-def to_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """An RGB image as (3, H, W) uint8."""
-    return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))
+def exif_turn(image: Image.Image) -> Transpose | None:
+    """How a picture has to be turned, by the EXIF that has been read."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except EXIF_ERRORS:
+        return None
 
 
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+def _pad_to_square(pixels: Pixels) -> Pixels:
+    height, width, _ = pixels.shape
+    side = max(height, width)
+    square = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
     return square
 
 
@@ -217,4 +250,6 @@ def load_prompt_and_image_spec(config: VLAConfig, backbone: str | None = None) -
     text, bos, pad = tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.pad_token_id
     prompts = PromptEncoder(text, bos, pad, image_id, tokens, data.prompt_max_len, data.prompt_overflow)
     mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
-    return prompts, ImageSpec(side, mean, std, int(images.resample), data.image_resize)  # type: ignore[arg-type]
+    resample = int(images.resample)
+    resizer = "torch" if resample in TORCH_FILTERS else "pillow"
+    return prompts, ImageSpec(side, mean, std, resample, data.image_resize, resizer)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 from paligemma_vla.errors import DataError
 
 Rows = NDArray[np.int64]  # numbers of rows in a file
+Pixels = NDArray[np.uint8]  # of an RGB picture: (H, W, 3) as it is taken and stored, (3, H, W) as the model has it
 
 STATE, ACTION, PROMPT = "state", "action", "prompt"
 IS_FIRST, IS_LAST, IS_TERMINAL = "is_first", "is_last", "is_terminal"

@@ -150,7 +150,7 @@ def test_pictures_are_those_that_were_written(data: Data, index: EpisodeIndex) -
 def pixels(index: EpisodeIndex, camera: int) -> list[np.ndarray]:
     """Pictures of one camera, of all episodes."""
     recordings = read_episodes(index, range(len(CAMERAS)), range(len(index)))
-    return [np.asarray(one.decode()) for recording in recordings for one in recording.pictures[camera] if one is not None]
+    return [one.decode() for recording in recordings for one in recording.pictures[camera] if one is not None]
 
 
 def add_strangers(folder: Path) -> None:

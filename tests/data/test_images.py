@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +23,7 @@ from paligemma_vla.data.formats.parquet import EncodedPictures
 from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.reader import Picture
 from paligemma_vla.errors import DataError
-from paligemma_vla.preprocess import to_pixels
+from paligemma_vla.preprocess import ImageSpec
 from support import encode_image
 
 
@@ -31,17 +34,52 @@ def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> byt
     return stream.getvalue()
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> np.ndarray:
     """An image as it is decoded out of a column."""
     return Picture(EncodedPictures(pa.array([data], pa.binary())), 0, "f.parquet", 3, "image_1_bytes").decode()
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("JPEG", "CMYK")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("JPEG", "L")]
+)
 def test_decode_gives_rgb(kind: str, mode: str) -> None:
     data = encoded(kind, mode)
     image = decode_image(data)
-    assert (image.mode, image.size) == ("RGB", (8, 6))
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert (image.dtype, image.shape) == (np.uint8, (6, 8, 3))
+    assert np.array_equal(image, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("options", [{"quality": 60}, {"quality": 95}, {"quality": 90, "progressive": True}])
+@pytest.mark.parametrize("size", [(224, 224), (33, 17)])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(size: tuple[int, int], options: dict[str, Any], subsampling: int) -> None:
+    data = jpeg(size, **options, subsampling=subsampling)
+    with mock.patch.object(images, "to_upright_rgb", None):  # it is not Pillow that decodes
+        got = decode_image(data)
+    assert np.array_equal(got, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_a_large_jpeg_may_be_decoded_smaller_and_looks_the_same() -> None:
+    data = jpeg((640, 480), quality=95)
+    whole = decode_image(data)
+    assert images.decode(data, 240).shape == (240, 320, 3)
+    assert images.decode(data, 100).shape == (120, 160, 3)
+    assert np.array_equal(images.decode(data, 241), whole)  # a half would be too small
+    spec = ImageSpec(60, (0.5,) * 3, (0.5,) * 3, resizer="torch")
+    assert spec.decoded_side() == 120
+    difference = spec.apply(images.decode(data, spec.decoded_side())).astype(int) - spec.apply(whole)
+    assert 0 < np.abs(difference).max() <= 4
+    assert np.abs(difference).mean() < 0.3
+    assert replace(spec, resizer="pillow").decoded_side() == 0
+
+
+def jpeg(size: tuple[int, int], **options: Any) -> bytes:
+    """A picture of smooth colours with some noise."""
+    rng, stream = np.random.default_rng(0), io.BytesIO()
+    smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.asarray(smooth).astype(int) + rng.integers(-10, 11, (size[1], size[0], 3))
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(stream, "JPEG", **options)
+    return stream.getvalue()
 
 
 def tagged(kind: str, tag: str, orientation: int) -> bytes:
@@ -65,20 +103,20 @@ def tagged(kind: str, tag: str, orientation: int) -> bytes:
 @pytest.mark.parametrize(("kind", "tag"), [("JPEG", "exif"), ("PNG", "exif"), ("JPEG", "xmp"), ("PNG", "xmp")])
 def test_decode_turns_as_the_tag_says_and_what_is_encoded_is_not_turned_again(kind: str, tag: str, orientation: int) -> None:
     data = tagged(kind, tag, orientation)
-    stored = Image.open(io.BytesIO(data)).convert("RGB")
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     image = decode_image(data)
-    assert np.array_equal(np.asarray(image), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")))
-    assert (image.size == stored.size) == (orientation < 5)
-    assert np.array_equal(np.asarray(image), np.asarray(stored)) == (orientation == 1)
-    assert np.array_equal(np.asarray(decode_image(images.encode_image(image, "png"))), np.asarray(image))
-    assert decode_image(images.encode_image(image, "jpeg")).size == image.size
+    assert np.array_equal(image, np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")))
+    assert (image.shape == stored.shape) == (orientation < 5)
+    assert np.array_equal(image, stored) == (orientation == 1)
+    assert np.array_equal(decode_image(images.encode_image(image, "png")), image)
+    assert decode_image(images.encode_image(image, "jpeg")).shape == image.shape
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_damaged_exif_leaves_the_picture_as_it_is_stored(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert decode_image(tagged(kind, "damaged", 6)).size == (8, 6)
+        assert decode_image(tagged(kind, "damaged", 6)).shape == (6, 8, 3)
 
 
 @pytest.mark.parametrize("side", [6000, 60000])
@@ -91,7 +129,7 @@ def test_decode_refuses_a_bomb_before_any_pixel(side: int, monkeypatch: pytest.M
 
 def test_decode_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paligemma_vla.data.images.MAX_PIXELS", 48)
-    assert decode_image(encoded("PNG", size=(8, 6))).size == (8, 6)
+    assert decode_image(encoded("PNG", size=(8, 6))).shape == (6, 8, 3)
     with pytest.raises(DataError, match="7 x 7"):
         decode_image(encoded("PNG", size=(7, 7)))
 
@@ -143,11 +181,6 @@ def test_random_crop_never_rounds_to_outside() -> None:
     assert max(max(random_crop(float(scale), Largest())) for scale in np.linspace(0.11, 1, 1000)) <= 1  # type: ignore[arg-type]
 
 
-def jittered(pixels: np.ndarray, config: AugmentationConfig, seed: int) -> np.ndarray:
-    """`jitter_colour` of (3, H, W) pixels."""
-    return to_pixels(jitter_colour(Image.fromarray(pixels.transpose(1, 2, 0)), config, np.random.default_rng(seed)))
-
-
 def test_jitter_equals_the_three_steps_one_after_the_other() -> None:
     pixels = np.random.default_rng(0).integers(60, 160, (3, 20, 20), dtype=np.uint8)
     config = AugmentationConfig(brightness=0.3, contrast=0.3, saturation=0.3)
@@ -157,10 +190,10 @@ def test_jitter_equals_the_three_steps_one_after_the_other() -> None:
         grey = np.tensordot([0.299, 0.587, 0.114], image, axes=1)
         image = grey + saturation * (image - grey)
         image = grey.mean() + contrast * (image - grey.mean())
-        assert np.abs(jittered(pixels, config, seed) - np.clip(image, 0, 255)).max() < 1.5
+        assert np.abs(jitter_colour(pixels, config, np.random.default_rng(seed)) - np.clip(image, 0, 255)).max() < 1.5
 
 
 def test_jitter_without_ranges_is_the_identity() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 7), dtype=np.uint8)
     still = AugmentationConfig(brightness=0.0, contrast=0.0, saturation=0.0)
-    np.testing.assert_array_equal(jittered(pixels, still, 0), pixels)
+    np.testing.assert_array_equal(jitter_colour(pixels, still, np.random.default_rng(0)), pixels)

@@ -59,7 +59,7 @@ def read_all(name: str, cameras: int = 2, exclude: ExclusionList | None = None) 
 
 
 def pixels(recordings: list[Recording], camera: int) -> list[np.ndarray]:
-    return [np.asarray(picture.decode()) for one in recordings for picture in one.pictures[camera] if picture is not None]
+    return [picture.decode() for one in recordings for picture in one.pictures[camera] if picture is not None]
 
 
 def test_decoders_keep_no_more_videos_open_than_they_may(video_set: Truth) -> None:

@@ -103,7 +103,7 @@ def test_depth_map_that_the_metadata_tells_is_no_camera(truth: Truth, name: str,
     with open_file(indices[0].paths[0]) as file:
         assert f"observation.images.{name} (depth map)" in file.unused
     recording = read_all(truth.name)[2]
-    assert np.array_equal(np.asarray(recording.pictures[0][4].decode()), picture(0, 2, 4))
+    assert np.array_equal(recording.pictures[0][4].decode(), picture(0, 2, 4))
     message = rf"cameras: got '{name}': a depth map, no colour image; leave this camera out: \?cameras=front,wrist"
     with pytest.raises(DataError, match=message):
         EpisodeIndex.build(f"{truth.name}?cameras=front,{name}")
@@ -122,7 +122,7 @@ def test_grey_camera_of_8_bits_is_a_camera(truth: Truth) -> None:
     add_camera(truth, "grey", encode(grey), info={"is_depth_map": False})
     recording = read_all(truth.name, 3)[0]
     assert EpisodeIndex.build(truth.name).layout.metadata.cameras == ("grey", *CAMERAS)
-    assert np.array_equal(np.asarray(recording.pictures[0][2].decode()), np.repeat(grey[..., None], 3, axis=2))
+    assert np.array_equal(recording.pictures[0][2].decode(), np.repeat(grey[..., None], 3, axis=2))
 
 
 def train(config: VLAConfig) -> None:

@@ -236,9 +236,7 @@ def check_read(truth: Truth, index: EpisodeIndex, episodes: list[int]) -> None:
         assert one.is_terminal == truth.success[episode]
         for camera, pictures in zip(CAMERAS, one.pictures, strict=True):
             expected = truth.pixels[camera][ends[episode] - LENGTHS[episode] : ends[episode]]
-            assert all(
-                np.array_equal(np.asarray(picture.decode()), pixels) for picture, pixels in zip(pictures, expected, strict=True)
-            )
+            assert all(np.array_equal(picture.decode(), pixels) for picture, pixels in zip(pictures, expected, strict=True))
 
 
 def test_selected_episode_is_found_in_another_file_than_listed(copy: Callable[[str], Truth]) -> None:

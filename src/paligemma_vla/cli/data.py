@@ -260,7 +260,7 @@ def convert(args: argparse.Namespace) -> int:
     check_cameras(index, cameras)
     with open_file(index.paths[int(index.file[0])]) as file:
         unused = [*file.unused, *(name for number, name in enumerate(names) if number not in cameras)]
-    spec = ImageSpec(args.resize, (0.5,) * 3, (0.5,) * 3, resize=args.image_resize) if args.resize else None
+    spec = ImageSpec(args.resize, (0.5,) * 3, (0.5,) * 3, resize=args.image_resize, resizer="torch") if args.resize else None
     form = _output_format(args, index, cameras)
     conversion = Conversion(index, cameras, form, args.output_dir, spec)
     if unused:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from paligemma_vla.data.formats import Pictures, open_file
 from paligemma_vla.data.images import encode_image
@@ -28,7 +27,7 @@ from paligemma_vla.data.writer import IMAGE_MAGIC, EpisodeWriter
 from paligemma_vla.errors import DataError
 from paligemma_vla.preprocess import ImageSpec
 from paligemma_vla.progress import progress_bar
-from paligemma_vla.schema import DatasetMetadata, Episode
+from paligemma_vla.schema import DatasetMetadata, Episode, Pixels
 from paligemma_vla.storage import atomic_write, lock_file
 from paligemma_vla.workers import WorkerPool
 
@@ -78,8 +77,8 @@ class ResizedPictures(Pictures):
     def present(self, row: int) -> bool:
         return self.pictures.present(row)
 
-    def decode(self, row: int) -> Image.Image:
-        return self.spec.fit(self.pictures.decode(row))
+    def decode(self, row: int, side: int = 0) -> Pixels:
+        return self.spec.apply(self.pictures.decode(row, self.spec.decoded_side())).transpose(1, 2, 0)
 
     def encoded(self, row: int) -> None:
         return None
@@ -421,7 +420,7 @@ def _compare_frame(
 
     def pixels(picture: Picture | None) -> NDArray[np.float64]:
         assert picture is not None
-        return np.asarray(picture.decode(), np.float64)
+        return picture.decode().astype(np.float64)
 
     expected, got = pixels(source[step]), pixels(result[step])
     if got.shape != expected.shape:

@@ -32,7 +32,7 @@ from paligemma_vla.data.order import RunSampler, SampleRef
 from paligemma_vla.data.reader import Blocks, EpisodeReader, Picture
 from paligemma_vla.errors import ConfigError, DataError, VLAError, first_line
 from paligemma_vla.normalization import DatasetStatistics, recompute
-from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec, to_pixels
+from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec
 from paligemma_vla.schema import Layout
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.workers import end_with
@@ -167,15 +167,15 @@ class VLADataset(Dataset[Item]):
         rng = None
         if augmentation is not None:
             rng = np.random.default_rng(derive_seed(self.config.training.seed, "augmentation", position))
-        images = []
+        images, side = [], spec.decoded_side()
         for picture in pictures:
             if picture is None:
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
             elif augmentation is None or rng is None:
-                images.append(spec.apply(picture.decode()))
+                images.append(spec.apply(picture.decode(side)))
             else:
-                fitted = spec.fit(picture.decode(), random_crop(augmentation.crop_scale, rng))
-                images.append(to_pixels(jitter_colour(fitted, augmentation, rng)))
+                fitted = spec.apply(picture.decode(side), random_crop(augmentation.crop_scale, rng))
+                images.append(jitter_colour(fitted, augmentation, rng))
         return images, np.array([picture is not None for picture in pictures])
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import (
@@ -29,7 +28,7 @@ from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures, depth
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, StorageError, UnreachableError, VLAError, first_line
-from paligemma_vla.schema import Rows
+from paligemma_vla.schema import Pixels, Rows
 
 OPEN_FILES, FOOTER_BYTES = 64, 2**25  # files that are kept open, and about what their footers take
 READING_THREADS = 4  # requests at a time of one loader process
@@ -55,10 +54,11 @@ class Picture:
         """The video that it is a frame of, and its time there in s; None for an image of its own."""
         return self.pictures.frame(self.number)
 
-    def decode(self) -> Image.Image:
-        """As RGB. Raises `FaultError`."""
+    def decode(self, side: int = 0) -> Pixels:
+        """As RGB (H, W, 3); side: of at least so many px, if it is smaller than it was taken; 0: as it was taken.
+        Raises `FaultError`."""
         with located(self.file, self.row, self.column):
-            return self.pictures.decode(self.number)
+            return self.pictures.decode(self.number, side)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from PIL.Image import Transpose
 from paligemma_vla.data.faults import LEAVE_OUT, Kind, Unusable, depth_map
 from paligemma_vla.data.images import MAX_PIXELS
 from paligemma_vla.errors import ConfigError, DataError
+from paligemma_vla.schema import Pixels
 from paligemma_vla.storage import read_failure
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class VideoDecoders:
         self.limit = limit
         self._open: dict[str, _Video] = {}  # the one used last at the end
 
-    def frame(self, path: str, time: float, tolerance: float, first: float) -> Image.Image:
+    def frame(self, path: str, time: float, tolerance: float, first: float) -> Pixels:
         """The frame nearest to `time`, at most `tolerance` away, as RGB, turned as it is to be seen. Raises `Unusable`.
 
         first: the earliest time that is asked of this video; all in seconds. A video that begins later has a clock of its
@@ -83,8 +84,8 @@ class VideoDecoders:
             text = f"{path}: got no frame within {tolerance:.3f} s of {time:.3f} s{last}; {REMEDY}"
             raise Unusable(Kind.FRAME, text)
         turn = _turn(frame, path)
-        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-        return image if turn is None else image.transpose(turn)
+        pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
     def _close(self, path: str) -> None:
         if path in self._open:

@@ -22,7 +22,6 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.images import encode_image
@@ -190,7 +189,7 @@ def build_episode(
     images: list[list[bytes | None]] = []
     for number in range(len(env.spec.metadata.cameras)):
         pictures = [cast(dict[str, Any], view)[image_key(number + 1)] for view in seen]
-        images.append([encode_image(Image.fromarray(picture), "jpeg", JPEG_QUALITY) for picture in pictures])
+        images.append([encode_image(picture, "jpeg", JPEG_QUALITY) for picture in pictures])
     states = np.stack([view["state"] for view in seen])  # (length, P)
     return Episode(images, states, np.stack(actions).astype(np.float32), prompt, is_terminal)
 

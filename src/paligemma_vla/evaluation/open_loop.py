@@ -164,7 +164,7 @@ def read_observation(reader: EpisodeReader, episode: int, step: int) -> dict[str
     observation = {"state": rows.state[number], "prompt": rows.prompt[number].as_py()}
     for camera, picture in enumerate(rows.pictures(number), start=1):
         if picture is not None:
-            observation[schema.image_key(camera)] = np.asarray(picture.decode())
+            observation[schema.image_key(camera)] = picture.decode()
     return observation
 
 

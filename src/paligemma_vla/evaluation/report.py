@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
+from PIL import Image
 
 from paligemma_vla.data.faults import FaultError
 from paligemma_vla.data.images import encode_image
@@ -339,6 +340,6 @@ def _thumbnail(picture: Picture | None) -> str:
     """Address of a small picture; nothing where there is none. Raises `FaultError`."""
     if picture is None:
         return ""
-    image = picture.decode()
+    image = Image.fromarray(picture.decode())
     image.thumbnail((FRAME_PIXELS, FRAME_PIXELS))
-    return _data_url(encode_image(image, "jpeg", 82), "image/jpeg")
+    return _data_url(encode_image(np.asarray(image), "jpeg", 82), "image/jpeg")

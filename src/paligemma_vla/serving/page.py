@@ -67,8 +67,9 @@ class Page:
         return (await asyncio.shield(task))[camera]  # others may wait for it, too
 
     def _encode(self, observation: ParsedObservation) -> list[bytes | None]:
-        fit = self._service.policy.preprocessor.image.fit
-        return [None if image is None else encode_image(fit(image), "jpeg", QUALITY) for image in observation.images]
+        spec = self._service.policy.preprocessor.image
+        seen = [None if image is None else spec.apply(image).transpose(1, 2, 0) for image in observation.images]
+        return [None if image is None else encode_image(image, "jpeg", QUALITY) for image in seen]
 
     def _load(self) -> dict[str, Any]:
         service, now = self._service, time.time()
@@ -139,7 +140,7 @@ def _client(session: Session, now: float) -> dict[str, Any]:
     shown["connected"] = now - session.since
     if (observation := session.observation) is None:
         return {**shown, "prompt": None, "pictures": [], "actions": [], "seen": None, "idle": None}
-    pictures = [None if image is None else image.size for image in observation.images]
+    pictures = [None if image is None else (image.shape[1], image.shape[0]) for image in observation.images]
     actions = [] if session.actions is None else session.actions.T.astype(np.float64).round(DECIMALS).tolist()
     shown |= {"prompt": observation.prompt, "pictures": pictures, "actions": actions}
     return {**shown, "seen": session.seen_at, "idle": now - session.seen_at}

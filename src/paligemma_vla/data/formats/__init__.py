@@ -20,12 +20,11 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults, raise_first
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import first_line
-from paligemma_vla.schema import Layout, Rows
+from paligemma_vla.schema import Layout, Pixels, Rows
 from paligemma_vla.storage import is_url, open_source
 
 # What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
@@ -45,8 +44,9 @@ class Pictures(ABC):
         """True if there is an image at all."""
 
     @abstractmethod
-    def decode(self, row: int) -> Image.Image:
-        """A present image as RGB; raises `Unusable`."""
+    def decode(self, row: int, side: int = 0) -> Pixels:
+        """A present image as RGB (H, W, 3); side: of at least so many px where that is less work; 0: as it was taken.
+        Raises `Unusable`."""
 
     @abstractmethod
     def encoded(self, row: int) -> bytes | None:

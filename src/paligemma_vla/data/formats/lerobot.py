@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import LEAVE_OUT, Fault, FaultError, Kind, Unusable, file_faults, to_matrix
@@ -49,7 +48,7 @@ from paligemma_vla.data.formats.parquet import (
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import EXACT, VideoDecoders
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.schema import DatasetMetadata, Layout, Rows
+from paligemma_vla.schema import DatasetMetadata, Layout, Pixels, Rows
 from paligemma_vla.storage import POINTER, POINTER_REMEDY, missing_content, open_source
 
 SMALLEST_VIDEO = 1024  # bytes; a file with less is a text in its place
@@ -546,7 +545,7 @@ class FramePictures(Pictures):
         wanted = self.column[row].as_py()
         return os.path.join(self.root, self.spans.files[wanted["video"]]), wanted["time"]
 
-    def decode(self, row: int) -> Image.Image:
+    def decode(self, row: int, side: int = 0) -> Pixels:
         wanted, (path, time) = self.column[row].as_py(), self.frame(row)
         first = float(self.spans.first[wanted["video"]]) + self.begin
         try:
@@ -568,8 +567,8 @@ class StoredPictures(Pictures):
         value = self.column[row]
         return bool(value.is_valid and (value["bytes"].is_valid or value["path"].is_valid))
 
-    def decode(self, row: int) -> Image.Image:
-        return decode(self.encoded(row))
+    def decode(self, row: int, side: int = 0) -> Pixels:
+        return decode(self.encoded(row), side)
 
     def encoded(self, row: int) -> bytes:
         data: bytes | None = self.column[row]["bytes"].as_py()

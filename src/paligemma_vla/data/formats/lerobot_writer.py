@@ -210,7 +210,7 @@ class LeRobotOutput:
                 text = "got no image, expected one: LeRobot cannot leave one out"
                 raise DataError(f"{where}: {text}; leave the camera out (--cameras), or the episode (--exclusion_list)")
             if video is not None or step in sampled or step == 0:
-                pixels = np.asarray(picture.decode())
+                pixels = picture.decode()
                 _check_size(sizes, key, (pixels.shape[0], pixels.shape[1]), where)
                 if step in sampled:
                     thin = max(1, max(pixels.shape) // LARGEST_SIDE)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from paligemma_vla import schema
 from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults
@@ -19,7 +18,7 @@ from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
-from paligemma_vla.schema import DatasetMetadata, Layout, Rows
+from paligemma_vla.schema import DatasetMetadata, Layout, Pixels, Rows
 from paligemma_vla.storage import REQUEST_BYTES, ByteSource, CachedSource, Range, is_url, open_source, read_failure
 
 FOOTER_UNFOLDS = 10  # a parsed footer against its bytes: 148 kB of 256 row groups with 7 columns took 1.5 MB
@@ -42,8 +41,8 @@ class EncodedPictures(Pictures):
     def present(self, row: int) -> bool:
         return bool(self.column[row].is_valid)
 
-    def decode(self, row: int) -> Image.Image:
-        return decode(self.column[row].as_buffer())
+    def decode(self, row: int, side: int = 0) -> Pixels:
+        return decode(self.column[row].as_buffer(), side)
 
     def encoded(self, row: int) -> bytes | None:
         data: bytes = self.column[row].as_py()
