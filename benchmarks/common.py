@@ -84,12 +84,6 @@ def read_bytes_per_second() -> float:
     return numbers.nbytes / best_seconds(numbers.sum)
 
 
-def multiplications_per_second(dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations per second (two for a multiplication and an addition) of a large matrix product."""
-    one, two = (torch.rand(size, size).to(dtype) for _ in range(2))
-    return 2 * size**3 / best_seconds(lambda: one @ two)
-
-
 def environment(command: str) -> dict[str, Any]:
     """What a result depends on: command, date, commit, hardware, versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
