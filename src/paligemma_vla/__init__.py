@@ -82,6 +82,24 @@ def limit_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
+KEPT_BYTES, LARGEST_KEPT = 2**29, 2**26
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # numbers of glibc's options
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to KEPT_BYTES that were freed, instead of giving them back and asking for them anew at each step.
+
+    New memory comes page by page, each filled with zeros: a sixth of the time of a small model's step. Pieces larger than
+    LARGEST_KEPT go back at once. A user who set GLIBC_TUNABLES has decided already; other C libraries are left alone.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and "GLIBC_TUNABLES" not in os.environ:
+        mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     names = ("paligemma-vla", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "pillow")

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PaliGemmaForConditionalGeneration
+from torch import Tensor, nn
+from transformers import PaliGemmaForConditionalGeneration, PaliGemmaModel
 
 from conftest import ConfigFactory
 from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.model import PaliGemmaVLM
+from paligemma_vla.model.paligemma_vlm import PatchEmbedding
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.preprocess import load_prompt_and_image_spec
 
@@ -214,3 +215,37 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(session_con
     assert (plain_calls, again_calls) == (1, 2)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("present", [[[True, True], [True, True]], [[True, True], [True, False]]])
+def test_fewer_operations_give_what_transformers_gives(session_config: ConfigFactory, present: list[list[bool]]) -> None:
+    """Context and gradients beside transformers' own model, whose modules are as it made them."""
+    vlm = build(session_config({"model.vlm_config.num_cameras": 2}))
+    original = PaliGemmaModel.from_pretrained(vlm.config.model_name_or_path, dtype=torch.float32)
+    images, there = [pictures(2, 1), pictures(2, 2)], torch.tensor(present)
+    ids, mask = (torch.from_numpy(array) for array in vlm.prompts.encode(PROMPTS[:2], there.numpy()))
+    pixels = torch.stack(images, 1).flatten(0, 1)[there.flatten()]
+    expected = original(
+        input_ids=ids,
+        pixel_values=(pixels.float() - vlm.pixel_mean) / vlm.pixel_std,
+        attention_mask=mask.long(),
+        position_ids=mask.long().cumsum(1).clamp(min=1),
+        token_type_ids=torch.zeros_like(ids),
+    ).last_hidden_state
+    context, _ = vlm(images, PROMPTS[:2], ids, mask, there)
+    torch.testing.assert_close(context[mask], expected[mask], atol=2e-5, rtol=0)
+    for output in (context, expected):
+        (output[mask] * torch.linspace(-1, 1, output.shape[-1])).sum().backward()
+    own = dict(vlm.backbone.named_parameters())
+    learned = {name: parameter.grad for name, parameter in original.named_parameters() if parameter.grad is not None}
+    assert len(learned) > 20
+    for name, gradient in learned.items():
+        torch.testing.assert_close(own[name].grad, gradient, atol=2e-4, rtol=1e-4)
+
+
+def test_patches_are_a_matrix_product() -> None:
+    convolution = nn.Conv2d(3, 8, kernel_size=4, stride=4)
+    pixels = torch.randn(2, 3, 12, 12)
+    expected = convolution(pixels)
+    convolution.__class__ = PatchEmbedding
+    torch.testing.assert_close(convolution(pixels), expected, atol=1e-5, rtol=0)

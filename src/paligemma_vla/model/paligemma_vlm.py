@@ -11,14 +11,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
 
 from paligemma_vla.config import LoRAConfig, VLMConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.hub import backbone_errors
+from paligemma_vla.model.attention import CHOSEN
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 
 # What selective recomputation keeps: half of a layer's activations (11.9 of 24.3 GB in the plan of vla_config_ddp.yaml for 16
@@ -43,9 +47,7 @@ class PaliGemmaVLM(nn.Module):
         super().__init__()
         self.config, self.prompts = config, prompts
         self.backbone = _load(config) if backbone_config is None else _build(config, backbone_config)
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Embedding):  # a table in bfloat16 would make the layers' sums bfloat16 too
-                module.register_forward_hook(_in_float32)
+        _save_operations(self.backbone, config)
         if config.lora is not None:
             _add_adapters(self.backbone, config, config.lora)
         self.register_buffer("pixel_mean", torch.tensor(image.mean).view(3, 1, 1) * 255, persistent=False)
@@ -118,10 +120,14 @@ class PaliGemmaVLM(nn.Module):
         pixels: the I images that are present, sample by sample in camera order.
         """
         if pixels.dtype == torch.uint8:
-            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
+            pixels = (pixels.float() - self.pixel_mean).div_(self.pixel_std)
+        # The backbone would count the image tokens, and so wait for a GPU, and copy the pictures' into their slots one by one.
+        pictures = self.backbone.get_image_features(pixels).pooler_output.flatten(0, 1)  # (I * image tokens, E)
+        slots = input_ids == self.backbone.config.image_token_id
+        number = slots.flatten().cumsum(0).sub_(1).clamp_(min=0).view(slots.shape)
+        text = self.backbone.get_input_embeddings()(input_ids.masked_fill(slots, 0))
         output = self.backbone(
-            input_ids=input_ids,
-            pixel_values=pixels,
+            inputs_embeds=torch.where(slots[..., None], F.embedding(number, pictures.to(text.dtype)), text),
             attention_mask=attention_mask.long(),
             # Counted over real tokens only, so an absent camera or padding shifts nothing; from 1, as in pretraining.
             position_ids=attention_mask.long().cumsum(dim=1).clamp(min=1),
@@ -140,8 +146,44 @@ class PaliGemmaVLM(nn.Module):
         return pixels if bool(image_mask.all()) else pixels[image_mask.flatten().to(device)]
 
 
+class PatchEmbedding(nn.Conv2d):
+    """A convolution of patches that do not overlap, as the matrix product that it is: on CPUs several times as fast."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (I, C, H, W) to (I, D, H / patch, W / patch)."""
+        high, wide = self.kernel_size
+        patches = pixels.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _save_operations(backbone: PaliGemmaModel, config: VLMConfig) -> None:
+    """Let transformers' modules compute what they do in fewer operations."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding):  # a table in bfloat16 would make the layers' sums bfloat16 too
+            module.register_forward_hook(_in_float32)
+        elif isinstance(module, SiglipVisionEmbeddings):
+            module.patch_embedding.__class__ = PatchEmbedding
+        elif isinstance(module, GemmaAttention | SiglipAttention | GemmaMLP):
+            module.register_forward_pre_hook(_cast_once, with_kwargs=True)
+    if config.attn_implementation is None:
+        for tower in (backbone.vision_tower, backbone.language_model):
+            if tower.config._attn_implementation == "sdpa":
+                tower.config._attn_implementation = CHOSEN
+
+
 def _in_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.float()
+
+
+def _cast_once(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What several linear layers are given, in the type that autocast would turn it into for each of them."""
+
+    def cast(value: Any, name: str = "hidden_states") -> Any:
+        if name != "hidden_states" or not torch.is_autocast_enabled(value.device.type):
+            return value
+        return value.to(torch.get_autocast_dtype(value.device.type))
+
+    return tuple(map(cast, inputs)), {name: cast(value, name) for name, value in more.items()}
 
 
 def _adapted(backbone: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
@@ -62,7 +60,6 @@ class VLAModel(nn.Module):
         action_head = resolve_class(head.head, "model.action_head_config.head", "get_action")
         self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
-        self.recomputes = bool(vlm.activation_checkpointing)
         self.detach_context = head.detach_context
         self.configured_dtype = getattr(torch, vlm.dtype)
         self.dtype = dtype_on("cpu", self.configured_dtype)
@@ -98,15 +95,8 @@ class VLAModel(nn.Module):
             parameter.requires_grad_(parameter in free)
         self.backbone_learns = bool(free)
 
-    @contextlib.contextmanager
-    def _autocast(self, device_type: str) -> Iterator[None]:
-        # The CPU's fused attention takes up to ten times as long in bfloat16 as in float32; the plain one does not. A backward
-        # pass that recomputes does so outside of this context and must find the same kernel there, so none is chosen.
-        half = self.dtype is torch.bfloat16
-        plain = half and device_type == "cpu" and not self.recomputes
-        kernel = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
-        with torch.autocast(device_type, torch.bfloat16, enabled=half), kernel:
-            yield
+    def _autocast(self, device_type: str) -> torch.autocast:
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
     def get_vl_embeddings(
         self,

@@ -64,12 +64,14 @@ class Replicated(Parallel):
         self.model.set_stage(train)
         if self.distributed.world_size > 1:
             device = self.distributed.device
-            self.module = DistributedDataParallel(
-                self.model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,  # gradients are stored once, in the buckets
-                broadcast_buffers=False,  # they are constants
-            )
+            with warnings.catch_warnings():  # torch 2.13 prefers a new name for one of these, which 2.11 does not know yet
+                warnings.simplefilter("ignore", FutureWarning)
+                self.module = DistributedDataParallel(
+                    self.model,
+                    device_ids=[device.index] if device.type == "cuda" else None,
+                    gradient_as_bucket_view=True,  # gradients are stored once, in the buckets
+                    broadcast_buffers=False,  # they are constants
+                )
             self._warm = False
 
     def warm_up(self, loss: Callable[[], Tensor]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paligemma_vla import versions
+from paligemma_vla import keep_freed_memory, versions
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, load_batches
 from paligemma_vla.data.order import RunSampler
@@ -68,6 +68,8 @@ class Trainer:
         remote: RemoteRun | None = None,
     ) -> None:
         self.config, self.distributed, self.remote = config, distributed, remote
+        if distributed.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.training.seed)
         saved = None if resume is None else ckpt.open_to_resume(resume, distributed, verified)
         preprocessor = Preprocessor.from_dict(saved["preprocessor"], str(resume)) if saved else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paligemma_vla import flow
 from paligemma_vla.config import ActionHeadConfig
+from paligemma_vla.model.attention import attention
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -129,12 +130,12 @@ class Block(nn.Module):
 
         modulated = torch.addcmul(shift[0], self.norm(x), scale[0])
         query, key, value = self.qkv(modulated).flatten(0, 1).chunk(3, dim=-1)  # (B M, K, D)
-        mixed = F.scaled_dot_product_attention(self._split(query), self._split(key), self._split(value))
+        mixed = attention(self._split(query), self._split(key), self._split(value))
         x = torch.addcmul(x, gate[0], self.self_out(self._join(mixed)).view(x.shape))
 
         # All M draws of a sample look at one context, so they stand side by side as queries: nothing is copied.
         query = self.query(torch.addcmul(shift[1], self.norm(x), scale[1])).view(batch, draws * steps, width)
-        mixed = F.scaled_dot_product_attention(self._split(query), *context, attn_mask=mask)
+        mixed = attention(self._split(query), *context, mask)
         x = torch.addcmul(x, gate[1], self.cross_out(self._join(mixed)).view(x.shape))
 
         return torch.addcmul(x, gate[2], self.mlp(torch.addcmul(shift[2], self.norm(x), scale[2])))
