@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 BEGAN := .venv.installing
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-long check format bench schema lock clean
+.PHONY: install demo test test-long check format bench bench-gpu schema lock clean
 
 install: $(STAMP)
 
@@ -41,6 +41,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+# On a machine with one GPU, whose own python3 has torch: under ten minutes; benchmarks/gpu/full_size.sh says what to bring along.
+bench-gpu:
+	benchmarks/gpu/full_size.sh
 
 # The JSON schema that editors use for configs/*.yaml.
 schema: $(STAMP)

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def run(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -34,9 +34,17 @@ def test_gpu_benchmark_runs_on_the_tiny_model(tmp_path: Path) -> None:
     for name in rows:
         assert name in table
     assert rows["tiny model, GPU against CPU: actions, absolute"] == 0.0
+    assert rows["6 steps against 3 + 3 steps, resumed: tensors that differ in any bit"] == 0
+    for parallel in ("ddp", "fsdp"):
+        assert rows[f"6 steps of one rank, torchrun, {parallel}, gloo: weights against a run without a group, relative"] < 1e-6
+    for kind in ("captured", "compiled and captured"):
+        assert 0 < rows[f"tiny model, {kind}: actions against the model called as ever"] < 1e-5, "padding changes sums a little"
     for cameras in ("1 camera", "2 cameras"):
-        assert rows[f"one observation, {cameras}, 50 Euler steps"] > rows[f"one observation, {cameras}, 10 Euler steps"]
-    for kind in ("head only", "LoRA", "full"):
+        for kind in ("eager", "captured", "compiled and captured"):
+            few = rows[f"one observation, {cameras}, 10 Euler steps: {kind}"]
+            for steps in ("50 Euler steps", "50 Euler steps, prefix"):
+                assert rows[f"one observation, {cameras}, {steps}: {kind}"] > few
+    for kind in ("head only", "LoRA", "full", "LoRA as vla_config_24gb.yaml"):
         assert rows[f"training, {kind}, batch 2, 2 cameras"] > 0
         assert rows[f"training, {kind}, batch 2, 2 cameras: planned"] > 0
 

@@ -7,8 +7,9 @@
 # It prints a table and writes JSON. Nothing is installed: the wheels are unpacked into a temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-# Carried, with the versions that were measured with; what the machine has itself is not taken from here.
-wheels=(pydantic==2.14.3 pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5 peft==0.21.2)
+# Carried: what is imported here and such a machine lacks. What it has itself, new enough for pyproject.toml, is not taken from here.
+wheels=(pydantic==2.14.3 pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5 peft==0.21.2 simplejpeg==1.9.0
+  filelock==4.2.11)
 
 if [ "${1:-}" = --wheels ]; then
   platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
@@ -21,7 +22,13 @@ trap 'rm -rf "$site"' EXIT
 for wheel in .wheels/*.whl; do
   [ -e "$wheel" ] || continue
   name=$(basename "$wheel")
-  python3 -c "import importlib.metadata as m; m.version('${name%%-*}')" 2>/dev/null && continue
+  python3 - "${name%%-*}" 2>/dev/null <<'END' && continue
+import importlib.metadata, sys, tomllib
+from packaging.requirements import Requirement
+needed = {need.name: need for need in map(Requirement, tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])}
+version = importlib.metadata.version(sys.argv[1])
+sys.exit(sys.argv[1] in needed and version not in needed[sys.argv[1]].specifier)
+END
   python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheel"
 done
 # The package runs from its source; what it says of itself (its version) a distribution's metadata would say.
