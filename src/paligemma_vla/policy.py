@@ -25,6 +25,7 @@ from paligemma_vla import flow, schema
 from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, DataError, ModelError, NotFiniteError, VLAError, first_line
 from paligemma_vla.hub import download_policy
+from paligemma_vla.model.graphs import GraphedModel
 from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel, dtype_on
 from paligemma_vla.observation import ParsedObservation, parse_observation, whole_number
@@ -64,10 +65,15 @@ class Policy:
     """
 
     def __init__(
-        self, trained: Trained, where: str, device: torch.device | None = None, weights: Weights | None = None
+        self,
+        trained: Trained,
+        where: str,
+        device: torch.device | None = None,
+        weights: Weights | None = None,
+        compile: bool = False,
     ) -> None:
         """trained: what `load_trained` read from `where`. device: where the model will answer; None keeps it on the CPU, in
-        float32 as it was trained, for an export. weights: as in `from_checkpoint`."""
+        float32 as it was trained, for an export. weights, compile: as in `from_checkpoint`."""
         with file_errors(where):
             self.config = config_from_dict(trained.config, where=f"{where}: config")
             self.preprocessor = Preprocessor.from_dict(trained.preprocessor, where)
@@ -79,7 +85,12 @@ class Policy:
             self.model.to_device(device, weights)
         self.backbone = trained.backbone
         self.device = next(self.model.parameters()).device
-        keys = [schema.image_key(n + 1) for n in range(self.config.model.vlm_config.cameras)]
+        if compile and self.device.type != "cuda":
+            raise ModelError(f"compile: got the device {self.device}, expected cuda, where graphs are captured; leave it out")
+        cameras, prompts = self.config.model.vlm_config.cameras, self.preprocessor.prompts
+        longest = cameras * prompts.image_tokens + prompts.max_len
+        self.graphs = GraphedModel(self.model, longest) if compile else None
+        keys = [schema.image_key(n + 1) for n in range(cameras)]
         self._cameras = dict(zip_longest(keys, self.robot.cameras[: len(keys)], fillvalue=""))
         head, robot = self.config.model.action_head_config, self.robot
         described = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(robot).items()}
@@ -101,14 +112,18 @@ class Policy:
         }
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "cpu", weights: Weights | None = None) -> Policy:
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "cpu", weights: Weights | None = None, compile: bool = False
+    ) -> Policy:
         """Load a `.pth.tar` of this project, a folder that `paligemma-vla export` wrote, or such a folder on the Hugging Face
         hub (`org/name`, `org/name@revision`); it needs nothing else. Uses the averaged weights when the run kept them.
 
-        weights: quantise the backbone to `int8` or `int4`; None keeps it as it was trained. Raises `CheckpointError` when it is
-        missing, damaged or not of this project, `ModelError` when it cannot be quantised here.
+        weights: quantise the backbone to `int8` or `int4`; None keeps it as it was trained. compile: on CUDA, answer by CUDA
+        graphs: the first answer to as many observations takes seconds, every other a fraction of what it takes without.
+        Raises `CheckpointError` when it is missing, damaged or not of this project, `ModelError` when it cannot be quantised or
+        compiled here.
         """
-        return cls(load_trained(path), str(path), torch.device(device), weights)
+        return cls(load_trained(path), str(path), torch.device(device), weights, compile)
 
     def infer(
         self,
@@ -208,7 +223,7 @@ class Policy:
         ]  # N of (B, 3, H, W)
         prompts = [view.prompt for view in views]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
-        actions = self.model(
+        actions = (self.graphs or self.model)(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
             vlm_attention_mask_batch=torch.from_numpy(mask),

@@ -128,7 +128,7 @@ def test_address_or_certificate_that_cannot_be_used_is_one_message(checkpoint, c
         for flags, said in cases.items():
             code, _, printed = call(capfd, "serve", "--checkpoint_path", checkpoint, *flags)
             assert code == 2, flags
-            assert said in printed and "first answer" not in printed, printed
+            assert said in printed and "warmed up" not in printed, printed
             assert "Traceback" not in printed and len(printed.strip().splitlines()) == 1, printed
 
 

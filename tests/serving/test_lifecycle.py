@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ from websockets.sync.client import connect
 
 from paligemma_vla import Policy
 from paligemma_vla.serving import server as server_module
+from paligemma_vla.serving.build import warm_up
 from paligemma_vla.serving.server import PolicyServer
 from paligemma_vla.training.checkpoint import load_checkpoint, save_checkpoint
 from paligemma_vla_client import pack, unpack
@@ -60,6 +62,23 @@ def command(slow_checkpoint, zygote, tmp_path):
         return child, port
 
     return start
+
+
+def test_every_kind_of_answer_is_warmed_up(policy, monkeypatch):
+    answered = []
+
+    def infer_batch(observations, seeds, num_steps=None, continuations=None, realtime=None):
+        answered.append((len(observations), realtime))
+        return np.zeros((len(observations), policy.metadata["horizon"], policy.metadata["action_dim"]), np.float32)
+
+    learned = copy.copy(policy)
+    learned.infer_batch = infer_batch
+    warm_up(learned, 0)
+    assert answered == [(1, None), (1, "guidance")]
+    answered.clear()
+    learned.metadata = policy.metadata | {"rtc_max_delay": 2}
+    warm_up(learned, 2)
+    assert answered == [(1, None), (1, "prefix"), (1, "guidance"), (2, None), (2, "prefix")]
 
 
 def test_sigterm_lets_what_was_asked_be_answered_and_refuses_the_rest(command, slow_checkpoint):

@@ -101,13 +101,13 @@ class PaliGemmaVLM(nn.Module):
         """Return the context (B, T, E) and its mask (B, T), True where there is a token.
 
         images: per camera (B, 3, H, W), uint8 as in a batch, or float already normalised. prompts: B instructions, encoded
-        here unless input_ids (B, T) and attention_mask (B, T) are given. image_mask (B, N): which cameras are present.
+        here unless input_ids (B, T) and attention_mask (B, T) are given. image_mask (B, N): which cameras are present; None:
+        all of them.
         """
         device = self.pixel_mean.device
-        if image_mask is None:
-            image_mask = torch.ones(len(images[0]), len(images), dtype=torch.bool)
         if input_ids is None:
-            ids, mask = self.prompts.encode(prompts, image_mask.cpu().numpy())
+            present = torch.ones(len(images[0]), len(images), dtype=torch.bool) if image_mask is None else image_mask
+            ids, mask = self.prompts.encode(prompts, present.cpu().numpy())
             input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
         if attention_mask is None:
             raise ValueError("vlm_attention_mask: got None with input_ids, expected (B, T)")
@@ -138,12 +138,12 @@ class PaliGemmaVLM(nn.Module):
         context: Tensor = output.last_hidden_state
         return context
 
-    def _present(self, images: Sequence[Tensor], image_mask: Tensor) -> Tensor:
+    def _present(self, images: Sequence[Tensor], image_mask: Tensor | None) -> Tensor:
         """Present images, sample by sample in camera order: (number of images, 3, H, W)."""
         device = self.pixel_mean.device
         stacked = torch.stack([image.to(device, non_blocking=True) for image in images], dim=1)  # (B, N, 3, H, W)
         pixels = stacked.flatten(0, 1)
-        return pixels if bool(image_mask.all()) else pixels[image_mask.flatten().to(device)]
+        return pixels if image_mask is None or bool(image_mask.all()) else pixels[image_mask.flatten().to(device)]
 
 
 class PatchEmbedding(nn.Conv2d):

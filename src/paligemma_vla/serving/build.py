@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from paligemma_vla import versions
-from paligemma_vla.config import VLAConfig, config_from_dict, parse_assignments
+from paligemma_vla.config import FLOW_HEAD, VLAConfig, config_from_dict, parse_assignments
 from paligemma_vla.control.limits import build_limits
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.policy import Policy, fingerprint
+from paligemma_vla.policy import Continuation, Policy, RealTime, fingerprint
 from paligemma_vla.schema import PROMPT, STATE, chunk_coverage
 from paligemma_vla.serving.keys import KeyMap, build_key_maps
 from paligemma_vla.serving.protocols import groot, openpi, vla_eval
@@ -26,7 +26,7 @@ WIRES = (openpi.NAMES, vla_eval.NAMES, groot.NAMES)
 CHANGEABLE = ("control.", "data.actions.rotation")  # the latter says only where rotations are
 
 
-def build_service(
+def build_service(  # noqa: PLR0913 - the command's arguments
     checkpoint_path: str,
     device: str,
     *,
@@ -36,13 +36,14 @@ def build_service(
     limited: bool,
     assignments: Sequence[str] = (),
     record: Path | None = None,
+    graphs: int = 0,
 ) -> PolicyService:
-    """Load the policy, answer once, and say what it expects. Arguments as those of `paligemma-vla serve`.
+    """Load the policy, warm it up, and say what it expects. Arguments as those of `paligemma-vla serve`.
 
-    assignments: of `--set`. Raises `CheckpointError` for a checkpoint that cannot be loaded, `ConfigError` for keys and limits
-    that do not fit.
+    assignments: of `--set`. graphs: most observations at once that CUDA graphs answer; 0: none.
+    Raises `CheckpointError` for a checkpoint that cannot be loaded, `ConfigError` for keys and limits that do not fit.
     """
-    policy = Policy.from_checkpoint(checkpoint_path, device=device)
+    policy = Policy.from_checkpoint(checkpoint_path, device=device, compile=graphs > 0)
     cameras = policy.metadata["cameras"]
     own_names = dict(zip_longest(cameras, policy.metadata["camera_names"][: len(cameras)], fillvalue=""))
     key_maps = build_key_maps(WIRES, own_names, keys, preset)
@@ -51,9 +52,9 @@ def build_service(
     if preset == openpi.ROBOARENA:
         greeting = openpi.roboarena_configuration(key_maps[openpi.NAMES.protocol], policy.metadata["action_convention"])
     began = time.monotonic()
-    policy.infer(example(policy), seed=0)
+    warm_up(policy, graphs)
     coverage = chunk_coverage(policy.metadata["horizon"], policy.metadata["control_hz"])
-    log.info("first answer after %.2f s%s", time.monotonic() - began, f"; {coverage}" if coverage else "")
+    log.info("warmed up in %.2f s%s", time.monotonic() - began, f"; {coverage}" if coverage else "")
     contract = {
         **policy.metadata,
         "checkpoint": Path(checkpoint_path).name,
@@ -65,6 +66,20 @@ def build_service(
     if limited:
         limits = build_limits(policy.preprocessor, policy.robot, changed_config(policy.config, assignments))
     return PolicyService(policy, contract, limits, seed, key_maps, greeting, record)
+
+
+def warm_up(policy: Policy, graphs: int) -> None:
+    """Answer as clients will ask, so that none of them waits for what is done once: anew, by a prefix and by guidance, and up
+    to `graphs` observations at once."""
+    seen = example(policy)
+    going_on = Continuation(policy.infer(seen, seed=0)["actions"], delay=1)
+    learned: list[RealTime] = ["prefix"] if policy.metadata["rtc_max_delay"] else []
+    guidance: list[RealTime] = ["guidance"] if policy.config.model.action_head_config.head == FLOW_HEAD else []
+    asked: list[tuple[int, RealTime | None]] = [(1, method) for method in (*learned, *guidance)]
+    asked += [(size, method) for size in range(2, graphs + 1) for method in (None, *learned)]
+    for size, method in asked:
+        continuation = None if method is None else going_on
+        policy.infer_batch([seen] * size, [0] * size, None, [continuation] * size, method)
 
 
 def changed_config(config: VLAConfig, assignments: Sequence[str]) -> VLAConfig:

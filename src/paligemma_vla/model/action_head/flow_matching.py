@@ -8,6 +8,7 @@ by all Euler steps, and in training by all M (t, noise) draws.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -283,7 +284,8 @@ class FlowmatchingActionHead(nn.Module):
         # The times are known, so what they make of every layer is one product for all of them: at batch 1 the weights of these
         # layers, 2/5 of a block's, are read once, not at each step.
         times = flow.euler_times(num_steps)
-        known = self._modulation(torch.tensor([times], device=noise.device), projected)
+        # Made on the device: a copy from the machine's memory cannot be part of a CUDA graph.
+        known = self._modulation(torch.arange(num_steps, device=noise.device)[None] / num_steps, projected)
 
         def velocity(action: Tensor, time: float) -> Tensor:
             return self._velocity(action[:, None], known.at(times.index(time)), projected)[:, 0]
@@ -303,6 +305,12 @@ class FlowmatchingActionHead(nn.Module):
             return self._velocity(action[:, None], modulation, projected)[:, 0]
 
         return torch.where(clean[..., None], given, flow.euler(continued, noise, num_steps))
+
+    def fused(self) -> FlowmatchingActionHead:
+        """This head, weights shared, with the work of an Euler step compiled (`torch.compile`): a third of the kernels."""
+        head = copy.copy(self)
+        head._velocity = torch.compile(self._velocity)  # type: ignore[method-assign]
+        return head
 
     def get_action(
         self,
