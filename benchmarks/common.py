@@ -61,6 +61,10 @@ class Times:
         """Value, unit, direction and spread of a `Row`."""
         return self.median * 1e3, "ms", "lower", (min(self.seconds) * 1e3, max(self.seconds) * 1e3)
 
+    def rate(self, number: float, unit: str) -> tuple[float, str, str, tuple[float, float]]:
+        """Value, unit, direction and spread of a `Row`, where each repeat did `number` things."""
+        return number / self.median, unit, "higher", (number / max(self.seconds), number / min(self.seconds))
+
 
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
     """Seconds of several things, one after the other in each of several rounds, so that a slow minute is everybody's.
@@ -82,6 +86,14 @@ def read_bytes_per_second() -> float:
     """What all threads together read from memory: the sum of numbers that no cache holds."""
     numbers = torch.ones(2**27)  # 512 MB
     return numbers.nbytes / best_seconds(numbers.sum)
+
+
+def matrix_product_flops(dtype: torch.dtype) -> float:
+    """Operations a second of all threads together, in a product of the size of a layer of a large model."""
+    size = 2048
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    torch.mm(left, right)
+    return 2 * size**3 / best_seconds(lambda: torch.mm(left, right))
 
 
 def environment(command: str) -> dict[str, Any]:

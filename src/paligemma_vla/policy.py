@@ -27,7 +27,7 @@ from paligemma_vla.errors import CheckpointError, DataError, ModelError, NotFini
 from paligemma_vla.hub import download_policy
 from paligemma_vla.model.graphs import GraphedModel
 from paligemma_vla.model.quantize import Weights
-from paligemma_vla.model.vla_model import VLAModel, dtype_on
+from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.observation import ParsedObservation, parse_observation, whole_number
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.schema import DatasetMetadata, Pixels
@@ -349,7 +349,7 @@ def _build_model(
         _, _, faults = str(error).partition(":")
         raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
     if adapted:
-        dtype = torch.float32 if device is None else dtype_on(device.type, model.configured_dtype)
+        dtype = torch.float32 if device is None else model.dtype_on(device.type)
         model.paligemma_vlm.merge_adapters(dtype)
     return model.eval()
 

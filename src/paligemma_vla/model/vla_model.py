@@ -16,6 +16,7 @@ from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 
+SMALL = 20e6  # parameters: with fewer, a CPU answers sooner in float32, without the casts (docs/performance.md)
 LARGE_TABLE = 2**20  # numbers; a smaller table is not worth a message of its own
 AUTOCAST = (nn.Linear, nn.Conv2d)  # modules whose weights autocast turns into the type that is computed in
 
@@ -30,12 +31,6 @@ def resolve_class(path: str, key: str, promised: str) -> Any:
     if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, promised)):
         raise ModelError(f"{key}: got '{path}', expected a torch.nn.Module with {promised}(); docs/architecture.md says more")
     return found
-
-
-def dtype_on(device_type: str, configured: torch.dtype) -> torch.dtype:
-    """Type of matrix products: as configured, but float32 on a CPU without instructions for bfloat16, where it is faster."""
-    lacking = device_type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return torch.float32 if lacking else configured
 
 
 class VLAModel(nn.Module):
@@ -62,8 +57,18 @@ class VLAModel(nn.Module):
         self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
         self.detach_context = head.detach_context
         self.configured_dtype = getattr(torch, vlm.dtype)
-        self.dtype = dtype_on("cpu", self.configured_dtype)
         self.set_stage("all")
+        self.dtype = self.dtype_on("cpu")
+
+    def dtype_on(self, device_type: str) -> torch.dtype:
+        """Type of matrix products: as configured, but float32 where a CPU is faster so: without instructions for bfloat16, and
+        for a small model that only answers."""
+        if device_type == "cpu":
+            small = sum(p.numel() for p in self.parameters()) < SMALL and not any(p.requires_grad for p in self.parameters())
+            if small or not torch.cpu._is_avx512_bf16_supported():
+                return torch.float32
+        dtype: torch.dtype = self.configured_dtype
+        return dtype
 
     def to_device(self, device: torch.device, weights: Weights | None = None) -> VLAModel:
         """Move to `device`, frozen matrices in the type that it computes in: half the memory, the same products.
@@ -78,7 +83,7 @@ class VLAModel(nn.Module):
 
     def cast_for(self, device: torch.device) -> None:
         """Cast matrices that do not learn to the type that `device` computes in, everything else to float32."""
-        self.dtype = dtype_on(device.type, self.configured_dtype)
+        self.dtype = self.dtype_on(device.type)
         for module in self.modules():
             matrices = isinstance(module, (*AUTOCAST, nn.Embedding))
             for parameter in module.parameters(recurse=False):
