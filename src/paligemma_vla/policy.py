@@ -119,7 +119,7 @@ class Policy:
         hub (`org/name`, `org/name@revision`); it needs nothing else. Uses the averaged weights when the run kept them.
 
         weights: quantise the backbone to `int8` or `int4`; None keeps it as it was trained. compile: on CUDA, answer by CUDA
-        graphs: the first answer to as many observations takes seconds, every other a fraction of what it takes without.
+        graphs: the first answer to as many observations takes long, the others less than without.
         Raises `CheckpointError` when it is missing, damaged or not of this project, `ModelError` when it cannot be quantised or
         compiled here.
         """

@@ -13,12 +13,14 @@ from signal import SIGINT, SIGTERM
 
 import numpy as np
 import pytest
+import torch
 from messages import draw, local
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from paligemma_vla import Policy
+from paligemma_vla.errors import VLAError
 from paligemma_vla.serving import server as server_module
 from paligemma_vla.serving.build import warm_up
 from paligemma_vla.serving.server import PolicyServer
@@ -79,6 +81,20 @@ def test_every_kind_of_answer_is_warmed_up(policy, monkeypatch):
     learned.metadata = policy.metadata | {"rtc_max_delay": 2}
     warm_up(learned, 2)
     assert answered == [(1, None), (1, "prefix"), (1, "guidance"), (2, None), (2, "prefix")]
+
+
+@pytest.mark.parametrize("device, flags, graphs", [("cuda", [], 8), ("cuda", ["--no_compile"], 0), ("cpu", [], 0)])
+def test_graphs_are_for_cuda_and_can_be_switched_off(monkeypatch, capfd, device, flags, graphs):
+    asked = []
+
+    def build_service(path, on, **options):
+        asked.append((on, options["graphs"]))
+        raise VLAError("enough")
+
+    monkeypatch.setattr("paligemma_vla.training.distributed.choose_device", torch.device)
+    monkeypatch.setattr("paligemma_vla.serving.build.build_service", build_service)
+    call(capfd, "serve", "--checkpoint_path", "any", "--device", device, *flags)
+    assert asked == [(device, graphs)]
 
 
 def test_sigterm_lets_what_was_asked_be_answered_and_refuses_the_rest(command, slow_checkpoint):

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a .pth.tar of a training run, an exported folder, or org/name on the Hugging Face hub"
     parser.add_argument("--checkpoint_path", required=True, metavar="P", help=text)
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-    text = "on CUDA: no graphs; the port opens sooner, answers take several times as long"
+    text = "on CUDA: no graphs; the port opens sooner, and answers take longer"
     parser.add_argument("--no_compile", action="store_true", help=text)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for other machines (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""Sampling by CUDA graphs: one launch from pixels to actions, where Python would launch some twenty thousand kernels.
+"""Sampling by CUDA graphs: one launch from pixels to actions, where Python would launch each kernel of each Euler step.
 
 A graph computes at the shapes and the addresses that it was captured with. So contexts are padded to the longest that a policy
 takes, and what differs between calls is copied into tensors that stay: one graph serves all calls with as many observations
@@ -58,8 +58,8 @@ class GraphedModel:
     """Is called as `VLAModel.forward` is to sample actions, and returns the same.
 
     model: on its device and in eval mode; its weights must stay where they are. tokens: longest context T. fused: also compile
-    the work of an Euler step (`torch.compile`), which makes a third of the kernels of it. The model itself computes what no
-    graph can: guidance, which needs gradients, observations that lack a camera, and what has too many shapes.
+    the work of an Euler step (`torch.compile`), which is fewer kernels then. The model itself computes what no graph can:
+    guidance, which needs gradients, observations that lack a camera, and what has too many shapes.
     """
 
     def __init__(self, model: VLAModel, tokens: int, fused: bool = True) -> None:

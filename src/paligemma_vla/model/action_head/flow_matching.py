@@ -307,7 +307,7 @@ class FlowmatchingActionHead(nn.Module):
         return torch.where(clean[..., None], given, flow.euler(continued, noise, num_steps))
 
     def fused(self) -> FlowmatchingActionHead:
-        """This head, weights shared, with the work of an Euler step compiled (`torch.compile`): a third of the kernels."""
+        """This head, weights shared, with the work of an Euler step compiled (`torch.compile`) into fewer kernels."""
         head = copy.copy(self)
         head._velocity = torch.compile(self._velocity)  # type: ignore[method-assign]
         return head
