@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaModel
 
 from conftest import ConfigFactory
+from no_waiting import NoWaiting
 from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError
@@ -63,6 +65,13 @@ def assert_same(first: list[Tensor], second: list[Tensor], tolerance: float = 2e
     assert [f.shape for f in first] == [s.shape for s in second]
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def test_pass_never_waits_for_the_gpu(any_kernel: PaliGemmaVLM) -> None:
+    ids, mask = any_kernel.prompts.encode(PROMPTS, np.ones((len(PROMPTS), 1), bool))
+    inputs = pictures(len(PROMPTS)), torch.from_numpy(ids), torch.from_numpy(mask)
+    with torch.no_grad(), NoWaiting():
+        any_kernel.fuse(*inputs)
 
 
 def test_eager_equals_sdpa_padded_and_unpadded(session_config: ConfigFactory) -> None:

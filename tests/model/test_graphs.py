@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from no_waiting import NoWaiting
 from paligemma_vla import Policy
 from paligemma_vla.config import config_from_dict
 from paligemma_vla.errors import ModelError
@@ -101,16 +101,6 @@ def test_rows_of_the_heads_mask_are_multiples_of_8(policy: Policy) -> None:
         taken = GraphedModel(policy.model, tokens, fused=False).tokens
         assert tokens <= taken < tokens + 8
         assert (taken + 1) % 8 == 0
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses what makes a processor wait for its GPU, or copies from its memory: neither can be part of a CUDA graph."""
-
-    refused = (torch.ops.aten._local_scalar_dense, torch.ops.aten.lift_fresh, torch.ops.aten.nonzero, torch.ops.aten.equal)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in self.refused, func
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_capture_never_waits_for_the_gpu(policy: Policy, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from paligemma_vla.errors import first_line
 from paligemma_vla.model.action_head.flow_matching import FlowmatchingActionHead
-from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.model.vla_model import VLAModel, backbone_layers
 
 log = logging.getLogger(__name__)
 GRAPHS = 32  # kept at most: what has other shapes then is computed without one
@@ -58,8 +59,8 @@ class GraphedModel:
     """Is called as `VLAModel.forward` is to sample actions, and returns the same.
 
     model: on its device and in eval mode; its weights must stay where they are. tokens: longest context T. fused: also compile
-    the work of an Euler step (`torch.compile`), which is fewer kernels then. The model itself computes what no graph can:
-    guidance, which needs gradients, observations that lack a camera, and what has too many shapes.
+    the layers of the backbone and the work of an Euler step (`torch.compile`), which are fewer kernels then. The model itself
+    computes what no graph can: guidance, which needs gradients, observations that lack a camera, and what has too many shapes.
     """
 
     def __init__(self, model: VLAModel, tokens: int, fused: bool = True) -> None:
@@ -67,7 +68,9 @@ class GraphedModel:
         # Fused attention copies a mask whose rows are no multiple of 8 long. The head's has one column more: the state.
         self.tokens = -(-(tokens + 1) // 8) * 8 - 1
         self.captured: dict[tuple[object, ...], _Graph | None] = {}
-        self._to_capture = [_fused(model), model] if fused else [model]  # the fastest first
+        self._to_capture: list[Callable[[], VLAModel]] = [lambda: model]
+        if fused:
+            self._to_capture.insert(0, cache(partial(_fused, model)))  # first what is fastest
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._lock = threading.Lock()  # callers share the tensors of a graph
 
@@ -102,7 +105,7 @@ class GraphedModel:
         """None where that is impossible: drivers, compilers and models of others may forbid it, and a robot can wait longer."""
         while self._to_capture:
             try:
-                return _Graph(self._to_capture[0], arguments, self.device, self._pool)
+                return _Graph(self._to_capture[0](), arguments, self.device, self._pool)
             except Exception as error:  # of any kind
                 del self._to_capture[0]
                 remains = "a CUDA graph without it is captured" if self._to_capture else "kernels are launched one by one"
@@ -134,9 +137,11 @@ class _Graph:
 
 
 def _fused(model: VLAModel) -> VLAModel:
-    """The model, weights shared, with the work of an Euler step compiled; a head of another kind as it is."""
-    if not isinstance(model.action_head, FlowmatchingActionHead):
-        return model
-    fused = copy.copy(model)
-    fused._modules = {**model._modules, "action_head": model.action_head.fused()}
+    """The model, weights shared, with the layers of its backbone and the work of an Euler step compiled."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    fused = copy.deepcopy(model, shared)
+    for layer in backbone_layers(fused):
+        layer.compile()
+    if isinstance(fused.action_head, FlowmatchingActionHead):
+        fused.action_head.compile_step()
     return fused

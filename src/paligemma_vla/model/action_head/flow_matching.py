@@ -8,7 +8,6 @@ by all Euler steps, and in training by all M (t, noise) draws.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -306,11 +305,9 @@ class FlowmatchingActionHead(nn.Module):
 
         return torch.where(clean[..., None], given, flow.euler(continued, noise, num_steps))
 
-    def fused(self) -> FlowmatchingActionHead:
-        """This head, weights shared, with the work of an Euler step compiled (`torch.compile`) into fewer kernels."""
-        head = copy.copy(self)
-        head._velocity = torch.compile(self._velocity)  # type: ignore[method-assign]
-        return head
+    def compile_step(self) -> None:
+        """Compile the work of an Euler step into fewer kernels (`torch.compile`), in place."""
+        self._velocity = torch.compile(self._velocity)  # type: ignore[method-assign]
 
     def get_action(
         self,
