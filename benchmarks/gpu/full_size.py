@@ -66,8 +66,10 @@ def main() -> int:
             attempt(check.__name__, check(config, device))
     limits = speed.Limits(device)
     report(limits.rows())
-    for measure in (speed.measure_latency, speed.measure_training):
-        attempt(measure.__name__, measure(shapes, device, common, args.repeats, limits))
+    how = shapes, device, common, args.repeats, limits
+    attempt("latency, 2 cameras", speed.measure_latency(2, *how))
+    attempt("training", speed.measure_training(*how))
+    attempt("latency, 1 camera", speed.measure_latency(1, *how))
     for failure in failures:
         print(f"FAILED: {failure}")
     return int(bool(failures))

@@ -59,24 +59,26 @@ def synchronized(run: Callable[[], object], device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_latency(shapes: Given, device: torch.device, common: Given, repeats: int, limits: Limits) -> Iterator[Row]:
+def measure_latency(
+    cameras: int, shapes: Given, device: torch.device, common: Given, repeats: int, limits: Limits
+) -> Iterator[Row]:
     """One observation through `Policy`: from the pixels of the cameras to actions in real units."""
-    for cameras in (1, 2):
-        torch.compiler.reset()  # for these shapes kernels of their own, as in a server
-        changes = {**COMMON, **common, **FROZEN, "training.rtc_max_delay": 4, "model.vlm_config.use_aux_camera": cameras == 2}
-        policy, observation = policy_and_observation(load_config(CONFIG, changes), dict(shapes), device)
-        going_on = Continuation(np.zeros((6, 7), np.float32), 4)
-        kinds = {"eager": policy, "captured": with_graphs(policy, False), "compiled and captured": with_graphs(policy, True)}
-        for steps, continuation in ((50, None), (10, None), (50, going_on)):
-            asked = {"observation": observation, "seed": 0, "num_steps": steps, "continuation": continuation}
-            began = time.perf_counter()
-            kinds["compiled and captured"].infer(**asked)
-            first = time.perf_counter() - began
-            taken = interleaved({name: partial(kind.infer, **asked) for name, kind in kinds.items()}, repeats)
-            what = f"one observation, {cameras} camera{'s' * (cameras > 1)}, {steps} Euler steps"
-            what += ", prefix" * (continuation is not None)
-            yield from _compared(what, taken, _floor(policy, asked, limits), limits)
-            yield Row(f"{what}: compiling and capturing", first, "s", "lower")
+    gc.collect()  # the model before
+    torch.compiler.reset()  # kernels for these shapes, as in a server
+    changes = {**COMMON, **common, **FROZEN, "training.rtc_max_delay": 4, "model.vlm_config.use_aux_camera": cameras == 2}
+    policy, observation = policy_and_observation(load_config(CONFIG, changes), dict(shapes), device)
+    going_on = Continuation(np.zeros((6, 7), np.float32), 4)
+    kinds = {"eager": policy, "captured": with_graphs(policy, False), "compiled and captured": with_graphs(policy, True)}
+    for steps, continuation in ((50, None), (50, going_on), (10, None)):
+        asked = {"observation": observation, "seed": 0, "num_steps": steps, "continuation": continuation}
+        began = time.perf_counter()
+        kinds["compiled and captured"].infer(**asked)
+        first = time.perf_counter() - began
+        taken = interleaved({name: partial(kind.infer, **asked) for name, kind in kinds.items()}, repeats)
+        what = f"one observation, {cameras} camera{'s' * (cameras > 1)}, {steps} Euler steps"
+        what += ", prefix" * (continuation is not None)
+        yield from _compared(what, taken, _floor(policy, asked, limits), limits)
+        yield Row(f"{what}: compiling and capturing", first, "s", "lower")
 
 
 def _compared(what: str, taken: dict[str, Times], floor: float, limits: Limits) -> Iterator[Row]:
