@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One call on a machine with one GPU (measured for: H100 or H200, Python 3.12, torch 2.11, transformers 5.17, no network).
 #
-#   benchmarks/gpu/full_size.sh --wheels        with a network: fetch into .wheels what such a machine lacks
-#   benchmarks/gpu/full_size.sh [OUTPUT.json]   there: check against the CPU, then time; under ten minutes
+#   benchmarks/gpu/full_size.sh --wheels                with a network: fetch into .wheels what such a machine lacks
+#   benchmarks/gpu/full_size.sh [OUTPUT.json [FLAGS]]   there: check against the CPU, then time; under ten minutes
 #
 # It prints a table and writes JSON. Nothing is installed: the wheels are unpacked into a temporary folder.
 set -euo pipefail
@@ -37,4 +37,4 @@ mkdir "$site/paligemma_vla-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: paligemma-vla\nVersion: %s\n' "$version" >"$site/paligemma_vla-$version.dist-info/METADATA"
 export PYTHONPATH="$PWD/src:$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
-exec python3 -m benchmarks.gpu.full_size --output "$output"
+python3 -m benchmarks.gpu.full_size --output "$output" "${@:2}"
