@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from episode_files import columns, write
+from pydantic.fields import FieldInfo
 
+from paligemma_vla.config import DataConfig
 from paligemma_vla.data import reader as reader_module
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.reader import EpisodeReader, cut_blocks, streaming_cache_bytes
@@ -163,6 +165,25 @@ def test_few_files_stay_open(index: EpisodeIndex, monkeypatch: pytest.MonkeyPatc
         assert len(os.listdir("/proc/self/fd")) - before <= 1
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_data_info_warns_of_row_groups_by_what_a_sample_loads_of_them(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many small pictures are no matter, and few large ones are where they are not read one by one."""
+    monkeypatch.setitem(DataConfig.model_fields, "cache_mb", FieldInfo(default=1))
+    rng, content = np.random.default_rng(0), columns((600,))
+    small = write(tmp_path / "small.parquet", content)
+    content["image_1_bytes"] = [rng.bytes(4000) for _ in range(600)]
+    one_by_one, whole = (write(tmp_path / f"{codec}.parquet", content, compression=codec) for codec in ("snappy", "zstd"))
+    for path, warned in ((small, False), (one_by_one, False), (whole, True)):
+        loaded = json.loads(call(capfd, "data", "info", path, "--json")[1])["loaded_megabytes"]
+        assert ("note: one sample loads a row group" in call(capfd, "data", "info", path)[1]) is warned
+        assert (loaded["largest"] > 2) is warned
+        footer = pq.read_metadata(path).row_group(0)
+        chunks = {footer.column(n).path_in_schema.partition(".")[0]: footer.column(n) for n in range(footer.num_columns)}
+        names = ("state", "action", "prompt", *["image_1_bytes"][: path != one_by_one])
+        assert loaded["all"] == round(sum(chunks[name].total_compressed_size for name in names) / 1e6, 1)
 
 
 def test_data_info_counts_the_episodes_that_have_an_instruction_at_any_step(

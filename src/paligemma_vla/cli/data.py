@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from paligemma_vla.cli.arguments import add_workers, between
-from paligemma_vla.config import load_config
+from paligemma_vla.config import DataConfig, load_config
 from paligemma_vla.data.convert import Conversion, Encoding, NativeOutput, OutputFormat
 from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
@@ -37,7 +37,7 @@ from paligemma_vla.progress import progress_bar
 NATIVE, LEROBOT = "native", "lerobot"
 PREFIX = f"{LEROBOT}:"
 EXCLUSION_LIST = "excluded_episodes.json"
-SLOW_GROUP_ROWS = 512
+KEPT_GROUPS = 32  # that data.cache_mb should hold, where it does not hold all
 SHOWN_PER_FILE = SHOWN_INSTRUCTIONS = 20
 
 
@@ -99,8 +99,11 @@ def describe(paths: list[str]) -> dict[str, Any]:
     for number in range(len(index.paths)):
         prompts.update(text for texts in episode_prompts(index, number) for text in texts)
     group_sizes = np.concatenate([np.diff(index.row_groups(file)) for file in range(len(index.paths))])
-    with open_file(index.paths[0]) as file:
-        left_out = tuple(file.unused)
+    loaded: list[int] = []
+    for path in index.paths:
+        with open_file(path) as file:
+            loaded += file.loaded_bytes(index.layout.cameras).tolist()
+            left_out = tuple(file.unused)
     length, metadata = index.length, index.layout.metadata
     return {
         "files": len(index.paths),
@@ -115,6 +118,7 @@ def describe(paths: list[str]) -> dict[str, Any]:
         "megabytes": round(int(index.stamps[:, 0].sum()) / 1e6, 1),
         "row_groups": len(group_sizes),
         "largest_row_group": int(group_sizes.max()),
+        "loaded_megabytes": {"largest": round(max(loaded) / 1e6, 1), "all": round(sum(loaded) / 1e6, 1)},
         "left_out": left_out,
         "instructions": dict(prompts.most_common()),
     }
@@ -129,9 +133,13 @@ def info(args: argparse.Namespace) -> int:
     instructions = facts.pop("instructions")
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {_printable(_shown(value))}" for name, value in facts.items()]
-    if facts["largest_row_group"] > SLOW_GROUP_ROWS:
-        rows = f"row groups of up to {facts['largest_row_group']} rows"
-        lines.append(f"note: {rows} make reading single frames slow; EpisodeWriter writes 32")
+    largest, everything = facts["loaded_megabytes"].values()
+    kept = DataConfig.model_fields["cache_mb"].default * 2**20 / 1e6
+    if everything > kept < KEPT_GROUPS * largest:
+        lines.append(
+            f"note: one sample loads a row group, here up to {largest:g} MB; data.cache_mb keeps {kept:.0f} MB by default, of "
+            f"{everything:g}. So random reading is slow: raise it, or write the images with `paligemma-vla data convert`"
+        )
     lines.append(f"{len(instructions)} instructions (episodes each):")
     shown = list(instructions.items())[:SHOWN_INSTRUCTIONS]
     lines += [f"  {count:>6}  {_printable(prompt) or '(none: missing, empty, or not UTF-8)'}" for prompt, count in shown]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 
@@ -252,13 +253,17 @@ class EpisodeReader:
     def _read(self, block: int) -> Block:
         """Read a block; may be called from any thread."""
         file, groups = self._groups(block)
-        columns = [schema.STATE, schema.ACTION, schema.PROMPT, *(schema.image_column(n + 1) for n in range(self.cameras))]
-        read, group = {}, groups[0]
+        images = [schema.image_column(n + 1) for n in range(self.cameras)]
+        read, group, located = {}, groups[0], {}
         try:
             source = self._files.open(file)
+            if self.blocks is None:  # random order wants few of a row group's images, a stream all of them
+                check = partial(self.index.check_unchanged, file)
+                located = {name: source.locate(name, group, check) for name in images if name in source.columns}
+            columns = [schema.STATE, schema.ACTION, schema.PROMPT, *(name for name in images if located.get(name) is None)]
             tables = source.read_groups([name for name in columns if name in source.columns], groups)
             for group in groups:
-                read[group] = self._row_group(file, group, next(tables).combine_chunks(), source)
+                read[group] = self._row_group(file, group, next(tables).combine_chunks(), located, source)
             # After reading: what was read before a change is what was indexed.
             self.index.check_unchanged(file, source.identity)
         except UnreachableError:
@@ -283,12 +288,18 @@ class EpisodeReader:
         groups = np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)])
         return file, np.unique(groups).tolist()
 
-    def _row_group(self, file: int, group: int, table: pa.Table, source: EpisodeFile) -> RowGroup:
+    def _row_group(
+        self, file: int, group: int, table: pa.Table, located: Mapping[str, Pictures | None], source: EpisodeFile
+    ) -> RowGroup:
+        """located: images of cameras that the table has not, since they are read one by one."""
         index, bounds = self.index, self.index.row_groups(file)
         if table.num_rows != bounds[group + 1] - bounds[group]:
             raise FaultError(unreadable_group(index.paths[file], group, bounds, f"got {table.num_rows} rows"))
         arrays = {name: table[name].combine_chunks() for name in table.column_names}
-        images = [arrays.get(schema.image_column(n + 1)) for n in range(self.cameras)]
+        images = [schema.image_column(n + 1) for n in range(self.cameras)]
+        pictures = tuple(
+            source.pictures(arrays[name], self._videos) if name in arrays else located.get(name) for name in images
+        )
         rows = np.arange(bounds[group], bounds[group + 1])
         return RowGroup(
             file=index.paths[file],
@@ -296,8 +307,8 @@ class EpisodeReader:
             state=_numbers(index, file, schema.STATE, arrays[schema.STATE], rows),
             action=_numbers(index, file, schema.ACTION, arrays[schema.ACTION], rows),
             prompt=arrays[schema.PROMPT],
-            images=tuple(None if column is None else source.pictures(column, self._videos) for column in images),
-            nbytes=table.nbytes,
+            images=pictures,
+            nbytes=table.nbytes + sum(one.nbytes for one in pictures if one is not None),
         )
 
 

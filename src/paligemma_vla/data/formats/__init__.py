@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -37,7 +37,9 @@ Identity = tuple[int, int, int]  # size, mtime_ns, and ctime_ns or a store's ver
 
 
 class Pictures(ABC):
-    """The images of one camera in some rows; `row` is counted from the first of them."""
+    """The images of one camera in some rows; `row` is counted from the first of them. nbytes: memory beside the column's."""
+
+    nbytes = 0
 
     @abstractmethod
     def present(self, row: int) -> bool:
@@ -135,6 +137,17 @@ class EpisodeFile(ABC):
     @abstractmethod
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         """The images of a camera's column as `read` or `batches` gave it."""
+
+    def locate(self, column: str, group: int, check: Callable[[], None]) -> Pictures | None:
+        """The images of a camera in a row group, of which each is read when it is needed; None: its column has to be read.
+
+        check: raises when the file is not the one that was indexed.
+        """
+        return None
+
+    @abstractmethod
+    def loaded_bytes(self, cameras: int) -> Rows:
+        """Bytes of each row group that are loaded for one sample with so many cameras (G,)."""
 
     def frames(self, column: str) -> Frames | None:
         """Where the frames of a camera's column are, for all rows; None when its images are stored one by one."""

@@ -442,6 +442,10 @@ class LeRobotFile(ParquetEpisodes):
         spans = self.metadata.videos[self.cameras[column[0]["camera"].as_py()].key]
         return FramePictures(column, self.metadata.root, spans, self._begin, 0.5 / self.metadata.info.fps, videos)
 
+    def _image_column(self, column: str) -> str | None:
+        camera = self._cameras[column]
+        return camera.key if camera.dtype == "image" else None
+
     @cached_property
     def _begin(self) -> float:
         """The earliest timestamp of an episode's first row; 0 in all that LeRobot writes."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from paligemma_vla import schema
 from paligemma_vla.data.faults import Fault, FaultError, Kind, file_faults
 from paligemma_vla.data.formats import READ_ERRORS, EpisodeFile, Pictures
+from paligemma_vla.data.formats.pages import ImageChunk, find_chunk, locate_pictures
 from paligemma_vla.data.images import decode
 from paligemma_vla.data.video import VideoDecoders
 from paligemma_vla.errors import DataError, first_line
@@ -61,6 +62,7 @@ class ParquetEpisodes(EpisodeFile):
 
     def __init__(self, name: str, location: str, stream: bool = False, ranges: bool = False) -> None:
         self.path, self._location, self._stream = name, location, stream
+        self._read_whole: set[str] = set()  # columns whose images cannot be read one by one
         if ranges or is_url(location):
             with file_faults(name):
                 self._source = open_source(location)
@@ -161,6 +163,32 @@ class ParquetEpisodes(EpisodeFile):
 
     def pictures(self, column: pa.Array, videos: VideoDecoders) -> Pictures:
         return EncodedPictures(column)
+
+    def locate(self, column: str, group: int, check: Callable[[], None]) -> Pictures | None:
+        images = self._find_chunk(column, group)
+        if images is None or column in self._read_whole:
+            return None
+        located = locate_pictures(self._location, images, check)
+        if located is None:  # nor are they, most likely, in the other row groups, and looking costs time
+            self._read_whole.add(column)
+        return located
+
+    def loaded_bytes(self, cameras: int) -> Rows:
+        metadata, found = self._open().metadata, []
+        images = [name for name in (schema.image_column(n + 1) for n in range(cameras)) if name in self.columns]
+        for group in range(len(self.bounds) - 1):
+            loaded = [name for name in images if self._find_chunk(name, group) is None]
+            stored = self._stored_columns([schema.STATE, schema.ACTION, schema.PROMPT, *loaded])
+            found.append(sum(end - begin for begin, end in column_ranges(metadata, stored, [group])))
+        return np.array(found, np.int64)
+
+    def _find_chunk(self, column: str, group: int) -> ImageChunk | None:
+        stored = self._image_column(column)
+        return None if self._file is None or stored is None else find_chunk(self._file.metadata, stored, group)
+
+    def _image_column(self, column: str) -> str | None:
+        """Column of the file that holds a camera's encoded images; None where they are in none."""
+        return column
 
     def digest(self) -> int:
         metadata = self._open().metadata
@@ -312,9 +340,10 @@ def _digest_blocks(digest: hashlib.blake2b, source: ByteSource) -> None:
 
 
 def column_ranges(metadata: pq.FileMetaData, columns: Iterable[str], groups: Iterable[int]) -> list[Range]:
-    """Byte ranges of the chunks of some columns in a Parquet file."""
-    names = set(columns)
-    leaves = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path.partition(".")[0] in names]
+    """Byte ranges of the chunks of some columns in a Parquet file. A name may have dots, as the paths within a column."""
+    names = [f"{name}." for name in columns]
+    paths = [f"{metadata.schema.column(n).path}." for n in range(metadata.num_columns)]
+    leaves = [n for n, path in enumerate(paths) if path.startswith(tuple(names))]
     ranges = []
     for number in groups:
         group = metadata.row_group(number)
