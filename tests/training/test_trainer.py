@@ -15,10 +15,11 @@ import torch
 from conftest import ConfigFactory
 from paligemma_vla.data.order import SampleRef
 from paligemma_vla.data.writer import EpisodeWriter
-from paligemma_vla.errors import CheckpointError, TrainingError
+from paligemma_vla.errors import CheckpointError, DataError, TrainingError
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.normalization import DatasetStatistics
+from paligemma_vla.training import trainer as trainer_module
 from paligemma_vla.training.checkpoint import load_checkpoint
 from paligemma_vla.training.trainer import Trainer
 from ranks import ALONE
@@ -65,6 +66,23 @@ def test_step_is_the_gradient_of_the_mean_over_valid_elements_of_the_whole_batch
     assert line["step"] == 1
     assert line["train/batch_loss"] == pytest.approx((total / count).item(), rel=1e-5)
     assert line["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_processes_are_prepared_before_data_and_model(
+    workers: int, tiny_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[str] = []
+
+    def prepare(*arguments: object) -> None:
+        began.append("data")
+        raise DataError("enough")
+
+    monkeypatch.setattr(trainer_module, "start_forkserver", lambda: began.append("forkserver"))
+    monkeypatch.setattr(trainer_module, "prepare", prepare)
+    with pytest.raises(DataError, match="enough"):
+        Trainer(tiny_config({"data.num_workers": workers}), ALONE)
+    assert began == [*["forkserver"][:workers], "data"]
 
 
 def test_gradients_are_clipped_over_all_weights_together(tiny_config: ConfigFactory) -> None:

@@ -88,11 +88,12 @@ def jitter_colour(planes: Pixels, config: AugmentationConfig, rng: np.random.Gen
     """
     ranges = np.array([config.brightness, config.contrast, config.saturation])
     brightness, contrast, saturation = 1 + ranges * rng.uniform(-1, 1, 3)
-    pixels = planes.reshape(3, -1).astype(np.float32)
-    mean = GREY @ pixels.mean(axis=1)
-    colours = contrast * brightness * (saturation * np.eye(3) + (1 - saturation) * GREY)
-    offset = (1 - contrast) * brightness * mean + 0.5  # the half is for rounding
-    changed = colours.astype(np.float32) @ pixels
-    changed += np.float32(offset)
+    pixels = np.ones((4, planes[0].size), np.float32)
+    pixels[:3] = planes.reshape(3, -1)
+    mean = GREY @ (pixels[:3] @ pixels[3]) / planes[0].size  # as a product, which is faster than a sum of numpy's
+    matrix = np.empty((3, 4), np.float32)
+    matrix[:, :3] = contrast * brightness * (saturation * np.eye(3) + (1 - saturation) * GREY)
+    matrix[:, 3] = (1 - contrast) * brightness * mean + 0.5  # the half is for rounding
+    changed = matrix @ pixels
     result: Pixels = np.clip(changed, 0, 255, out=changed).astype(np.uint8)
     return result.reshape(planes.shape)

@@ -314,7 +314,7 @@ def load_batches(
         parts = max(1, workers)
         work = PartSampler(sampler, parts, blocks)
     if workers:
-        _start_forkserver()
+        start_forkserver()
     pin, collator = pin_memory and config.data.pin_memory, Collator(dataset.preprocessor.prompts)
     loader = DataLoader(
         dataset,
@@ -391,8 +391,9 @@ class _Context(ForkServerContext):
     Process = _Worker
 
 
-def _start_forkserver() -> None:
-    """Start the process that workers are forked from; it ends with this one. It imports what they need, once for all of them.
+def start_forkserver() -> None:
+    """Start the process that workers are forked from; it ends with this one. It imports what they need, once for all of them,
+    which takes seconds: a trainer calls this before it loads a model. Where it runs already, nothing happens.
     It ignores SIGTERM (and SIGINT anyway): workers whose parent is gone count as dead."""
     forkserver.set_forkserver_preload(["__main__", __name__])
     if threading.current_thread() is not threading.main_thread():

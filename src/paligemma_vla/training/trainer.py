@@ -26,7 +26,7 @@ from torch import nn
 
 from paligemma_vla import keep_freed_memory, versions
 from paligemma_vla.config import VLAConfig
-from paligemma_vla.data.loader import Batch, load_batches
+from paligemma_vla.data.loader import Batch, load_batches, start_forkserver
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import OPEN_FILES_REMEDY, CheckpointError, StorageError, TrainingError, first_line
 from paligemma_vla.model.action_head.flow_matching import FlowOutput
@@ -81,6 +81,8 @@ class Trainer:
 
             source = distributed.on_all(partial(SourcePolicy, config, config.training.init_from))
             backbone = source.trained.backbone if source else None
+        if config.data.num_workers:  # what workers need is imported while this process indexes data and loads the model
+            start_forkserver()
         self.preprocessor, self.data, self.plan = prepare(config, distributed, preprocessor, backbone, source)
         if distributed.main and self.plan.fits:
             logger.info("%s", self.plan.table())
