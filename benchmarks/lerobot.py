@@ -1,13 +1,19 @@
 """Loading from LeRobot data directly, and from its conversions: samples a second of one process, two cameras of 480 x 640.
 
-`python -m benchmarks.lerobot` prints a table and writes benchmarks/results/lerobot.json.
+`python -m benchmarks.lerobot` prints a table and writes benchmarks/results/lerobot.json. Where LEROBOT_PYTHON names the Python
+of an environment with lerobot 0.6.1 (its torch is older than ours), LeRobot loads the same sets in the same rounds.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import statistics
+import subprocess
 import tempfile
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +33,8 @@ from paligemma_vla.schema import DatasetMetadata, Episode
 RESULTS = Path(__file__).parent / "results" / "lerobot.json"
 EPISODES, LENGTH, HEIGHT, WIDTH = 8, 50, 480, 640
 BATCH, STEPS, ROUNDS = 32, 6, 5
+SIZE, HORIZON = 224, 8
+FORMS = {"video": "LeRobot v3.0, H.264", "stored": "LeRobot v3.0, JPEG in Parquet"}  # by folder
 
 
 def write_moving(folder: Path) -> None:
@@ -61,6 +69,53 @@ def load(dataset: VLADataset, config: VLAConfig) -> None:
         pass
 
 
+class LeRobot:
+    """LeRobot in a process of its own; without augmentation and tokens, which ours has."""
+
+    def __init__(self, python: str, cache: Path) -> None:
+        numbers = map(str, (SIZE, HORIZON, BATCH, STEPS))
+        self.process = subprocess.Popen(
+            [python, "-P", str(Path(__file__).with_name("lerobot_peer.py")), *numbers],
+            env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def load(self, root: Path, workers: int) -> float:
+        """Seconds that the first batches of a shuffled pass take, measured there."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{workers} {root}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"LEROBOT_PYTHON: the process ended with {self.process.wait()}")
+        return float(answer)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str, VLADataset]) -> list[Row]:
+    """Our loading and LeRobot's of the same sets, in turns, in this process alone and with two loader processes."""
+    peer, rows = LeRobot(python, folder / "cache"), []
+    for (kind, dataset), workers in product(sets.items(), (0, 2)):
+        data = config.data.model_copy(update={"num_workers": workers})
+        run = partial(load, dataset, config.model_copy(update={"data": data}))
+        run(), peer.load(folder / kind, workers)
+        ours, theirs = zip(*((best_seconds(run, 1), peer.load(folder / kind, workers)) for _ in range(ROUNDS)), strict=True)
+        title = f"{FORMS[kind]}, {workers} loader processes"
+        for name, seconds in ((f"{title}: LeRobot 0.6.1", theirs), (title, ours)):
+            speed = BATCH * STEPS / statistics.median(seconds)
+            spread = (BATCH * STEPS / max(seconds), BATCH * STEPS / min(seconds))
+            row = Row(name, speed, "samples/s", "higher", spread)
+            if seconds is ours:
+                row = replace(row, ratio=speed / rows[-1].value, against="LeRobot 0.6.1")
+            rows.append(row)
+    peer.close()
+    return rows
+
+
 def measure() -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -71,12 +126,11 @@ def measure() -> list[Row]:
         for kind in ("png", "jpeg"):
             flags = ("--from", "lerobot", "--input", folder / "video", "--image_format", kind)
             convert(*flags, "--output_dir", folder / kind)
-            convert(*flags, "--resize", 224, "--output_dir", folder / f"{kind}_224")
-        spec = TinySpec(image_size=224, patch_size=14, width=32, vision_layers=1, text_layers=1, heads=2)
-        config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH)
+            convert(*flags, "--resize", SIZE, "--output_dir", folder / f"{kind}_224")
+        spec = TinySpec(image_size=SIZE, patch_size=14, width=32, vision_layers=1, text_layers=1, heads=2)
+        config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH, model__action_head_config__horizon=HORIZON)
         places = {
-            "LeRobot v3.0, H.264, directly": f"lerobot:{folder / 'video'}",
-            "LeRobot v3.0, JPEG in Parquet, directly": f"lerobot:{folder / 'stored'}",
+            **{f"{form}, directly": f"lerobot:{folder / kind}" for kind, form in FORMS.items()},
             "converted from H.264 to PNG": str(folder / "png"),
             "converted from H.264 to JPEG": str(folder / "jpeg"),
             "converted from H.264 to PNG, --resize 224": str(folder / "png_224"),
@@ -91,6 +145,8 @@ def measure() -> list[Row]:
             rows.append(Row(label, BATCH * STEPS / seconds[label], "samples/s per process", "higher"))
             size = sum(path.stat().st_size for path in Path(place.removeprefix("lerobot:")).rglob("*") if path.is_file())
             rows.append(Row(f"{label}: size", size / 1e6, "MB", "lower"))
+        if python := os.environ.get("LEROBOT_PYTHON"):
+            rows += measure_beside(python, folder, config, {kind: sets[f"{form}, directly"] for kind, form in FORMS.items()})
     return rows
 
 
