@@ -153,6 +153,13 @@ def test_snappy_that_other_encoders_may_write_is_left_to_pyarrow(parts: list[byt
         pages._snappy_blocks(page, size)
 
 
+def test_numbers_of_more_bits_than_parquet_has_are_refused() -> None:
+    """As of a damaged page: they would wrap around, and be those of other images."""
+    assert pages._hybrid(bytes([2 << 1, 7, 1 << 1 | 1, 0b11100100, 0]), 0, 2, 6).tolist() == [7, 7, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match="64 bits"):
+        pages._hybrid(bytes([1 << 1 | 1, *[255] * 64]), 0, 64, 8)
+
+
 def test_small_chunks_and_small_images_are_left_to_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_images(tmp_path / "x.parquet", images())
     assert locate(path) is not None

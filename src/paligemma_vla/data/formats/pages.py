@@ -208,6 +208,8 @@ def _plain(content: bytes, position: int, count: int, offset: int) -> Rows:
 
 def _hybrid(content: bytes, position: int, width: int, count: int) -> Rows:
     """Numbers of `width` bits, in runs of one number or packed by eights (count,)."""
+    if width > 32:
+        raise ValueError(f"numbers of {width} bits")
     runs, left = [np.empty(0, np.int64)], count
     while left > 0:
         header, position = _varint(content, position)
