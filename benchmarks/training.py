@@ -1,8 +1,8 @@
 """A training step with its data, beside the specification taken literally: a tiny model, and a shallow one as wide as 1024.
 
-The literal one is in float32 and goes by the letter: it decodes windows of eight frames with Pillow, of which the model uses the
-last, prepares them with transformers' processor, pads instructions to the longest that is allowed, and trains transformers' own
-modules with one (t, noise) a sample. Ours has as many draws. The limit is the rate of matrix products of the step's own type.
+The literal one computes in float32 and goes by the letter: it decodes windows of eight frames with Pillow, of which the model
+uses the last, prepares them with transformers' processor, pads instructions to the longest that is allowed, and trains
+transformers' own modules with one (t, noise) a sample, as ours does here. The limit is the rate of products in the step's type.
 """
 
 from __future__ import annotations

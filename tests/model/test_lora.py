@@ -14,7 +14,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import VLADataset, build_preprocessor, load_batches
 from paligemma_vla.data.order import SampleRef
 from paligemma_vla.errors import ModelError
-from paligemma_vla.model import VLAModel
+from paligemma_vla.model import VLAModel, vla_model
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.training.checkpoint import load_checkpoint
 from support import identical, randomize, train_here
@@ -156,12 +156,13 @@ def test_backbone_that_never_learns_is_loaded_and_held_in_bfloat16(
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU computes in float32")
 @pytest.mark.parametrize("frozen", ["vision", "all"])
 def test_held_weights_give_the_very_answer_of_cast_ones(
-    session_config: ConfigFactory, batch: dict[str, Any], frozen: str
+    session_config: ConfigFactory, batch: dict[str, Any], frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autocast turns float32 weights to bfloat16 for every product; held so, they are the same numbers.
 
     Only Gemma's embedding, which multiplies in the type of its weights, rounds once more: as in Google's own bfloat16.
     """
+    monkeypatch.setattr(vla_model, "SMALL", 0)
     overrides = {f"{VLM}.dtype": "bfloat16", f"{VLM}.freeze_vision_tower": frozen == "vision"}
     held, cast = (rounded(build(session_config(overrides))) for _ in range(2))
     for model in (held, cast):

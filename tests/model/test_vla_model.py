@@ -11,7 +11,7 @@ from conftest import ConfigFactory
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, Collator, VLADataset
 from paligemma_vla.errors import ModelError
-from paligemma_vla.model import VLAModel
+from paligemma_vla.model import VLAModel, vla_model
 from paligemma_vla.model.vla_model import arguments_from_batch
 from support import randomize
 
@@ -206,3 +206,15 @@ class StateEcho(torch.nn.Module):
 
     def get_action(self, context: Any, state: Any, mask: Any, noise: Any, num_steps: Any) -> torch.Tensor:
         return state[:, :1, None].expand(-1, *self.shape) + context.mean((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize(("small", "learns", "expected"), [(1e9, False, "float32"), (1e9, True, None), (0, False, None)])
+def test_small_models_that_only_answer_compute_in_float32(
+    session_config: ConfigFactory, small: float, learns: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vla_model, "SMALL", small)
+    model = VLAModel(session_config({"model.vlm_config.dtype": "bfloat16"})).requires_grad_(learns)
+    model.to_device(torch.device("cpu"))
+    where_possible = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    assert model.dtype is getattr(torch, expected or where_possible)
+    assert model.dtype_on("cuda") is torch.bfloat16
