@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import demo_model, loader, sampler
+from benchmarks import answers, loader, sampler, training
 from benchmarks.common import Row, environment
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu.json"
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     rows: list[Row] = []
-    for benchmark in (loader, sampler, demo_model):
+    for benchmark in (sampler, training, answers, loader):
         rows += benchmark.measure()
     report(rows, "make bench", RESULTS)
 

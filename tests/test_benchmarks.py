@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from benchmarks import realtime, scale_plan
+from benchmarks import realtime, scale_plan, tables
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -100,6 +100,12 @@ def test_table_of_corrections_stands_in_the_document() -> None:
     table = runpy.run_path(str(REPOSITORY / "examples" / "improve" / "improve.py"))["table"]
     result = json.loads((scale_plan.RESULTS.parent / "improve.json").read_text())
     assert f"```\n{table(result)}\n```" in (REPOSITORY / "docs" / "improve.md").read_text()
+
+
+def test_tables_of_performance_follow_from_the_results() -> None:
+    document = tables.DOCUMENT.read_text()
+    assert {found[1] for found in tables.TABLE.findall(document)} == set(tables.TABLES)
+    assert tables.render(document) == document
 
 
 def test_figures_of_the_plan_are_those_worked_out_by_hand() -> None:

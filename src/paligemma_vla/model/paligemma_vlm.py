@@ -179,7 +179,7 @@ def _cast_once(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any])
     """What several linear layers are given, in the type that autocast would turn it into for each of them."""
 
     def cast(value: Any, name: str = "hidden_states") -> Any:
-        if name != "hidden_states" or not torch.is_autocast_enabled(value.device.type):
+        if name != "hidden_states" or value.is_meta or not torch.is_autocast_enabled(value.device.type):
             return value
         return value.to(torch.get_autocast_dtype(value.device.type))
 
