@@ -72,8 +72,8 @@ def load(dataset: VLADataset, config: VLAConfig) -> None:
 class LeRobot:
     """LeRobot in a process of its own; without augmentation and tokens, which ours has."""
 
-    def __init__(self, python: str, cache: Path) -> None:
-        numbers = map(str, (SIZE, HORIZON, BATCH, STEPS))
+    def __init__(self, python: str, cache: Path, workers: int) -> None:
+        numbers = map(str, (workers, SIZE, HORIZON, BATCH, STEPS))
         self.process = subprocess.Popen(
             [python, "-P", str(Path(__file__).with_name("lerobot_peer.py")), *numbers],
             env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
@@ -82,10 +82,10 @@ class LeRobot:
             text=True,
         )
 
-    def load(self, root: Path, workers: int) -> float:
+    def load(self, root: Path) -> float:
         """Seconds that the first batches of a shuffled pass take, measured there."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{workers} {root}\n")
+        self.process.stdin.write(f"{root}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
@@ -98,12 +98,14 @@ class LeRobot:
 
 def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str, VLADataset]) -> list[Row]:
     """Our loading and LeRobot's of the same sets, in turns, in this process alone and with two loader processes."""
-    peer, rows = LeRobot(python, folder / "cache"), []
-    for (kind, dataset), workers in product(sets.items(), (0, 2)):
+    rows: list[Row] = []
+    # One for each number of loader processes: they would inherit, and share, the open videos of a process that has read itself.
+    peers = {workers: LeRobot(python, folder / "cache", workers) for workers in (0, 2)}
+    for (kind, dataset), workers in product(sets.items(), peers):
         data = config.data.model_copy(update={"num_workers": workers})
         run = partial(load, dataset, config.model_copy(update={"data": data}))
-        run(), peer.load(folder / kind, workers)
-        ours, theirs = zip(*((best_seconds(run, 1), peer.load(folder / kind, workers)) for _ in range(ROUNDS)), strict=True)
+        run(), peers[workers].load(folder / kind)
+        ours, theirs = zip(*((best_seconds(run, 1), peers[workers].load(folder / kind)) for _ in range(ROUNDS)), strict=True)
         title = f"{FORMS[kind]}, {workers} loader processes"
         for name, seconds in ((f"{title}: LeRobot 0.6.1", theirs), (title, ours)):
             speed = BATCH * STEPS / statistics.median(seconds)
@@ -112,7 +114,8 @@ def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str,
             if seconds is ours:
                 row = replace(row, ratio=speed / rows[-1].value, against="LeRobot 0.6.1")
             rows.append(row)
-    peer.close()
+    for peer in peers.values():
+        peer.close()
     return rows
 
 

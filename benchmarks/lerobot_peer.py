@@ -1,6 +1,6 @@
 """LeRobot's own loading, in an environment with lerobot 0.6.1: `benchmarks.lerobot` starts it; nothing of ours is imported.
 
-Each line of standard input is `WORKERS FOLDER`: the first batches of a shuffled pass over that data set are loaded as LeRobot's
+Each line of standard input is a folder: the first batches of a shuffled pass over that data set are loaded as LeRobot's
 training script does, images resized by torchvision, chunks of actions. The answer is a line with the seconds.
 """
 
@@ -33,7 +33,7 @@ def load(root: str, workers: int, size: int, horizon: int, batch: int, steps: in
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    size, horizon, batch, steps = map(int, sys.argv[1:])
+    numbers = map(int, sys.argv[1:])
+    arguments = dict(zip(("workers", "size", "horizon", "batch", "steps"), numbers, strict=True))
     for line in sys.stdin:
-        workers, root = line.rstrip("\n").split(" ", 1)
-        print(load(root, int(workers), size, horizon, batch, steps), flush=True)
+        print(load(line.rstrip("\n"), **arguments), flush=True)

@@ -110,18 +110,23 @@ class ImageChunk(NamedTuple):
     plain: bool
 
 
-def find_chunk(metadata: pq.FileMetaData, column: str, group: int) -> ImageChunk | None:
-    """The images of a column in a row group, if its footer does not say that pyarrow has to read them."""
-    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    leaf = next((number for number, path in enumerate(paths) if path in (column, f"{column}.bytes")), None)
-    if leaf is None:
+def find_chunk(metadata: pq.FileMetaData, field: pa.Field, group: int) -> ImageChunk | None:
+    """The images of a column in a row group, if its footer does not say that pyarrow has to read them.
+
+    `metadata.schema` knows levels and paths too, but refers back to the footer: both would stay until garbage is collected.
+    """
+    fields = [field, *(inner for inner in (field.type if pa.types.is_struct(field.type) else ()) if inner.name == "bytes")]
+    kind, path = fields[-1].type, ".".join(part.name for part in fields)
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         return None
-    kind, rows = metadata.schema.column(leaf), metadata.row_group(group).num_rows
-    chunk = metadata.row_group(group).column(leaf)
-    large = chunk.total_uncompressed_size >= max(SMALLEST_CHUNK, SMALLEST_IMAGE * rows)
-    if large and chunk.compression in CODECS and kind.physical_type == "BYTE_ARRAY" and not kind.max_repetition_level:
-        return ImageChunk(chunk, rows, kind.max_definition_level, paths[leaf] == column)
-    return None
+    found = metadata.row_group(group)
+    chunks = (found.column(number) for number in range(found.num_columns))
+    chunk = next((one for one in chunks if one.path_in_schema == path), None)
+    if chunk is None or chunk.compression not in CODECS:
+        return None
+    if chunk.total_uncompressed_size < max(SMALLEST_CHUNK, SMALLEST_IMAGE * found.num_rows):
+        return None
+    return ImageChunk(chunk, found.num_rows, sum(part.nullable for part in fields), len(fields) == 1)
 
 
 def locate_pictures(location: str, images: ImageChunk, check: Callable[[], None]) -> LocatedPictures | None:

@@ -184,7 +184,9 @@ class ParquetEpisodes(EpisodeFile):
 
     def _find_chunk(self, column: str, group: int) -> ImageChunk | None:
         stored = self._image_column(column)
-        return None if self._file is None or stored is None else find_chunk(self._file.metadata, stored, group)
+        if self._file is None or self.arrow.names.count(stored) != 1:
+            return None
+        return find_chunk(self._file.metadata, self.arrow.field(stored), group)
 
     def _image_column(self, column: str) -> str | None:
         """Column of the file that holds a camera's encoded images; None where they are in none."""
@@ -341,14 +343,12 @@ def _digest_blocks(digest: hashlib.blake2b, source: ByteSource) -> None:
 
 def column_ranges(metadata: pq.FileMetaData, columns: Iterable[str], groups: Iterable[int]) -> list[Range]:
     """Byte ranges of the chunks of some columns in a Parquet file. A name may have dots, as the paths within a column."""
-    names = [f"{name}." for name in columns]
-    paths = [f"{metadata.schema.column(n).path}." for n in range(metadata.num_columns)]
-    leaves = [n for n, path in enumerate(paths) if path.startswith(tuple(names))]
-    ranges = []
+    names, ranges = tuple(f"{name}." for name in columns), []
     for number in groups:
         group = metadata.row_group(number)
-        for leaf in leaves:
-            chunk = group.column(leaf)
+        for chunk in (group.column(leaf) for leaf in range(group.num_columns)):
+            if not f"{chunk.path_in_schema}.".startswith(names):
+                continue
             start = chunk.data_page_offset
             if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
                 start = min(start, chunk.dictionary_page_offset)
