@@ -3,8 +3,9 @@
     python -m benchmarks.full_size [--models paligemma-3b-pt-224 paligemma2-3b-pt-224] [--work_dir D] [--output FILE]
 
 Per model: write it; one head-only and one LoRA training step from Parquet episodes with two cameras; then `Policy` answers one
-observation from each run's checkpoint. Each stage is a process of its own, so that its peak memory is its own. Needs 24 GB of
-memory and 30 GB of disk.
+observation from each run's checkpoint. Each stage is a process of its own, so that its peak memory is its own. The head-only
+step is taken again, with 8 draws of (t, noise) a sample and with 1, beside the rate of matrix products. Needs 24 GB of memory
+and 30 GB of disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from benchmarks.common import alone, environment, write_episodes
 MODELS = ("paligemma-3b-pt-224", "paligemma2-3b-pt-224")
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
 CONFIG = Path(__file__).parents[1] / "configs" / "vla_config_24gb.yaml"
-STATE, ACTION, CAMERAS = 7, 7, 2
+STATE, ACTION, CAMERAS, REPEATS = 7, 7, 2, 3
 HEAD_ONLY = {
     "model.vlm_config.lora": None,
     "model.vlm_config.freeze_vision_tower": True,
@@ -114,6 +116,8 @@ def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[st
     trainer._enter_stage()
     step = trainer._train_step([batch])
     trained = time.perf_counter()
+    again = {} if overrides is not HEAD_ONLY else time_steps(trainer, batch)
+    after = time.perf_counter()
     trainer.step = 1
     trainer._save(improved=False, last=True)
     end_run(lock)
@@ -121,11 +125,36 @@ def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[st
     return {
         "load_s": round(loaded - began, 1),
         "step_s": round(trained - loaded, 1),
-        "save_s": round(time.perf_counter() - trained, 1),
+        "save_s": round(time.perf_counter() - after, 1),
+        **again,
         "loss": step.loss,
         "gradient_norm": step.norm,
         "parameters_and_learning": parameters,
         "planned_gb": round(trainer.plan.total / 1e9, 2),
+    }
+
+
+def time_steps(trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Further steps on a batch with 8 draws a sample and with 1, in turns; their operations beside the rate of products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.common import interleaved, matrix_product_flops
+
+    def batch_of(draws: int) -> dict[str, Any]:
+        times, noise = (batch[name][:, :1] for name in ("flow_time", "flow_noise"))
+        return {**batch, "flow_time": times.repeat(1, draws), "flow_noise": noise.repeat(1, draws, 1, 1)}
+
+    steps = {draws: partial(trainer._train_step, [batch_of(draws)]) for draws in (8, 1)}
+    taken = interleaved({str(draws): step for draws, step in steps.items()}, REPEATS)
+    with FlopCounterMode(display=False) as counter:
+        steps[8]()
+    rate = matrix_product_flops(trainer.model.dtype)
+    seconds = {draws: times.median for draws, times in taken.items()}
+    return {
+        "step_again_s_by_draws": {draws: round(value, 3) for draws, value in seconds.items()},
+        "step_tflop": round(counter.get_total_flops() / 1e12, 3),
+        "products_gflop_per_s": round(rate / 1e9),
+        "share_of_products": round(counter.get_total_flops() / seconds["8"] / rate, 3),
     }
 
 

@@ -91,6 +91,17 @@ def test_frames_are_those_of_a_plain_pass_in_any_order(kind: str, tmp_path: Path
             assert np.array_equal(np.asarray(got), expected[step]), f"step {step}"
 
 
+def test_a_frame_alone_is_had_without_those_after_it(tmp_path: Path) -> None:
+    """Of two frames from keyframe to keyframe a decoder would otherwise hold back the one that is wanted for two more."""
+    expected, decoders = write(tmp_path / "a.mp4", **{"g": "2", "bf": "3"}), VideoDecoders()
+    for step in (9, 2, 7, 4):
+        got = decoders.frame(str(tmp_path / "a.mp4"), step / FPS, 0.5 / FPS, 0.0)
+        assert np.array_equal(got, expected[step])
+    video = decoders._video(str(tmp_path / "a.mp4"))
+    assert video.current is None and video._on_time  # no frame was decoded that others follow
+    assert len(list(video.container.demux(video.stream))) >= FRAMES - 4  # reading goes on just after the last one
+
+
 def test_a_clock_that_the_data_shares_with_the_video_is_kept(tmp_path: Path) -> None:
     """Times that begin where the video begins are its own; so are those that begin within it."""
     path = tmp_path / "a.mp4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ class VideoDecoders:
 
 
 class _Video:
-    """One open video. start: time of its first frame, in s. current: the frame decoded last."""
+    """One open video. start: time of its first frame, in s. current: the frame decoded last, if those after it come next."""
 
     def __init__(self, path: str) -> None:
         import av
@@ -120,11 +121,15 @@ class _Video:
         self.stream.thread_type = "NONE"  # a loader has processes; threads would decode ahead of what is asked
         self.current: av.VideoFrame | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
+        self._asked, self._on_time = -math.inf, True  # the time asked for last; whether frames were at the very times
 
     def nearest(self, time: float, tolerance: float) -> av.VideoFrame | None:
         """The frame nearest to `time`, None when it is further away than `tolerance`."""
+        follows, self._asked = -EXACT <= time - self._asked <= 4 * tolerance, time
         # Decoding on to the current frame or one of the next two is cheaper than seeking.
         if self.current is None or not -EXACT <= time - _time(self.current) <= 4 * tolerance:
+            if self._on_time and not follows and (frame := self._alone(time, tolerance)) is not None:
+                return frame
             self._seek(time + tolerance / 2)
             first = next(self._frames, None)
             if first is None or _time(first) > time + tolerance:  # some files are sought too far
@@ -132,6 +137,28 @@ class _Video:
                 first = next(self._frames, None)
             self.current = first
         return self._forward(time, tolerance)
+
+    def _alone(self, time: float, tolerance: float) -> av.VideoFrame | None:
+        """The frame at `time` by decoding no frame that it does not need; None: none is at that very time.
+
+        A decoder holds frames back, to give them in the order of their times, until it is told that no more come: of a keyframe
+        and the frame after it, it would decode twice as many.
+        """
+        self._seek(time + tolerance / 2)
+        base, decoder = float(self.stream.time_base or 0), self.stream.codec_context
+        for packet in self.container.demux(self.stream):
+            if packet.pts is None or packet.dts is None or packet.dts * base > time + EXACT:
+                break
+            frames, last = packet.decode(), abs(packet.pts * base - time) <= EXACT
+            if last:
+                frames += decoder.decode(None)
+            for frame in frames:
+                if frame.pts is not None and abs(frame.pts * base - time) <= EXACT:  # the last ones do not know their time
+                    return frame
+            if last:
+                break
+        self._on_time = False
+        return None
 
     def _forward(self, time: float, tolerance: float) -> av.VideoFrame | None:
         """Decode until the wanted time is reached; of the frames around it, the nearer one."""
