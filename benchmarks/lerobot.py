@@ -6,10 +6,12 @@ of an environment with lerobot 0.6.1 (its torch is older than ours), LeRobot loa
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -96,7 +98,7 @@ class LeRobot:
         self.process.communicate()
 
 
-def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str, VLADataset]) -> list[Row]:
+def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str, VLADataset], rounds: int) -> list[Row]:
     """Our loading and LeRobot's of the same sets, in turns, in this process alone and with two loader processes."""
     rows: list[Row] = []
     # One for each number of loader processes: they would inherit, and share, the open videos of a process that has read itself.
@@ -105,7 +107,7 @@ def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str,
         data = config.data.model_copy(update={"num_workers": workers})
         run = partial(load, dataset, config.model_copy(update={"data": data}))
         run(), peers[workers].load(folder / kind)
-        ours, theirs = zip(*((best_seconds(run, 1), peers[workers].load(folder / kind)) for _ in range(ROUNDS)), strict=True)
+        ours, theirs = zip(*((best_seconds(run, 1), peers[workers].load(folder / kind)) for _ in range(rounds)), strict=True)
         title = f"{FORMS[kind]}, {workers} loader processes"
         for name, seconds in ((f"{title}: LeRobot 0.6.1", theirs), (title, ours)):
             speed = BATCH * STEPS / statistics.median(seconds)
@@ -119,40 +121,53 @@ def measure_beside(python: str, folder: Path, config: VLAConfig, sets: dict[str,
     return rows
 
 
-def measure() -> list[Row]:
-    rows = []
+def measure(rounds: int, only_beside: bool) -> list[Row]:
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_moving(folder / "episodes")
         convert("--to", "lerobot", "--images", "video", "--input", folder / "episodes", "--output_dir", folder / "video")
         convert("--to", "lerobot", "--images", "parquet", "--input", folder / "episodes", "--output_dir", folder / "stored")
-        for kind in ("png", "jpeg"):
+        for kind in () if only_beside else ("png", "jpeg"):
             flags = ("--from", "lerobot", "--input", folder / "video", "--image_format", kind)
             convert(*flags, "--output_dir", folder / kind)
             convert(*flags, "--resize", SIZE, "--output_dir", folder / f"{kind}_224")
         spec = TinySpec(image_size=SIZE, patch_size=14, width=32, vision_layers=1, text_layers=1, heads=2)
         config = demo_config(folder, spec, cameras=2, data__batch_size=BATCH, model__action_head_config__horizon=HORIZON)
-        places = {
-            **{f"{form}, directly": f"lerobot:{folder / kind}" for kind, form in FORMS.items()},
-            "converted from H.264 to PNG": str(folder / "png"),
-            "converted from H.264 to JPEG": str(folder / "jpeg"),
-            "converted from H.264 to PNG, --resize 224": str(folder / "png_224"),
-            "converted from H.264 to JPEG, --resize 224": str(folder / "jpeg_224"),
-        }
+        direct = {f"{form}, directly": f"lerobot:{folder / kind}" for kind, form in FORMS.items()}
+        places = (
+            direct
+            if only_beside
+            else {
+                **direct,
+                "converted from H.264 to PNG": str(folder / "png"),
+                "converted from H.264 to JPEG": str(folder / "jpeg"),
+                "converted from H.264 to PNG, --resize 224": str(folder / "png_224"),
+                "converted from H.264 to JPEG, --resize 224": str(folder / "jpeg_224"),
+            }
+        )
         sets = {label: VLADataset(place, str(folder / "backbone"), config, training=True) for label, place in places.items()}
         seconds = dict.fromkeys(places, float("inf"))
-        for _ in range(ROUNDS):  # in turns, since other work comes and goes on a shared machine
+        for _ in range(0 if only_beside else rounds):  # in turns, since other work comes and goes on a shared machine
             for label, dataset in sets.items():
                 seconds[label] = min(seconds[label], best_seconds(partial(load, dataset, config), 1))
-        for label, place in places.items():
+        for label, place in () if only_beside else places.items():
             rows.append(Row(label, BATCH * STEPS / seconds[label], "samples/s per process", "higher"))
             size = sum(path.stat().st_size for path in Path(place.removeprefix("lerobot:")).rglob("*") if path.is_file())
             rows.append(Row(f"{label}: size", size / 1e6, "MB", "lower"))
         if python := os.environ.get("LEROBOT_PYTHON"):
-            rows += measure_beside(python, folder, config, {kind: sets[f"{form}, directly"] for kind, form in FORMS.items()})
+            rows += measure_beside(
+                python, folder, config, {kind: sets[f"{form}, directly"] for kind, form in FORMS.items()}, rounds
+            )
     return rows
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    report(measure(), "python -m benchmarks.lerobot", RESULTS)
+    # Of a module that was started by name every loader process would import everything anew, which no command of a user does.
+    sys.modules["__main__"].__spec__ = None
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only_beside", action="store_true", help="only the rows beside LeRobot")
+    args = parser.parse_args()
+    report(measure(args.rounds, args.only_beside), " ".join(["python -m benchmarks.lerobot", *sys.argv[1:]]), RESULTS)

@@ -47,6 +47,7 @@ READY_SECONDS, FIRST_REPEATS = 6.0, 3
 
 
 def measure() -> list[Row]:
+    torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_episodes(folder / "episodes", episodes=60, length=100, side=224, cameras=CAMERAS, state_dim=14, action_dim=14)
