@@ -33,6 +33,7 @@ from paligemma_vla.model.tiny import TinySpec
 from paligemma_vla.schema import DatasetMetadata, Episode
 
 RESULTS = Path(__file__).parent / "results" / "lerobot.json"
+PEER = Path(__file__).with_name("lerobot_peer.py")
 EPISODES, LENGTH, HEIGHT, WIDTH = 8, 50, 480, 640
 BATCH, STEPS, ROUNDS = 32, 6, 5
 SIZE, HORIZON = 224, 8
@@ -77,7 +78,7 @@ class LeRobot:
     def __init__(self, python: str, cache: Path, workers: int) -> None:
         numbers = map(str, (workers, SIZE, HORIZON, BATCH, STEPS))
         self.process = subprocess.Popen(
-            [python, "-P", str(Path(__file__).with_name("lerobot_peer.py")), *numbers],
+            [python, "-P", str(PEER), *numbers],
             env={**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -164,8 +165,9 @@ def measure(rounds: int, only_beside: bool) -> list[Row]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    # Of a module that was started by name every loader process would import everything anew, which no command of a user does.
+    # Every loader process imports the main module anew. This one is heavy; those of our commands are light.
     sys.modules["__main__"].__spec__ = None
+    del sys.modules["__main__"].__file__
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only_beside", action="store_true", help="only the rows beside LeRobot")

@@ -12,7 +12,7 @@ from benchmarks import roofline
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 
 def rows(name: str) -> str:
@@ -45,7 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def render(document: str) -> str:
     """The document with every table as it follows from the results."""
-    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", document)
+    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", document)
 
 
 if __name__ == "__main__":
