@@ -163,13 +163,17 @@ def measure(rounds: int, only_beside: bool) -> list[Row]:
     return rows
 
 
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only_beside", action="store_true", help="only the rows beside LeRobot")
+    return parser
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     # Every loader process imports the main module anew. This one is heavy; those of our commands are light.
     sys.modules["__main__"].__spec__ = None
     del sys.modules["__main__"].__file__
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only_beside", action="store_true", help="only the rows beside LeRobot")
-    args = parser.parse_args()
+    args = arguments().parse_args()
     report(measure(args.rounds, args.only_beside), " ".join(["python -m benchmarks.lerobot", *sys.argv[1:]]), RESULTS)

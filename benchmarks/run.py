@@ -1,9 +1,13 @@
-"""Run every benchmark that needs no GPU; print one table and write benchmarks/results/cpu.json (`make bench`)."""
+"""Run every benchmark that needs no GPU; print one table and write benchmarks/results/cpu.json (`make bench`).
+
+`python -m benchmarks.run loader` runs one of them anew; the rows of the others stay as they were measured.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,9 +19,12 @@ RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING)
-    rows: list[Row] = []
-    for benchmark in (sampler, training, answers, loader):
-        rows += benchmark.measure()
+    known = {"sampler": sampler, "training": training, "answers": answers, "loader": loader}
+    rows = [row for name in sys.argv[1:] or known for row in known[name].measure()]
+    if sys.argv[1:]:
+        before = [Row(**row) for row in json.loads(RESULTS.read_text())["rows"]]
+        measured = {row.name: row for row in rows}
+        rows = [measured.pop(row.name, row) for row in before] + list(measured.values())
     report(rows, "make bench", RESULTS)
 
 

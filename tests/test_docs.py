@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from benchmarks import lerobot
 from pydantic import BaseModel
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -144,6 +145,7 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 @document
 def test_flags_that_a_document_names_in_its_prose_exist(path: Path) -> None:
     known = {"--debug", "--help", "--kill-on-bad-exit", "--requeue", "--shm-size", "--ipc", *flags_of(torchrun_parser())}
+    known.update(flags_of(lerobot.arguments()))
     for command in COMMANDS:
         parser = argparse.ArgumentParser()
         import_module(f"paligemma_vla.cli.{command}").add_arguments(parser)

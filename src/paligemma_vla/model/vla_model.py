@@ -16,7 +16,7 @@ from paligemma_vla.model.action_head.flow_matching import FlowOutput
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 
-SMALL = 12e6  # parameters: with fewer, a CPU answers sooner in float32, without the casts (docs/performance.md)
+SMALL = 20e6  # parameters: with fewer, a CPU answers sooner in float32, without the casts (docs/performance.md)
 LARGE_TABLE = 2**20  # numbers; a smaller table is not worth a message of its own
 AUTOCAST = (nn.Linear, nn.Conv2d)  # modules whose weights autocast turns into the type that is computed in
 
