@@ -116,7 +116,7 @@ def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[st
     trainer._enter_stage()
     step = trainer._train_step([batch])
     trained = time.perf_counter()
-    again = {} if overrides is not HEAD_ONLY else time_steps(trainer, batch)
+    again = {} if overrides != HEAD_ONLY else time_steps(trainer, batch)
     after = time.perf_counter()
     trainer.step = 1
     trainer._save(improved=False, last=True)
