@@ -21,11 +21,13 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     known = {"sampler": sampler, "training": training, "answers": answers, "loader": loader}
     rows = [row for name in sys.argv[1:] or known for row in known[name].measure()]
+    command = "make bench"
     if sys.argv[1:]:
-        before = [Row(**row) for row in json.loads(RESULTS.read_text())["rows"]]
+        before = json.loads(RESULTS.read_text())
+        command = f"{before['command']} at {before['commit']}, then python -m benchmarks.run {' '.join(sys.argv[1:])}"
         measured = {row.name: row for row in rows}
-        rows = [measured.pop(row.name, row) for row in before] + list(measured.values())
-    report(rows, "make bench", RESULTS)
+        rows = [measured.pop(row["name"], Row(**row)) for row in before["rows"]] + list(measured.values())
+    report(rows, command, RESULTS)
 
 
 def report(rows: list[Row], command: str, path: Path) -> None:

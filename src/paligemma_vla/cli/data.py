@@ -103,7 +103,8 @@ def describe(paths: list[str]) -> dict[str, Any]:
     for path in index.paths:
         with open_file(path) as file:
             loaded += file.loaded_bytes(index.layout.cameras).tolist()
-            left_out = tuple(file.unused)
+            if path == index.paths[0]:
+                left_out = tuple(file.unused)
     length, metadata = index.length, index.layout.metadata
     return {
         "files": len(index.paths),
