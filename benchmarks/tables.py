@@ -38,7 +38,8 @@ def number(value: float) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "roofline": roofline.table,
-    "cpu": lambda: rows("cpu"),
+    "cpu_amx": lambda: rows("cpu_amx"),
+    "cpu_avx512_bf16": lambda: rows("cpu_avx512_bf16"),
     "lerobot": lambda: rows("lerobot"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,20 @@ def test_frames_are_those_of_a_plain_pass_in_any_order(kind: str, tmp_path: Path
         for step in steps.tolist():
             got = decoders.frame(str(path), step / FPS, 0.5 / FPS, 0.0)
             assert np.array_equal(np.asarray(got), expected[step]), f"step {step}"
+
+
+def test_threads_share_the_decoders(tmp_path: Path) -> None:
+    """Cameras are decoded side by side; that two ask the same video at once is rare, but must not mix their frames."""
+    videos = {path: write(path, g="4") for path in (tmp_path / "a.mp4", tmp_path / "b.mp4")}
+    decoders, rng = VideoDecoders(), np.random.default_rng(0)
+    wanted = [(path, step) for path in videos for step in rng.permutation(FRAMES).tolist() * 4]
+
+    def right(job: tuple[Path, int]) -> bool:
+        path, step = job
+        return np.array_equal(decoders.frame(str(path), step / FPS, 0.5 / FPS, 0.0), videos[path][step])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(right, rng.permutation(np.array(wanted, object)).tolist()))
 
 
 def test_a_frame_alone_is_had_without_those_after_it(tmp_path: Path) -> None:

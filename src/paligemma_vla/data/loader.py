@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import chain, islice, pairwise, tee
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -30,10 +31,11 @@ from paligemma_vla.data.images import jitter_colour, random_crop
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.data.order import RunSampler, SampleRef
 from paligemma_vla.data.reader import Blocks, EpisodeReader, Picture
+from paligemma_vla.data.video import OPEN_VIDEOS
 from paligemma_vla.errors import ConfigError, DataError, VLAError, first_line
 from paligemma_vla.normalization import DatasetStatistics, recompute
 from paligemma_vla.preprocess import Preprocessor, PromptEncoder, load_prompt_and_image_spec
-from paligemma_vla.schema import Layout
+from paligemma_vla.schema import Layout, Pixels
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.workers import end_with
 
@@ -152,10 +154,14 @@ class VLADataset(Dataset[Item]):
         if isinstance(refs, Part):
             self.reader.prefetch(refs.ahead)
             refs = refs.refs
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more of them would wait at full load for each next small operation, where others decode
         try:
             return [self[ref] for ref in refs]
         except VLAError as error:
             return error
+        finally:
+            torch.set_num_threads(threads)
 
     def _images(
         self, pictures: Sequence[Picture | None], where: tuple[str, int], position: int
@@ -167,16 +173,37 @@ class VLADataset(Dataset[Item]):
         rng = None
         if augmentation is not None:
             rng = np.random.default_rng(derive_seed(self.config.training.seed, "augmentation", position))
-        images, side = [], spec.decoded_side()
-        for picture in pictures:
-            if picture is None:
+        images = []
+        for pixels in _decoded(pictures, spec.decoded_side()):
+            if pixels is None:
                 images.append(np.zeros((3, spec.size, spec.size), np.uint8))
             elif augmentation is None or rng is None:
-                images.append(spec.apply(picture.decode(side)))
+                images.append(spec.apply(pixels))
             else:
-                fitted = spec.apply(picture.decode(side), random_crop(augmentation.crop_scale, rng))
+                fitted = spec.apply(pixels, random_crop(augmentation.crop_scale, rng))
                 images.append(jitter_colour(fitted, augmentation, rng))
         return images, np.array([picture is not None for picture in pictures])
+
+
+def _decoded(pictures: Sequence[Picture | None], side: int) -> list[Pixels | None]:
+    """The pictures of one row, decoded as `Picture.decode` says; None where a camera is absent.
+
+    A loader process has a core. The trainer's own, without loader processes, waits here with all of them: each camera is
+    decoded in a thread.
+    """
+    decode = partial(_decode, side=side)
+    if get_worker_info() is not None or len(pictures) < 2:
+        return [decode(picture) for picture in pictures]
+    return list(_threads().map(decode, pictures))
+
+
+def _decode(picture: Picture | None, side: int) -> Pixels | None:
+    return None if picture is None else picture.decode(side)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, OPEN_VIDEOS))
 
 
 def read_chunk(reader: EpisodeReader, episode: int, step: int, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -58,10 +59,11 @@ CODECS = {
 
 
 class VideoDecoders:
-    """Decoders of the videos used last, kept open; for one thread. limit: how many."""
+    """Decoders of the videos used last, kept open. limit: how many; at least one for each thread that decodes."""
 
     def __init__(self, limit: int = OPEN_VIDEOS) -> None:
         self.limit = limit
+        self._lock = threading.Lock()  # of the dictionary; each video has one of its own
         self._open: dict[str, _Video] = {}  # the one used last at the end
 
     def frame(self, path: str, time: float, tolerance: float, first: float) -> Pixels:
@@ -73,15 +75,19 @@ class VideoDecoders:
         from av.error import FFmpegError  # here, since most data has no videos
 
         try:
-            video = self._video(path)
+            with self._lock:
+                video = self._video(path)
             late = video.start - first
-            frame = video.nearest(time + late if late > tolerance - EXACT else time, tolerance)
+            with video.lock:
+                frame = video.nearest(time + late if late > tolerance - EXACT else time, tolerance)
         except (FFmpegError, OSError, ValueError, EOFError, OverflowError) as error:  # a time may be any number
-            self._close(path)
+            with self._lock:
+                self._close(path)
             raise Unusable(Kind.IMAGE, f"{path}: cannot be decoded ({read_failure(path, error)}); {REMEDY}") from error
         if frame is None:
             last = "" if video.current is None else f", the last one before is at {_time(video.current):.3f} s"
-            self._close(path)
+            with self._lock:
+                self._close(path)
             text = f"{path}: got no frame within {tolerance:.3f} s of {time:.3f} s{last}; {REMEDY}"
             raise Unusable(Kind.FRAME, text)
         turn = _turn(frame, path)
@@ -117,7 +123,7 @@ class _Video:
             raise Unusable(Kind.IMAGE_SIZE, f"{got}; {REMEDY}")
         if DEEP_GREY.match(pixels := self.stream.codec_context.pix_fmt or ""):
             raise depth_map(f"pixels of {pixels}")
-        self.start = _start(self.stream)
+        self.start, self.lock = _start(self.stream), threading.Lock()
         self.stream.thread_type = "NONE"  # a loader has processes; threads would decode ahead of what is asked
         self.current: av.VideoFrame | None = None
         self._frames: Iterator[av.VideoFrame] = iter(())
