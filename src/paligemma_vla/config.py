@@ -23,6 +23,7 @@ from paligemma_vla.storage import is_url, read_file, working_copy
 
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
+PI0_HEAD, PI05_HEAD = (f"paligemma_vla.model.action_head.expert:{name}ActionHead" for name in ("Pi0", "Pi05"))
 LINEAR_LAYERS = re.compile(r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)")
 
 # Files of a run's folder.
@@ -215,6 +216,10 @@ class ActionHeadConfig(Section):
     mlp_ratio: float = Field(4.0, ge=0.1, le=64, description="Hidden width of a block's MLP, relative to embed_dim.")
     num_inference_timesteps: Positive = Field(50, le=1000, description="Euler steps when sampling.")
     num_flow_samples: Positive = Field(1, le=256, description="(t, noise) draws per context in training (M).")
+    noise: Literal["uniform", "normal"] = Field(
+        default_factory=lambda data: "normal" if data.get("head") in (PI0_HEAD, PI05_HEAD) else "uniform",
+        description="Distribution of noise, and of flow time with it; left out: normal, as pi0, with its heads.",
+    )
     detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")
 
     @model_validator(mode="before")

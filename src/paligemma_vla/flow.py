@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ NUDGE, TINY = 0.02, 1e-20  # of a normalised action; what keeps 0 / 0 at 0
 GUIDANCE_WEIGHT = 5.0  # largest weight of the guidance; above it few Euler steps overshoot (arXiv 2506.07339)
 
 Velocity = Callable[[Tensor, float], Tensor]
+Draws = Literal["uniform", "normal"]  # distribution of the noise, and with it that of the time
 
 
 class Ongoing(NamedTuple):
@@ -37,17 +38,22 @@ class Ongoing(NamedTuple):
     guided: bool
 
 
-def draw_time(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Draw t ~ Beta(2, 2), clamped to [0.02, 0.98] (S4.2).
+def draw_time(shape: tuple[int, ...], generator: torch.Generator | None = None, draws: Draws = "uniform") -> Tensor:
+    """Draw t ~ Beta(2, 2), clamped to [0.02, 0.98] (S4.2); with `normal` 1 - t ~ 0.999 Beta(1.5, 1) + 0.001, as pi0 does.
 
-    The median of three uniforms is exactly Beta(2, 2), and unlike `torch.distributions` it takes a generator.
+    The median of three uniforms is exactly Beta(2, 2), a power of one is Beta(1.5, 1), and unlike `torch.distributions` they
+    take a generator.
     """
+    if draws == "normal":
+        return 0.999 - 0.999 * torch.rand(shape, generator=generator, device=_device(generator)) ** (1 / 1.5)
     uniforms = torch.rand((*shape, 3), generator=generator, device=_device(generator))
     return uniforms.median(dim=-1).values.clamp(TIME_MIN, TIME_MAX)
 
 
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Draw noise ~ Uniform(-1, 1) (S4.2, S6.1)."""
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None = None, draws: Draws = "uniform") -> Tensor:
+    """Draw noise ~ Uniform(-1, 1) (S4.2, S6.1), or as pi0 does from a standard normal distribution."""
+    if draws == "normal":
+        return torch.randn(shape, generator=generator, device=_device(generator))
     return torch.rand(shape, generator=generator, device=_device(generator)) * 2 - 1
 
 

@@ -260,7 +260,7 @@ class Policy:
             generator.seed()
         else:
             generator.manual_seed(derive_seed(whole_number("seed", seed, 0), "policy noise", 0))
-        return flow.draw_noise((1, head.horizon, head.per_action_dim), generator)  # (M = 1, K, A)
+        return flow.draw_noise((1, head.horizon, head.per_action_dim), generator, head.noise)  # (M = 1, K, A)
 
     def _pixels(self, image: Pixels | None) -> Pixels:
         if image is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from paligemma_vla import storage
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.model import PaliGemmaVLM
+from paligemma_vla.model.architectures import known_architecture
 from paligemma_vla.model.paligemma_vlm import PatchEmbedding
 from paligemma_vla.model.tiny import TinySpec, write_tiny_paligemma
 from paligemma_vla.preprocess import load_prompt_and_image_spec
+from pi0_fixture import full_size_tensors
 
 PROMPTS = ["open the drawer", "push the window shut with the red handle", "go"]
 
@@ -182,6 +185,73 @@ def test_half_precision_checkpoints_give_float32_masters(copy: Path, session_con
     PaliGemmaForConditionalGeneration.from_pretrained(copy).to(torch.bfloat16).save_pretrained(copy)
     assert load_file(copy / "model.safetensors").popitem()[1].dtype == torch.bfloat16
     assert {p.dtype for p in build_from(copy, session_config).parameters()} == {torch.float32}
+
+
+def publish(folder: Path) -> None:
+    """Name tensors and files as in google/paligemma-3b-pt-224: shards with an index, a file for the settings of images."""
+    whole = folder / "model.safetensors"
+    tensors = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in load_file(whole).items()}
+    whole.unlink()
+    names, index = sorted(tensors), {}
+    for number in range(3):
+        file = f"model-0000{number + 1}-of-00003.safetensors"
+        part = names[number::3]
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        index.update(dict.fromkeys(part, file))
+    sizes = {"total_size": sum(value.nbytes for value in tensors.values())}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": sizes, "weight_map": index}))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").unlink()
+    images = {**processor.pop("image_processor"), **processor}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+
+
+def test_a_model_under_the_published_names_answers_equally(copy: Path, session_config: ConfigFactory) -> None:
+    before = build_from(copy, session_config)
+    publish(copy)
+    after = build_from(copy, session_config)
+    images = pictures(3)
+    for one, other in zip(real(before, [images], PROMPTS), real(after, [images], PROMPTS), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("missing", r"missing: .*fc1\.bias"), ("unexpected", r"unexpected: .*fc3\.bias")]
+)
+def test_published_weights_that_are_not_all_ours_are_refused_by_name(
+    copy: Path, session_config: ConfigFactory, change: str, message: str
+) -> None:
+    publish(copy)
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = next(name for name in index["weight_map"] if name.endswith("fc1.bias"))
+    file = copy / index["weight_map"][name]
+    tensors = load_file(file)
+    if change == "missing":
+        del tensors[name], index["weight_map"][name]
+    else:
+        added = name.replace("fc1", "fc3")
+        tensors[added], index["weight_map"][added] = tensors[name].clone(), file.name
+    save_file(tensors, file, {"format": "pt"})
+    path.write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=message):
+        build_from(copy, session_config)
+
+
+@pytest.mark.parametrize("side", [224, 448])
+def test_names_and_shapes_of_the_published_models_are_ours(side: int) -> None:
+    """Those of google/paligemma-3b-pt-224 and -448, as the tensors of pi0 have them; of 448 px four times the positions."""
+    begin = "paligemma_with_expert.paligemma.model."
+    tensors = full_size_tensors("pi0")
+    published = {name.removeprefix(begin): shape for name, shape in tensors.items() if name.startswith(begin)}
+    positions = "vision_tower.vision_model.embeddings.position_embedding.weight"
+    published[positions] = ((side // 14) ** 2, 1152)
+    architecture = known_architecture(f"google/paligemma-3b-pt-{side}")
+    with torch.device("meta"):
+        ours = {name: tuple(value.shape) for name, value in PaliGemmaModel(architecture).state_dict().items()}
+    published["language_model.embed_tokens.weight"] = (257_216, 2048)  # in front of <image>, which pi0's does without
+    assert len(published) == 603
+    assert {name.replace(".vision_model.", "."): shape for name, shape in published.items()} == ours
 
 
 POINTERS = ("model.safetensors", "tokenizer.json", "config.json")

@@ -139,8 +139,8 @@ class VLADataset(Dataset[Item]):
             "state": torch.from_numpy(preprocessor.state.normalize(group.state[number])),
             "action": torch.from_numpy(action.reshape(-1)),
             "action_mask": torch.from_numpy(action_mask),
-            "flow_time": flow.draw_time((head.num_flow_samples,), generator),
-            "flow_noise": flow.draw_noise((head.num_flow_samples, *action.shape), generator),
+            "flow_time": flow.draw_time((head.num_flow_samples,), generator, head.noise),
+            "flow_noise": flow.draw_noise((head.num_flow_samples, *action.shape), generator, head.noise),
             "position": ref.position,
         }
         if self.max_prefix:  # from a generator of its own: time and noise are as without

@@ -18,12 +18,15 @@ CHOSEN = "paligemma_vla"  # its name in transformers
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """query (B, H, Q, D), key and value (B, H, K, D), mask bool, broadcast to (B, H, Q, K): True where a key may be attended.
-
-    Returns (B, H, Q, D).
+    """query (B, H, Q, D), key and value (B, H, K, D), or of fewer heads, mask bool, broadcast to (B, 1, Q, K): True where a key
+    may be attended. Returns (B, H, Q, D).
     """
     if _learns_slowly(value):
         return _in_three_operations(query, key, value, mask, query.shape[-1] ** -0.5)
+    if key.shape[1] != query.shape[1] and (mask is None or mask.shape[2] == 1):
+        # Heads that share their keys stand side by side as queries, so that nothing is repeated.
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).view(query.shape)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 

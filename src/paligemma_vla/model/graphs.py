@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from paligemma_vla.errors import first_line
-from paligemma_vla.model.action_head.flow_matching import FlowmatchingActionHead
+from paligemma_vla.model.action_head.base import FlowActionHead
 from paligemma_vla.model.vla_model import VLAModel, backbone_layers
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,6 @@ def _fused(model: VLAModel) -> VLAModel:
     fused = copy.deepcopy(model, shared)
     for layer in backbone_layers(fused):
         layer.compile()
-    if isinstance(fused.action_head, FlowmatchingActionHead):
+    if isinstance(fused.action_head, FlowActionHead):
         fused.action_head.compile_step()
     return fused

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PaliGemmaConfig, PaliGemmaModel
 from transformers.initialization import no_init_weights
-from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaDecoderLayer, GemmaMLP, apply_rotary_pos_emb
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
 
 from paligemma_vla.config import LoRAConfig, VLMConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.hub import backbone_errors
+from paligemma_vla.model.action_head.base import Context, KeyValue
+from paligemma_vla.model.action_head.expert import TextSizes
 from paligemma_vla.model.attention import CHOSEN
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 
@@ -34,7 +36,7 @@ class PaliGemmaVLM(nn.Module):
     """SigLIP and Gemma as one encoder: images + prompts -> (B, T, E).
 
     config: `model.vlm_config`. prompts, image: how the checkpoint wants its inputs. backbone_config: build this architecture
-    without weights (a checkpoint's follow) instead of loading `model_name_or_path`.
+    without weights (a checkpoint's follow) instead of loading `model_name_or_path`. gives: what the action head reads.
     Raises `ModelError` when the model cannot be loaded.
     """
 
@@ -42,12 +44,19 @@ class PaliGemmaVLM(nn.Module):
     pixel_std: Tensor
 
     def __init__(
-        self, config: VLMConfig, prompts: PromptEncoder, image: ImageSpec, backbone_config: dict[str, Any] | None = None
+        self,
+        config: VLMConfig,
+        prompts: PromptEncoder,
+        image: ImageSpec,
+        backbone_config: dict[str, Any] | None = None,
+        gives: Context = "hidden_states",
     ) -> None:
         super().__init__()
-        self.config, self.prompts = config, prompts
+        self.config, self.prompts, self.gives = config, prompts, gives
         self.backbone = _load(config) if backbone_config is None else _build(config, backbone_config)
         _save_operations(self.backbone, config)
+        if gives == "keys_values":
+            _give_keys_values(self.backbone)
         if config.lora is not None:
             _add_adapters(self.backbone, config, config.lora)
         self.register_buffer("pixel_mean", torch.tensor(image.mean).view(3, 1, 1) * 255, persistent=False)
@@ -66,6 +75,14 @@ class PaliGemmaVLM(nn.Module):
         """Width E of the context."""
         return int(self.backbone.config.get_text_config().hidden_size)
 
+    @property
+    def text_sizes(self) -> TextSizes:
+        """What an expert shares with the language model."""
+        text = self.backbone.config.get_text_config()
+        heads, groups = text.num_attention_heads, text.num_key_value_heads
+        theta = float(text.rope_parameters["rope_theta"])
+        return TextSizes(text.num_hidden_layers, heads, groups, text.head_dim, theta, text.rms_norm_eps)
+
     def backbone_dict(self) -> dict[str, Any]:
         """The architecture, as plain data for the checkpoint."""
         return dict(self.backbone.config.to_dict())
@@ -75,7 +92,7 @@ class PaliGemmaVLM(nn.Module):
         if self.config.lora is not None:
             adapters = [adapter for _, layer in _adapted(self.backbone) for adapter in (layer.lora_A, layer.lora_B)]
             return [p for adapter in adapters for p in adapter.parameters()]
-        frozen: set[nn.Parameter] = set()
+        frozen = set(_unused(self.backbone)) if self.gives == "keys_values" else set()
         if self.config.freeze_vision_tower:
             frozen.update(p for module in self.vision_modules for p in module.parameters())
         if self.config.freeze_language_model:
@@ -97,8 +114,8 @@ class PaliGemmaVLM(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the context (B, T, E) and its mask (B, T), True where there is a token.
+    ) -> tuple[Tensor | list[KeyValue], Tensor]:
+        """Return the context (B, T, E), or keys and values of each layer (B, heads, T, D), and the mask (B, T) of its tokens.
 
         images: per camera (B, 3, H, W), uint8 as in a batch, or float already normalised. prompts: B instructions, encoded
         here unless input_ids (B, T) and attention_mask (B, T) are given. image_mask (B, N): which cameras are present; None:
@@ -114,8 +131,8 @@ class PaliGemmaVLM(nn.Module):
         input_ids, attention_mask = input_ids.to(device), attention_mask.to(device).bool()
         return self.fuse(self._present(images, image_mask), input_ids, attention_mask), attention_mask
 
-    def fuse(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The context (B, T, E) of pixels (I, 3, H, W), uint8 or normalised, and tokens (B, T), all on the model's device.
+    def fuse(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor | list[KeyValue]:
+        """The context of pixels (I, 3, H, W), uint8 or normalised, and tokens (B, T), all on the model's device.
 
         pixels: the I images that are present, sample by sample in camera order.
         """
@@ -126,8 +143,11 @@ class PaliGemmaVLM(nn.Module):
         slots = input_ids == self.backbone.config.image_token_id
         number = slots.flatten().cumsum(0).sub_(1).clamp_(min=0).view(slots.shape)
         text = self.backbone.get_input_embeddings()(input_ids.masked_fill(slots, 0))
+        tokens = torch.where(slots[..., None], F.embedding(number, pictures.to(text.dtype)), text)
+        if self.gives == "keys_values":
+            return self._keys_values(tokens, attention_mask)
         output = self.backbone(
-            inputs_embeds=torch.where(slots[..., None], F.embedding(number, pictures.to(text.dtype)), text),
+            inputs_embeds=tokens,
             attention_mask=attention_mask.long(),
             # Counted over real tokens only, so an absent camera or padding shifts nothing; from 1, as in pretraining.
             position_ids=attention_mask.long().cumsum(dim=1).clamp(min=1),
@@ -137,6 +157,19 @@ class PaliGemmaVLM(nn.Module):
         )
         context: Tensor = output.last_hidden_state
         return context
+
+    def _keys_values(self, tokens: Tensor, attention_mask: Tensor) -> list[KeyValue]:
+        """Keys, turned by their positions, and values (B, heads, T, D) of every layer, from tokens (B, T, E)."""
+        text: Any = self.backbone.language_model
+        mask = attention_mask[:, None, None].expand(-1, 1, tokens.shape[1], -1)  # every token sees all that are real
+        if text.config._attn_implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, torch.finfo(tokens.dtype).min)
+        turns = text.rotary_emb(tokens, position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0))
+        collected = []
+        for layer in text.layers:
+            tokens, *key_value = layer(tokens, attention_mask=mask, position_embeddings=turns)
+            collected.append((key_value[0], key_value[1]))
+        return collected
 
     def _present(self, images: Sequence[Tensor], image_mask: Tensor | None) -> Tensor:
         """Present images, sample by sample in camera order: (number of images, 3, H, W)."""
@@ -154,6 +187,55 @@ class PatchEmbedding(nn.Conv2d):
         high, wide = self.kernel_size
         patches = pixels.unflatten(3, (-1, wide)).unflatten(2, (-1, high)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class PrefixLayer(GemmaDecoderLayer):
+    """A layer that also gives its keys and values. The last one computes nothing else: nothing else of it is read."""
+
+    last = False
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """tokens (B, T, E) to the same, keys and values (B, heads, T, D)."""
+        if self.last:
+            attn, normed = self.self_attn, self.input_layernorm(tokens)
+            key, value = (
+                part(normed).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for part in (attn.k_proj, attn.v_proj)
+            )
+            return tokens, apply_rotary_pos_emb(key, key, *position_embeddings)[1], value
+        seen = _Seen()
+        tokens = super().forward(
+            tokens, attention_mask=attention_mask, position_embeddings=position_embeddings, past_key_values=cast("Any", seen)
+        )
+        return tokens, *seen.key_value
+
+
+class _Seen:
+    """In place of transformers' cache: keeps what a layer's attention computes."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *more: Any) -> KeyValue:
+        self.key_value = key, value
+        return self.key_value
+
+
+def _give_keys_values(backbone: PaliGemmaModel) -> None:
+    layers: Any = backbone.language_model.layers
+    if not all(type(layer) is GemmaDecoderLayer for layer in layers):
+        raise ModelError(
+            "model.action_head_config.head: an expert reads keys and values of a Gemma of the first generation (PaliGemma 3B); "
+            f"got a backbone of {type(layers[0]).__name__}"
+        )
+    for layer in layers:
+        layer.__class__ = PrefixLayer
+    layers[-1].last = True
+
+
+def _unused(backbone: PaliGemmaModel) -> Iterator[nn.Parameter]:
+    """Parameters of which keys and values do not depend."""
+    text: Any = backbone.language_model
+    last = text.layers[-1]
+    attn = last.self_attn
+    for part in (attn.q_proj, attn.o_proj, last.mlp, last.post_attention_layernorm, text.norm):
+        yield from part.parameters()
 
 
 def _save_operations(backbone: PaliGemmaModel, config: VLMConfig) -> None:
@@ -232,9 +314,15 @@ def _load(config: VLMConfig) -> PaliGemmaModel:
         )
     model: PaliGemmaModel = loaded[0]
     report: dict[str, Any] = loaded[1]
-    if report["missing_keys"] or report["mismatched_keys"]:
-        missing = ", ".join(sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[:5])
-        raise ModelError(f"{config.model_name_or_path}: weights missing or of another shape ({missing}); is it a PaliGemma?")
+    # The language model's head is its table of tokens again, and nothing here reads it.
+    faults = {
+        "missing": report["missing_keys"],
+        "of another shape": report["mismatched_keys"],
+        "unexpected": [name for name in report["unexpected_keys"] if not name.endswith("lm_head.weight")],
+    }
+    listed = [f"{kind}: {', '.join(sorted(map(str, names))[:5])}" for kind, names in faults.items() if names]
+    if listed:
+        raise ModelError(f"{config.model_name_or_path}: weights {'; '.join(listed)}; is it a PaliGemma, and complete?")
     return model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.flow import Ongoing
-from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.action_head.base import FlowOutput, KeyValue
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 
@@ -53,8 +53,13 @@ class VLAModel(nn.Module):
             prompts, image = load_prompt_and_image_spec(config)
         backbone = resolve_class(vlm.backbone, "model.vlm_config.backbone", "trainable_parameters")
         action_head = resolve_class(head.head, "model.action_head_config.head", "get_action")
-        self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
-        self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
+        # What a head reads: the last hidden states, if it does not say.
+        if getattr(action_head, "context", "hidden_states") == "keys_values":
+            self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config, "keys_values")
+            self.action_head = action_head(head, self.paligemma_vlm.text_sizes, config.data.state_dim)
+        else:
+            self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
+            self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
         self.detach_context = head.detach_context
         self.configured_dtype = getattr(torch, vlm.dtype)
         self.set_stage("all")
@@ -110,8 +115,8 @@ class VLAModel(nn.Module):
         vlm_attention_mask_batch: Tensor | None = None,
         image_2_batch: Tensor | None = None,
         **more: Any,
-    ) -> Tensor:
-        """The fused context (B, T, E); arguments as in `forward`."""
+    ) -> Tensor | list[KeyValue]:
+        """The fused context (B, T, E), or what else the head reads; arguments as in `forward`."""
         with self._autocast(image_1_batch.device.type):
             return self._context(image_1_batch, raw_prompt_texts_batch, vlm_attention_mask_batch, image_2_batch, **more)[0]
 
@@ -124,7 +129,7 @@ class VLAModel(nn.Module):
         further_images: Sequence[Tensor] = (),
         input_ids: Tensor | None = None,
         image_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | list[KeyValue], Tensor]:
         images = [image_1_batch, *([] if image_2_batch is None else [image_2_batch]), *further_images]
         # (B, S, C, H, W): the last frame is what the model uses (S3.2).
         images = [image[:, -1] if image.dim() == 5 else image for image in images]

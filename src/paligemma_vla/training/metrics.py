@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, VLADataset
 from paligemma_vla.errors import ConfigError, TrainingError, needs_extra
-from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.action_head.base import FlowOutput
 from paligemma_vla.storage import atomic_write
 from paligemma_vla.training.distributed import Distributed
 from paligemma_vla.training.parallel import to_local

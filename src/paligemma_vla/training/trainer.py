@@ -29,7 +29,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, load_batches, start_forkserver
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import OPEN_FILES_REMEDY, CheckpointError, StorageError, TrainingError, first_line
-from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.action_head.base import FlowOutput
 from paligemma_vla.model.memory_plan import with_remedies
 from paligemma_vla.model.vla_model import VLAModel, arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor

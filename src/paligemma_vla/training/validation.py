@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import Batch, VLADataset, load_batches
 from paligemma_vla.data.order import ValidationSampler
-from paligemma_vla.model.action_head.flow_matching import FlowOutput
+from paligemma_vla.model.action_head.base import FlowOutput
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.preprocess import Preprocessor
 from paligemma_vla.training.distributed import Distributed
