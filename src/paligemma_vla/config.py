@@ -24,6 +24,7 @@ from paligemma_vla.storage import is_url, read_file, working_copy
 PALIGEMMA = "paligemma_vla.model.paligemma_vlm:PaliGemmaVLM"
 FLOW_HEAD = "paligemma_vla.model.action_head.flow_matching:FlowmatchingActionHead"
 PI0_HEAD, PI05_HEAD = (f"paligemma_vla.model.action_head.expert:{name}ActionHead" for name in ("Pi0", "Pi05"))
+EXPERTS = (PI0_HEAD, PI05_HEAD)
 LINEAR_LAYERS = re.compile(r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)")
 
 # Files of a run's folder.
@@ -136,7 +137,9 @@ class DataConfig(Section):
         "all", description="Steps that are learnt; interventions: where files have the column actor, those alone."
     )
     normalization_stats_path: PathText = Field("normalization_stats.json", description="Written by `paligemma-vla stats`.")
-    normalization: Literal["min_max", "quantile", "mean_std"] = Field("min_max", description="Kind of normalisation.")
+    normalization: Literal["min_max", "quantile", "mean_std", "lerobot_quantile", "lerobot_mean_std"] = Field(
+        "min_max", description="Kind of normalisation; lerobot_*: of policies that LeRobot trained."
+    )
     allow_other_statistics: bool = Field(False, description="Accept statistics of another data set.")
     state_dim: Positive = Field(7, le=4096, description="Numbers in the state column.")
     max_seq_len: Positive = Field(1, le=4096, description="Frames in a window that ends at the current step; the last is used.")
@@ -217,7 +220,7 @@ class ActionHeadConfig(Section):
     num_inference_timesteps: Positive = Field(50, le=1000, description="Euler steps when sampling.")
     num_flow_samples: Positive = Field(1, le=256, description="(t, noise) draws per context in training (M).")
     noise: Literal["uniform", "normal"] = Field(
-        default_factory=lambda data: "normal" if data.get("head") in (PI0_HEAD, PI05_HEAD) else "uniform",
+        default_factory=lambda data: "normal" if data.get("head") in EXPERTS else "uniform",
         description="Distribution of noise, and of flow time with it; left out: normal, as pi0, with its heads.",
     )
     detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")

@@ -4,6 +4,9 @@ All kinds are affine, `normalised = (value - center) / scale` per dimension, so 
 
     min_max     [min, max]  -> [-1, 1]            quantile    [q01, q99] -> [-1, 1]
     mean_std    mean -> 0, one standard deviation -> 1
+
+lerobot_quantile and lerobot_mean_std are quantile and mean_std as LeRobot has them, for what was trained there: without the
+care that ours takes of a dimension that hardly moves, which is divided by 1e-8.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from paligemma_vla.storage import atomic_write, read_json
 LOW = 0.01
 ORDER = (("min", "q01"), ("q01", "q99"), ("q99", "max"), ("min", "mean"), ("mean", "max"))
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+TINY = 1e-8  # LeRobot's, in place of a spread of 0
 ROUNDING = 1e-6  # relative; a mean of equal numbers may lie a little beside them
 AGAIN = "compute the statistics again"
 logger = logging.getLogger(__name__)
@@ -225,6 +229,14 @@ class Normalizer:
 
     def __init__(self, statistics: Statistics, kind: str, name: str) -> None:
         low, high = statistics.min, statistics.max
+        self.offset = 0.0  # of what is normalised
+        if kind.startswith("lerobot_"):
+            mean_std = kind == "lerobot_mean_std"
+            spread = statistics.std + TINY if mean_std else statistics.q99 - statistics.q01
+            self.center = (statistics.mean if mean_std else statistics.q01).astype(np.float32)
+            self.scale = (spread if mean_std else np.where(spread == 0, TINY, spread) / 2).astype(np.float32)
+            self.offset = 0.0 if mean_std else -1.0
+            return
         if kind == "mean_std":
             center, scale = statistics.mean, statistics.std
         else:
@@ -244,8 +256,10 @@ class Normalizer:
 
     def normalize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Real units (..., dimension) to normalised."""
-        return ((values - self.center) / self.scale).astype(np.float32)
+        normalised = (values - self.center) / self.scale
+        return (normalised + self.offset if self.offset else normalised).astype(np.float32)
 
     def denormalize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised (..., dimension) to real units."""
+        values = values - self.offset if self.offset else values
         return (values * self.scale + self.center).astype(np.float32)

@@ -30,6 +30,7 @@ from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel
 from paligemma_vla.observation import ParsedObservation, parse_observation, whole_number
 from paligemma_vla.preprocess import Preprocessor
+from paligemma_vla.published import is_published, read_published
 from paligemma_vla.schema import DatasetMetadata, Pixels
 from paligemma_vla.seeding import derive_seed
 from paligemma_vla.storage import is_url, read_json, sha256
@@ -221,13 +222,15 @@ class Policy:
             torch.from_numpy(np.stack([self._pixels(view.images[n]) for view in views])).to(self.device)
             for n in range(len(self._cameras))
         ]  # N of (B, 3, H, W)
-        prompts = [view.prompt for view in views]
+        normalised = self.preprocessor.state.normalize(state)
+        pairs = zip(views, normalised, strict=True)
+        prompts = [self.preprocessor.prompts.text(view.prompt, values) for view, values in pairs]
         ids, mask = self.preprocessor.prompts.encode(prompts, present)
         actions = (self.graphs or self.model)(
             image_1_batch=images[0],
             raw_prompt_texts_batch=prompts,
             vlm_attention_mask_batch=torch.from_numpy(mask),
-            state_batch=torch.from_numpy(self.preprocessor.state.normalize(state)).to(self.device),
+            state_batch=torch.from_numpy(normalised).to(self.device),
             image_2_batch=images[1] if len(images) > 1 else None,
             further_images=images[2:],
             input_ids=torch.from_numpy(ids),
@@ -263,9 +266,8 @@ class Policy:
         return flow.draw_noise((1, head.horizon, head.per_action_dim), generator, head.noise)  # (M = 1, K, A)
 
     def _pixels(self, image: Pixels | None) -> Pixels:
-        if image is None:
-            return np.zeros((3, self.preprocessor.image.size, self.preprocessor.image.size), np.uint8)
-        return self.preprocessor.image.apply(image)
+        spec = self.preprocessor.image
+        return spec.blank() if image is None else spec.apply(image)
 
 
 def _rotation(config: VLAConfig, metadata: DatasetMetadata) -> dict[str, Any] | None:
@@ -293,14 +295,18 @@ class Trained:
     state_dict: dict[str, Tensor]
 
 
-def load_trained(location: str | Path) -> Trained:
-    """Read a checkpoint (`.pth.tar`, path or URL, or a folder of shards), an exported folder, or one on the hub (`org/name`,
-    `org/name@revision`).
+def load_trained(location: str | Path, statistics: bool = True) -> Trained:
+    """Read a checkpoint (`.pth.tar`, path or URL, or a folder of shards), an exported folder, a pi0 or pi0.5 as LeRobot writes
+    it, or such a folder on the hub (`org/name`, `org/name@revision`).
 
-    The averaged weights are taken where the run kept them. Raises `CheckpointError` for what is missing or damaged.
+    statistics: whether they are needed: a published base has none. The averaged weights are taken where the run kept them.
+    Raises `CheckpointError` for what is missing or damaged.
     """
     here = download_policy(location)
     if not is_url(here) and Path(here).is_dir() and not is_in_shards(Path(here)):
+        if is_published(Path(here)):
+            with file_errors(here):
+                return read_published(Path(here), statistics)
         return _read_folder(Path(here))
     saved = load_checkpoint(here)
     average = saved["ema"]["average"] if saved["ema"] is not None else {}

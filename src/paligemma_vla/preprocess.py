@@ -41,7 +41,8 @@ class ImageSpec:
 
     resize: `stretch` is what PaliGemma's own processor does; `pad` keeps the aspect and fills with black. resizer: who computes
     it. `torch` crops at whole pixels; its colours are next to those of `pillow` (1 of 255; more at edges where one side grows
-    and the other shrinks).
+    and the other shrinks). `openpi` is what LeRobot took over from it: bilinear without a filter against aliasing, in floating
+    point, so that the result is not rounded to whole colours again.
     """
 
     size: int
@@ -51,10 +52,25 @@ class ImageSpec:
     resize: str = "stretch"
     resizer: str = "pillow"  # of checkpoints that do not say; what is trained now has `torch`
 
-    def apply(self, pixels: Pixels, box: Box | None = None) -> Pixels:
-        """An RGB image (H, W, 3) uint8 of any size as (3, size, size); `box` (left, top, right, bottom; shares of the sides)
-        crops first."""
+    @property
+    def rounds(self) -> bool:
+        """Whether images are (3, size, size) uint8; else float32, normalised."""
+        return self.resizer != "openpi"
+
+    def blank(self) -> NDArray[Any]:
+        """In place of the image of an absent camera, which nothing looks at."""
+        return np.zeros((3, self.size, self.size), np.uint8 if self.rounds else np.float32)
+
+    def apply(self, pixels: Pixels, box: Box | None = None) -> NDArray[Any]:
+        """An RGB image (H, W, 3) uint8 of any size as (3, size, size), see `rounds`; `box` (left, top, right, bottom; shares of
+        the sides) crops first."""
         height, width, _ = pixels.shape
+        if not self.rounds:
+            left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
+            cut = pixels[round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
+            unrounded = _resized_unrounded(cut, self.size, self.resize == "pad")
+            mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+            return (unrounded - mean) / std
         if self.resize == "pad" and width != height:
             pixels = _pad_to_square(pixels)
             height, width, _ = pixels.shape
@@ -92,6 +108,23 @@ def _resized(pixels: Pixels, size: int, resample: int) -> Pixels:
     return resized
 
 
+def _resized_unrounded(pixels: Pixels, size: int, pad: bool) -> NDArray[np.float32]:
+    """(H, W, 3) uint8 to (3, size, size) float32 in [0, 1]; with `pad` the odd row or column of black is the last one."""
+    import torch
+    import torch.nn.functional as F
+
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
+    height, width, _ = pixels.shape
+    if (height, width) != (size, size):
+        ratio = max(height, width) / size
+        shape = (int(height / ratio), int(width / ratio)) if pad else (size, size)
+        planes = F.interpolate(planes, size=shape, mode="bilinear", align_corners=False).clamp_(0, 1)
+        top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+        planes = F.pad(planes, (left, size - shape[1] - left, top, size - shape[0] - top))
+    resized: NDArray[np.float32] = planes[0].numpy()
+    return resized
+
+
 def to_upright_rgb(image: Image.Image) -> Image.Image:
     """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says. Raises as Pillow for damaged pixels."""
     image.load()  # EXIF may follow the pixels of a PNG
@@ -120,6 +153,7 @@ def _pad_to_square(pixels: Pixels) -> Pixels:
 class PromptEncoder:
     """Instruction and number of images to token ids, as `PaliGemmaProcessor` lays them out: images, bos, text, newline.
 
+    form: `paligemma`; `pi0`, whose text keeps what stands around it; or `pi05`, whose text also has the state (`text`).
     An absent camera's slots hold padding that nothing attends to; a camera absent from the whole batch has no slots.
     Raises `DataError` for an empty instruction, or one longer than `max_len` unless `overflow` is `truncate`.
     """
@@ -131,6 +165,7 @@ class PromptEncoder:
     image_tokens: int
     max_len: int
     overflow: str
+    form: str = "paligemma"
 
     def __post_init__(self) -> None:
         self._tokenizer = Tokenizer.from_str(self.tokenizer_json)
@@ -142,22 +177,34 @@ class PromptEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def text(self, prompt: str, state: NDArray[np.float32]) -> str:
+        """What is encoded for an instruction and a normalised state (P,): with the form `pi05` both, the state in 256 bins."""
+        if self.form != "pi05":
+            return prompt
+        bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
+        task = prompt.strip().replace("_", " ").replace("\n", " ")
+        return f"Task: {task}, State: {' '.join(map(str, bins))};\nAction: "
+
     def _text_ids(self, prompt: str) -> NDArray[np.int64]:
         """`<bos> prompt \\n` as ids."""
-        prompt = prompt.strip()
-        if not prompt:
+        if not prompt.strip():
             raise DataError("prompt: got an empty instruction, expected some words")
         if len(prompt) > LONGEST_PROMPT:  # tokens of ten million characters would take ten seconds and a gigabyte
             raise DataError(f"prompt: got {len(prompt)} characters, expected an instruction of at most {LONGEST_PROMPT}")
         # The image token written in a prompt would be taken for a picture.
-        ids = [self.bos_id, *(i for i in self._ids(prompt + "\n") if i != self.image_id)]
+        if self.form == "paligemma":
+            prompt = prompt.strip() + "\n"
+        elif self.form == "pi0" and not prompt.endswith("\n"):
+            prompt += "\n"
+        ids = [self.bos_id, *(i for i in self._ids(prompt) if i != self.image_id)]
         if len(ids) > self.max_len:
             if self.overflow != "truncate":
                 raise DataError(
                     f"prompt: got {len(ids)} tokens, expected at most data.prompt_max_len = {self.max_len}: "
                     f"{prompt[:60]!r}...; raise it, or set data.prompt_overflow: truncate"
                 )
-            ids = ids[: self.max_len - len(self._newline)] + self._newline
+            end = [] if self.form == "pi05" else self._newline
+            ids = ids[: self.max_len - len(end)] + end
         return np.array(ids, np.int64)
 
     def encode(self, prompts: Sequence[str], image_mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -1,13 +1,46 @@
 """pi0 and pi0.5 as LeRobot and openpi publish them, to a policy of ours: names of tensors, sizes, preprocessing.
 
-Every tensor is accounted for: what is missing, unexpected or of another shape is refused by name.
+A folder of LeRobot's has config.json, model.safetensors, and the steps before and after the model with their statistics in
+files of their own. Every tensor is accounted for: what is missing, unexpected or of another shape is refused by name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from paligemma_vla.errors import CheckpointError
+import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
+
+from paligemma_vla import versions
+from paligemma_vla.config import PI0_HEAD, PI05_HEAD, config_from_dict
+from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.normalization import FLOAT32_MAX, DatasetStatistics, Statistics
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder
+from paligemma_vla.schema import DatasetMetadata
+from paligemma_vla.storage import read_json
+
+if TYPE_CHECKING:
+    from paligemma_vla.policy import Trained
+
+HEADS = {"pi0": PI0_HEAD, "pi05": PI05_HEAD}
+# What a variant stands for: width, width of the MLPs, layers, heads, heads of keys and values, numbers in a head.
+VARIANTS = {"gemma_2b": (2048, 16384, 18, 8, 1, 256), "gemma_300m": (1024, 4096, 18, 8, 1, 256)}
+GEMMA = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14}
+# Of PaliGemma's tokenizer. <image> itself is the first number that their table of tokens has no row for.
+BOS, PAD = 2, 0
+TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
+NORMALIZATION = {"MEAN_STD": "lerobot_mean_std", "QUANTILES": "lerobot_quantile", "MIN_MAX": "min_max"}
+PARTS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}  # of the statistics
+WIDEST = {"min": -FLOAT32_MAX, "q01": -FLOAT32_MAX, "mean": 0.0, "std": 1.0, "q99": FLOAT32_MAX, "max": FLOAT32_MAX}
+STEPS = "policy_preprocessor.json"
+HALF = (0.5, 0.5, 0.5)
+AGAIN = "fetch it again"
 
 # A published name begins with the left, ours with the right; the first that fits counts.
 PREFIXES = (
@@ -35,11 +68,8 @@ def our_names(published: Iterable[str], ours: Iterable[str], where: str) -> dict
     wanted, found, unexpected = set(ours), {}, []
     for name, saved in plain.items():
         begin, replaced = next(pair for pair in PREFIXES if name.startswith(pair[0]))
-        # transformers has had the vision tower with and without a module around it.
-        forms = [
-            form.replace(".vision_tower.vision_model.", tower) for form in [replaced + name[len(begin) :]] for tower in TOWERS
-        ]
-        fitting = next((form for form in forms if form in wanted), None)
+        form = replaced + name[len(begin) :]
+        fitting = next((one for one in (form, form.replace(*TOWERS)) if one in wanted), None)
         if fitting is None:
             unexpected.append(name)
         else:
@@ -53,3 +83,182 @@ def our_names(published: Iterable[str], ours: Iterable[str], where: str) -> dict
 def _listed(faults: Mapping[str, list[str]]) -> str:
     lists = {kind: (", ".join(names[:3]), len(names)) for kind, names in faults.items() if names}
     return "; ".join(f"{kind} {shown}{f' and {count - 3} more' * (count > 3)}" for kind, (shown, count) in lists.items())
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder is one of LeRobot's, of a kind that is known here."""
+    try:
+        return json.loads((folder / "config.json").read_bytes()).get("type") in HEADS
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_published(folder: Path, statistics: bool = True) -> Trained:
+    """A folder of LeRobot's as what training left. Raises `CheckpointError`, or what `file_errors` turns into one.
+
+    The tokenizer is PaliGemma's own: tokenizer.json in the folder, or that of the model which the folder names. statistics:
+    whether they are needed; a base that was not fine-tuned has none.
+    """
+    from paligemma_vla.model.vla_model import VLAModel
+    from paligemma_vla.policy import Trained
+
+    raw = read_json(folder / "config.json", CheckpointError, AGAIN)
+    steps = _steps(folder)
+    config, backbone = configuration(raw), architecture(raw)
+    image = ImageSpec(raw["image_resolution"][0], HALF, HALF, resize="pad", resizer="openpi")
+    side = raw["image_resolution"][0] // VISION["patch_size"]
+    form, longest = raw["type"], raw["tokenizer_max_length"]
+    prompts = PromptEncoder(
+        _tokenizer(folder, steps), BOS, PAD, backbone["image_token_index"], side**2, longest, "truncate", form
+    )
+    measured = _statistics(folder, raw, steps, statistics)
+    config["data"]["state_dim"] = len(measured.state.min)
+    names = DatasetMetadata(cameras=tuple(name.rpartition(".")[2] for name in _cameras(raw)))
+    parsed = config_from_dict(config, where=f"{folder}: config")
+    model = _on_meta(VLAModel, parsed, prompts, image, backbone)
+    return Trained(
+        config=config,
+        preprocessor={
+            "prompts": asdict(prompts),
+            "image": {**asdict(image), "mean": list(HALF), "std": list(HALF)},
+            "statistics": measured.to_dict(),
+            "normalization": config["data"]["normalization"],
+        },
+        backbone=backbone,
+        metadata=names.to_json(),
+        versions=versions(),
+        training={"step": 0, "epoch": 0, "averaged_weights": False, "best_metric": None},
+        state_dict=_weights(folder, {name: tuple(value.shape) for name, value in model.state_dict().items()}),
+    )
+
+
+def _on_meta(model: Any, *arguments: Any) -> Any:
+    """A model without memory, for its names and shapes."""
+    import torch
+
+    with torch.device("meta"):
+        return model(*arguments)
+
+
+def configuration(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Our configuration for a config.json of LeRobot's. Raises `CheckpointError` for what is not known here."""
+    if raw.get("use_relative_actions"):
+        raise CheckpointError(
+            "config.json: use_relative_actions: got true, expected false: its actions cannot be converted yet"
+        )
+    if raw["max_state_dim"] != raw["max_action_dim"]:
+        widths = f"{raw['max_state_dim']} and {raw['max_action_dim']}"
+        raise CheckpointError(f"config.json: max_state_dim and max_action_dim: got {widths}, expected the same number")
+    kinds = {raw["normalization_mapping"][name] for name in ("STATE", "ACTION")}
+    if len(kinds) != 1 or not kinds <= NORMALIZATION.keys():
+        got, known = ", ".join(sorted(kinds)), ", ".join(NORMALIZATION)
+        expected = f"expected one of {known} for both"
+        raise CheckpointError(f"config.json: normalization_mapping: got {got} of state and action, {expected}")
+    width, hidden, layers, heads, *_ = VARIANTS[raw["action_expert_variant"]]
+    return {
+        "data": {
+            "train_parquet_files": "none",
+            "normalization": NORMALIZATION[kinds.pop()],
+            "image_resize": "pad",
+            "pad_action_dim": True,
+            "prompt_max_len": raw["tokenizer_max_length"],
+            "prompt_overflow": "truncate",
+        },
+        "model": {
+            "vlm_config": {
+                "model_name_or_path": "google/paligemma-3b-pt-224",
+                "num_cameras": len(_cameras(raw)),
+                "dtype": raw["dtype"],
+            },
+            "action_head_config": {
+                "head": HEADS[raw["type"]],
+                "use_state_input": raw["type"] == "pi0",
+                "horizon": raw["chunk_size"],
+                "per_action_dim": raw["max_action_dim"],
+                "embed_dim": width,
+                "num_layers": layers,
+                "num_heads": heads,
+                "mlp_ratio": hidden / width,
+                "num_inference_timesteps": raw["num_inference_steps"],
+            },
+        },
+    }
+
+
+def architecture(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The backbone of a config.json of LeRobot's: PaliGemma 3B without the tokens of places and regions in its table."""
+    from transformers import GemmaConfig
+
+    from paligemma_vla.model.architectures import IMAGE_TOKEN, paligemma_config
+
+    sizes: dict[str, Any] = dict(zip(GEMMA, VARIANTS[raw["paligemma_variant"]], strict=True))
+    text = GemmaConfig(**sizes, vocab_size=IMAGE_TOKEN)
+    return dict(paligemma_config(text, IMAGE_TOKEN, image_size=raw["image_resolution"][0], **VISION).to_dict())
+
+
+def _cameras(raw: Mapping[str, Any]) -> list[str]:
+    """Features of cameras, in their order; those that are declared to be empty change no answer."""
+    kinds = {name: feature["type"] for name, feature in raw["input_features"].items()}
+    return [name for name, kind in kinds.items() if kind == "VISUAL" and ".empty_camera_" not in name]
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """The steps before the model; none where the folder has no file of them, as openpi's export."""
+    if not (folder / STEPS).is_file():
+        return []
+    return list(read_json(folder / STEPS, CheckpointError, AGAIN)["steps"])
+
+
+def _tokenizer(folder: Path, steps: Iterable[Mapping[str, Any]]) -> str:
+    from huggingface_hub import hf_hub_download
+
+    if (folder / TOKENIZER).is_file():
+        return (folder / TOKENIZER).read_text(encoding="utf-8")
+    named = (step["config"].get("tokenizer_name") for step in steps)
+    name = next((one for one in named if one), "google/paligemma-3b-pt-224")
+    try:
+        path = Path(name) / TOKENIZER if Path(name).is_dir() else Path(hf_hub_download(name, TOKENIZER))
+        return path.read_text(encoding="utf-8")
+    except Exception as error:  # of any kind: network, licence, a name that cannot be one
+        raise CheckpointError(
+            f"{folder}: its tokenizer, that of {name}, cannot be had ({first_line(error)}); accept the licence and log in "
+            f"(`hf auth login`), or copy that model's {TOKENIZER} into the folder"
+        ) from error
+
+
+def _statistics(folder: Path, raw: Mapping[str, Any], steps: Iterable[Mapping[str, Any]], needed: bool) -> DatasetStatistics:
+    """Of state and action, from the file that the normalising step names. What it does not say limits nothing."""
+    files = [step["state_file"] for step in steps if step["registry_name"] == "normalizer_processor" and "state_file" in step]
+    tensors = load_file(folder / files[0]) if files else {}
+    measured = []
+    for kind, name in (("STATE", "observation.state"), ("ACTION", "action")):
+        features = raw["input_features"] if kind == "STATE" else raw["output_features"]
+        given = {part: tensors[f"{name}.{part}"].double().numpy().reshape(-1) for part in WIDEST if f"{name}.{part}" in tensors}
+        missing = [part for part in PARTS[raw["normalization_mapping"][kind]] if part not in given]
+        if missing and needed:
+            raise CheckpointError(
+                f"{folder}: got no {', '.join(missing)} of {name}, expected statistics of the data it was trained with; a "
+                f"base is trained first: --init_from, with training.init_statistics: own"
+            )
+        size = features[name]["shape"][0]
+        measured.append(Statistics(**{part: given.get(part, np.full(size, value)) for part, value in WIDEST.items()}, count=1))
+    return DatasetStatistics(state=measured[0], action=measured[1])
+
+
+def _weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors under our names, of the shapes of our model. Raises `CheckpointError` with every fault by name."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: got no {WEIGHTS}, expected the weights there; {AGAIN}")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    names = our_names(tensors, shapes, str(folder))
+    wrong = [
+        f"{saved}: got {tuple(tensors[saved].shape)}, expected {shapes[ours]}"
+        for ours, saved in names.items()
+        if tuple(tensors[saved].shape) != shapes[ours]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: tensors of another shape: {'; '.join(wrong[:3])}; is it the model of its config.json?"
+        )
+    return {ours: tensors[saved] for ours, saved in names.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from paligemma_vla.errors import CheckpointError
 from paligemma_vla.model.action_head.base import KeyValue
 from paligemma_vla.model.architectures import known_architecture, paligemma_config
 from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.normalization import Normalizer, Statistics
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 from paligemma_vla.published import TABLES, UNUSED, our_names
 from pi0_fixture import FIXTURES, full_size_tensors
@@ -191,3 +193,41 @@ def test_weights_that_are_missing_or_unexpected_are_refused_by_name(published: P
         our_names([name for name in saved if name != lost], ours, "x")
     with pytest.raises(CheckpointError, match=r"x: unexpected fast_head\.weight"):
         our_names([*saved, "fast_head.weight"], ours, "x")
+
+
+def test_pictures_are_resized_as_lerobot_does() -> None:
+    arrays = np.load(FIXTURES / "resize_with_pad.npz")
+    names = [name.removeprefix("in_u8.") for name in arrays.files if name.startswith("in_u8.")]
+    assert len(names) == 5
+    for name in names:
+        expected = arrays[f"out_f32.{name}"]
+        half = (0.5, 0.5, 0.5)
+        got = ImageSpec(expected.shape[0], half, half, resize="pad", resizer="openpi").apply(arrays[f"in_u8.{name}"])
+        assert got.dtype == np.float32
+        assert np.abs(got.transpose(1, 2, 0) - expected).max() <= EXACT, name
+
+
+@pytest.mark.parametrize("kind", ["MEAN_STD", "QUANTILES"])
+def test_numbers_are_normalised_as_lerobot_does(kind: str) -> None:
+    """Also of a dimension that does not move, and of one whose quantiles are equal."""
+    fixture = json.loads((FIXTURES / "processors.json").read_text())
+    statistics = Statistics(count=10, **{name: np.array(values) for name, values in fixture["stats"].items()})
+    ours = {"MEAN_STD": "lerobot_mean_std", "QUANTILES": "lerobot_quantile"}[kind]
+    normalizer, expected = Normalizer(statistics, ours, "state"), fixture[kind]
+    raw = np.array(fixture["raw"], np.float32)
+    assert normalizer.normalize(raw) == pytest.approx(np.array(expected["normalised_state"]), rel=1e-6, abs=1e-6)
+    back = normalizer.denormalize(np.array(expected["model_action"], np.float32))
+    assert back == pytest.approx(np.array(expected["unnormalised_action"]), rel=1e-6, abs=1e-6)
+
+
+def test_prompts_are_worded_as_lerobot_does(preprocessor: Any) -> None:
+    fixture = json.loads((FIXTURES / "processors.json").read_text())
+    states = np.array(fixture["pi05_state_normalised"], np.float32)
+    plain = replace(preprocessor.prompts, form="paligemma", max_len=500)
+    for task, state, words, pi0 in zip(fixture["tasks"], states, fixture["pi05_prompts"], fixture["pi0_prompts"], strict=True):
+        pi05 = replace(plain, form="pi05")
+        assert pi05.text(task, state) == words
+        assert pi05.text_ids(words).tolist() == [plain.bos_id, *plain._ids(words)]
+        encoder = replace(plain, form="pi0")
+        assert encoder.text(task, state) == task
+        assert encoder.text_ids(task).tolist() == [plain.bos_id, *plain._ids(pi0)]

@@ -120,6 +120,8 @@ class VLADataset(Dataset[Item]):
         with located(*where, schema.PROMPT):
             check_prompt(prompt, preprocessor.prompts)
         images, present = self._images(group.pictures(number), where, ref.position)
+        state = preprocessor.state.normalize(group.state[number])
+        prompt = preprocessor.prompts.text(prompt, state)
         input_ids, attention_mask = preprocessor.prompts.encode([prompt], present[None])
         recorded, labels = read_chunk(self.reader, episode, step, head.horizon)
         values = preprocessor.encode_actions(recorded, group.state[number])
@@ -136,7 +138,7 @@ class VLADataset(Dataset[Item]):
             "raw_prompt_text": prompt,
             "input_ids": torch.from_numpy(input_ids[0]),
             "vlm_attention_mask": torch.from_numpy(attention_mask[0]),
-            "state": torch.from_numpy(preprocessor.state.normalize(group.state[number])),
+            "state": torch.from_numpy(state),
             "action": torch.from_numpy(action.reshape(-1)),
             "action_mask": torch.from_numpy(action_mask),
             "flow_time": flow.draw_time((head.num_flow_samples,), generator, head.noise),
@@ -176,12 +178,16 @@ class VLADataset(Dataset[Item]):
         images = []
         for pixels in _decoded(pictures, spec.decoded_side()):
             if pixels is None:
-                images.append(np.zeros((3, spec.size, spec.size), np.uint8))
+                images.append(spec.blank())
             elif augmentation is None or rng is None:
                 images.append(spec.apply(pixels))
-            else:
+            elif spec.rounds:
                 fitted = spec.apply(pixels, random_crop(augmentation.crop_scale, rng))
                 images.append(jitter_colour(fitted, augmentation, rng))
+            else:  # colours can be changed before they are normalised only
+                box = random_crop(augmentation.crop_scale, rng)
+                planes = jitter_colour(np.ascontiguousarray(pixels.transpose(2, 0, 1)), augmentation, rng)
+                images.append(spec.apply(planes.transpose(1, 2, 0), box))
         return images, np.array([picture is not None for picture in pictures])
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paligemma_vla.actions import ActionTransform
-from paligemma_vla.config import VLAConfig, config_from_dict
+from paligemma_vla.config import EXPERTS, VLAConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, ConfigError, DataError, ModelError
 from paligemma_vla.model.architectures import read_architecture, tower_sizes
 from paligemma_vla.model.vla_model import VLAModel
@@ -51,7 +51,7 @@ class SourcePolicy:
 
     def __init__(self, config: VLAConfig, location: str) -> None:
         self.config, self.location = config, location
-        self.trained = load_trained(location)
+        self.trained = load_trained(location, self.keeps_statistics)
         with file_errors(location):
             self.before = config_from_dict(self.trained.config, where=f"{location}: config")
             self.preprocessor = Preprocessor.from_dict(self.trained.preprocessor, location)
@@ -77,8 +77,10 @@ class SourcePolicy:
 
     def _other_settings(self) -> Iterator[str]:
         models = self.config.model, self.before.model
-        head, known_head = ({key: vars(each.action_head_config)[key] for key in HEAD_KEYS} for each in models)
-        pairs = [(f"action_head_config.{key}", head[key], known_head[key]) for key in HEAD_KEYS]
+        # Of an expert actions of any number are padded to one width.
+        keys = HEAD_KEYS if models[1].action_head_config.head not in EXPERTS else (*HEAD_KEYS, "per_action_dim")
+        head, known_head = ({key: vars(each.action_head_config)[key] for key in keys} for each in models)
+        pairs = [(f"action_head_config.{key}", head[key], known_head[key]) for key in keys]
         pairs.append(("vlm_config.backbone", models[0].vlm_config.backbone, models[1].vlm_config.backbone))
         for key, got, expected in pairs:
             if got != expected:

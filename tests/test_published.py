@@ -1,0 +1,170 @@
+"""pi0 and pi0.5 as LeRobot writes them: read, answered with, trained on, refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ConfigFactory
+from paligemma_vla import Policy, published
+from paligemma_vla.config import VLAConfig
+from paligemma_vla.errors import CheckpointError
+from paligemma_vla.export.folder import write_export
+from paligemma_vla.model import architectures
+from paligemma_vla.model.tiny import train_tokenizer
+from paligemma_vla.policy import Continuation, RealTime, load_trained
+from pi0_fixture import FIXTURES
+from support import identical, train_here
+
+KINDS = ("pi0", "pi05")
+STATISTICS = {"min": -3.0, "max": 3.0, "mean": 0.5, "std": 2.0, "q01": -2.0, "q99": 2.5}
+
+
+@pytest.fixture(autouse=True)
+def tiny_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixtures' config.json names the real sizes; these are its own (sizes.json)."""
+    sizes = json.loads((FIXTURES / "pi0" / "sizes.json").read_text())
+    names = ("width", "mlp_dim", "depth", "num_heads", "num_kv_heads", "head_dim")
+    variants = {"gemma_2b": sizes["paligemma_text"], "gemma_300m": sizes["action_expert"]}
+    monkeypatch.setattr(published, "VARIANTS", {key: tuple(each[name] for name in names) for key, each in variants.items()})
+    monkeypatch.setattr(published, "VISION", {name: sizes["vision"][name] for name in published.VISION})
+    monkeypatch.setattr(architectures, "IMAGE_TOKEN", sizes["vocab_size"])
+
+
+def write(folder: Path, kind: str, statistics: bool = True) -> Path:
+    """A folder as LeRobot 0.6.1 saves it, with a small tokenizer of its own."""
+    shutil.copytree(FIXTURES / kind, folder)
+    tokenizer = train_tokenizer(400)
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
+    step: dict[str, Any] = {"registry_name": "normalizer_processor", "config": {"eps": 1e-8}}
+    if statistics:
+        step["state_file"] = "policy_preprocessor_step_6_normalizer_processor.safetensors"
+        names = ("observation.state", "action")
+        save_file(
+            {f"{name}.{part}": torch.full((7,), value) for name in names for part, value in STATISTICS.items()},
+            folder / step["state_file"],
+        )
+    tokens = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "google/paligemma-3b-pt-224"}}
+    (folder / "policy_preprocessor.json").write_text(json.dumps({"name": "policy_preprocessor", "steps": [tokens, step]}))
+    return folder
+
+
+def observation() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    images = {f"image_{n}": rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for n in (1, 2)}
+    return {**images, "state": np.linspace(-1, 1, 7, dtype=np.float32), "prompt": "open the drawer"}
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write(tmp_path / "published", request.param)
+
+
+def test_a_published_policy_answers(folder: Path) -> None:
+    policy = Policy.from_checkpoint(folder)
+    assert list(policy.metadata["cameras"]) == ["image_1", "image_2", "image_3"]
+    assert list(policy.metadata["camera_names"]) == ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+    actions = policy.infer(observation(), seed=0)["actions"]
+    assert actions.shape == (6, 7) and np.isfinite(actions).all()
+    moved = {**observation(), "state": np.full(7, 0.9, np.float32)}
+    assert np.abs(policy.infer(moved, seed=0)["actions"] - actions).max() > 1e-3  # in the prompt, or a token
+
+
+@pytest.mark.parametrize("change", ["lost", "added", "reshaped"])
+def test_every_tensor_is_accounted_for(folder: Path, change: str) -> None:
+    file, name = folder / "model.safetensors", "action_in_proj.weight"
+    tensors = load_file(file)
+    if change == "lost":
+        del tensors[name]
+    elif change == "added":
+        tensors[name := "fast_head.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = tensors[name][:, :16].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{name.replace('.', '[.]')}"):
+        Policy.from_checkpoint(folder)
+
+
+def test_a_base_without_statistics_answers_nobody(tmp_path: Path) -> None:
+    folder = write(tmp_path / "base", "pi0", statistics=False)
+    with pytest.raises(CheckpointError, match=r"got no mean, std of observation.state.*init_statistics: own"):
+        Policy.from_checkpoint(folder)
+
+
+def test_files_saved_by_lerobot_have_another_prefix(folder: Path) -> None:
+    expected = Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"]
+    file = folder / "model.safetensors"
+    save_file({f"model.{name}": value for name, value in load_file(file).items()}, file)
+    assert np.array_equal(Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"], expected)
+
+
+def training(folder: Path, make: ConfigFactory, experiment: str, **changes: Any) -> VLAConfig:
+    """A run that begins with the published weights, on two cameras of another robot."""
+    raw = published.configuration(json.loads((folder / "config.json").read_text()))
+    head = {f"model.action_head_config.{key}": value for key, value in raw["model"]["action_head_config"].items()}
+    keys = ("image_resize", "pad_action_dim", "prompt_max_len", "prompt_overflow")
+    data = {f"data.{key}": raw["data"][key] for key in keys}
+    run = {"training.init_from": str(folder), "training.init_statistics": "own", "training.experiment_name": experiment}
+    sizes = {"training.max_steps": 6, "model.action_head_config.num_flow_samples": 1}
+    run["model.vlm_config.model_name_or_path"] = raw["model"]["vlm_config"]["model_name_or_path"]  # which is not there
+    return make({**head, **data, **run, **sizes, "training.stages": [], **changes}, cameras=2)
+
+
+def test_training_begins_with_the_published_weights_and_resumes_exactly(folder: Path, tiny_config: ConfigFactory) -> None:
+    straight = train_here(training(folder, tiny_config, "straight"))
+    assert straight.step == 6
+    cut = training(folder, tiny_config, "cut", **{"training.stop_after_step": 3})
+    train_here(cut)
+    (checkpoint,) = (cut.run_dir / "checkpoints").glob("checkpoint_step_3.pth.tar")
+    rest = train_here(training(folder, tiny_config, "cut"), checkpoint)
+    assert identical(dict(rest.model.state_dict()), dict(straight.model.state_dict()))
+    name = "action_in_proj.weight"
+    moved = straight.model.state_dict()[f"action_head.{name}"] - load_file(folder / "model.safetensors")[name]
+    assert 0 < moved.abs().max() < 0.1
+    policy = Policy.from_checkpoint(cut.run_dir / "checkpoints" / "last.pth.tar")
+    answer = policy.infer({**observation(), "state": np.zeros(3, np.float32)}, seed=0)["actions"]
+    assert answer.shape == (6, 2) and np.isfinite(answer).all()
+
+
+def test_an_export_answers_as_the_published_policy(folder: Path, tmp_path: Path) -> None:
+    write_export(tmp_path / "export", Policy(load_trained(folder), str(folder)))
+    answers = [Policy.from_checkpoint(place).infer(observation(), seed=0)["actions"] for place in (folder, tmp_path / "export")]
+    assert np.array_equal(*answers)
+
+
+@pytest.mark.parametrize("realtime", ["prefix", "guidance"])
+def test_a_chunk_continues_the_last_one(folder: Path, tiny_config: ConfigFactory, realtime: RealTime) -> None:
+    config = training(folder, tiny_config, "rtc", **{"training.rtc_max_delay": 3, "training.max_steps": 2})
+    train_here(config)
+    policy = Policy.from_checkpoint(config.run_dir / "checkpoints" / "last.pth.tar")
+    asked = {**observation(), "state": np.zeros(3, np.float32)}
+    plain = policy.infer(asked, seed=0)["actions"]
+    going_on = Continuation(plain[:5] + np.float32(0.3), delay=2)
+    continued = policy.infer(asked, seed=0, continuation=going_on, realtime=realtime)["actions"]
+    error, apart = (np.abs(each[:2] - going_on.actions[:2]).max() for each in (continued, plain))
+    assert error < (1e-5 if realtime == "prefix" else apart)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model.vlm_config.lora": {"rank": 2}}, {"model.action_head_config.detach_context": True}]
+)
+def test_memory_is_planned_and_what_is_free_learns(folder: Path, tiny_config: ConfigFactory, changes: dict[str, Any]) -> None:
+    config = training(folder, tiny_config, "plan", **{"training.max_steps": 1, **changes})
+    trainer = train_here(config)
+    assert trainer.plan.total > 0
+    for name, parameter in trainer.model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is None or parameter.grad.isfinite().all(), name
+    learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    backbone = {name for name in learning if name.startswith("paligemma_vlm.")}
+    assert all("lora_" in name for name in backbone) or not changes
+    assert bool(backbone) == ("model.action_head_config.detach_context" not in changes)
+    assert {name for name in learning if name.startswith("action_head.")} == {
+        f"action_head.{name}" for name, _ in trainer.model.action_head.named_parameters()
+    }
