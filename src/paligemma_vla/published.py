@@ -42,12 +42,12 @@ STEPS = "policy_preprocessor.json"
 HALF = (0.5, 0.5, 0.5)
 AGAIN = "fetch it again"
 
-# A published name begins with the left, ours with the right; the first that fits counts.
+# A published name begins with the left, ours with the right; in either direction the first that fits counts.
 PREFIXES = (
     ("paligemma_with_expert.paligemma.lm_head.", "paligemma_vlm.backbone.language_model.embed_tokens."),  # they are tied
     ("paligemma_with_expert.paligemma.model.", "paligemma_vlm.backbone."),
     ("paligemma_with_expert.gemma_expert.model.norm.", "action_head.norm_out."),
-    ("paligemma_with_expert.gemma_expert.model.", "action_head."),
+    ("paligemma_with_expert.gemma_expert.model.layers.", "action_head.layers."),
     ("", "action_head."),
 )
 TOWERS = (".vision_tower.vision_model.", ".vision_tower.")  # with and without a module around it, by transformers' version
@@ -78,6 +78,13 @@ def our_names(published: Iterable[str], ours: Iterable[str], where: str) -> dict
     if any(faults.values()):
         raise CheckpointError(f"{where}: {_listed(faults)}; is it a pi0 or pi0.5, and complete?")
     return found
+
+
+def published_name(name: str) -> str:
+    """The published name of a tensor of ours."""
+    theirs, ours = next(pair for pair in PREFIXES if name.startswith(pair[1]))
+    published = theirs + name[len(ours) :]
+    return published if TOWERS[0] in published else published.replace(TOWERS[1], TOWERS[0])
 
 
 def _listed(faults: Mapping[str, list[str]]) -> str:

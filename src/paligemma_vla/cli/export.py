@@ -17,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_path", required=True, metavar="P", help="a .pth.tar of a training run, or an export")
     parser.add_argument("--output_dir", required=True, type=Path, metavar="D", help="new, empty, or an earlier export")
     parser.add_argument(
+        "--format",
+        choices=("paligemma_vla", "lerobot"),
+        default="paligemma_vla",
+        help="of the folder; lerobot: as LeRobot 0.6 loads a pi0 or pi0.5 (default: %(default)s)",
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights in the file (default: %(default)s)"
     )
     parser.add_argument(
@@ -47,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
     from paligemma_vla.hub import check_can_push, push
     from paligemma_vla.policy import Policy, load_trained
 
+    if args.format == "lerobot":
+        return _to_lerobot(args)
     # What can be refused is refused before gigabytes are read.
     check_replaceable(args.output_dir)
     if args.push_to_hub is not None:
@@ -60,6 +68,21 @@ def main(args: argparse.Namespace) -> int:
     sys.stdout.write(f"{output}: {size:,.1f} MB, step {policy.metadata['training']['step']:,}\n")
     if args.push_to_hub is not None:
         sys.stdout.write(f"{push(output, args.push_to_hub, args.private)}\n")
+    return 0
+
+
+def _to_lerobot(args: argparse.Namespace) -> int:
+    from paligemma_vla.export.folder import check_replaceable
+    from paligemma_vla.export.lerobot import write_lerobot
+    from paligemma_vla.policy import Policy, load_trained
+
+    ours = {"--torch_export": args.torch_export, "--metrics": args.metrics, "--push_to_hub": args.push_to_hub}
+    if given := [flag for flag, value in ours.items() if value]:
+        raise ConfigError(f"{', '.join(given)}: means nothing with --format lerobot; leave it out")
+    check_replaceable(args.output_dir)
+    output = write_lerobot(args.output_dir, Policy(load_trained(args.checkpoint_path), args.checkpoint_path), args.dtype)
+    size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+    sys.stdout.write(f"{output}: {size:,.1f} MB, for LeRobot\n")
     return 0
 
 

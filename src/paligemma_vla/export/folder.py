@@ -62,7 +62,7 @@ def write_export(
     """
     output = Path(os.path.realpath(output))  # a link stays one, and the folder behind it is written
     check_replaceable(output)
-    with _staged(output) as folder:
+    with staged(output) as folder:
         _write_weights(folder, policy.model.state_dict(), getattr(torch, dtype))
         policy.preprocessor.statistics.save(folder / RUN_STATISTICS)
         _write_processor(folder, policy.preprocessor.prompts, policy.preprocessor.image)
@@ -90,7 +90,7 @@ def check_replaceable(output: Path) -> None:
 
 
 @contextmanager
-def _staged(output: Path) -> Iterator[Path]:
+def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when all went well. What a killed call left there is removed first."""
     folder, old = (output.with_name(f".{output.name}.export.{kind}") for kind in ("tmp", "old"))
     try:
