@@ -1,11 +1,11 @@
 """The real shapes on a CPU: PaliGemma 1 and 2 (3B), random weights in Hugging Face format, through the commands a user runs.
 
-    python -m benchmarks.full_size [--models paligemma-3b-pt-224 paligemma2-3b-pt-224] [--work_dir D] [--output FILE]
+    python -m benchmarks.full_size [--models paligemma-3b-pt-224 paligemma2-3b-pt-224 pi0 pi05] [--work_dir D] [--output FILE]
 
 Per model: write it; one head-only and one LoRA training step from Parquet episodes with two cameras; then `Policy` answers one
 observation from each run's checkpoint. Each stage is a process of its own, so that its peak memory is its own. The head-only
 step is taken again with 4 samples, 8 draws of (t, noise) a sample and 1, beside the rate of matrix products. Needs 24 GB of
-memory and 30 GB of disk.
+memory and 30 GB of disk. pi0 and pi05: a folder as LeRobot writes it, and one observation with three cameras from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.common import alone, environment, write_episodes
 
-MODELS = ("paligemma-3b-pt-224", "paligemma2-3b-pt-224")
+HEADS = ("pi0", "pi05")
+MODELS = ("paligemma-3b-pt-224", "paligemma2-3b-pt-224", "pi0", "pi05")
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
 CONFIG = Path(__file__).parents[1] / "configs" / "vla_config_24gb.yaml"
 STATE, ACTION, CAMERAS = 7, 7, 2
@@ -40,7 +41,8 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, help="where the weights and checkpoints go (default: a temporary folder)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    result: dict[str, Any] = {**environment("python -m benchmarks.full_size"), "models": {}}
+    models = json.loads(args.output.read_text())["models"] if args.output.is_file() else {}
+    result: dict[str, Any] = {**environment("python -m benchmarks.full_size"), "models": models}
     for name in args.models:
         with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
             result["models"][name] = measure(name, Path(folder))
@@ -50,6 +52,8 @@ def main() -> None:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Every stage of one model."""
+    if name in HEADS:
+        return {"write": alone(write_published, name, folder), "observation": alone(answer_published, folder / "published")}
     write_episodes(folder / "episodes", episodes=2, length=16, side=224, cameras=CAMERAS, state_dim=STATE, action_dim=ACTION)
     stages: dict[str, Any] = {"write": alone(write_model, name, folder)}
     for run, overrides in (("head_only", HEAD_ONLY), ("lora", {})):
@@ -78,6 +82,82 @@ def write_model(name: str, folder: Path) -> dict[str, Any]:
         assert processor.image_token_id == architecture.image_token_id
         write_paligemma(folder / "backbone", architecture, processor, seed=0, dtype=torch.bfloat16)
     return {"disk_gb": round(sum(path.stat().st_size for path in (folder / "backbone").iterdir()) / 1e9, 2)}
+
+
+def write_published(kind: str, folder: Path) -> dict[str, Any]:
+    """A random pi0 or pi0.5 of the published names and shapes, in bfloat16, as LeRobot saves it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from paligemma_vla.config import config_from_dict
+    from paligemma_vla.model.tiny import train_tokenizer
+    from paligemma_vla.model.vla_model import VLAModel
+    from paligemma_vla.preprocess import ImageSpec, PromptEncoder
+    from paligemma_vla.published import architecture, configuration, published_name
+
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    mode = {"pi0": "MEAN_STD", "pi05": "QUANTILES"}[kind]
+    raw: dict[str, Any] = {
+        "type": kind,
+        "input_features": {f"observation.images.{name}": {"type": "VISUAL", "shape": [3, 224, 224]} for name in cameras},
+        "output_features": {"action": {"type": "ACTION", "shape": [ACTION]}},
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "dtype": "bfloat16",
+        **{"chunk_size": 50, "max_state_dim": 32, "max_action_dim": 32, "num_inference_steps": 10},
+        "image_resolution": [224, 224],
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+        "tokenizer_max_length": {"pi0": 48, "pi05": 200}[kind],
+    }
+    raw["input_features"]["observation.state"] = {"type": "STATE", "shape": [STATE]}
+    tokenizer = train_tokenizer(512, size=256_000).backend_tokenizer.to_str()
+    prompts = PromptEncoder(tokenizer, 2, 0, 257_152, 256, raw["tokenizer_max_length"], "truncate", kind)
+    with torch.device("meta"):
+        model = VLAModel(
+            config_from_dict(configuration(raw)), prompts, ImageSpec(224, (0.5,) * 3, (0.5,) * 3), architecture(raw)
+        )
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        values = torch.empty(value.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        tensors[published_name(name)] = values
+    output = folder / "published"
+    output.mkdir()
+    save_file(tensors, output / "model.safetensors")
+    parts = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+    numbers = {"observation.state": STATE, "action": ACTION}
+    save_file(
+        {f"{name}.{part}": torch.full((size,), value) for name, size in numbers.items() for part, value in parts.items()},
+        output / "statistics.safetensors",
+    )
+    step = {"registry_name": "normalizer_processor", "config": {}, "state_file": "statistics.safetensors"}
+    (output / "policy_preprocessor.json").write_text(json.dumps({"steps": [step]}))
+    (output / "config.json").write_text(json.dumps(raw))
+    (output / "tokenizer.json").write_text(tokenizer)
+    return {"disk_gb": round(sum(path.stat().st_size for path in output.iterdir()) / 1e9, 2), "tensors": len(tensors)}
+
+
+def answer_published(folder: Path) -> dict[str, Any]:
+    """One observation with three cameras, at 10 Euler steps."""
+    import numpy as np
+
+    from paligemma_vla import Policy
+    from paligemma_vla.model.quantize import weight_bytes
+
+    began = time.perf_counter()
+    policy = Policy.from_checkpoint(folder)
+    loaded = time.perf_counter()
+    rng = np.random.default_rng(0)
+    observation = {f"image_{n + 1}": rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for n in range(3)}
+    observation |= {"state": np.zeros(STATE, np.float32), "prompt": "open the drawer"}
+    seconds = []
+    for _ in range(3):
+        began_here = time.perf_counter()
+        actions = policy.infer(observation, seed=0)["actions"]
+        seconds.append(round(time.perf_counter() - began_here, 2))
+        assert actions.shape == (50, ACTION) and np.isfinite(actions).all()
+    size = weight_bytes(policy.model)
+    return {"load_s": round(loaded - began, 1), "observation_s": seconds, "weights_gb": round(size / 1e9, 2)}
 
 
 def train_one_step(folder: Path, run: str, overrides: dict[str, Any]) -> dict[str, Any]:

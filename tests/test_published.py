@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from conftest import ConfigFactory
 from paligemma_vla import Policy, published
 from paligemma_vla.config import VLAConfig
+from paligemma_vla.data.loader import load_batches
+from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, ConfigError
 from paligemma_vla.export.folder import write_export
 from paligemma_vla.export.lerobot import write_lerobot
 from paligemma_vla.model import architectures
 from paligemma_vla.model.tiny import train_tokenizer
+from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Continuation, RealTime, load_trained
 from pi0_fixture import FIXTURES
 from support import identical, train_here
@@ -157,6 +160,7 @@ def test_a_chunk_continues_the_last_one(folder: Path, tiny_config: ConfigFactory
 PARTS: dict[str, dict[str, Any]] = {
     "everything": {},
     "adapters": {"model.vlm_config.lora": {"rank": 2}},
+    "adapters in both": {"model.vlm_config.lora": {"rank": 2}, "model.action_head_config.lora": {"rank": 2}},
     "insulated": {"model.action_head_config.detach_context": True},
     "expert only": {"model.vlm_config.freeze_vision_tower": True, "model.vlm_config.freeze_language_model": True},
 }
@@ -172,10 +176,26 @@ def test_memory_is_planned_and_what_is_free_learns(folder: Path, tiny_config: Co
     learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     backbone = {name for name in learning if name.startswith("paligemma_vlm.")}
     assert all("lora_" in name for name in backbone) == (parts != "everything")
-    assert bool(backbone) == (parts in ("everything", "adapters"))
-    assert {name for name in learning if name.startswith("action_head.")} == {
-        f"action_head.{name}" for name, _ in trainer.model.action_head.named_parameters()
-    }
+    assert bool(backbone) == (parts in ("everything", "adapters", "adapters in both"))
+    head = {f"action_head.{name}" for name, _ in trainer.model.action_head.named_parameters()}
+    assert learning - backbone == {name for name in head if ".base_layer." not in name}
+    assert any("lora_" in name for name in head) == (parts == "adapters in both")
+
+
+def test_adapters_are_merged_where_a_policy_answers(folder: Path, tiny_config: ConfigFactory, tmp_path: Path) -> None:
+    changes = {"training.max_steps": 3, "training.ema_decay": 0.0}
+    config = training(folder, tiny_config, "lora", **PARTS["adapters in both"], **changes)
+    trainer = train_here(config)
+    path = config.run_dir / "checkpoints" / "last.pth.tar"
+    policy = Policy.from_checkpoint(path)
+    assert not any("lora" in name for name in policy.model.state_dict())
+    batch = next(load_batches(trainer.data.train, RunSampler(trainer.data.order, 0, 1, 0, 1, 1), config, pin_memory=False))
+    trainer.model.eval()
+    with torch.no_grad():
+        answers = [model(**arguments_from_batch(batch, sample=True)) for model in (trainer.model, policy.model)]
+    assert (answers[0] - answers[1]).abs().max() < 1e-4
+    again = train_here(training(folder, tiny_config, "next", **{"training.init_from": str(path), "training.max_steps": 1}))
+    assert again.step == 1
 
 
 def test_an_export_for_lerobot_is_what_it_was_read_from(folder: Path, tmp_path: Path) -> None:

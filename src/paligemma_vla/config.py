@@ -167,7 +167,7 @@ class DataConfig(Section):
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters (Hu et al. 2021) on linear layers of the backbone, whose own weights are frozen then."""
+    """Low-rank adapters (Hu et al. 2021) on linear layers, whose own weights are frozen then."""
 
     rank: Positive = Field(16, le=4096, description="Inner width of an adapter.")
     alpha: float = Field(32.0, gt=0, le=1e6, description="Adapters are scaled by alpha / rank.")
@@ -223,7 +223,8 @@ class ActionHeadConfig(Section):
         default_factory=lambda data: "normal" if data.get("head") in EXPERTS else "uniform",
         description="Distribution of noise, and of flow time with it; left out: normal, as pi0, with its heads.",
     )
-    detach_context: bool = Field(False, description="Stop the head's gradient at the backbone.")
+    detach_context: bool = Field(False, description="Stop the head's gradient at the backbone (knowledge insulation).")
+    lora: LoRAConfig | None = Field(None, description="Adapters beside linear layers of the head; what has none learns itself.")
 
     @model_validator(mode="before")
     @classmethod
@@ -382,6 +383,17 @@ class VLAConfig(Section):
     def to_yaml(self) -> str:
         """The complete configuration; `load_config` reads it back to an equal object."""
         return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120))
+
+    def without_adapters(self) -> VLAConfig:
+        """That of the same policy with its adapters merged into the weights."""
+        model = self.model
+        vlm = model.vlm_config.model_copy(update={"lora": None})
+        head = model.action_head_config.model_copy(update={"lora": None})
+        return self.model_copy(update={"model": model.model_copy(update={"vlm_config": vlm, "action_head_config": head})})
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.model.vlm_config.lora is not None or self.model.action_head_config.lora is not None
 
     @property
     def run_dir(self) -> Path:

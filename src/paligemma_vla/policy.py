@@ -80,8 +80,8 @@ class Policy:
             self.preprocessor = Preprocessor.from_dict(trained.preprocessor, where)
             self.robot = DatasetMetadata.from_json(trained.metadata, where)
             self.model = _build_model(trained, self.config, self.preprocessor, where, device)
-        if self.config.model.vlm_config.lora is not None:  # merged into the weights
-            self.config = config_from_dict(trained.config, {"model.vlm_config.lora": None})
+        if self.config.has_adapters:  # merged into the weights
+            self.config = self.config.without_adapters()
         if device is not None:
             self.model.to_device(device, weights)
         self.backbone = trained.backbone
@@ -344,7 +344,7 @@ def _build_model(
     """
     model = VLAModel(config, preprocessor.prompts, preprocessor.image, backbone_config=trained.backbone)
     model.requires_grad_(False)
-    adapted = config.model.vlm_config.lora is not None
+    adapted = config.has_adapters
     if device is None:
         model.float()  # weights that do not learn are built in bfloat16
     elif not adapted:  # adapters are added in float32
@@ -356,7 +356,7 @@ def _build_model(
         raise CheckpointError(f"{where}: weights and configuration do not fit: {' '.join(faults.split())[:400]}") from error
     if adapted:
         dtype = torch.float32 if device is None else model.dtype_on(device.type)
-        model.paligemma_vlm.merge_adapters(dtype)
+        model.merge_adapters(dtype)
     return model.eval()
 
 

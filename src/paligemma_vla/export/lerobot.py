@@ -60,9 +60,9 @@ def _faults(policy: Policy) -> Iterator[str]:
     sizes = (head.embed_dim, round(head.mlp_ratio * head.embed_dim), head.num_layers, head.num_heads)
     text = policy.model.paligemma_vlm.backbone.config.get_text_config()
     wide = (text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads)
-    for key, got, variant in (("action_head_config", sizes, "gemma_300m"), ("vlm_config", wide, "gemma_2b")):
-        if got != known[variant]:
-            yield f"model.{key}: got width, MLP, layers, heads {got}, expected those of {variant}, {known[variant]}"
+    for key, ours, variant in (("action_head_config", sizes, "gemma_300m"), ("vlm_config", wide, "gemma_2b")):
+        if ours != known[variant]:
+            yield f"model.{key}: got width, MLP, layers, heads {ours}, expected those of {variant}, {known[variant]}"
     if (preprocessor.image.resizer, preprocessor.image.resize) != ("openpi", "pad"):
         got = f"{preprocessor.image.resizer} with {preprocessor.image.resize}"
         yield f"images: got resizing by {got}, expected that of published weights, which --init_from takes over"

@@ -247,10 +247,10 @@ def _count_parts(model: VLAModel, config: VLAConfig, shards: int) -> dict[str, P
 
 
 def _part_of(name: str) -> str:
-    if name.startswith("action_head."):
-        return "action head"
     if ".lora_" in name:
         return "adapters"
+    if name.startswith("action_head."):
+        return "action head"
     if ".vision_tower." in name or ".multi_modal_projector." in name:
         return "vision tower"
     return "language model" if ".language_model." in name else "rest of backbone"

@@ -19,12 +19,13 @@ from transformers.initialization import no_init_weights
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaDecoderLayer, GemmaMLP, apply_rotary_pos_emb
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
 
-from paligemma_vla.config import LoRAConfig, VLMConfig
+from paligemma_vla.config import VLMConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.hub import backbone_errors
 from paligemma_vla.model.action_head.base import Context, KeyValue
 from paligemma_vla.model.action_head.expert import TextSizes
 from paligemma_vla.model.attention import CHOSEN
+from paligemma_vla.model.lora import adapted, add_adapters, merge_adapters
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 
 # What selective recomputation keeps: half of a layer's activations (11.9 of 24.3 GB in the plan of vla_config_ddp.yaml for 16
@@ -58,7 +59,10 @@ class PaliGemmaVLM(nn.Module):
         if gives == "keys_values":
             _give_keys_values(self.backbone)
         if config.lora is not None:
-            _add_adapters(self.backbone, config, config.lora)
+            left_out = ("vision_tower", "multi_modal_projector") * config.freeze_vision_tower
+            self.backbone.requires_grad_(False)
+            frozen = (*left_out, *("language_model",) * config.freeze_language_model)
+            add_adapters(self.backbone, config.lora, "model.vlm_config.lora", frozen)
         self.register_buffer("pixel_mean", torch.tensor(image.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
         self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
@@ -90,7 +94,7 @@ class PaliGemmaVLM(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that `freeze_vision_tower` and `freeze_language_model` leave free; with `lora` those of the adapters."""
         if self.config.lora is not None:
-            adapters = [adapter for _, layer in _adapted(self.backbone) for adapter in (layer.lora_A, layer.lora_B)]
+            adapters = [adapter for _, layer in adapted(self.backbone) for adapter in (layer.lora_A, layer.lora_B)]
             return [p for adapter in adapters for p in adapter.parameters()]
         frozen = set(_unused(self.backbone)) if self.gives == "keys_values" else set()
         if self.config.freeze_vision_tower:
@@ -100,11 +104,8 @@ class PaliGemmaVLM(nn.Module):
         return [p for p in self.backbone.parameters() if p not in frozen]
 
     def merge_adapters(self, dtype: torch.dtype = torch.float32) -> None:
-        """Add the adapters to the weights beside them, in float32, and keep the sums in `dtype`: a plain backbone remains."""
-        for name, layer in list(_adapted(self.backbone)):
-            base = layer.get_base_layer().float()
-            layer.merge()
-            self.backbone.set_submodule(name, base.to(dtype))
+        """Add the adapters to the weights beside them: a plain backbone remains."""
+        merge_adapters(self.backbone, dtype)
         self.config = self.config.model_copy(update={"lora": None})
 
     def forward(
@@ -266,34 +267,6 @@ def _cast_once(module: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any])
         return value.to(torch.get_autocast_dtype(value.device.type))
 
     return tuple(map(cast, inputs)), {name: cast(value, name) for name, value in more.items()}
-
-
-def _adapted(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and layer of every linear layer with an adapter."""
-    from peft.tuners.lora import LoraLayer  # heavy: only where there are adapters
-
-    return ((name, module) for name, module in backbone.named_modules() if isinstance(module, LoraLayer))
-
-
-def _add_adapters(backbone: PaliGemmaModel, config: VLMConfig, lora: LoRAConfig) -> None:
-    """Put adapters beside the linear layers that `lora` names, outside of frozen towers. They begin at zero (B = 0)."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    left_out = ("vision_tower", "multi_modal_projector") * config.freeze_vision_tower
-    left_out += ("language_model",) * config.freeze_language_model
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linear if lora.target_modules.fullmatch(name) and not name.startswith(left_out)]
-    if not chosen:
-        raise ModelError(
-            f"model.vlm_config.lora.target_modules: got {lora.target_modules.pattern!r}, which matches the whole name of no "
-            f"linear layer that is not frozen; there are, for example, {', '.join([*linear[:2], *linear[-2:]])}"
-        )
-    backbone.requires_grad_(False)
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
-    inject_adapter_in_model(settings, backbone)
-    for _, layer in _adapted(backbone):
-        for part in (layer.lora_A, layer.lora_B):
-            part.float()  # peft takes the type of the weights beside, which may be bfloat16
 
 
 def _weights_dtype(config: VLMConfig) -> torch.dtype:

@@ -13,6 +13,7 @@ from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.flow import Ongoing
 from paligemma_vla.model.action_head.base import FlowOutput, KeyValue
+from paligemma_vla.model.lora import add_adapters, merge_adapters
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 
@@ -60,6 +61,10 @@ class VLAModel(nn.Module):
         else:
             self.paligemma_vlm = backbone(vlm, prompts, image, backbone_config)
             self.action_head = action_head(head, self.paligemma_vlm.hidden_size, config.data.state_dim)
+        if head.lora is not None:
+            left_out = getattr(action_head, "without_adapters", ())
+            add_adapters(self.action_head, head.lora, "model.action_head_config.lora", left_out)
+        self.head_has_adapters = head.lora is not None
         self.detach_context = head.detach_context
         self.configured_dtype = getattr(torch, vlm.dtype)
         self.set_stage("all")
@@ -104,6 +109,13 @@ class VLAModel(nn.Module):
         for parameter in self.paligemma_vlm.parameters():
             parameter.requires_grad_(parameter in free)
         self.backbone_learns = bool(free)
+
+    def merge_adapters(self, dtype: torch.dtype) -> None:
+        """Add adapters to the weights beside them, and keep the sums in `dtype`."""
+        if self.paligemma_vlm.config.lora is not None:
+            self.paligemma_vlm.merge_adapters(dtype)
+        if self.head_has_adapters:
+            merge_adapters(self.action_head, dtype)
 
     def _autocast(self, device_type: str) -> torch.autocast:
         return torch.autocast(device_type, torch.bfloat16, enabled=self.dtype is torch.bfloat16)

@@ -137,9 +137,11 @@ class SourcePolicy:
             source = weights.pop(name.replace(BASE_LAYER, "."), None)
             if source is not None and source.shape == target.shape:
                 target.copy_(source)
+            elif any(part in name for part in ADAPTERS):  # those of a new run begin at zero
+                continue
             elif name.startswith(HEAD):
                 changed.append(f"{name}: {self._resize(name, target, source, layout)}")
-            elif not any(part in name for part in ADAPTERS):  # those of a new run begin at zero
+            else:
                 faults.append(name)
         changed += [f"{name}: {_shape(source)} before, left out" for name, source in weights.items() if name.startswith(HEAD)]
         faults += [name for name in weights if not name.startswith(HEAD)]
@@ -149,7 +151,7 @@ class SourcePolicy:
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights by name. Adapters are merged, as in an export: the new run has its own, or none."""
-        if self.before.model.vlm_config.lora is None:
+        if not self.before.has_adapters:
             return dict(self.trained.state_dict)
         return dict(Policy(self.trained, self.location).model.state_dict())
 

@@ -246,6 +246,8 @@ def _theirs(time: Tensor) -> Tensor:
 class Pi0ActionHead(ExpertActionHead):
     """pi0: a state token, and the flow time mixed into the actions by an MLP."""
 
+    without_adapters = ("action_time_mlp_in",)  # its weight is used in two parts
+
     def __init__(self, config: ActionHeadConfig, text: TextSizes, state_dim: int) -> None:
         super().__init__(config, text, state_dim)
         width = config.embed_dim
