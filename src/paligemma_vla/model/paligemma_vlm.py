@@ -22,8 +22,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVi
 from paligemma_vla.config import VLMConfig
 from paligemma_vla.errors import ModelError
 from paligemma_vla.hub import backbone_errors
-from paligemma_vla.model.action_head.base import Context, KeyValue
-from paligemma_vla.model.action_head.expert import TextSizes
+from paligemma_vla.model.action_head.base import Context, KeyValue, TextSizes
 from paligemma_vla.model.attention import CHOSEN
 from paligemma_vla.model.lora import adapted, add_adapters, merge_adapters
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder

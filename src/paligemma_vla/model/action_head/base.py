@@ -16,6 +16,17 @@ KeyValue = tuple[Tensor, Tensor]
 Context = Literal["hidden_states", "keys_values"]
 
 
+class TextSizes(NamedTuple):
+    """What an expert shares with the language model beside it."""
+
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    rope_theta: float
+    eps: float
+
+
 class FlowOutput(NamedTuple):
     """What training mode returns: velocity and target (B, M, K, A), and the parts of their masked mean squared error."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,10 @@ from torch import Tensor, nn
 
 from paligemma_vla.config import ActionHeadConfig
 from paligemma_vla.errors import ModelError
-from paligemma_vla.model.action_head.base import FlowActionHead, KeyValue, Modulation
+from paligemma_vla.model.action_head.base import FlowActionHead, KeyValue, Modulation, TextSizes
 from paligemma_vla.model.attention import attention
 
 SHORTEST, LONGEST = 0.004, 4.0  # periods of the time's sines
-
-
-class TextSizes(NamedTuple):
-    """What an expert shares with the language model beside it."""
-
-    layers: int
-    heads: int
-    groups: int
-    head_dim: int
-    rope_theta: float
-    eps: float
 
 
 @dataclass(frozen=True)
