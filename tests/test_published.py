@@ -102,6 +102,28 @@ def test_a_base_without_statistics_answers_nobody(tmp_path: Path) -> None:
         Policy.from_checkpoint(folder)
 
 
+def test_an_export_of_openpi_answers_as_lerobot_does(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["tokenizer_max_length"] = {"pi0": 48, "pi05": 200}[raw["type"]]
+    (folder / "config.json").write_text(json.dumps(raw))
+    other = tmp_path / "openpi"
+    (other / "assets" / "arm").mkdir(parents=True)
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(folder / name, other)
+    sizes = {"action_dim": 32, "action_horizon": raw["chunk_size"], "precision": "float32"}
+    variants = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+    (other / "config.json").write_text(json.dumps({**sizes, **variants}))
+    stats = {part: [STATISTICS[part]] * 7 for part in ("mean", "std", "q01", "q99")}
+    (other / "assets" / "arm" / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": stats, "actions": stats}}))
+    monkeypatch.setattr(published, "RESOLUTION", (56, 56))
+    answers = [Policy.from_checkpoint(place).infer(observation(), seed=0)["actions"] for place in (folder, other)]
+    assert np.array_equal(*answers)
+    (other / "assets" / "droid").mkdir()
+    shutil.copy(other / "assets" / "arm" / "norm_stats.json", other / "assets" / "droid")
+    with pytest.raises(CheckpointError, match=r"statistics of assets/arm, assets/droid, expected those of one robot"):
+        Policy.from_checkpoint(other)
+
+
 def test_files_saved_by_lerobot_have_another_prefix(folder: Path) -> None:
     expected = Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"]
     file = folder / "model.safetensors"

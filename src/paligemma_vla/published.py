@@ -1,7 +1,8 @@
 """pi0 and pi0.5 as LeRobot and openpi publish them, to a policy of ours: names of tensors, sizes, preprocessing.
 
 A folder of LeRobot's has config.json, model.safetensors, and the steps before and after the model with their statistics in
-files of their own. Every tensor is accounted for: what is missing, unexpected or of another shape is refused by name.
+files of their own; an export of openpi's its own config.json, and statistics in assets/*/norm_stats.json. Every tensor is
+accounted for: what is missing, unexpected or of another shape is refused by name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,7 +41,8 @@ TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
 NORMALIZATION = {"MEAN_STD": "lerobot_mean_std", "QUANTILES": "lerobot_quantile", "MIN_MAX": "min_max"}
 PARTS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}  # of the statistics
 WIDEST = {"min": -FLOAT32_MAX, "q01": -FLOAT32_MAX, "mean": 0.0, "std": 1.0, "q99": FLOAT32_MAX, "max": FLOAT32_MAX}
-STEPS = "policy_preprocessor.json"
+STEPS, NORMALIZER = "policy_preprocessor.json", "normalizer_processor"
+RESOLUTION = (224, 224)  # of openpi's
 HALF = (0.5, 0.5, 0.5)
 AGAIN = "fetch it again"
 
@@ -93,11 +97,16 @@ def _listed(faults: Mapping[str, list[str]]) -> str:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a folder is one of LeRobot's, of a kind that is known here."""
+    """Whether a folder is one of LeRobot's, of a kind that is known here, or an export of openpi's."""
     try:
-        return json.loads((folder / "config.json").read_bytes()).get("type") in HEADS
+        raw = json.loads((folder / "config.json").read_bytes())
+        return raw.get("type") in HEADS or _is_openpi(raw)
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def _is_openpi(raw: Mapping[str, Any]) -> bool:
+    return "type" not in raw and {"action_horizon", "action_dim", "action_expert_variant"} <= raw.keys()
 
 
 def read_published(folder: Path, statistics: bool = True) -> Trained:
@@ -110,7 +119,13 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
     from paligemma_vla.policy import Trained
 
     raw = read_json(folder / "config.json", CheckpointError, AGAIN)
+    tensors: Mapping[str, NDArray[Any]] = {}
     steps = _steps(folder)
+    if _is_openpi(raw):
+        tensors = _assets(folder, statistics)
+        raw = _as_lerobot(folder, raw, tensors)
+    elif files := [step["state_file"] for step in steps if step["registry_name"] == NORMALIZER and "state_file" in step]:
+        tensors = load_numbers(folder / files[0])
     config, backbone = configuration(raw), architecture(raw)
     image = ImageSpec(raw["image_resolution"][0], HALF, HALF, resize="pad", resizer="openpi")
     side = raw["image_resolution"][0] // VISION["patch_size"]
@@ -118,7 +133,7 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
     prompts = PromptEncoder(
         _tokenizer(folder, steps), BOS, PAD, backbone["image_token_index"], side**2, longest, "truncate", form
     )
-    measured = _statistics(folder, raw, steps, statistics)
+    measured = _statistics(folder, raw, tensors, statistics)
     config["data"]["state_dim"] = len(measured.state.min)
     names = DatasetMetadata(cameras=tuple(name.rpartition(".")[2] for name in _cameras(raw)))
     parsed = config_from_dict(config, where=f"{folder}: config")
@@ -233,14 +248,63 @@ def _tokenizer(folder: Path, steps: Iterable[Mapping[str, Any]]) -> str:
         ) from error
 
 
-def _statistics(folder: Path, raw: Mapping[str, Any], steps: Iterable[Mapping[str, Any]], needed: bool) -> DatasetStatistics:
-    """Of state and action, from the file that the normalising step names. What it does not say limits nothing."""
-    files = [step["state_file"] for step in steps if step["registry_name"] == "normalizer_processor" and "state_file" in step]
-    tensors = load_file(folder / files[0]) if files else {}
+def _assets(folder: Path, needed: bool) -> dict[str, NDArray[Any]]:
+    """openpi's statistics under LeRobot's names."""
+    files = sorted((folder / "assets").rglob("norm_stats.json"))
+    if len(files) > 1 and needed:
+        robots = ", ".join(str(file.parent.relative_to(folder)) for file in files[:5])
+        raise CheckpointError(
+            f"{folder}: got statistics of {robots}, expected those of one robot; leave its folder alone there"
+        )
+    if len(files) != 1:
+        return {}
+    known = read_json(files[0], CheckpointError, AGAIN)["norm_stats"]
+    names = {"state": "observation.state", "actions": "action"}
+    return {
+        f"{theirs}.{part}": np.array(values, np.float32)
+        for name, theirs in names.items()
+        for part, values in known[name].items()
+        if values is not None
+    }
+
+
+def _as_lerobot(folder: Path, raw: Mapping[str, Any], statistics: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """openpi's config.json as LeRobot would have it. The kind follows from the names of the tensors."""
+    with safe_open(folder / WEIGHTS, "np") as file:
+        kind = "pi05" if "time_mlp_in.weight" in file.keys() else "pi0"  # noqa: SIM118 - it is no dictionary
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    width, mode = raw["action_dim"], "QUANTILES" if kind == "pi05" else "MEAN_STD"
+    sizes = {name: len(statistics.get(f"{name}.mean", np.zeros(width))) for name in ("observation.state", "action")}
+    inputs: dict[str, Any] = {f"observation.images.{name}": {"type": "VISUAL", "shape": [3, *RESOLUTION]} for name in cameras}
+    return {
+        "type": kind,
+        "input_features": {**inputs, "observation.state": {"type": "STATE", "shape": [sizes["observation.state"]]}},
+        "output_features": {"action": {"type": "ACTION", "shape": [sizes["action"]]}},
+        "paligemma_variant": raw["paligemma_variant"],
+        "action_expert_variant": raw["action_expert_variant"],
+        "dtype": raw["precision"],
+        "chunk_size": raw["action_horizon"],
+        "max_state_dim": width,
+        "max_action_dim": width,
+        "num_inference_steps": 10,
+        "image_resolution": list(RESOLUTION),
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
+        "tokenizer_max_length": {"pi0": 48, "pi05": 200}[kind],
+    }
+
+
+def load_numbers(path: Path) -> dict[str, NDArray[Any]]:
+    return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+
+
+def _statistics(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], needed: bool) -> DatasetStatistics:
+    """Of state and action. What was not published limits nothing."""
     measured = []
     for kind, name in (("STATE", "observation.state"), ("ACTION", "action")):
         features = raw["input_features"] if kind == "STATE" else raw["output_features"]
-        given = {part: tensors[f"{name}.{part}"].double().numpy().reshape(-1) for part in WIDEST if f"{name}.{part}" in tensors}
+        given = {
+            part: tensors[f"{name}.{part}"].astype(np.float64).reshape(-1) for part in WIDEST if f"{name}.{part}" in tensors
+        }
         missing = [part for part in PARTS[raw["normalization_mapping"][kind]] if part not in given]
         if missing and needed:
             raise CheckpointError(

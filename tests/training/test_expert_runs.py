@@ -14,12 +14,8 @@ from support import train_here
 from zygote import Zygote
 
 HEAD = "model.action_head_config"
-SIZES: dict[str, Any] = {
-    f"{HEAD}.num_layers": 2,
-    f"{HEAD}.num_heads": 4,
-    f"{HEAD}.per_action_dim": 4,
-    "data.pad_action_dim": True,
-}
+SIZES: dict[str, Any] = {f"{HEAD}.num_layers": 2, f"{HEAD}.num_heads": 4, f"{HEAD}.per_action_dim": 4}
+PADDED = {"data.pad_action_dim": True}
 CHANGES: dict[str, dict[str, Any]] = {
     "copies": {},
     "shards": {"training.parallel": "fsdp"},
