@@ -17,9 +17,10 @@ from paligemma_vla import Policy, published
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import load_batches
 from paligemma_vla.data.order import RunSampler
-from paligemma_vla.errors import CheckpointError, ConfigError
+from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
 from paligemma_vla.export.folder import write_export
 from paligemma_vla.export.lerobot import write_lerobot
+from paligemma_vla.export.programs import export_program
 from paligemma_vla.model import architectures
 from paligemma_vla.model.tiny import train_tokenizer
 from paligemma_vla.model.vla_model import arguments_from_batch
@@ -248,3 +249,19 @@ def test_a_policy_trained_here_goes_to_lerobot_and_back(folder: Path, tiny_confi
 def test_what_lerobot_cannot_compute_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)--format lerobot: .*FlowmatchingActionHead.*an expert of pi0 or pi0.5"):
         write_lerobot(tmp_path / "out", Policy(load_trained(checkpoint), str(checkpoint)))
+
+
+def test_an_expert_is_exported_as_a_program_with_its_backbone(folder: Path) -> None:
+    policy = Policy(load_trained(folder), str(folder))
+    head = policy.config.model.action_head_config
+    with pytest.raises(ModelError, match=r"take --torch_export model"):
+        export_program("sampler", policy.model, policy.preprocessor, head)
+    program = export_program("model", policy.model, policy.preprocessor, head).module()
+    present = np.array([[True, True]])
+    ids, mask = (torch.from_numpy(array) for array in policy.preprocessor.prompts.encode(["open the drawer"], present))
+    images = torch.rand(2, 3, 56, 56) * 2 - 1
+    noise, state = torch.randn(1, 6, 32), torch.rand(1, 7) if head.use_state_input else None
+    with torch.no_grad():
+        context = policy.model.paligemma_vlm.fuse(images, ids, mask)
+        expected = policy.model.action_head.get_action(context, state, mask, noise, head.num_inference_timesteps)
+        assert torch.allclose(program(images, ids, mask, state, noise), expected, atol=1e-5)

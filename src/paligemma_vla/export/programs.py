@@ -61,6 +61,8 @@ def export_program(kind: str, model: VLAModel, preprocessor: Preprocessor, head:
     noise = flow.draw_noise((2, head.horizon, head.per_action_dim))
     program: nn.Module
     inputs: tuple[Tensor | None, ...]
+    if kind == "sampler" and model.paligemma_vlm.gives != "hidden_states":
+        raise ModelError("torch.export: this head reads more than one tensor of a context; take --torch_export model")
     if kind == "sampler":
         program = SamplerProgram(model, head.num_inference_timesteps)
         context = torch.rand(2, 5, model.paligemma_vlm.hidden_size)
@@ -70,7 +72,7 @@ def export_program(kind: str, model: VLAModel, preprocessor: Preprocessor, head:
         # Three images in two rows of different length: sizes that happened to agree would be taken for one.
         present = np.array([[True, True], [True, False]])
         ids, mask = preprocessor.prompts.encode(["open the drawer slowly", "push"], present)
-        images = torch.zeros(3, 3, preprocessor.image.size, preprocessor.image.size, dtype=torch.uint8)
+        images = torch.from_numpy(np.stack([preprocessor.image.blank()] * 3))
         inputs = images, torch.from_numpy(ids), torch.from_numpy(mask), state, noise
     # Sizes that differ between inputs stay open; those that a model fixes are found to be fixed.
     sizes = tuple(None if value is None else dict.fromkeys(range(2), Dim.AUTO) for value in inputs)

@@ -25,7 +25,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         return _in_three_operations(query, key, value, mask, query.shape[-1] ** -0.5)
     if key.shape[1] != query.shape[1] and (mask is None or mask.shape[2] == 1):
         # Heads that share their keys stand side by side as queries, so that nothing is repeated.
-        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
         return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).view(query.shape)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 

@@ -190,7 +190,7 @@ class ExpertActionHead(FlowActionHead):
     ) -> ExpertContext:
         first = fused_tokens[0][0]
         if context_mask is None:
-            context_mask = torch.ones(len(first), first.shape[2], dtype=torch.bool, device=first.device)
+            context_mask = torch.ones(first.shape[0], first.shape[2], dtype=torch.bool, device=first.device)
         count = context_mask.sum(1)
         return ExpertContext(fused_tokens, context_mask.bool(), self._turns(count, self.config.horizon))
 
