@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ConfigFactory
+from no_waiting import NoWaiting
 from paligemma_vla import Policy, published
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import load_batches
@@ -21,7 +23,8 @@ from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
 from paligemma_vla.export.folder import write_export
 from paligemma_vla.export.lerobot import write_lerobot
 from paligemma_vla.export.programs import export_program
-from paligemma_vla.model import architectures
+from paligemma_vla.model import architectures, graphs
+from paligemma_vla.model.graphs import GraphedModel
 from paligemma_vla.model.tiny import train_tokenizer
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Continuation, RealTime, load_trained
@@ -265,3 +268,21 @@ def test_an_expert_is_exported_as_a_program_with_its_backbone(folder: Path) -> N
         context = policy.model.paligemma_vlm.fuse(images, ids, mask)
         expected = policy.model.action_head.get_action(context, state, mask, noise, head.num_inference_timesteps)
         assert torch.allclose(program(images, ids, mask, state, noise), expected, atol=1e-5)
+
+
+def test_a_graph_of_an_expert_answers_equally_and_never_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def watch(run: graphs.Run, inputs: Sequence[torch.Tensor], pool: Any) -> graphs.Replay:
+        with NoWaiting():
+            answer = run(inputs)
+        return lambda: answer
+
+    monkeypatch.setattr(graphs, "capture", watch)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["input_features"].pop("observation.images.right_wrist_0_rgb")  # an observation without a camera is not captured
+    (folder / "config.json").write_text(json.dumps(raw))
+    policy = Policy.from_checkpoint(folder)
+    expected = policy.infer(observation(), seed=0)["actions"]
+    prompts = policy.preprocessor.prompts
+    policy.graphs = GraphedModel(policy.model, 2 * prompts.image_tokens + prompts.max_len, fused=False)
+    got = policy.infer(observation(), seed=0)["actions"]
+    assert list(policy.graphs.captured.values()) != [None] and np.abs(got - expected).max() < 1e-5
