@@ -27,7 +27,7 @@ from paligemma_vla.model import architectures, graphs
 from paligemma_vla.model.graphs import GraphedModel
 from paligemma_vla.model.tiny import train_tokenizer
 from paligemma_vla.model.vla_model import arguments_from_batch
-from paligemma_vla.policy import Continuation, RealTime, load_trained
+from paligemma_vla.policy import Continuation, RealTime, fingerprint, load_trained
 from pi0_fixture import FIXTURES
 from support import identical, train_here
 
@@ -198,7 +198,7 @@ def test_memory_is_planned_and_what_is_free_learns(folder: Path, tiny_config: Co
     trainer = train_here(config)
     assert trainer.plan.total > 0
     for name, parameter in trainer.model.named_parameters():
-        assert not parameter.requires_grad or parameter.grad is None or parameter.grad.isfinite().all(), name
+        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.isfinite().all()), name
     learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     backbone = {name for name in learning if name.startswith("paligemma_vlm.")}
     assert all("lora_" in name for name in backbone) == (parts != "everything")
@@ -286,3 +286,55 @@ def test_a_graph_of_an_expert_answers_equally_and_never_waits(folder: Path, monk
     policy.graphs = GraphedModel(policy.model, 2 * prompts.image_tokens + prompts.max_len, fused=False)
     got = policy.infer(observation(), seed=0)["actions"]
     assert list(policy.graphs.captured.values()) != [None] and np.abs(got - expected).max() < 1e-5
+
+
+def test_policies_of_other_weights_have_other_fingerprints(folder: Path) -> None:
+    before = fingerprint(folder)
+    file = folder / "model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(file).items()}, file)
+    assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("pi0", ("min", "max", "mean", "std")),
+        ("pi0", ("mean", "std")),
+        ("pi05", ("q01", "q99")),
+        ("pi05", ("min", "max", "q01", "q99")),
+    ],
+)
+def test_only_statistics_of_the_normalisation_must_be_there(tmp_path: Path, kind: str, known: tuple[str, ...]) -> None:
+    folder = write(tmp_path / "published", kind)
+    expected = Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"]
+    file = next(folder.glob("*normalizer_processor.safetensors"))
+    save_file({name: value for name, value in load_file(file).items() if name.rpartition(".")[2] in known}, file)
+    assert np.array_equal(Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"], expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("max_period", 10.0), ("image_resolution", [56, 112]), ("action_expert_variant", "gemma_2b_lora")),
+        *(("normalization_mapping", {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}), ("chunk_size", None)),
+        *(("input_features", None), ("type", [])),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused_by_name(folder: Path, field: str, value: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    if value is None and field == "chunk_size":
+        del raw[field]
+    else:
+        raw[field] = value
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=field if field != "type" else "model of type"):
+        Policy.from_checkpoint(folder)
+
+
+def test_what_lerobot_would_answer_otherwise_is_not_exported(tmp_path: Path) -> None:
+    policy = Policy(load_trained(write(tmp_path / "pi0", "pi0")), "pi0")
+    head = policy.config.model.action_head_config.model_copy(update={"use_state_input": False, "noise": "uniform"})
+    model = policy.config.model.model_copy(update={"action_head_config": head})
+    policy.config = policy.config.model_copy(update={"model": model})
+    with pytest.raises(ConfigError, match=r"(?s)use_state_input: got false.*noise: got uniform"):
+        write_lerobot(tmp_path / "out", policy)

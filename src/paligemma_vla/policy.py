@@ -6,6 +6,7 @@ stands where in it), or from such a folder on the Hugging Face hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from torch import Tensor
 from paligemma_vla import flow, schema
 from paligemma_vla.config import RUN_STATISTICS, VLAConfig, config_from_dict
 from paligemma_vla.errors import CheckpointError, DataError, ModelError, NotFiniteError, VLAError, first_line
-from paligemma_vla.hub import download_policy
+from paligemma_vla.hub import POLICY_FILES, download_policy
 from paligemma_vla.model.graphs import GraphedModel
 from paligemma_vla.model.quantize import Weights
 from paligemma_vla.model.vla_model import VLAModel
@@ -163,7 +164,9 @@ class Policy:
     def parse(self, observation: Mapping[str, Any]) -> ParsedObservation:
         """Check an observation, so that a fault of it is not one of the batch it is answered in. Raises as `infer` does."""
         parsed = parse_observation(observation, self._cameras, self.preprocessor.state.dimension, self.preprocessor.actions)
-        self.preprocessor.prompts.text_ids(parsed.prompt)
+        prompts = self.preprocessor.prompts
+        prompts.text_ids(parsed.prompt)
+        prompts.text_ids(prompts.text(parsed.prompt, self.preprocessor.state.normalize(parsed.state)))
         return parsed
 
     def infer_batch(
@@ -327,6 +330,10 @@ def fingerprint(location: str | Path) -> str | None:
     if is_url(str(location)):
         return None
     here = Path(download_policy(location)).resolve()
+    if here.is_dir() and is_published(here):  # its config.json says nothing of the other files
+        files = sorted(path for kind in POLICY_FILES for path in here.rglob(kind))
+        digests = "\n".join(f"{path.relative_to(here)} {sha256(path)}" for path in files)
+        return hashlib.sha256(digests.encode()).hexdigest()
     if here.is_dir():
         return sha256(here / (RECORD if is_in_shards(here) else CONFIG))
     beside = here.with_name(f"{here.name}{DIGEST}")

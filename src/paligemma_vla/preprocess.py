@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from PIL.Image import Transpose
 from tokenizers import Tokenizer
 
-from paligemma_vla.config import VLAConfig
+from paligemma_vla.config import PI0_HEAD, PI05_HEAD, VLAConfig
 from paligemma_vla.errors import DataError, ModelError
 from paligemma_vla.hub import backbone_errors, check_backbone
 from paligemma_vla.normalization import DatasetStatistics, Normalizer
@@ -27,6 +27,7 @@ from paligemma_vla.schema import Pixels
 Box = tuple[float, float, float, float]
 TORCH_FILTERS = {int(Image.Resampling.BILINEAR): "bilinear", int(Image.Resampling.BICUBIC): "bicubic"}
 LONGEST_PROMPT = 100_000  # characters
+FORMS = {PI0_HEAD: "pi0", PI05_HEAD: "pi05"}  # of the text that a head was made for
 TURNS = {  # EXIF orientation -> what turns the stored picture as it is to be seen; 1 is as stored
     **{2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE},
     **{6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90},
@@ -113,11 +114,12 @@ def _resized_unrounded(pixels: Pixels, size: int, pad: bool) -> NDArray[np.float
     import torch
     import torch.nn.functional as F
 
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
+    whole = np.array(pixels, order="C")  # a copy: torch takes no array that cannot be written
+    planes = torch.from_numpy(whole).permute(2, 0, 1)[None].float() / 255
     height, width, _ = pixels.shape
     if (height, width) != (size, size):
         ratio = max(height, width) / size
-        shape = (int(height / ratio), int(width / ratio)) if pad else (size, size)
+        shape = (max(1, int(height / ratio)), max(1, int(width / ratio))) if pad else (size, size)
         planes = F.interpolate(planes, size=shape, mode="bilinear", align_corners=False).clamp_(0, 1)
         top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
         planes = F.pad(planes, (left, size - shape[1] - left, top, size - shape[0] - top))
@@ -295,7 +297,8 @@ def load_prompt_and_image_spec(config: VLAConfig, backbone: str | None = None) -
             f"{expected}; processor and weights do not belong together"
         )
     text, bos, pad = tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.pad_token_id
-    prompts = PromptEncoder(text, bos, pad, image_id, tokens, data.prompt_max_len, data.prompt_overflow)
+    form = FORMS.get(config.model.action_head_config.head, "paligemma")
+    prompts = PromptEncoder(text, bos, pad, image_id, tokens, data.prompt_max_len, data.prompt_overflow, form)
     mean, std = (tuple(float(v) for v in values) for values in (images.image_mean, images.image_std))
     resample = int(images.resample)
     resizer = "torch" if resample in TORCH_FILTERS else "pillow"

@@ -8,6 +8,7 @@ accounted for: what is missing, unexpected or of another shape is refused by nam
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from paligemma_vla import versions
 from paligemma_vla.config import PI0_HEAD, PI05_HEAD, config_from_dict
 from paligemma_vla.errors import CheckpointError, first_line
+from paligemma_vla.model.action_head.expert import LONGEST, SHORTEST
 from paligemma_vla.normalization import FLOAT32_MAX, DatasetStatistics, Statistics
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder
 from paligemma_vla.schema import DatasetMetadata
@@ -43,8 +45,14 @@ PARTS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("
 WIDEST = {"min": -FLOAT32_MAX, "q01": -FLOAT32_MAX, "mean": 0.0, "std": 1.0, "q99": FLOAT32_MAX, "max": FLOAT32_MAX}
 STEPS, NORMALIZER = "policy_preprocessor.json", "normalizer_processor"
 RESOLUTION = (224, 224)  # of openpi's
+FIELDS = (
+    *("type", "input_features", "output_features", "paligemma_variant", "action_expert_variant", "dtype", "chunk_size"),
+    *("max_state_dim", "max_action_dim", "num_inference_steps", "image_resolution", "normalization_mapping"),
+    "tokenizer_max_length",
+)
 HALF = (0.5, 0.5, 0.5)
 AGAIN = "fetch it again"
+logger = logging.getLogger(__name__)
 
 # A published name begins with the left, ours with the right; in either direction the first that fits counts.
 PREFIXES = (
@@ -101,7 +109,7 @@ def is_published(folder: Path) -> bool:
     try:
         raw = json.loads((folder / "config.json").read_bytes())
         return raw.get("type") in HEADS or _is_openpi(raw)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
@@ -124,9 +132,10 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
     if _is_openpi(raw):
         tensors = _assets(folder, statistics)
         raw = _as_lerobot(folder, raw, tensors)
-    elif files := [step["state_file"] for step in steps if step["registry_name"] == NORMALIZER and "state_file" in step]:
+    elif files := [step["state_file"] for step in steps if step.get("registry_name") == NORMALIZER and "state_file" in step]:
         tensors = load_numbers(folder / files[0])
-    config, backbone = configuration(raw), architecture(raw)
+    config = configuration(raw)
+    backbone = architecture(raw)
     image = ImageSpec(raw["image_resolution"][0], HALF, HALF, resize="pad", resizer="openpi")
     side = raw["image_resolution"][0] // VISION["patch_size"]
     form, longest = raw["type"], raw["tokenizer_max_length"]
@@ -154,6 +163,26 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
     )
 
 
+def _check(raw: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for fields that are missing, or of which other values would change what is computed."""
+    missing = [name for name in FIELDS if name not in raw]
+    if missing:
+        raise CheckpointError(f"config.json: got no {', '.join(missing)}, expected the fields of a pi0 or pi0.5; {AGAIN}")
+    mappings = {name: raw[name] for name in ("input_features", "output_features", "normalization_mapping")}
+    side = raw["image_resolution"]
+    for name, fits, expected in (
+        *((name, isinstance(value, dict), "an object") for name, value in mappings.items()),
+        *((name, raw[name] in VARIANTS, f"one of {', '.join(VARIANTS)}") for name in FIELDS if name.endswith("_variant")),
+        ("image_resolution", isinstance(side, list) and len(side) == 2 and side[0] == side[1], "a square"),
+        ("min_period", raw.get("min_period", SHORTEST) == SHORTEST, SHORTEST),
+        ("max_period", raw.get("max_period", LONGEST) == LONGEST, LONGEST),
+    ):
+        if not fits:
+            raise CheckpointError(f"config.json: {name}: got {raw.get(name)!r}, expected {expected}")
+    if (kind := raw["normalization_mapping"].get("VISUAL", "IDENTITY")) != "IDENTITY":
+        raise CheckpointError(f"config.json: normalization_mapping.VISUAL: got {kind}, expected IDENTITY")
+
+
 def _on_meta(model: Any, *arguments: Any) -> Any:
     """A model without memory, for its names and shapes."""
     import torch
@@ -164,6 +193,7 @@ def _on_meta(model: Any, *arguments: Any) -> Any:
 
 def configuration(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Our configuration for a config.json of LeRobot's. Raises `CheckpointError` for what is not known here."""
+    _check(raw)
     if raw.get("use_relative_actions"):
         raise CheckpointError(
             "config.json: use_relative_actions: got true, expected false: its actions cannot be converted yet"
@@ -272,6 +302,8 @@ def _as_lerobot(folder: Path, raw: Mapping[str, Any], statistics: Mapping[str, N
     """openpi's config.json as LeRobot would have it. The kind follows from the names of the tensors."""
     with safe_open(folder / WEIGHTS, "np") as file:
         kind = "pi05" if "time_mlp_in.weight" in file.keys() else "pi0"  # noqa: SIM118 - it is no dictionary
+    said = "absolute actions, and with pi0.5 the state in the prompt" if kind == "pi05" else "absolute actions"
+    logger.warning("%s: an export of openpi does not say how it was trained; %s are taken for granted", folder, said)
     cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     width, mode = raw["action_dim"], "QUANTILES" if kind == "pi05" else "MEAN_STD"
     sizes = {name: len(statistics.get(f"{name}.mean", np.zeros(width))) for name in ("observation.state", "action")}
@@ -311,9 +343,15 @@ def _statistics(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, NDAr
                 f"{folder}: got no {', '.join(missing)} of {name}, expected statistics of the data it was trained with; a "
                 f"base is trained first: --init_from, with training.init_statistics: own"
             )
-        size = features[name]["shape"][0]
-        measured.append(Statistics(**{part: given.get(part, np.full(size, value)) for part, value in WIDEST.items()}, count=1))
+        measured.append(_complete(given, features[name]["shape"][0]))
     return DatasetStatistics(state=measured[0], action=measured[1])
+
+
+def _complete(given: Mapping[str, NDArray[np.float64]], size: int) -> Statistics:
+    """With the widest numbers that do not contradict those that are given."""
+    low, high = (given.get(part, np.full(size, WIDEST[part])) for part in ("min", "max"))
+    rest = {"q01": low, "q99": high, "mean": np.clip(0.0, low, high), "std": np.ones(size)}
+    return Statistics(min=low, max=high, **{part: given.get(part, values) for part, values in rest.items()}, count=1)
 
 
 def _weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

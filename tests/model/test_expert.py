@@ -130,6 +130,17 @@ def test_velocity_at_a_time(published: Published) -> None:
     close(-velocity, published.outputs["v_t"])
 
 
+def test_samples_in_bfloat16_are_about_as_near_as_those_of_lerobot(published: Published) -> None:
+    """LeRobot keeps the vision tower in float32; here it is bfloat16, as most of openpi's."""
+    model, outputs = published.model.requires_grad_(False), published.outputs
+    model.configured_dtype = torch.bfloat16
+    model.dtype_on = lambda _: torch.bfloat16  # type: ignore[method-assign]  # however small it is
+    model.to_device(torch.device("cpu"))
+    actions = model(**published.arguments(), flow_noise=published.inputs["noise"][:, None], num_steps=10)[..., :7]
+    exact, theirs = outputs["sample_10_policy"], outputs["sample_10_policy_bf16"]
+    assert (actions - exact).abs().max() < 3 * (theirs - exact).abs().max()
+
+
 @pytest.mark.parametrize("steps", [10, 4])
 def test_samples(published: Published, steps: int) -> None:
     noise = published.inputs["noise"][:, None]

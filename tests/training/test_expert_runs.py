@@ -15,7 +15,8 @@ from zygote import Zygote
 
 HEAD = "model.action_head_config"
 SIZES: dict[str, Any] = {f"{HEAD}.num_layers": 2, f"{HEAD}.num_heads": 4, f"{HEAD}.per_action_dim": 4}
-PADDED = {"data.pad_action_dim": True}
+PADDED = {"data.pad_action_dim": True, "data.prompt_max_len": 64}
+LORA = {"model.vlm_config.lora": {"rank": 2}, "model.action_head_config.lora": {"rank": 2}}
 CHANGES: dict[str, dict[str, Any]] = {
     "copies": {},
     "shards": {"training.parallel": "fsdp"},
@@ -45,3 +46,11 @@ def test_two_processes_train_as_one(reference: Reference, name: str, tmp_path: P
     config = reference.another(name.replace(", ", "_"), CHANGES[name])
     reference.train(config, 2)
     assert_same_curve(config, reference.config)
+
+
+def test_adapters_learn_alike_in_two_processes(reference: Reference) -> None:
+    """No adapter stands where nothing is read: copies of a model wait for the gradient of each."""
+    alone, together = (reference.another(name, {**LORA, "training.max_steps": 3}) for name in ("lora_1", "lora_2"))
+    train_here(alone)
+    reference.train(together, 2)
+    assert_same_curve(together, alone)

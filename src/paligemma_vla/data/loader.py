@@ -122,6 +122,8 @@ class VLADataset(Dataset[Item]):
         images, present = self._images(group.pictures(number), where, ref.position)
         state = preprocessor.state.normalize(group.state[number])
         prompt = preprocessor.prompts.text(prompt, state)
+        with located(*where, schema.PROMPT):
+            check_prompt(prompt, preprocessor.prompts)
         input_ids, attention_mask = preprocessor.prompts.encode([prompt], present[None])
         recorded, labels = read_chunk(self.reader, episode, step, head.horizon)
         values = preprocessor.encode_actions(recorded, group.state[number])

@@ -69,6 +69,12 @@ def _faults(policy: Policy) -> Iterator[str]:
     form = preprocessor.prompts.form
     if form != _kind(policy):
         yield f"prompts: got the form {form}, expected {_kind(policy)}, that of published weights, which --init_from takes over"
+    if _kind(policy) == "pi0" and not head.use_state_input:
+        yield "model.action_head_config.use_state_input: got false, expected true: pi0 reads the state"
+    if head.noise != "normal":
+        yield f"model.action_head_config.noise: got {head.noise}, expected normal"
+    if len(set(cameras := _cameras(policy))) < len(cameras):
+        yield f"cameras: got {', '.join(cameras)}, expected another name for each"
     if preprocessor.actions.representation != "absolute":
         yield f"data.actions.representation: got {preprocessor.actions.representation}, expected absolute"
 
@@ -171,4 +177,5 @@ def _equivalent(normalizer: Normalizer, measured: Statistics, kind: str) -> dict
     elif kind in ("min_max", "quantile"):
         low, high = normalizer.center - normalizer.scale, normalizer.center + normalizer.scale
         values |= {"min": low, "max": high} if kind == "min_max" else {"q01": low, "q99": high}
+        values |= {"min": np.minimum(values["min"], low), "max": np.maximum(values["max"], high)}
     return values

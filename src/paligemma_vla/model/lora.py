@@ -28,7 +28,7 @@ def add_adapters(module: nn.Module, lora: LoRAConfig, key: str, left_out: Sequen
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    chosen = [name for name in linear if lora.target_modules.fullmatch(name) and not name.startswith(tuple(left_out))]
+    chosen = [name for name in linear if lora.target_modules.fullmatch(name) and not f"{name}.".startswith(tuple(left_out))]
     if not chosen:
         raise ModelError(
             f"{key}.target_modules: got {lora.target_modules.pattern!r}, which matches the whole name of no linear layer that "

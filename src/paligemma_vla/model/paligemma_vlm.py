@@ -6,7 +6,7 @@ With `model.vlm_config.lora` its weights stay as they are, and low-rank adapters
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -61,7 +61,8 @@ class PaliGemmaVLM(nn.Module):
             left_out = ("vision_tower", "multi_modal_projector") * config.freeze_vision_tower
             self.backbone.requires_grad_(False)
             frozen = (*left_out, *("language_model",) * config.freeze_language_model)
-            add_adapters(self.backbone, config.lora, "model.vlm_config.lora", frozen)
+            unused = _unused_names(self.backbone) if gives == "keys_values" else ()
+            add_adapters(self.backbone, config.lora, "model.vlm_config.lora", (*frozen, *unused))
         self.register_buffer("pixel_mean", torch.tensor(image.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(image.std).view(3, 1, 1) * 255, persistent=False)
         self.vision_modules = [self.backbone.vision_tower, self.backbone.multi_modal_projector]
@@ -95,7 +96,10 @@ class PaliGemmaVLM(nn.Module):
         if self.config.lora is not None:
             adapters = [adapter for _, layer in adapted(self.backbone) for adapter in (layer.lora_A, layer.lora_B)]
             return [p for adapter in adapters for p in adapter.parameters()]
-        frozen = set(_unused(self.backbone)) if self.gives == "keys_values" else set()
+        frozen: set[nn.Parameter] = set()
+        if self.gives == "keys_values":
+            unused = _unused_names(self.backbone)
+            frozen.update(p for name, p in self.backbone.named_parameters() if name.startswith(unused))
         if self.config.freeze_vision_tower:
             frozen.update(p for module in self.vision_modules for p in module.parameters())
         if self.config.freeze_language_model:
@@ -229,13 +233,11 @@ def _give_keys_values(backbone: PaliGemmaModel) -> None:
     layers[-1].last = True
 
 
-def _unused(backbone: PaliGemmaModel) -> Iterator[nn.Parameter]:
-    """Parameters of which keys and values do not depend."""
-    text: Any = backbone.language_model
-    last = text.layers[-1]
-    attn = last.self_attn
-    for part in (attn.q_proj, attn.o_proj, last.mlp, last.post_attention_layernorm, text.norm):
-        yield from part.parameters()
+def _unused_names(backbone: PaliGemmaModel) -> tuple[str, ...]:
+    """How names begin of what keys and values do not depend on."""
+    layers: Any = backbone.language_model.layers
+    parts = ("self_attn.q_proj.", "self_attn.o_proj.", "mlp.", "post_attention_layernorm.")
+    return "language_model.norm.", *(f"language_model.layers.{len(layers) - 1}.{part}" for part in parts)
 
 
 def _save_operations(backbone: PaliGemmaModel, config: VLMConfig) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.errors import ModelError, first_line
 from paligemma_vla.flow import Ongoing
-from paligemma_vla.model.action_head.base import FlowOutput, KeyValue
+from paligemma_vla.model.action_head.base import Float32Linear, FlowOutput, KeyValue
 from paligemma_vla.model.lora import add_adapters, merge_adapters
 from paligemma_vla.model.quantize import Weights, quantize
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
@@ -95,7 +95,7 @@ class VLAModel(nn.Module):
         """Cast matrices that do not learn to the type that `device` computes in, everything else to float32."""
         self.dtype = self.dtype_on(device.type)
         for module in self.modules():
-            matrices = isinstance(module, (*AUTOCAST, nn.Embedding))
+            matrices = isinstance(module, (*AUTOCAST, nn.Embedding)) and not isinstance(module, Float32Linear)
             for parameter in module.parameters(recurse=False):
                 frozen_matrix = matrices and not parameter.requires_grad
                 parameter.data = parameter.data.to(self.dtype if frozen_matrix else torch.float32)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from paligemma_vla import versions
-from paligemma_vla.config import FLOW_HEAD, VLAConfig, config_from_dict, parse_assignments
+from paligemma_vla.config import EXPERTS, FLOW_HEAD, VLAConfig, config_from_dict, parse_assignments
 from paligemma_vla.control.limits import build_limits
 from paligemma_vla.errors import ConfigError
 from paligemma_vla.policy import Continuation, Policy, RealTime, fingerprint
@@ -74,7 +74,7 @@ def warm_up(policy: Policy, graphs: int) -> None:
     seen = example(policy)
     going_on = Continuation(policy.infer(seen, seed=0)["actions"], delay=1)
     learned: list[RealTime] = ["prefix"] if policy.metadata["rtc_max_delay"] else []
-    guidance: list[RealTime] = ["guidance"] if policy.config.model.action_head_config.head == FLOW_HEAD else []
+    guidance: list[RealTime] = ["guidance"] if policy.config.model.action_head_config.head in (FLOW_HEAD, *EXPERTS) else []
     asked: list[tuple[int, RealTime | None]] = [(1, method) for method in (*learned, *guidance)]
     asked += [(size, method) for size in range(2, graphs + 1) for method in (None, *learned)]
     for size, method in asked:

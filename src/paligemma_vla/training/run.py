@@ -205,7 +205,8 @@ def check_same_run(saved: Mapping[str, Any], config: VLAConfig, fingerprint: Map
     if _is_other_backbone(saved, old.model.vlm_config, config.model.vlm_config):
         names = (each.model.vlm_config.model_name_or_path for each in (old, config))
         before["model.vlm_config.model_name_or_path"], now["model.vlm_config.model_name_or_path"] = names
-    if _are_other_statistics(saved, config):
+    kept = old.training.init_from is not None and old.training.init_statistics == "kept"  # no file was read
+    if not kept and _are_other_statistics(saved, config):
         before["data.normalization_stats_path"] = "the statistics"
         now["data.normalization_stats_path"] = f"other statistics ({config.data.normalization_stats_path})"
     differences = [

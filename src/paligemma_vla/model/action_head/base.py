@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma_vla import flow
@@ -25,6 +26,19 @@ class TextSizes(NamedTuple):
     head_dim: int
     rope_theta: float
     eps: float
+
+
+class Float32Linear(nn.Linear):
+    """A small layer that computes in float32 whatever the others compute in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x, self.weight, self.bias)
+
+    @staticmethod
+    def part(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product with some columns of the weight."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight, bias)
 
 
 class FlowOutput(NamedTuple):

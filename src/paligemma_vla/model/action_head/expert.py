@@ -2,7 +2,8 @@
 
 Its action tokens attend, in layer i, to each other and to the keys and values of the language model's layer i, which do not
 depend on them: they are computed once per observation. So are those of pi0's state token, which sees no action. Tensors have
-the published names. Flow time runs the other way there, from 1 (noise) to 0: `_theirs` is the one place that knows.
+the published names, and what is float32 there in a model of bfloat16 is so here. Flow time runs the other way there, from 1
+(noise) to 0: `_theirs` is the one place that knows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from paligemma_vla.config import ActionHeadConfig
 from paligemma_vla.errors import ModelError
-from paligemma_vla.model.action_head.base import FlowActionHead, KeyValue, Modulation, TextSizes
+from paligemma_vla.model.action_head.base import Float32Linear, FlowActionHead, KeyValue, Modulation, TextSizes
 from paligemma_vla.model.attention import attention
 
 SHORTEST, LONGEST = 0.004, 4.0  # periods of the time's sines
@@ -54,7 +55,7 @@ class AdaptiveRMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, 3 * width)
+        self.dense = Float32Linear(width, 3 * width)
         nn.init.zeros_(self.dense.weight)
         nn.init.zeros_(self.dense.bias)
         self.eps = eps
@@ -182,8 +183,8 @@ class ExpertActionHead(FlowActionHead):
         hidden = int(config.mlp_ratio * width)
         self.layers = nn.ModuleList(ExpertLayer(width, hidden, text, self.norm) for _ in range(text.layers))
         self.norm_out = self.norm(width, text.eps)
-        self.action_in_proj = nn.Linear(numbers, width)
-        self.action_out_proj = nn.Linear(width, numbers)
+        self.action_in_proj = Float32Linear(numbers, width)
+        self.action_out_proj = Float32Linear(width, numbers)
 
     def project_context(
         self, fused_tokens: list[KeyValue], context_mask: Tensor | None = None, state: Tensor | None = None
@@ -241,9 +242,9 @@ class Pi0ActionHead(ExpertActionHead):
         super().__init__(config, text, state_dim)
         width = config.embed_dim
         if config.use_state_input:
-            self.state_proj = nn.Linear(config.per_action_dim, width)
-        self.action_time_mlp_in = nn.Linear(2 * width, width)
-        self.action_time_mlp_out = nn.Linear(width, width)
+            self.state_proj = Float32Linear(config.per_action_dim, width)
+        self.action_time_mlp_in = Float32Linear(2 * width, width)
+        self.action_time_mlp_out = Float32Linear(width, width)
 
     def project_context(
         self, fused_tokens: list[KeyValue], context_mask: Tensor | None = None, state: Tensor | None = None
@@ -267,12 +268,14 @@ class Pi0ActionHead(ExpertActionHead):
     def _modulation(self, time: Tensor, context: ExpertContext) -> Modulation:
         """The time's part of the first layer of the MLP (B or 1, M, 1, D), which needs no action."""
         weight = self.action_time_mlp_in.weight[:, self.config.embed_dim :]
-        mixed = F.linear(self._time_embedding(time), weight, self.action_time_mlp_in.bias)
+        mixed = Float32Linear.part(self._time_embedding(time), weight, self.action_time_mlp_in.bias)
         return Modulation([], mixed[:, :, None])
 
     def _tokens(self, draws: Tensor, modulation: Modulation) -> Tensor:
         weight = self.action_time_mlp_in.weight[:, : self.config.embed_dim]
-        tokens: Tensor = self.action_time_mlp_out(F.silu(F.linear(self.action_in_proj(draws), weight) + modulation.final))
+        tokens: Tensor = self.action_time_mlp_out(
+            F.silu(Float32Linear.part(self.action_in_proj(draws), weight) + modulation.final)
+        )
         return tokens
 
 
@@ -283,8 +286,8 @@ class Pi05ActionHead(ExpertActionHead):
 
     def __init__(self, config: ActionHeadConfig, text: TextSizes, state_dim: int) -> None:
         super().__init__(config, text, state_dim)
-        self.time_mlp_in = nn.Linear(config.embed_dim, config.embed_dim)
-        self.time_mlp_out = nn.Linear(config.embed_dim, config.embed_dim)
+        self.time_mlp_in = Float32Linear(config.embed_dim, config.embed_dim)
+        self.time_mlp_out = Float32Linear(config.embed_dim, config.embed_dim)
 
     def _modulation(self, time: Tensor, context: ExpertContext) -> Modulation:
         """Scale, shift and gate of both norms of every layer (B or 1, M, 1, 6 D), and of the last norm."""
