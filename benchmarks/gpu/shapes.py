@@ -83,6 +83,9 @@ class _Prompts:
     def __init__(self, image_id: int, image_tokens: int, max_len: int) -> None:
         self.image_id, self.image_tokens, self.max_len = image_id, image_tokens, max_len
 
+    def text(self, prompt: str, state: object) -> str:
+        return prompt
+
     def text_ids(self, prompt: str) -> Any:
         return np.full(self.max_len, 5)
 
