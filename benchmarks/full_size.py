@@ -45,7 +45,7 @@ def main() -> None:
     result: dict[str, Any] = {**environment("python -m benchmarks.full_size"), "models": models}
     for name in args.models:
         with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
-            result["models"][name] = measure(name, Path(folder))
+            result["models"][name] = {key: result[key] for key in ("commit", "date", "hardware")} | measure(name, Path(folder))
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
