@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
+from benchmarks.run import kind_of_processor
 from benchmarks.scale_units import measure
 
 ROOT = Path(__file__).parents[1]
@@ -317,7 +318,7 @@ def model_units(given: Assumptions) -> dict[str, float]:
 
 def other_benchmarks() -> dict[str, float]:
     """Unit costs that other benchmarks have measured on this machine."""
-    rows = json.loads((RESULTS.parent / "cpu.json").read_text())["rows"]
+    rows = json.loads((RESULTS.parent / f"cpu_{kind_of_processor()}.json").read_text())["rows"]
     stages = json.loads((RESULTS.parent / "full_size.json").read_text())["models"]["paligemma-3b-pt-224"]
     return {
         "loader_rate": next(row["value"] for row in rows if row["name"] == "loader, 2 cameras at 224 px"),
