@@ -14,8 +14,8 @@ from paligemma_vla.config import DataConfig
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_peak_memory_at_sixteen_gigabytes_is_that_at_one(tmp_path: Path) -> None:
-    """Of the main process and of each loader, within 5 %. A loader of random reading fills its cache as it meets more row groups
-    (190 MB with 1 GB of data, 215 with 4, 245 with 8, 294 with 16), up to `data.cache_mb` more."""
+    """Of the main process and of each loader, within 5 %. A loader of random reading fills its cache as it meets more row
+    groups (190 MB with 1 GB of data, 215 with 4, 245 with 8, 294 with 16), up to `data.cache_mb` more."""
     needed = 3e9
     if shutil.disk_usage(tmp_path).free < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of disk in {tmp_path}")
