@@ -66,20 +66,18 @@ class ImageSpec:
         """An RGB image (H, W, 3) uint8 of any size as (3, size, size), see `rounds`; `box` (left, top, right, bottom; shares of
         the sides) crops first."""
         height, width, _ = pixels.shape
-        if not self.rounds:
-            left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
-            cut = pixels[round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
-            unrounded = _resized_unrounded(cut, self.size, self.resize == "pad")
-            mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
-            return (unrounded - mean) / std
-        if self.resize == "pad" and width != height:
+        if self.resize == "pad" and width != height and self.rounds:
             pixels = _pad_to_square(pixels)
             height, width, _ = pixels.shape
         left, top, right, bottom = box or (0.0, 0.0, 1.0, 1.0)
         corners = (left * width, top * height, right * width, bottom * height)
-        if self.resizer == "torch":
+        if self.resizer != "pillow":
             x, y, wide, high = (round(v) for v in (corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1]))
             pixels, box = pixels[y : y + max(high, 1), x : x + max(wide, 1)], None
+        if not self.rounds:
+            unrounded = _resized_unrounded(pixels, self.size, self.resize == "pad")
+            mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+            return (unrounded - mean) / std
         if pixels.shape[:2] == (self.size, self.size) and box is None:
             planes = pixels.transpose(2, 0, 1)
         elif self.resizer == "torch":

@@ -15,24 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from paligemma_vla import versions
-from paligemma_vla.config import PI0_HEAD, PI05_HEAD, config_from_dict
+from paligemma_vla.config import config_from_dict
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.model.action_head.expert import LONGEST, SHORTEST
 from paligemma_vla.normalization import FLOAT32_MAX, DatasetStatistics, Statistics
-from paligemma_vla.preprocess import ImageSpec, PromptEncoder
+from paligemma_vla.preprocess import FORMS, ImageSpec, PromptEncoder
 from paligemma_vla.schema import DatasetMetadata
 from paligemma_vla.storage import read_json
 
 if TYPE_CHECKING:
     from paligemma_vla.policy import Trained
 
-HEADS = {"pi0": PI0_HEAD, "pi05": PI05_HEAD}
+HEADS = {form: head for head, form in FORMS.items()}
 # What a variant stands for: width, width of the MLPs, layers, heads, heads of keys and values, numbers in a head.
 VARIANTS = {"gemma_2b": (2048, 16384, 18, 8, 1, 256), "gemma_300m": (1024, 4096, 18, 8, 1, 256)}
 GEMMA = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -42,7 +43,7 @@ BOS, PAD = 2, 0
 TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
 NORMALIZATION = {"MEAN_STD": "lerobot_mean_std", "QUANTILES": "lerobot_quantile", "MIN_MAX": "min_max"}
 PARTS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}  # of the statistics
-WIDEST = {"min": -FLOAT32_MAX, "q01": -FLOAT32_MAX, "mean": 0.0, "std": 1.0, "q99": FLOAT32_MAX, "max": FLOAT32_MAX}
+STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 STEPS, NORMALIZER = "policy_preprocessor.json", "normalizer_processor"
 RESOLUTION = (224, 224)  # of openpi's
 FIELDS = (
@@ -133,7 +134,7 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
         tensors = _assets(folder, statistics)
         raw = _as_lerobot(folder, raw, tensors)
     elif files := [step["state_file"] for step in steps if step.get("registry_name") == NORMALIZER and "state_file" in step]:
-        tensors = load_numbers(folder / files[0])
+        tensors = _numbers(folder / files[0])
     config = configuration(raw)
     backbone = architecture(raw)
     image = ImageSpec(raw["image_resolution"][0], HALF, HALF, resize="pad", resizer="openpi")
@@ -146,7 +147,8 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
     config["data"]["state_dim"] = len(measured.state.min)
     names = DatasetMetadata(cameras=tuple(name.rpartition(".")[2] for name in _cameras(raw)))
     parsed = config_from_dict(config, where=f"{folder}: config")
-    model = _on_meta(VLAModel, parsed, prompts, image, backbone)
+    with torch.device("meta"):  # for names and shapes
+        model = VLAModel(parsed, prompts, image, backbone)
     return Trained(
         config=config,
         preprocessor={
@@ -181,14 +183,6 @@ def _check(raw: Mapping[str, Any]) -> None:
             raise CheckpointError(f"config.json: {name}: got {raw.get(name)!r}, expected {expected}")
     if (kind := raw["normalization_mapping"].get("VISUAL", "IDENTITY")) != "IDENTITY":
         raise CheckpointError(f"config.json: normalization_mapping.VISUAL: got {kind}, expected IDENTITY")
-
-
-def _on_meta(model: Any, *arguments: Any) -> Any:
-    """A model without memory, for its names and shapes."""
-    import torch
-
-    with torch.device("meta"):
-        return model(*arguments)
 
 
 def configuration(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,9 +277,7 @@ def _assets(folder: Path, needed: bool) -> dict[str, NDArray[Any]]:
     files = sorted((folder / "assets").rglob("norm_stats.json"))
     if len(files) > 1 and needed:
         robots = ", ".join(str(file.parent.relative_to(folder)) for file in files[:5])
-        raise CheckpointError(
-            f"{folder}: got statistics of {robots}, expected those of one robot; leave its folder alone there"
-        )
+        raise CheckpointError(f"{folder}: got statistics of {robots}, expected those of one robot; delete the others")
     if len(files) != 1:
         return {}
     known = read_json(files[0], CheckpointError, AGAIN)["norm_stats"]
@@ -325,7 +317,7 @@ def _as_lerobot(folder: Path, raw: Mapping[str, Any], statistics: Mapping[str, N
     }
 
 
-def load_numbers(path: Path) -> dict[str, NDArray[Any]]:
+def _numbers(path: Path) -> dict[str, NDArray[Any]]:
     return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
 
 
@@ -335,7 +327,7 @@ def _statistics(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, NDAr
     for kind, name in (("STATE", "observation.state"), ("ACTION", "action")):
         features = raw["input_features"] if kind == "STATE" else raw["output_features"]
         given = {
-            part: tensors[f"{name}.{part}"].astype(np.float64).reshape(-1) for part in WIDEST if f"{name}.{part}" in tensors
+            part: tensors[f"{name}.{part}"].astype(np.float64).reshape(-1) for part in STATISTICS if f"{name}.{part}" in tensors
         }
         missing = [part for part in PARTS[raw["normalization_mapping"][kind]] if part not in given]
         if missing and needed:
@@ -349,7 +341,7 @@ def _statistics(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, NDAr
 
 def _complete(given: Mapping[str, NDArray[np.float64]], size: int) -> Statistics:
     """With the widest numbers that do not contradict those that are given."""
-    low, high = (given.get(part, np.full(size, WIDEST[part])) for part in ("min", "max"))
+    low, high = given.get("min", np.full(size, -FLOAT32_MAX)), given.get("max", np.full(size, FLOAT32_MAX))
     rest = {"q01": low, "q99": high, "mean": np.clip(0.0, low, high), "std": np.ones(size)}
     return Statistics(min=low, max=high, **{part: given.get(part, values) for part, values in rest.items()}, count=1)
 

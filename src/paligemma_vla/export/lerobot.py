@@ -20,7 +20,8 @@ from paligemma_vla.errors import ConfigError
 from paligemma_vla.export.folder import staged
 from paligemma_vla.normalization import Normalizer, Statistics
 from paligemma_vla.policy import Policy
-from paligemma_vla.published import HEADS, NORMALIZATION, STEPS, TABLES, UNUSED, WEIGHTS, published_name
+from paligemma_vla.preprocess import FORMS
+from paligemma_vla.published import NORMALIZATION, STATISTICS, STEPS, TABLES, UNUSED, WEIGHTS, published_name
 
 AFTER = "policy_postprocessor.json"
 TOKENIZER = "google/paligemma-3b-pt-224"
@@ -47,8 +48,7 @@ def write_lerobot(output: Path, policy: Policy, dtype: str = "float32") -> Path:
 
 
 def _kind(policy: Policy) -> str:
-    head = policy.config.model.action_head_config.head
-    return next((kind for kind, path in HEADS.items() if path == head), "")
+    return FORMS.get(policy.config.model.action_head_config.head, "")
 
 
 def _faults(policy: Policy) -> Iterator[str]:
@@ -171,7 +171,7 @@ def _step(name: str, **config: Any) -> dict[str, Any]:
 
 def _equivalent(normalizer: Normalizer, measured: Statistics, kind: str) -> dict[str, Any]:
     """Statistics with which LeRobot's formula is our normalisation: of its own kinds as they are."""
-    values = {part: getattr(measured, part).astype(np.float32) for part in ("min", "max", "mean", "std", "q01", "q99")}
+    values = {part: getattr(measured, part).astype(np.float32) for part in STATISTICS}
     if kind == "mean_std":
         values |= {"mean": normalizer.center, "std": normalizer.scale}
     elif kind in ("min_max", "quantile"):

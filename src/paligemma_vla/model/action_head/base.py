@@ -51,9 +51,9 @@ class FlowOutput(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """Shift, scale (with its 1 added) and gate of every layer, for some flow times.
+    """What some flow times make of every layer, and of what follows the last.
 
-    blocks: of each (B or 1, M or 1, 1 or K, 9 D). final: (B or 1, M or 1, 1 or K, 2 D).
+    blocks: of each (B or 1, M or 1, 1 or K, n D). final: (B or 1, M or 1, 1 or K, n D). How many n of what, a head decides.
     """
 
     blocks: list[Tensor]

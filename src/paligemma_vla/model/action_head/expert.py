@@ -9,6 +9,7 @@ the published names, and what is float32 there in a model of bfloat16 is so here
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -208,11 +209,11 @@ class ExpertActionHead(FlowActionHead):
             x = layer(x, past, context.mask, context.turns, self._of_layer(modulation, number))
         x, _ = self.norm_out(x, self._of_end(modulation))
         velocity: Tensor = self.action_out_proj(x)
-        return -velocity.float()  # theirs leads to the noise
+        return -velocity  # theirs leads to the noise
 
+    @abstractmethod
     def _tokens(self, draws: Tensor, modulation: Modulation) -> Tensor:
         """Actions (B, M, K, A) as tokens (B, M, K, D)."""
-        raise NotImplementedError
 
     def _of_layer(self, modulation: Modulation, number: int) -> tuple[Tensor | None, Tensor | None]:
         return None, None
@@ -294,12 +295,12 @@ class Pi05ActionHead(ExpertActionHead):
         condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(self._time_embedding(time)))))[:, :, None]
         layers: list[Any] = list(self.layers)
         modules = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in layers]
-        blocks = [torch.cat([norm.dense(condition) for norm in norms], -1).float() for norms in modules]
-        return Modulation(blocks, cast("Any", self.norm_out).dense(condition).float())
+        blocks = [torch.cat([norm.dense(condition) for norm in norms], -1) for norms in modules]
+        return Modulation(blocks, cast("Any", self.norm_out).dense(condition))
 
     def _tokens(self, draws: Tensor, modulation: Modulation) -> Tensor:
         tokens: Tensor = self.action_in_proj(draws)
-        return tokens.float()
+        return tokens
 
     def _of_layer(self, modulation: Modulation, number: int) -> tuple[Tensor | None, Tensor | None]:
         attention_part, mlp_part = modulation.blocks[number].chunk(2, dim=-1)
