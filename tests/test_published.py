@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+from websockets.sync.client import connect
 
 from conftest import ConfigFactory
 from no_waiting import NoWaiting
+from observations import local
 from paligemma_vla import Policy, published
 from paligemma_vla.config import VLAConfig
 from paligemma_vla.data.loader import load_batches
 from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
+from paligemma_vla.evaluation.envs import make_environment
+from paligemma_vla.evaluation.episode import Condition, check_compatible, play
 from paligemma_vla.export.folder import write_export
 from paligemma_vla.export.lerobot import write_lerobot
 from paligemma_vla.export.programs import export_program
@@ -28,8 +35,10 @@ from paligemma_vla.model.graphs import GraphedModel
 from paligemma_vla.model.tiny import train_tokenizer
 from paligemma_vla.model.vla_model import arguments_from_batch
 from paligemma_vla.policy import Continuation, RealTime, fingerprint, load_trained
+from paligemma_vla_client import pack, unpack
 from pi0_fixture import FIXTURES
-from support import identical, train_here
+from running_server import RunningServer
+from support import call, identical, train_here
 
 KINDS = ("pi0", "pi05")
 STATISTICS = {"min": -3.0, "max": 3.0, "mean": 0.5, "std": 2.0, "q01": -2.0, "q99": 2.5}
@@ -338,3 +347,58 @@ def test_what_lerobot_would_answer_otherwise_is_not_exported(tmp_path: Path) -> 
     policy.config = policy.config.model_copy(update={"model": model})
     with pytest.raises(ConfigError, match=r"(?s)use_state_input: got false.*noise: got uniform"):
         write_lerobot(tmp_path / "out", policy)
+
+
+def test_data_is_checked_with_the_tokenizer_of_the_published_policy(
+    folder: Path, tiny_config: ConfigFactory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which is the only one here; and what pi0.5 reads is longer than the instruction."""
+    kind, path = json.loads((folder / "config.json").read_text())["type"], tmp_path / "run.yaml"
+    printed = {}
+    for tokens in (100, 24):
+        changes = {"data.prompt_max_len": tokens, "data.prompt_overflow": "error"}
+        config = training(folder, tiny_config, "checked", **changes)
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        printed[tokens] = call(capfd, "data", "check", config.data.train_parquet_files, "--config_path", path)
+    assert printed[100][0] == 0, printed
+    assert printed[24][0] == (kind == "pi05") and ("State: 255 255" in printed[24][1]) == (kind == "pi05"), printed
+
+
+def test_a_published_policy_is_served_and_recorded_as_any_other(folder: Path, tmp_path: Path) -> None:
+    message = {"observation/exterior_image_1_left": "image_1", "observation/wrist_image_left": "image_2"}
+    seen = observation()
+    sent = {name: seen[key] for name, key in message.items()}
+    sent |= {"observation/joint_position": seen["state"][:6], "observation/gripper_position": seen["state"][6:]}
+    server = RunningServer(str(folder), preset="droid", seed=0, limited=False, record=tmp_path / "recorded")
+    try:
+        with connect(server.url) as connection:
+            connection.recv()
+            connection.send(pack(sent | {"prompt": seen["prompt"]}))
+            actions = unpack(connection.recv())["actions"]
+            connection.send(
+                pack({"endpoint": "reset", "record": {"executed": actions[:1], "actor": "policy", "success": True}})
+            )
+            connection.recv()
+    finally:
+        server.close()
+    np.testing.assert_array_equal(actions, local(Policy.from_checkpoint(folder), seen, 0))
+    (episode,) = [pq.read_table(path).to_pylist() for path in (tmp_path / "recorded").glob("*.parquet")]
+    assert len(episode) == 1 and np.array_equal(episode[0]["state"], seen["state"])
+
+
+def test_a_published_policy_plays_in_a_simulator(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["input_features"]["observation.state"]["shape"] = raw["output_features"]["action"]["shape"] = [4]
+    (folder / "config.json").write_text(json.dumps(raw))
+    statistics = next(folder.glob("policy_preprocessor_*.safetensors"))
+    save_file({name: values[:4].contiguous() for name, values in load_file(statistics).items()}, statistics)
+    policy = Policy.from_checkpoint(folder)
+    with closing(make_environment("metaworld")) as env:
+        check_compatible(policy.metadata, env.spec)
+        assert (
+            "what the checkpoint calls base_0_rgb, left_wrist_0_rgb, right_wrist_0_rgb is here, in this order, table"
+            in caplog.text
+        )
+        outcomes = [play(env, policy, "drawer-open", 0, Condition(max_steps=8)) for _ in range(2)]
+    assert [outcome.steps for outcome in outcomes] == [8, 8]
+    assert np.array_equal(*(outcome.actions for outcome in outcomes))

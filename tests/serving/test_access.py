@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from messages import draw
 from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from observations import draw
 from paligemma_vla.serving import server as server_module
 from paligemma_vla.serving.access import address_for_clients
 from paligemma_vla_client import pack, unpack

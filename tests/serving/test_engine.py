@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from messages import draw, local
 from websockets.sync.client import ClientConnection, connect
 
+from observations import draw, local
 from paligemma_vla import Policy
 from paligemma_vla_client import pack, unpack
 from running_server import RunningServer

@@ -27,10 +27,10 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from messages import draw
 from websockets.sync.client import ClientConnection, connect
 
 from hostile import EXPENSIVE, Message, find, frames, plain_array, read_naively
+from observations import draw
 from paligemma_vla import Policy
 from paligemma_vla.serving.protocols import groot
 from paligemma_vla.serving.service import READERS

@@ -61,3 +61,12 @@ def test_keys_that_do_not_fit_are_refused(given, said):
     with pytest.raises(ConfigError) as refused:
         build_key_maps(WIRES, CAMERAS, [given], None)
     assert said in str(refused.value)
+
+
+def test_what_the_clients_of_a_preset_do_not_send_is_absent(caplog):
+    """As in published weights, which have slots for three cameras."""
+    three = {**CAMERAS, "image_3": ""}
+    assert names("openpi", "image_3", cameras=three, preset="droid") == []
+    assert "--preset droid: its clients send no image_3" in caplog.text
+    assert names("openpi", "image_3", "image_3=top", cameras=three, preset="droid") == ["top"]
+    assert names("vla-eval", "image_3", cameras=three, preset="droid") == names("vla-eval", "image_3", cameras=three) != []

@@ -14,11 +14,11 @@ from signal import SIGINT, SIGTERM
 import numpy as np
 import pytest
 import torch
-from messages import draw, local
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from observations import draw, local
 from paligemma_vla import Policy
 from paligemma_vla.errors import VLAError
 from paligemma_vla.serving import server as server_module

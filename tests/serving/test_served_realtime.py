@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from messages import draw, local
 
+from observations import draw, local
 from paligemma_vla import Policy
 from paligemma_vla.policy import Continuation
 from paligemma_vla_client import ControlLoop, PolicyClient, PolicyServerError

@@ -12,11 +12,11 @@ import msgpack
 import numpy as np
 import psutil
 import pytest
-from messages import draw, local
 from test_fuzz import Resources, small
 from websockets.sync.client import connect
 
 from hostile import FRAMES
+from observations import draw, local
 from paligemma_vla import Policy
 from paligemma_vla_client import pack, unpack
 from running_server import RunningServer

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from paligemma_vla.cli.arguments import add_workers, between
-from paligemma_vla.config import DataConfig, load_config
+from paligemma_vla.config import DataConfig, VLAConfig, load_config
 from paligemma_vla.data.convert import Conversion, Encoding, NativeOutput, OutputFormat
 from paligemma_vla.data.convert import convert as run_conversion
 from paligemma_vla.data.doctor import CheckOptions, Diagnosis, diagnose
@@ -31,7 +31,7 @@ from paligemma_vla.data.index import EpisodeIndex, Excluded, ExclusionList, expa
 from paligemma_vla.data.reader import check_cameras, episode_prompts, instructions
 from paligemma_vla.data.video import CODECS
 from paligemma_vla.errors import ConfigError, DataError
-from paligemma_vla.preprocess import ImageSpec, load_prompt_and_image_spec
+from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 from paligemma_vla.progress import progress_bar
 
 NATIVE, LEROBOT = "native", "lerobot"
@@ -167,7 +167,7 @@ def check(args: argparse.Namespace) -> int:
     options, name = CheckOptions(allow_prompt_changes=args.allow_prompt_changes), args.exclusion_list
     if args.config_path is not None:
         config = load_config(args.config_path)
-        options = CheckOptions(load_prompt_and_image_spec(config)[0], config, args.allow_prompt_changes)
+        options = CheckOptions(_prompts(config), config, args.allow_prompt_changes)
         name = name or config.data.exclude_episodes
     name = name or EXCLUSION_LIST
     _listed(name)  # a list that cannot be read ends the command before the work, not after it
@@ -181,6 +181,15 @@ def check(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write("\n".join([*_fault_lines(diagnosis), *map(_printable, written)]) + "\n")
     return 1 if diagnosis.faults else 0
+
+
+def _prompts(config: VLAConfig) -> PromptEncoder:
+    """The tokenizer of the policy that training begins with, or of the backbone."""
+    if (name := config.training.init_from) is None:
+        return load_prompt_and_image_spec(config)[0]
+    from paligemma_vla.training.init_from import SourcePolicy  # imports torch
+
+    return SourcePolicy(config, name).prompt_and_image_spec()[0]
 
 
 def _listed(name: str) -> tuple[Excluded, ...]:

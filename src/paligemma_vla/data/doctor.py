@@ -81,6 +81,8 @@ class FileCheck:
         self.digest: str | None = None
         self.previous: str | None = None  # instruction
         self.prompts_change = options.allow_prompt_changes
+        # The normalised state that needs most digits, where a prompt has the state in it.
+        self.longest_state = np.ones(options.config.data.state_dim if options.config else 0, np.float32)
 
     @property
     def episodes(self) -> int:
@@ -228,8 +230,9 @@ class FileCheck:
     def _check_prompt(self, values: pa.Array, slot: int, row: int) -> None:
         before, self.previous = self.previous, None
         prompt = self.previous = prompt_of(values, slot)
-        if self.options.prompts is not None:
-            check_prompt(prompt, self.options.prompts)
+        if (encoder := self.options.prompts) is not None:
+            check_prompt(prompt, encoder)
+            check_prompt(encoder.text(prompt, self.longest_state), encoder)
         changed = before not in (None, prompt) and len(self.starts) > 0 and row not in self.starts
         if changed and not self.prompts_change:
             text = f"got {prompt[:60]!r}, expected {str(before)[:60]!r} as in the row before"

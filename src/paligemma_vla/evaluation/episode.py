@@ -96,12 +96,18 @@ class EpisodeOutcome:
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
     """Raise `SimulatorError` naming the fields in which a policy's metadata and an environment differ.
 
-    What one of them does not say cannot differ; of how pictures stand, where it shows only as failure, that is logged.
+    What one of them does not say cannot differ; of how pictures stand, where it shows only as failure, that is logged. A policy
+    that names no robot, as published ones, may call its cameras otherwise, and have more: the environment's are the first.
     """
     got, expected = schema.described_layout(metadata), spec.layout
-    faults = [f"{name}: {text}" for name, text in schema.robot_differences(got, expected, cameras=None).items()]
-    if not got.metadata.cameras and got.cameras != expected.cameras:
+    names, here, unnamed = got.metadata.cameras, expected.metadata.cameras, not got.metadata.robot
+    differences = schema.robot_differences(got, expected, cameras=0 if unnamed else None)
+    faults = [f"{name}: {text}" for name, text in differences.items()]
+    more = got.cameras - expected.cameras
+    if (unnamed and more < 0) or (not unnamed and not names and more):
         faults.append(f"cameras: got {got.cameras}, expected {expected.cameras}")
+    elif unnamed and names and names != here:
+        log.warning("cameras: what the checkpoint calls %s is here, in this order, %s", ", ".join(names), ", ".join(here))
     if faults:
         raise SimulatorError("\n  ".join(["the checkpoint does not fit the environment:", *faults]))
     if not got.metadata.image_orientation:

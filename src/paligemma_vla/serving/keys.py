@@ -113,11 +113,14 @@ def build_key_maps(
             raise ConfigError(f"--keys {entry}: expected [PROTOCOL:]NAME=THEIRS with NAME one of {', '.join(ours)}")
         if theirs == ABSENT and key not in list(cameras)[1:]:
             raise ConfigError(f"--keys {entry}: only a camera after the first can be absent")
-    presets = {PRESETS_ARE_OF: PRESETS.get(preset or "", {})}
+    presets = {PRESETS_ARE_OF: dict(PRESETS.get(preset or "", {}))}
     for key in presets[PRESETS_ARE_OF].keys() - set(ours):
         log.warning(
             "--preset %s: the policy has no %s; what clients send as %s is ignored", preset, key, PRESETS[preset or ""][key]
         )
+    if preset is not None and (unsent := [key for key in cameras if key not in PRESETS[preset]]):
+        presets[PRESETS_ARE_OF] |= dict.fromkeys(unsent, ABSENT)
+        log.warning("--preset %s: its clients send no %s: absent, unless --keys names it", preset, ", ".join(unsent))
     return {names.protocol: _key_map(names, cameras, given, presets.get(names.protocol, {})) for names in wires}
 
 
