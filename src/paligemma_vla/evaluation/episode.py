@@ -100,19 +100,19 @@ def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
     that names no robot, as published ones, may call its cameras otherwise, and have more: the environment's are the first.
     """
     got, expected = schema.described_layout(metadata), spec.layout
-    names, here, unnamed = got.metadata.cameras, expected.metadata.cameras, not got.metadata.robot
+    called, here, unnamed = got.metadata.cameras, expected.metadata.cameras, not got.metadata.robot
     differences = schema.robot_differences(got, expected, cameras=0 if unnamed else None)
     faults = [f"{name}: {text}" for name, text in differences.items()]
     more = got.cameras - expected.cameras
-    if (unnamed and more < 0) or (not unnamed and not names and more):
+    if (unnamed and more < 0) or (not unnamed and not called and more):
         faults.append(f"cameras: got {got.cameras}, expected {expected.cameras}")
-    elif unnamed and names and names != here:
-        log.warning("cameras: what the checkpoint calls %s is here, in this order, %s", ", ".join(names), ", ".join(here))
+    elif unnamed and called and called != here:
+        log.warning("cameras: what the checkpoint calls %s is here, in this order, %s", ", ".join(called), ", ".join(here))
     if faults:
         raise SimulatorError("\n  ".join(["the checkpoint does not fit the environment:", *faults]))
     if not got.metadata.image_orientation:
-        here = expected.metadata.image_orientation or "not said either"
-        log.warning("image_orientation: the checkpoint's data did not say it, here it is %s; compare two pictures", here)
+        stand = expected.metadata.image_orientation or "not said either"
+        log.warning("image_orientation: the checkpoint's data did not say it, here it is %s; compare two pictures", stand)
 
 
 def instructions(env: Environment, task: str, kind: Prompts) -> tuple[str, ...]:
