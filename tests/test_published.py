@@ -131,6 +131,15 @@ def test_an_export_of_openpi_answers_as_lerobot_does(folder: Path, tmp_path: Pat
     monkeypatch.setattr(published, "RESOLUTION", (56, 56))
     answers = [Policy.from_checkpoint(place).infer(observation(), seed=0)["actions"] for place in (folder, other)]
     assert np.array_equal(*answers)
+    said = {**sizes, **variants, "use_relative_actions": True, "discrete_state_input": False}
+    (other / "config.json").write_text(json.dumps(said))
+    policy, moved = Policy.from_checkpoint(other), observation()["state"] + np.float32(0.5)
+    first, second = (policy.infer({**observation(), "state": each}, seed=0)["actions"] for each in (moved - 0.5, moved))
+    if raw["type"] == "pi05":  # the state is then in no prompt, so only what is added to the actions moves
+        np.testing.assert_allclose(second, first + 0.5, atol=1e-5)
+    else:
+        np.testing.assert_allclose(first, answers[0] + observation()["state"], atol=1e-5)
+    assert policy.preprocessor.prompts.text(" open_the drawer\n", moved) == "open the drawer"
     (other / "assets" / "droid").mkdir()
     shutil.copy(other / "assets" / "arm" / "norm_stats.json", other / "assets" / "droid")
     with pytest.raises(CheckpointError, match=r"statistics of assets/arm, assets/droid, expected those of one robot"):
@@ -402,3 +411,26 @@ def test_a_published_policy_plays_in_a_simulator(folder: Path, caplog: pytest.Lo
         outcomes = [play(env, policy, "drawer-open", 0, Condition(max_steps=8)) for _ in range(2)]
     assert [outcome.steps for outcome in outcomes] == [8, 8]
     assert np.array_equal(*(outcome.actions for outcome in outcomes))
+
+
+RELATIVE = {"use_relative_actions": True, "relative_exclude_joints": ["Gripper"]}
+JOINTS = [*(f"joint_{n}" for n in range(6)), "left_gripper"]
+
+
+def test_relative_actions_go_from_the_state_but_for_the_gripper(folder: Path, tmp_path: Path) -> None:
+    """LeRobot adds the state, in real units, to what the statistics of relative actions give; and reads it so from us."""
+    absolute = Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"]
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **RELATIVE, "action_feature_names": JOINTS}))
+    relative = Policy.from_checkpoint(folder).infer(observation(), seed=0)["actions"]
+    np.testing.assert_array_equal(relative[:, 6], absolute[:, 6])
+    np.testing.assert_allclose(relative[:, :6] - absolute[:, :6], np.tile(observation()["state"][:6], (6, 1)), atol=1e-6)
+    output = write_lerobot(tmp_path / "back", Policy(load_trained(folder), str(folder)))
+    written = json.loads((output / "config.json").read_text())
+    assert written["use_relative_actions"] and written["relative_exclude_joints"] == written["action_feature_names"][6:]
+    steps = [json.loads((output / f"policy_{name}processor.json").read_text())["steps"] for name in ("pre", "post")]
+    names = [[step["registry_name"] for step in each] for each in steps]
+    assert names[0].index("normalizer_processor") == names[0].index("relative_actions_processor") + 1
+    assert names[1].index("absolute_actions_processor") == names[1].index("unnormalizer_processor") + 1
+    shutil.copy(folder / "tokenizer.json", output)
+    np.testing.assert_allclose(Policy.from_checkpoint(output).infer(observation(), seed=0)["actions"], relative, atol=1e-5)

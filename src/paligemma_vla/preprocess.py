@@ -153,7 +153,8 @@ def _pad_to_square(pixels: Pixels) -> Pixels:
 class PromptEncoder:
     """Instruction and number of images to token ids, as `PaliGemmaProcessor` lays them out: images, bos, text, newline.
 
-    form: `paligemma`; `pi0`, whose text keeps what stands around it; or `pi05`, whose text also has the state (`text`).
+    form: `paligemma`; `pi0`, whose text keeps what stands around it; `openpi`, the same in one line without underscores; or
+    `pi05`, whose text also has the state (`text`).
     An absent camera's slots hold padding that nothing attends to; a camera absent from the whole batch has no slots.
     Raises `DataError` for an empty instruction, or one longer than `max_len` unless `overflow` is `truncate`.
     """
@@ -179,10 +180,12 @@ class PromptEncoder:
 
     def text(self, prompt: str, state: NDArray[np.float32]) -> str:
         """What is encoded for an instruction and a normalised state (P,): with the form `pi05` both, the state in 256 bins."""
-        if self.form != "pi05":
+        if self.form not in ("openpi", "pi05"):
             return prompt
-        bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
         task = prompt.strip().replace("_", " ").replace("\n", " ")
+        if self.form == "openpi":
+            return task
+        bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
         return f"Task: {task}, State: {' '.join(map(str, bins))};\nAction: "
 
     def _text_ids(self, prompt: str) -> NDArray[np.int64]:
@@ -194,7 +197,7 @@ class PromptEncoder:
         # The image token written in a prompt would be taken for a picture.
         if self.form == "paligemma":
             prompt = prompt.strip() + "\n"
-        elif self.form == "pi0" and not prompt.endswith("\n"):
+        elif self.form != "pi05" and not prompt.endswith("\n"):
             prompt += "\n"
         ids = [self.bos_id, *(i for i in self._ids(prompt) if i != self.image_id)]
         if len(ids) > self.max_len:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paligemma_vla import versions
+from paligemma_vla.actions import ABSOLUTE, ActionTransform
 from paligemma_vla.config import config_from_dict
 from paligemma_vla.errors import CheckpointError, first_line
 from paligemma_vla.model.action_head.expert import LONGEST, SHORTEST
@@ -45,6 +46,8 @@ NORMALIZATION = {"MEAN_STD": "lerobot_mean_std", "QUANTILES": "lerobot_quantile"
 PARTS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}  # of the statistics
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 STEPS, NORMALIZER = "policy_preprocessor.json", "normalizer_processor"
+RELATIVE = "relative_actions_processor"
+RELATIVE_KEYS = ("use_relative_actions", "relative_exclude_joints", "action_feature_names")  # in config.json
 RESOLUTION = (224, 224)  # of openpi's
 FIELDS = (
     *("type", "input_features", "output_features", "paligemma_variant", "action_expert_variant", "dtype", "chunk_size"),
@@ -135,16 +138,21 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
         raw = _as_lerobot(folder, raw, tensors)
     elif files := [step["state_file"] for step in steps if step.get("registry_name") == NORMALIZER and "state_file" in step]:
         tensors = _numbers(folder / files[0])
+    actions = _actions(raw, steps)
     config = configuration(raw)
     backbone = architecture(raw)
     image = ImageSpec(raw["image_resolution"][0], HALF, HALF, resize="pad", resizer="openpi")
     side = raw["image_resolution"][0] // VISION["patch_size"]
-    form, longest = raw["type"], raw["tokenizer_max_length"]
+    form, longest = raw.get("prompt_form", raw["type"]), raw["tokenizer_max_length"]
     prompts = PromptEncoder(
         _tokenizer(folder, steps), BOS, PAD, backbone["image_token_index"], side**2, longest, "truncate", form
     )
-    measured = _statistics(folder, raw, tensors, statistics)
+    measured = replace(_statistics(folder, raw, tensors, statistics), actions=actions)
+    measured.actions.check(f"{folder}: relative actions", len(measured.state.min), len(measured.action.min))
     config["data"]["state_dim"] = len(measured.state.min)
+    if actions.converts:
+        numbers = {"dimensions": list(actions.dimensions), "state_dimensions": list(actions.state_dimensions)}
+        config["data"]["actions"] = {"representation": actions.representation, **numbers}
     names = DatasetMetadata(cameras=tuple(name.rpartition(".")[2] for name in _cameras(raw)))
     parsed = config_from_dict(config, where=f"{folder}: config")
     with torch.device("meta"):  # for names and shapes
@@ -188,10 +196,6 @@ def _check(raw: Mapping[str, Any]) -> None:
 def configuration(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Our configuration for a config.json of LeRobot's. Raises `CheckpointError` for what is not known here."""
     _check(raw)
-    if raw.get("use_relative_actions"):
-        raise CheckpointError(
-            "config.json: use_relative_actions: got true, expected false: its actions cannot be converted yet"
-        )
     if raw["max_state_dim"] != raw["max_action_dim"]:
         widths = f"{raw['max_state_dim']} and {raw['max_action_dim']}"
         raise CheckpointError(f"config.json: max_state_dim and max_action_dim: got {widths}, expected the same number")
@@ -229,6 +233,23 @@ def configuration(raw: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
     }
+
+
+def _actions(raw: Mapping[str, Any], steps: Iterable[Mapping[str, Any]]) -> ActionTransform:
+    """What the numbers under `action` are: as recorded, or from the state but for excluded dimensions."""
+    step = next((each["config"] for each in steps if each.get("registry_name") == RELATIVE), None)
+    if step is None:
+        step = dict(zip(("enabled", "exclude_joints", "action_names"), map(raw.get, RELATIVE_KEYS), strict=True))
+    converted = are_relative(raw["output_features"]["action"]["shape"][0], step["exclude_joints"], step["action_names"])
+    dimensions = tuple(number for number, relative in enumerate(converted) if relative and step["enabled"])
+    return ActionTransform("chunk_relative", dimensions, dimensions, horizon=raw["chunk_size"]) if dimensions else ABSOLUTE
+
+
+def are_relative(size: int, excluded: Sequence[str] | None, names: Sequence[str] | None) -> list[bool]:
+    """Which of `size` dimensions LeRobot converts: not those in whose names there is an excluded one."""
+    known = [name.lower() for name in (names or ())[:size]]
+    words = [word.lower() for word in excluded or () if word]
+    return [not any(word in name for word in words) for name in known] + [True] * (size - len(known))
 
 
 def architecture(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,8 +315,11 @@ def _as_lerobot(folder: Path, raw: Mapping[str, Any], statistics: Mapping[str, N
     """openpi's config.json as LeRobot would have it. The kind follows from the names of the tensors."""
     with safe_open(folder / WEIGHTS, "np") as file:
         kind = "pi05" if "time_mlp_in.weight" in file.keys() else "pi0"  # noqa: SIM118 - it is no dictionary
-    said = "absolute actions, and with pi0.5 the state in the prompt" if kind == "pi05" else "absolute actions"
-    logger.warning("%s: an export of openpi does not say how it was trained; %s are taken for granted", folder, said)
+    reads_state = kind == "pi05" and raw.get("discrete_state_input", True)
+    unsaid = {"use_relative_actions": False, **({"discrete_state_input": True} if kind == "pi05" else {})}
+    if assumed := {key: value for key, value in unsaid.items() if key not in raw}:
+        listed = json.dumps(assumed)
+        logger.warning("%s: an export of openpi does not say how it was trained; assumed: %s; add what holds", folder, listed)
     cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     width, mode = raw["action_dim"], "QUANTILES" if kind == "pi05" else "MEAN_STD"
     sizes = {name: len(statistics.get(f"{name}.mean", np.zeros(width))) for name in ("observation.state", "action")}
@@ -314,6 +338,8 @@ def _as_lerobot(folder: Path, raw: Mapping[str, Any], statistics: Mapping[str, N
         "image_resolution": list(RESOLUTION),
         "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode},
         "tokenizer_max_length": {"pi0": 48, "pi05": 200}[kind],
+        "prompt_form": "pi05" if reads_state else "openpi",
+        **{key: raw.get(key) for key in RELATIVE_KEYS},
     }
 
 

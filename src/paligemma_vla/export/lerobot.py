@@ -21,7 +21,18 @@ from paligemma_vla.export.folder import staged
 from paligemma_vla.normalization import Normalizer, Statistics
 from paligemma_vla.policy import Policy
 from paligemma_vla.preprocess import FORMS
-from paligemma_vla.published import NORMALIZATION, STATISTICS, STEPS, TABLES, UNUSED, WEIGHTS, published_name
+from paligemma_vla.published import (
+    NORMALIZATION,
+    RELATIVE,
+    RELATIVE_KEYS,
+    STATISTICS,
+    STEPS,
+    TABLES,
+    UNUSED,
+    WEIGHTS,
+    are_relative,
+    published_name,
+)
 
 AFTER = "policy_postprocessor.json"
 TOKENIZER = "google/paligemma-3b-pt-224"
@@ -75,8 +86,10 @@ def _faults(policy: Policy) -> Iterator[str]:
         yield f"model.action_head_config.noise: got {head.noise}, expected normal"
     if len(set(cameras := _cameras(policy))) < len(cameras):
         yield f"cameras: got {', '.join(cameras)}, expected another name for each"
-    if preprocessor.actions.representation != "absolute":
-        yield f"data.actions.representation: got {preprocessor.actions.representation}, expected absolute"
+    actions = preprocessor.actions
+    if actions.representation == "delta" or actions.rotation or actions.dimensions != actions.state_dimensions:
+        got = actions.describe(policy.robot)
+        yield f"data.actions: got {got}, expected absolute, or chunk_relative from the state of the same number, no rotation"
 
 
 def _cameras(policy: Policy) -> list[str]:
@@ -119,7 +132,19 @@ def _config(policy: Policy, dtype: str) -> dict[str, Any]:
         "image_resolution": [side, side],
         "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": kind, "ACTION": kind},
         "tokenizer_max_length": policy.preprocessor.prompts.max_len,
+        **_relative(policy),
     }
+
+
+def _relative(policy: Policy) -> dict[str, Any]:
+    """Which actions are relative, as config.json has it; empty where none is. Where the data's names would mislead, our own."""
+    size, relative = policy.preprocessor.action.dimension, policy.preprocessor.actions.dimensions
+    expected = [number in relative for number in range(size)]
+    for names in (list(policy.robot.action_names), [f"action_{number:04}" for number in range(size)]):
+        excluded = [name for name, converted in zip(names, expected, strict=False) if not converted]
+        if len(names) == size and are_relative(size, excluded, names) == expected:
+            break
+    return dict(zip(RELATIVE_KEYS, (True, excluded, names), strict=True)) if relative else {}
 
 
 def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
@@ -147,9 +172,14 @@ def _steps(policy: Policy, folder: Path) -> dict[str, Any]:
     )
     to_device = _step("device_processor", device="cpu", float_dtype=None)
     begin = [_step("rename_observations_processor", rename_map={}), _step("to_batch_processor")]
-    words = [normalize, _step("pi05_prepare_state_tokenizer_processor_step"), tokenize, to_device]
-    before = [*begin, *(words if pi05 else [_step("pi0_new_line_processor"), tokenize, to_device, normalize])]
-    after = [unnormalize, to_device]
+    relative, absolute = [], []
+    if settings := _relative(policy):
+        names = dict(zip(("enabled", "exclude_joints", "action_names"), settings.values(), strict=True))
+        relative, absolute = [_step(RELATIVE, **names)], [_step("absolute_actions_processor", enabled=True)]
+    normalized = [*relative, normalize]
+    words = [*normalized, _step("pi05_prepare_state_tokenizer_processor_step"), tokenize, to_device]
+    before = [*begin, *(words if pi05 else [_step("pi0_new_line_processor"), tokenize, to_device, *normalized])]
+    after = [unnormalize, *absolute, to_device]
     statistics = {
         f"{name}.{part}": torch.from_numpy(values)
         for name, normalizer, measured in (
