@@ -295,15 +295,17 @@ def test_a_graph_of_an_expert_answers_equally_and_never_waits(folder: Path, monk
         return lambda: answer
 
     monkeypatch.setattr(graphs, "capture", watch)
-    raw = json.loads((folder / "config.json").read_text())
-    raw["input_features"].pop("observation.images.right_wrist_0_rgb")  # an observation without a camera is not captured
-    (folder / "config.json").write_text(json.dumps(raw))
     policy = Policy.from_checkpoint(folder)
-    expected = policy.infer(observation(), seed=0)["actions"]
+    whole = {**observation(), "image_3": observation()["image_2"]}
+    asked = ([observation()], [whole], [observation(), whole])  # three cameras are known, and two there
+    expected = [policy.infer_batch(each, [0] * len(each)) for each in asked]
     prompts = policy.preprocessor.prompts
-    policy.graphs = GraphedModel(policy.model, 2 * prompts.image_tokens + prompts.max_len, fused=False)
-    got = policy.infer(observation(), seed=0)["actions"]
-    assert list(policy.graphs.captured.values()) != [None] and np.abs(got - expected).max() < 1e-5
+    policy.graphs = GraphedModel(policy.model, 3 * prompts.image_tokens + prompts.max_len, fused=False)
+    for each, answers, graphs_now in zip(
+        asked, expected, (1, 2, 2), strict=True
+    ):  # what lacks a camera beside what has it: none
+        assert np.abs(policy.infer_batch(each, [0] * len(each)) - answers).max() < 1e-5
+        assert len(policy.graphs.captured) == graphs_now and None not in policy.graphs.captured.values()
 
 
 def test_policies_of_other_weights_have_other_fingerprints(folder: Path) -> None:

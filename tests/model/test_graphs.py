@@ -87,13 +87,25 @@ def test_what_no_graph_can_serve_is_computed_by_the_model(graphed: Policy, rows:
         given = {"observation": seen, "seed": 3} | options
         np.testing.assert_allclose(graphed.infer(**given)["actions"], eager.infer(**given)["actions"], atol=1e-5)
 
-    check(observation={key: value for key, value in seen.items() if key != "image_2"})
+    lacking = {key: value for key, value in seen.items() if key != "image_2"}
+    both = [policy.infer_batch([seen, lacking], [0, 0]) for policy in (graphed, eager)]
+    np.testing.assert_allclose(*both, atol=1e-5)
     check(continuation=Continuation(np.zeros((3, ACTION_DIM), np.float32), 1), realtime="guidance")
     assert not graphed.graphs.captured
     monkeypatch.setattr(graphs, "GRAPHS", 1)
     for num_steps in (2, 3):
         check(num_steps=num_steps)
     assert len(graphed.graphs.captured) == 1
+
+
+def test_a_camera_that_all_lack_has_a_graph_of_its_own(graphed: Policy, rows: Rows) -> None:
+    eager = copy.copy(graphed)
+    eager.graphs = None
+    seen = observation_of(next(row for row in rows if row["image_2_bytes"] is not None))
+    for number, lost in enumerate(("", "image_2"), 1):
+        given = {key: value for key, value in seen.items() if key != lost}
+        np.testing.assert_allclose(graphed.infer(given, seed=0)["actions"], eager.infer(given, seed=0)["actions"], atol=1e-5)
+        assert len(graphed.graphs.captured) == number and None not in graphed.graphs.captured.values()
 
 
 def test_rows_of_the_heads_mask_are_multiples_of_8(policy: Policy) -> None:

@@ -60,7 +60,8 @@ class GraphedModel:
 
     model: on its device and in eval mode; its weights must stay where they are. tokens: longest context T. fused: also compile
     the layers of the backbone and the work of an Euler step (`torch.compile`), which are fewer kernels then. The model itself
-    computes what no graph can: guidance, which needs gradients, observations that lack a camera, and what has too many shapes.
+    computes what no graph can: guidance, which needs gradients, observations of which some lack a camera, what has too many
+    shapes.
     """
 
     def __init__(self, model: VLAModel, tokens: int, fused: bool = True) -> None:
@@ -76,8 +77,9 @@ class GraphedModel:
 
     def __call__(self, **arguments: Any) -> Tensor:
         """Actions (B, K, A), normalised, float32. Arguments of `VLAModel.forward`; input_ids and image_mask must be given."""
-        ongoing = arguments["ongoing"]
-        if arguments["image_mask"].all() and not (ongoing is not None and ongoing.guided):
+        ongoing, present = arguments["ongoing"], arguments["image_mask"]
+        alike = bool((present == present[:1]).all())
+        if alike and not (ongoing is not None and ongoing.guided):
             with self._lock, torch.inference_mode():
                 fixed = self._in_fixed_shape(arguments)
                 shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(fixed))
@@ -91,6 +93,7 @@ class GraphedModel:
     def _in_fixed_shape(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments that differ in the numbers of their tensors only, where as many observations are asked alike."""
         ids, mask = arguments["input_ids"], arguments["vlm_attention_mask_batch"]
+        _, second, *further = arguments["image_mask"][0].tolist() + [False]  # the first is always there
         missing = self.tokens - ids.shape[1]
         assert missing >= 0, (ids.shape, self.tokens)
         return {
@@ -98,7 +101,10 @@ class GraphedModel:
             "input_ids": F.pad(ids, (0, missing)),
             "vlm_attention_mask_batch": F.pad(mask, (0, missing)),
             "raw_prompt_texts_batch": None,  # they are encoded
-            "image_mask": None,  # all are there
+            # A camera that all lack is left out, as it has no place among the tokens either.
+            "image_2_batch": arguments["image_2_batch"] if second else None,
+            "further_images": [image for image, here in zip(arguments["further_images"], further, strict=False) if here],
+            "image_mask": None,
         }
 
     def _capture(self, arguments: dict[str, Any]) -> _Graph | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def build_service(  # noqa: PLR0913 - the command's arguments
     if preset == openpi.ROBOARENA:
         greeting = openpi.roboarena_configuration(key_maps[openpi.NAMES.protocol], policy.metadata["action_convention"])
     began = time.monotonic()
-    warm_up(policy, graphs)
+    warm_up(policy, graphs, cameras.keys() - key_maps[openpi.NAMES.protocol].sources.keys())
     coverage = chunk_coverage(policy.metadata["horizon"], policy.metadata["control_hz"])
     log.info("warmed up in %.2f s%s", time.monotonic() - began, f"; {coverage}" if coverage else "")
     contract = {
@@ -68,10 +68,10 @@ def build_service(  # noqa: PLR0913 - the command's arguments
     return PolicyService(policy, contract, limits, seed, key_maps, greeting, record)
 
 
-def warm_up(policy: Policy, graphs: int) -> None:
+def warm_up(policy: Policy, graphs: int, absent: Collection[str] = ()) -> None:
     """Answer as clients will ask, so that none of them waits for what is done once: anew, by a prefix and by guidance, and up
-    to `graphs` observations at once."""
-    seen = example(policy)
+    to `graphs` observations at once. absent: cameras that they do not send."""
+    seen = {key: value for key, value in example(policy).items() if key not in absent}
     going_on = Continuation(policy.infer(seen, seed=0)["actions"], delay=1)
     learned: list[RealTime] = ["prefix"] if policy.metadata["rtc_max_delay"] else []
     guidance: list[RealTime] = ["guidance"] if policy.config.model.action_head_config.head in (FLOW_HEAD, *EXPERTS) else []
