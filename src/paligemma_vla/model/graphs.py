@@ -93,7 +93,7 @@ class GraphedModel:
     def _in_fixed_shape(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments that differ in the numbers of their tensors only, where as many observations are asked alike."""
         ids, mask = arguments["input_ids"], arguments["vlm_attention_mask_batch"]
-        _, second, *further = arguments["image_mask"][0].tolist() + [False]  # the first is always there
+        _, second, *further = [*arguments["image_mask"][0].tolist(), False]  # the first is always there
         missing = self.tokens - ids.shape[1]
         assert missing >= 0, (ids.shape, self.tokens)
         return {
