@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class GraphedModel:
     def _in_fixed_shape(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments that differ in the numbers of their tensors only, where as many observations are asked alike."""
         ids, mask = arguments["input_ids"], arguments["vlm_attention_mask_batch"]
-        _, second, *further = [*arguments["image_mask"][0].tolist(), False]  # the first is always there
+        present: list[bool] = arguments["image_mask"][0].tolist()
         missing = self.tokens - ids.shape[1]
         assert missing >= 0, (ids.shape, self.tokens)
         return {
@@ -102,8 +103,8 @@ class GraphedModel:
             "vlm_attention_mask_batch": F.pad(mask, (0, missing)),
             "raw_prompt_texts_batch": None,  # they are encoded
             # A camera that all lack is left out, as it has no place among the tokens either.
-            "image_2_batch": arguments["image_2_batch"] if second else None,
-            "further_images": [image for image, here in zip(arguments["further_images"], further, strict=False) if here],
+            "image_2_batch": arguments["image_2_batch"] if all(present[1:2]) else None,
+            "further_images": list(compress(arguments["further_images"], present[2:])),
             "image_mask": None,
         }
 
