@@ -27,6 +27,7 @@ from paligemma_vla.data.order import RunSampler
 from paligemma_vla.errors import CheckpointError, ConfigError, ModelError
 from paligemma_vla.evaluation.envs import make_environment
 from paligemma_vla.evaluation.episode import Condition, check_compatible, play
+from paligemma_vla.evaluation.open_loop import OpenLoopConfig, evaluate
 from paligemma_vla.export.folder import write_export
 from paligemma_vla.export.lerobot import write_lerobot
 from paligemma_vla.export.programs import export_program
@@ -38,7 +39,7 @@ from paligemma_vla.policy import Continuation, RealTime, fingerprint, load_train
 from paligemma_vla_client import pack, unpack
 from pi0_fixture import FIXTURES
 from running_server import RunningServer
-from support import call, identical, train_here
+from support import ACTION_DIM, STATE_DIM, call, identical, train_here
 
 KINDS = ("pi0", "pi05")
 STATISTICS = {"min": -3.0, "max": 3.0, "mean": 0.5, "std": 2.0, "q01": -2.0, "q99": 2.5}
@@ -397,12 +398,29 @@ def test_a_published_policy_is_served_and_recorded_as_any_other(folder: Path, tm
     assert len(episode) == 1 and np.array_equal(episode[0]["state"], seen["state"])
 
 
-def test_a_published_policy_plays_in_a_simulator(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def resize(folder: Path, state: int, action: int) -> None:
+    """Make it one for another robot."""
     raw = json.loads((folder / "config.json").read_text())
-    raw["input_features"]["observation.state"]["shape"] = raw["output_features"]["action"]["shape"] = [4]
+    raw["input_features"]["observation.state"]["shape"], raw["output_features"]["action"]["shape"] = [state], [action]
     (folder / "config.json").write_text(json.dumps(raw))
-    statistics = next(folder.glob("policy_preprocessor_*.safetensors"))
-    save_file({name: values[:4].contiguous() for name, values in load_file(statistics).items()}, statistics)
+    file = next(folder.glob("policy_preprocessor_*.safetensors"))
+    sizes = {"observation.state": state, "action": action}
+    save_file({name: torch.full((sizes[name.rpartition(".")[0]],), float(v[0])) for name, v in load_file(file).items()}, file)
+
+
+def test_a_published_policy_is_compared_with_episodes_of_fewer_cameras(
+    folder: Path, two_camera_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resize(folder, STATE_DIM, ACTION_DIM)
+    metrics = evaluate(
+        Policy.from_checkpoint(folder), str(two_camera_dir), OpenLoopConfig(max_samples=8, episodes_shown=0)
+    ).metrics
+    assert np.isfinite(metrics["velocity_loss"]) and metrics["samples"] == 8
+    assert "right_wrist_0_rgb is here, in this order, front, wrist" in caplog.text
+
+
+def test_a_published_policy_plays_in_a_simulator(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resize(folder, 4, 4)
     policy = Policy.from_checkpoint(folder)
     with closing(make_environment("metaworld")) as env:
         check_compatible(policy.metadata, env.spec)

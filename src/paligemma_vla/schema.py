@@ -11,6 +11,7 @@ Letters in shape comments, everywhere in this project:
 from __future__ import annotations
 
 import json
+import logging
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from pydantic_core import ErrorDetails
 
 from paligemma_vla.errors import DataError
 
+logger = logging.getLogger(__name__)
 Rows = NDArray[np.int64]  # numbers of rows in a file
 Pixels = NDArray[np.uint8]  # of an RGB picture: (H, W, 3) as it is taken and stored, (3, H, W) as the model has it
 
@@ -207,3 +209,17 @@ def robot_differences(got: Layout, expected: Layout, cameras: int | None = 0) ->
         if first[name] and second[name] and first[name] != second[name]:
             found[name] = f"got {first[name]!r}, expected {second[name]!r}"
     return found
+
+
+def cameras_in_order(policy: Layout, here: Layout) -> bool:
+    """Whether the cameras that are here are a policy's first ones, whatever it calls them, and it may have more.
+
+    So it is of policies that name no robot, as published ones, whose cameras are slots; where names differ, that is logged.
+    """
+    if policy.metadata.robot:
+        return False
+    called, found = policy.metadata.cameras, here.metadata.cameras
+    if called and found and called[: len(found)] != found:
+        shown = ", ".join(called), ", ".join(found)
+        logger.warning("cameras: what the checkpoint calls %s is here, in this order, %s", *shown)
+    return True

@@ -96,18 +96,15 @@ class EpisodeOutcome:
 def check_compatible(metadata: Mapping[str, Any], spec: EnvSpec) -> None:
     """Raise `SimulatorError` naming the fields in which a policy's metadata and an environment differ.
 
-    What one of them does not say cannot differ; of how pictures stand, where it shows only as failure, that is logged. A policy
-    that names no robot, as published ones, may call its cameras otherwise, and have more: the environment's are the first.
+    What one of them does not say cannot differ; of how pictures stand, where it shows only as failure, that is logged.
     """
     got, expected = schema.described_layout(metadata), spec.layout
-    called, here, unnamed = got.metadata.cameras, expected.metadata.cameras, not got.metadata.robot
-    differences = schema.robot_differences(got, expected, cameras=0 if unnamed else None)
+    in_order = schema.cameras_in_order(got, expected)
+    differences = schema.robot_differences(got, expected, cameras=0 if in_order else None)
     faults = [f"{name}: {text}" for name, text in differences.items()]
     more = got.cameras - expected.cameras
-    if (unnamed and more < 0) or (not unnamed and not called and more):
+    if (in_order and more < 0) or (not in_order and not got.metadata.cameras and more):
         faults.append(f"cameras: got {got.cameras}, expected {expected.cameras}")
-    elif unnamed and called and called != here:
-        log.warning("cameras: what the checkpoint calls %s is here, in this order, %s", ", ".join(called), ", ".join(here))
     if faults:
         raise SimulatorError("\n  ".join(["the checkpoint does not fit the environment:", *faults]))
     if not got.metadata.image_orientation:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from paligemma_vla import schema
+from paligemma_vla.config import config_from_dict
 from paligemma_vla.data.index import EpisodeIndex, hex_digest, real_name, share_episodes
 from paligemma_vla.data.loader import Collator, VLADataset, read_chunk
 from paligemma_vla.data.order import SampleRef, ValidationSampler
@@ -84,8 +85,12 @@ def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: O
     began = time.perf_counter()
     index = data if isinstance(data, EpisodeIndex) else EpisodeIndex.build(data, "--eval_data_path")
     check_same_robot(index, policy)
-    dataset = VLADataset(index, policy.preprocessor, policy.config)
-    check_cameras(index, range(policy.config.model.vlm_config.cameras))
+    seen, cameras = policy.config, policy.config.model.vlm_config.cameras
+    if index.layout.cameras < cameras:
+        cameras, key = index.layout.cameras, "model.vlm_config."
+        seen = config_from_dict(seen.model_dump(mode="json"), {f"{key}num_cameras": cameras, f"{key}use_aux_camera": False})
+    dataset = VLADataset(index, policy.preprocessor, seen)
+    check_cameras(index, range(cameras))
     try:
         figures, chosen = _errors(policy, dataset, config)
         euler = _euler_table(policy, dataset, config)
@@ -113,8 +118,10 @@ def evaluate(policy: Policy, data: str | Sequence[str] | EpisodeIndex, config: O
 def check_same_robot(index: EpisodeIndex, policy: Policy) -> None:
     """Raise `DataError` with every way in which data and checkpoint are of different robots, cameras or rates."""
     layout, expected = index.layout, schema.described_layout(policy.metadata)
-    faults = [f"{name}: {text}" for name, text in schema.robot_differences(layout, expected, expected.cameras).items()]
-    if layout.cameras < expected.cameras:
+    in_order = schema.cameras_in_order(expected, layout)
+    differences = schema.robot_differences(layout, expected, 0 if in_order else expected.cameras)
+    faults = [f"{name}: {text}" for name, text in differences.items()]
+    if layout.cameras < expected.cameras and not in_order:
         wanted = f"got {layout.cameras}, the checkpoint takes {expected.cameras}"
         faults.append(f"cameras: {wanted}; add columns (null where one is absent)")
     if faults:

@@ -52,7 +52,7 @@ def build_service(  # noqa: PLR0913 - the command's arguments
     if preset == openpi.ROBOARENA:
         greeting = openpi.roboarena_configuration(key_maps[openpi.NAMES.protocol], policy.metadata["action_convention"])
     began = time.monotonic()
-    warm_up(policy, graphs, cameras.keys() - key_maps[openpi.NAMES.protocol].sources.keys())
+    warm_up(policy, graphs, set(cameras) - key_maps[openpi.NAMES.protocol].sources.keys())
     coverage = chunk_coverage(policy.metadata["horizon"], policy.metadata["control_hz"])
     log.info("warmed up in %.2f s%s", time.monotonic() - began, f"; {coverage}" if coverage else "")
     contract = {
