@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from running_server import RunningServer
 
 ConfigFactory = Callable[..., VLAConfig]
-LONGEST_FIRST = ("integration", "training", "evaluation", "cli", "export")  # folders
+LONGEST_FIRST = ("integration", "test_benchmarks.py", "test_published.py", "training", "evaluation", "cli", "export")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
