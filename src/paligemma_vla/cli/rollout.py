@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import get_args
 
 from paligemma_vla.cli.arguments import add_policy_arguments, add_simulator_arguments, from_flags, natural, positive
+from paligemma_vla.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from paligemma_vla.evaluation.envs import Resets
+    from paligemma_vla.evaluation.envs import PROTOCOLS
     from paligemma_vla.evaluation.episode import Actor, ImageSource, Prompts, TakeOver
     from paligemma_vla.evaluation.execution import Execution
 
     add_policy_arguments(parser, required=False, note="; needed unless --policy random")
     add_simulator_arguments(parser, "per task", "for rollout.json and videos/")
     parser.add_argument("--prompts", choices=get_args(Prompts), default="own", help="whose instructions (default: %(default)s)")
-    parser.add_argument("--resets", choices=get_args(Resets), default="demo", help="how episodes start (default: %(default)s)")
+    parser.add_argument("--resets", choices=("demo", "stock"), default="demo", help="how episodes start (default: %(default)s)")
+    text = "play as published results are made: starts in their order, instead of --resets"
+    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help=text)
     parser.add_argument("--num_steps", type=positive, metavar="N", help="Euler steps (default: the checkpoint's)")
     parser.add_argument("--execute", type=positive, metavar="M", help="actions taken of each chunk (default: half the horizon)")
     text = "control steps between an observation and the use of its answer (default: %(default)s)"
@@ -45,8 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate, and print a table of success rates."""
+    from paligemma_vla.evaluation.envs import PROTOCOLS
     from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 
+    if args.protocol is not None:
+        if (simulator := args.env.partition(":")[0]) != PROTOCOLS[args.protocol]:
+            raise ConfigError(f"--protocol {args.protocol}: got --env {simulator}, expected {PROTOCOLS[args.protocol]}")
+        args.resets = "protocol"
     options = {"workers": args.workers, "image_size": args.image_size, "weights": args.weights}
     with RolloutPool(args.env, args.checkpoint_path, **options) as pool:
         result = pool.run(from_flags(RolloutConfig, args))

@@ -27,7 +27,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.images import encode_image
 from paligemma_vla.data.writer import EpisodeWriter, stored_schema
 from paligemma_vla.errors import SimulatorError
-from paligemma_vla.evaluation.envs import Control, Environment, Start, make_environment
+from paligemma_vla.evaluation.envs import Control, Environment, Start, file_prefix, make_environment, named_tasks
 from paligemma_vla.progress import progress_bar
 from paligemma_vla.schema import Episode, Observation, image_key
 from paligemma_vla.workers import WorkerPool
@@ -97,7 +97,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     started = time.monotonic()
     env = make_environment(config.env, config.image_size)
     env.use_control(config.control, config.action_repeat)
-    tasks = tuple(dict.fromkeys(env.canonical(task) for task in config.tasks))
+    tasks = named_tasks(env, config.tasks)
     metadata = replace(env.spec.metadata, extra={SETTINGS_KEY: config.settings()})
     env.close()
     episodes = frames = 0
@@ -106,7 +106,7 @@ def collect(config: CollectConfig) -> CollectSummary:
     with WorkerPool(config.workers) as pool, progress:
         for task in tasks:
             columns = _further_columns(config, task, len(metadata.action_names))
-            with EpisodeWriter(config.output_dir, metadata, prefix=task, extra=columns) as writer:
+            with EpisodeWriter(config.output_dir, metadata, prefix=file_prefix(task), extra=columns) as writer:
                 stored = writer.episodes_written
                 progress.update(min(stored, config.episodes))
                 attempts = 0
@@ -200,7 +200,7 @@ def _further_columns(config: CollectConfig, task: str, action_dim: int) -> dict[
     A folder must not mix episodes of one task from two settings; it would be a data set that no command makes.
     """
     columns = {schema.EXECUTED: pa.list_(pa.float32(), action_dim), schema.RESET: pa.string()}
-    for path in sorted(Path(config.output_dir).glob(f"{task}-?????.parquet"))[:1]:
+    for path in sorted(Path(config.output_dir).glob(f"{file_prefix(task)}-?????.parquet"))[:1]:
         stored = stored_schema(path)
         metadata = (stored.metadata or {}).get(schema.METADATA_KEY, b"{}")
         settings = schema.DatasetMetadata.from_json(metadata, str(path)).extra.get(SETTINGS_KEY)

@@ -18,7 +18,7 @@ from paligemma_vla import schema
 from paligemma_vla.data.video import VideoWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.collect import build_episode
-from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets, Start
+from paligemma_vla.evaluation.envs import Environment, EnvSpec, Resets, Start, protocol_seed
 from paligemma_vla.evaluation.execution import Execution, Motion, Timing, execute_chunks, measure_motion
 from paligemma_vla.schema import DatasetMetadata, Episode
 
@@ -133,6 +133,8 @@ def play(env: Environment, policy: Policy | None, task: str, index: int, conditi
     reset_seed, choice, noise_seed = (int(word) for word in seeds.generate_state(3))
     prompts = instructions(env, task, condition.prompts)
     prompt = prompts[choice % len(prompts)]
+    if condition.resets == "protocol":
+        reset_seed = protocol_seed(condition.seed, index)
     start = Start(task, reset_seed, condition.resets)
     seen, states, actions, solved = [start.reset(env)], [], [], False
     own, limit = split_limit(env, task, condition)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from paligemma_vla import schema
 from paligemma_vla.data.index import EpisodeIndex
 from paligemma_vla.errors import SimulatorError
-from paligemma_vla.evaluation.envs import Environment, Start, make_environment, match_control, package_versions
+from paligemma_vla.evaluation.envs import Environment, Start, make_environment, match_control, named_tasks, package_versions
 from paligemma_vla.evaluation.recorded import RecordedEpisode, read_recorded
 from paligemma_vla.evaluation.replay_findings import (
     TRIALS,
@@ -178,7 +178,7 @@ def _select(config: ReplayConfig, index: EpisodeIndex, env: Environment) -> tupl
     if differences:
         faults = [f"{name}: {text}" for name, text in differences.items()]
         raise SimulatorError("\n  ".join([f"the data does not fit the environment '{config.env}':", *faults]))
-    tasks = None if config.tasks is None else {env.canonical(task) for task in config.tasks}
+    tasks = None if config.tasks is None else set(named_tasks(env, config.tasks))
     count: Counter[str] = Counter()
     chosen, found, unknown = [], set(), 0
     for episode in read_recorded(index):

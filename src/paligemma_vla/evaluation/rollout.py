@@ -24,7 +24,15 @@ from paligemma_vla import quiet_libraries, schema
 from paligemma_vla.data.writer import EpisodeWriter
 from paligemma_vla.errors import SimulatorError
 from paligemma_vla.evaluation.compare import StartKey, failed_starts, wilson_interval
-from paligemma_vla.evaluation.envs import Environment, Resets, make_environment, match_control, package_versions
+from paligemma_vla.evaluation.envs import (
+    Environment,
+    Resets,
+    file_prefix,
+    make_environment,
+    match_control,
+    named_tasks,
+    package_versions,
+)
 from paligemma_vla.evaluation.episode import (
     Condition,
     EpisodeOutcome,
@@ -134,7 +142,7 @@ class RolloutPool:
         with progress_bar(len(starts), label, "episode") as bar, ExitStack() as record:
             for outcome in self._recorded(config, self._pool.map(_play_job, jobs), record):
                 bar.update()
-                kind = f"{outcome.task}_{'success' if outcome.success else 'failure'}"
+                kind = f"{file_prefix(outcome.task)}_{'success' if outcome.success else 'failure'}"
                 count[kind] += 1
                 if folder is not None and count[kind] <= config.max_videos:
                     path = f"videos/{kind}_{count[kind]}.mp4"
@@ -172,7 +180,7 @@ class RolloutPool:
                 if outcome.task not in writers:
                     about = {"recorded_by": "paligemma-vla rollout", "fingerprint": str(self._fingerprint)}
                     described = replace(metadata, extra=about)
-                    writer = EpisodeWriter(config.record, described, outcome.task, extra=RECORDED)
+                    writer = EpisodeWriter(config.record, described, file_prefix(outcome.task), extra=RECORDED)
                     writers[outcome.task] = files.enter_context(writer)
                 writers[outcome.task].write(episode)
             yield replace(outcome, recorded=None)
@@ -188,7 +196,7 @@ class RolloutPool:
 
     def _check(self, config: RolloutConfig) -> tuple[str, ...]:
         """Task names as the environment spells them; everything that can be refused early is refused here."""
-        tasks = tuple(dict.fromkeys(self._env.canonical(task) for task in config.tasks))
+        tasks = named_tasks(self._env, config.tasks)
         if not tasks or config.episodes < 1:
             raise SimulatorError(f"rollout: got {len(tasks)} tasks, {config.episodes} episodes, expected at least 1 of each")
         if config.policy == "checkpoint" and not (self._player.checkpoint_path or self._player.policy_factory):
@@ -197,7 +205,7 @@ class RolloutPool:
             raise SimulatorError("--take_over_after: got a number without --take_over expert; give both")
         for task in tasks:
             instructions(self._env, task, config.prompts)
-            for found in config.record.glob(f"{task}-?????.parquet") if config.record is not None else ():
+            for found in config.record.glob(f"{file_prefix(task)}-?????.parquet") if config.record is not None else ():
                 raise SimulatorError(f"--record {found.parent}: {found.name} is there already; give another folder")
         return tasks
 

