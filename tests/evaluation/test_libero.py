@@ -130,3 +130,32 @@ def test_rollout_by_the_protocol(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert code == 0, out + err
     assert [each["seed"] for each in json.loads((tmp_path / "rollout.json").read_text())["episodes"]] == [0, 1]
     assert call(capfd, "data", "check", tmp_path / "seen")[0] == 0
+
+
+def test_what_lies_on_a_fixture_starts_there(env: LiberoEnvironment) -> None:
+    """Also where an earlier episode had the fixture elsewhere."""
+    for seed in (0, 1):
+        env.reset("libero_spatial:9", seed, "demo")
+        sim = env._env.sim
+        bowl = sim.data.get_body_xpos(env._env.env.objects_dict["akita_black_bowl_1"].root_body)
+        assert bowl[2] == pytest.approx(sim.data.get_site_xpos("wooden_cabinet_1_top_side")[2], abs=0.01)
+
+
+def test_expert_solves_tasks_within_their_limits(env: LiberoEnvironment) -> None:
+    for task in ("libero_spatial:2", "libero_object:0"):
+        env.reset(task, 5, "demo", start_away=True)
+        solved = next((step for step in range(env.max_steps(task)) if env.step(env.expert_action()).success), None)
+        assert solved is not None and solved < 0.8 * env.max_steps(task)
+    env.reset("libero_goal:0", 0, "demo")
+    with pytest.raises(SimulatorError, match=r"only picks and places, got the goal open"):
+        env.expert_action()
+
+
+def test_demonstrations_are_collected_and_replayed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ("--env", "libero:fast", "--tasks", "libero_spatial:2", "--episodes", 1, "--workers", 0)
+    code, out, err = call(capfd, "collect", *flags, "--output_dir", tmp_path / "D")
+    assert code == 0, out + err
+    code, out, err = call(capfd, "replay", "--env", "libero:fast", "--data", tmp_path / "D", "--output_dir", tmp_path / "R")
+    assert code == 0, out + err
+    result = json.loads((tmp_path / "R" / "replay.json").read_text())
+    assert [episode["success"] for episode in result["episodes"]] == [True]

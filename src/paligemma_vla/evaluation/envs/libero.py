@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest, needs_extra
 from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
+from paligemma_vla.evaluation.envs.libero_expert import PickAndPlace
 from paligemma_vla.evaluation.envs.offscreen import ensure_backend
 from paligemma_vla.schema import DatasetMetadata, Observation
 
@@ -75,6 +76,8 @@ class LiberoEnvironment:
         self._name = ""  # of the task in memory
         self._env: Any = None
         self._states: Any = None
+        self._expert: PickAndPlace | None = None
+        self._fixtures: dict[int, Any] = {}  # their bodies, and where its file has them
         self._steps, self._gripper = 0, -1.0
 
     def use_control(self, control: Control, action_repeat: int = 1) -> None:
@@ -129,6 +132,11 @@ class LiberoEnvironment:
             raise SimulatorError(f"libero task '{name}' cannot start done")
         self._load(name)
         env = self._env
+        for body, (
+            position,
+            turn,
+        ) in self._fixtures.items():  # what lies on a cabinet is placed as if it stood at its own origin
+            env.sim.model.body_pos[body], env.sim.model.body_quat[body] = position, turn
         with _quiet():
             env.seed(seed % 2**32)
             env.reset()
@@ -138,9 +146,12 @@ class LiberoEnvironment:
             env.set_state(self._states[seed % 1000 % len(self._states)])
             env.sim.forward()
             env._post_process()
+        drift = WAIT.copy()
+        if start_away:
+            drift[:3] = np.random.default_rng(seed).uniform(-1, 1, 3)
         for _ in range(SETTLING):
-            env.step(WAIT)
-        self._steps, self._gripper = 0, -1.0
+            env.step(drift)
+        self._steps, self._gripper, self._expert = 0, -1.0, None
         return self.observe()
 
     def step(self, action: NDArray[np.floating]) -> StepResult:
@@ -161,7 +172,11 @@ class LiberoEnvironment:
         return np.array([0, 0, 0, 0, 0, 0, self._gripper], np.float32)
 
     def expert_action(self) -> NDArray[np.float32]:
-        raise SimulatorError(f"libero task '{self._name}': there is no expert for it")
+        """See `Environment.expert_action`. Raises `SimulatorError` for a task that needs more than picking up and placing."""
+        assert self._env is not None, "call reset first"
+        if self._expert is None:
+            self._expert = PickAndPlace(self._env.env)
+        return np.clip(self._expert.action(), self.spec.action_low, self.spec.action_high).astype(np.float32)
 
     def render(self, size: int) -> NDArray[np.uint8]:
         return self._draw(CAMERAS[0], size)
@@ -170,7 +185,7 @@ class LiberoEnvironment:
         if self._env is not None:
             atexit.unregister(self.close)
             self._env.close()
-        self._name, self._env, self._states = "", None, None
+        self._name, self._env, self._states, self._fixtures = "", None, None, {}
 
     def _state(self) -> NDArray[np.float32]:
         """Position, axis-angle and fingers (8,), as the published policies have them."""
@@ -202,6 +217,11 @@ class LiberoEnvironment:
             self._env = self._make(
                 bddl_file_name=str(self._bddl(task)), use_camera_obs=False, hard_reset=False, horizon=10**6, ignore_done=True
             )
+        inner = self._env.env
+        for fixture in inner.fixtures_dict.values():
+            written = inner.model.root.find(f".//body[@name='{fixture.root_body}']")
+            numbers = (np.fromstring(written.get(key, zero), sep=" ") for key, zero in (("pos", "0 0 0"), ("quat", "1 0 0 0")))
+            self._fixtures[inner.sim.model.body_name2id(fixture.root_body)] = tuple(numbers)
         # The graphics library ends itself at exit, before any destructor; a context freed after that is an error.
         atexit.register(self.close)
         if self._fast:

@@ -1,0 +1,265 @@
+"""A scripted expert for LIBERO's tasks of picking up and placing: it sees where everything is, and acts as a policy does.
+
+Each action follows from the present state and the phase of the movement, so that it also comes back after a disturbance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paligemma_vla.errors import SimulatorError
+
+Vector = NDArray[np.float64]
+METRES, RADIANS = 0.05, 0.5  # of a full stroke
+GAIN, TURN_GAIN = 18.0, 2.5  # strokes per metre, and per radian, that are missing
+AHEAD = 1.0  # steps for which the hand goes on as it moves
+OPENING = 0.072  # m, what fits between the fingers
+DEPTH = 0.035  # m below its top that something is grasped across its body
+DEEPER = {"milk": 0.06, "orange_juice": 0.06}  # whose collision boxes wedge a finger higher up
+RIM = 0.038  # m below its top that a wall is grasped
+CLEARANCE = 0.07  # m above the grasp from which the hand comes down, and above what it carries things over
+CLOSING, OPENING_STEPS = (5, 14), 4  # actions until the fingers have closed, or let go
+YAWS = np.deg2rad([0, 90, 45, -45, 22.5, -22.5, 67.5, -67.5])
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """Where the fingers close, relative to the object: offset of the hand from its body's origin (3,), m; yaw, rad."""
+
+    offset: Vector
+    yaw: float
+    cost: float
+
+
+class PickAndPlace:
+    """Brings each thing of the task's goal where it belongs. env: robosuite's environment, at the beginning of an episode.
+
+    Raises `SimulatorError` for a goal that needs anything else than that.
+    """
+
+    def __init__(self, env: Any) -> None:
+        import mujoco
+
+        self._env, self._mujoco = env, mujoco
+        self._model, self._data = env.sim.model._model, env.sim.data._data
+        self._site = env.sim.model.site_name2id("gripper0_grip_site")
+        self._base = np.array(env.sim.data.get_body_xpos("robot0_base"))[:2]
+        self._fingers = env.robots[0]._ref_gripper_joint_pos_indexes
+        across = self._turn()[:, 0] * [1, 1, 0]
+        across /= np.linalg.norm(across)
+        down = np.array([0.0, 0.0, -1.0])
+        self._upright = np.stack(
+            [across, np.cross(down, across), down], axis=1
+        )  # the fingers point down, turned as at the start
+        self._goals = [tuple(goal) for goal in env.parsed_problem["goal_state"]]
+        for goal in self._goals:
+            if goal[0] not in ("on", "in") or len(goal) != 3 or goal[1] not in env.obj_body_id:
+                raise SimulatorError(f"libero: its expert only picks and places, got the goal {' '.join(goal)}")
+        self._actions = self._solve()
+
+    def action(self) -> NDArray[np.float32]:
+        """The next one, (7,)."""
+        return next(self._actions).astype(np.float32)
+
+    def _solve(self) -> Iterator[Vector]:
+        for _, thing, place in self._goals:
+            yield from self._bring(thing, place)
+        while True:
+            yield self._wait(-1.0)
+
+    def _bring(self, thing: str, place: str) -> Iterator[Vector]:
+        attempt = 0
+        while True:
+            grasps = self._grasps(thing)
+            grasp = grasps[attempt % len(grasps)]
+            attempt += 1
+            turn = self._yawed(grasp.yaw)
+            goal = self._position(thing) + grasp.offset
+            clear = max(CLEARANCE, self._height_on_the_way(goal, self._obstacles(thing)) + 0.03 - goal[2])
+            yield from self._go(partial(self._onto, thing, grasp, clear), turn, -1.0, tolerance=0.006, steps=80)
+            yield from self._close(turn)
+            height = self._position(thing)[2]
+            yield from self._go(self._raised(0.06), turn, 1.0, tolerance=0.02, steps=15)
+            if self._position(thing)[2] > height + 0.02:
+                break
+        carried = max(self._top(place) + CLEARANCE + 0.03, self._hand()[2]) + 0.0
+        held = self._hand() - self._position(thing)
+        below = self._position(thing)[2] - self._vertices(thing)[:, 2].min()
+
+        low = self._rest(place) + below + held[2] + 0.01
+
+        def over() -> Vector:
+            """The place; above it as long as the thing is beside it."""
+            x, y = (self._target(place) + self._hand() - self._position(thing))[:2]
+            beside = float(np.linalg.norm(self._hand()[:2] - [x, y]))
+            return np.array([x, y, low + np.clip(2 * (beside - 0.02), 0, max(carried - low, 0))])
+
+        yield from self._go(over, turn, 1.0, tolerance=0.012, steps=100)
+        for _ in range(OPENING_STEPS):
+            yield self._wait(-1.0, turn)
+        yield from self._go(self._raised(0.12), turn, -1.0, tolerance=0.02, steps=20)
+
+    # ---- movements
+
+    def _go(self, target: Callable[[], Vector], turn: Vector, gripper: float, tolerance: float, steps: int) -> Iterator[Vector]:
+        before, lasting = self._hand(), np.zeros(3)
+        for _ in range(steps):
+            here = self._hand()
+            missing, rotation = target() - here, self._rotation(turn)
+            if np.linalg.norm(missing) < tolerance and np.linalg.norm(rotation) < 0.2:
+                return
+            near = np.abs(missing) < 0.03
+            lasting = np.where(near, np.clip(lasting + 0.1 * missing, -0.02, 0.02), 0.0)
+            strokes = np.clip((missing - AHEAD * (here - before) + lasting) * GAIN, -1, 1)
+            before = here
+            yield np.concatenate([strokes, np.clip(rotation * TURN_GAIN, -1, 1), [gripper]])
+
+    def _close(self, turn: Vector) -> Iterator[Vector]:
+        """Until the fingers stand still."""
+        before = np.inf
+        for step in range(CLOSING[1]):
+            fingers = float(np.abs(self._data.qpos[self._fingers]).sum())
+            if step >= CLOSING[0] and before - fingers < 1e-3:
+                return
+            before = fingers
+            yield self._wait(1.0, turn)
+
+    def _wait(self, gripper: float, turn: Vector | None = None) -> Vector:
+        rotation = np.zeros(3) if turn is None else np.clip(self._rotation(turn) * TURN_GAIN, -1, 1)
+        return np.concatenate([np.zeros(3), rotation, [gripper]])
+
+    def _raised(self, height: float) -> Callable[[], Vector]:
+        """Above where the hand is now, m."""
+        target = self._hand() + np.array([0.0, 0.0, height])
+        return lambda: target
+
+    def _onto(self, thing: str, grasp: Grasp, clear: float) -> Vector:
+        """The grasp; above it, and above the thing, as long as the hand is beside it."""
+        x, y, z = self._position(thing) + grasp.offset
+        beside = float(np.linalg.norm(self._hand()[:2] - [x, y]))
+        return np.array([x, y, z + np.clip(4 * (beside - 0.01), 0, clear)])
+
+    # ---- what is where
+
+    def _hand(self) -> Vector:
+        return np.array(self._data.site_xpos[self._site])
+
+    def _turn(self) -> Vector:
+        return np.array(self._data.site_xmat[self._site]).reshape(3, 3)
+
+    def _yawed(self, yaw: float) -> Vector:
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        return np.asarray(np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ self._upright, np.float64)
+
+    def _rotation(self, turn: Vector) -> Vector:
+        """The rotation vector from the hand's orientation to `turn`."""
+        quaternion, vector = np.zeros(4), np.zeros(3)
+        self._mujoco.mju_mat2Quat(quaternion, (turn @ self._turn().T).reshape(-1))
+        self._mujoco.mju_quat2Vel(vector, quaternion, 1.0)
+        return vector
+
+    def _position(self, thing: str) -> Vector:
+        return np.array(self._data.xpos[self._env.obj_body_id[thing]])
+
+    def _vertices(self, thing: str) -> Vector:
+        """Corners of its meshes, or of its other shapes' boxes, in the world (V, 3)."""
+        root, found = self._env.obj_body_id[thing], []
+        for geom in range(self._model.ngeom):
+            body = self._model.geom_bodyid[geom]
+            while body not in (root, 0):
+                body = self._model.body_parentid[body]
+            if body != root:
+                continue
+            if self._model.geom_type[geom] == self._mujoco.mjtGeom.mjGEOM_MESH:
+                mesh = self._model.geom_dataid[geom]
+                first = self._model.mesh_vertadr[mesh]
+                local = self._model.mesh_vert[first : first + self._model.mesh_vertnum[mesh]]
+            else:
+                centre, half = self._model.geom_aabb[geom, :3], self._model.geom_aabb[geom, 3:]
+                local = centre + half * np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, -1).T
+            found.append(local @ self._data.geom_xmat[geom].reshape(3, 3).T + self._data.geom_xpos[geom])
+        return np.concatenate(found)
+
+    def _obstacles(self, thing: str) -> Vector:
+        """Points (V, 3) in the boxes around everything that a hand could meet on its way to a thing."""
+        model, data, found = self._model, self._data, [np.empty((0, 3))]
+        grid = np.array(np.meshgrid(*[np.linspace(-1, 1, 7)] * 3)).reshape(3, -1).T
+        bodies = self._env.sim.model.body_name2id("robot0_base"), self._env.obj_body_id[thing]
+        own = {0, *(int(model.body_rootid[body]) for body in bodies)}
+        for geom in np.flatnonzero(model.geom_contype):
+            if int(model.body_rootid[model.geom_bodyid[geom]]) in own:
+                continue
+            local = model.geom_aabb[geom, :3] + model.geom_aabb[geom, 3:] * grid
+            found.append(local @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom])
+        return np.concatenate(found)
+
+    def _in_the_way(self, grasp: Grasp, origin: Vector, obstacles: Vector) -> int:
+        """How many obstacles are where the hand and its fingers would be."""
+        offset = obstacles - (origin + grasp.offset)
+        along = np.abs(offset @ self._axis(grasp.yaw))
+        across = np.abs(offset @ self._yawed(grasp.yaw)[:, 1])
+        palm = (along < 0.11) & (across < 0.04) & (offset[:, 2] > 0.09) & (offset[:, 2] < 0.3)
+        fingers = (along > 0.025) & (along < 0.055) & (across < 0.015) & (offset[:, 2] > -0.005) & (offset[:, 2] <= 0.09)
+        return int((palm | fingers).sum())
+
+    def _height_on_the_way(self, target: Vector, obstacles: Vector) -> float:
+        """What is high near the straight way to a target, m."""
+        start, way = self._hand()[:2], target[:2] - self._hand()[:2]
+        share = np.clip((obstacles[:, :2] - start) @ way / max(float(way @ way), 1e-6), 0, 1)
+        near = np.linalg.norm(obstacles[:, :2] - start - share[:, None] * way, axis=1) < 0.08
+        return float(obstacles[near, 2].max(initial=0.0))
+
+    def _vertices_top(self, thing: str) -> float:
+        return float(self._vertices(thing)[:, 2].max())
+
+    def _target(self, place: str) -> Vector:
+        """The middle of where something is to be."""
+        if place in self._env.obj_body_id:
+            return self._position(place)
+        return np.array(self._data.site_xpos[self._env.sim.model.site_name2id(place)])
+
+    def _rest(self, place: str) -> float:
+        """Height at which the lowest point of what is placed is let go, m."""
+        return float(self._target(place)[2])
+
+    def _top(self, place: str) -> float:
+        return self._vertices_top(place) if place in self._env.obj_body_id else self._rest(place) + 0.08
+
+    def _grasps(self, thing: str) -> list[Grasp]:
+        """Best first: across the body where that fits between the fingers, else over a wall."""
+        points, origin = self._vertices(thing), self._position(thing)
+        low, top = points[:, 2].min(), points[:, 2].max()
+        middle = (points.max(0) + points.min(0)) / 2
+        found = []
+        depth = DEEPER.get(thing.rsplit("_", 1)[0], DEPTH)
+        height = max(low + 0.012, top - depth) if top - low > 0.05 else max(low + 0.01, (low + top) / 2 - 0.005)
+        for yaw in YAWS:
+            axis = self._axis(yaw)
+            spread = points @ axis
+            width = spread.max() - spread.min()
+            if width < OPENING:
+                centre = middle + axis * ((spread.max() + spread.min()) / 2 - middle @ axis)
+                found.append(Grasp(np.array([*centre[:2], height]) - origin, float(yaw), width + 0.01 * abs(yaw)))
+        if not found:
+            rim = points[points[:, 2] > top - 0.012]
+            others = [self._position(other)[:2] for other in self._env.objects_dict if other != thing]
+            for yaw in (0.0, np.pi / 2):
+                for side in (1, -1):
+                    axis = self._axis(yaw) * side
+                    edge = middle + axis * ((rim @ axis).max() - middle @ axis - 0.006)
+                    free = min([float(np.linalg.norm(other - (edge + axis * 0.03)[:2])) for other in others], default=1.0)
+                    far = float(np.linalg.norm(edge[:2] - self._base))
+                    cost = far - free + (0.05 if yaw else 0)
+                    found.append(Grasp(np.array([*edge[:2], top - RIM]) - origin, yaw, cost))
+        obstacles = self._obstacles(thing)
+        return sorted(found, key=lambda grasp: grasp.cost + 0.1 * self._in_the_way(grasp, origin, obstacles))
+
+    def _axis(self, yaw: float) -> Vector:
+        """Along which the fingers close, (3,)."""
+        return self._yawed(yaw)[:, 0] * [1, 1, 0]
