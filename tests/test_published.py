@@ -298,13 +298,12 @@ def test_a_graph_of_an_expert_answers_equally_and_never_waits(folder: Path, monk
     monkeypatch.setattr(graphs, "capture", watch)
     policy = Policy.from_checkpoint(folder)
     whole = {**observation(), "image_3": observation()["image_2"]}
-    asked = ([observation()], [whole], [observation(), whole])  # three cameras are known, and two there
+    # Three cameras are known, and two there; for what lacks a camera beside what has it there is no graph.
+    asked = ([observation()], [whole], [observation(), whole])
     expected = [policy.infer_batch(each, [0] * len(each)) for each in asked]
     prompts = policy.preprocessor.prompts
     policy.graphs = GraphedModel(policy.model, 3 * prompts.image_tokens + prompts.max_len, fused=False)
-    for each, answers, graphs_now in zip(
-        asked, expected, (1, 2, 2), strict=True
-    ):  # what lacks a camera beside what has it: none
+    for each, answers, graphs_now in zip(asked, expected, (1, 2, 2), strict=True):
         assert np.abs(policy.infer_batch(each, [0] * len(each)) - answers).max() < 1e-5
         assert len(policy.graphs.captured) == graphs_now and None not in policy.graphs.captured.values()
 

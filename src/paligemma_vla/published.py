@@ -138,8 +138,8 @@ def read_published(folder: Path, statistics: bool = True) -> Trained:
         raw = _as_lerobot(folder, raw, tensors)
     elif files := [step["state_file"] for step in steps if step.get("registry_name") == NORMALIZER and "state_file" in step]:
         tensors = _numbers(folder / files[0])
-    actions = _actions(raw, steps)
     config = configuration(raw)
+    actions = _actions(raw, steps)
     backbone = architecture(raw)
     image = ImageSpec(raw["image_resolution"][0], HALF, HALF, resize="pad", resizer="openpi")
     side = raw["image_resolution"][0] // VISION["patch_size"]

@@ -214,12 +214,12 @@ def robot_differences(got: Layout, expected: Layout, cameras: int | None = 0) ->
 def cameras_in_order(policy: Layout, here: Layout) -> bool:
     """Whether the cameras that are here are a policy's first ones, whatever it calls them, and it may have more.
 
-    So it is of policies that name no robot, as published ones, whose cameras are slots; where names differ, that is logged.
+    So it is of policies that name no robot, as published ones, whose cameras are slots; a difference is logged.
     """
     if policy.metadata.robot:
         return False
     called, found = policy.metadata.cameras, here.metadata.cameras
-    if called and found and called[: len(found)] != found:
-        shown = ", ".join(called), ", ".join(found)
+    if policy.cameras > here.cameras or (called and found and called[: len(found)] != found):
+        shown = [", ".join(each.metadata.cameras) or f"{each.cameras} without names" for each in (policy, here)]
         logger.warning("cameras: what the checkpoint calls %s is here, in this order, %s", *shown)
     return True

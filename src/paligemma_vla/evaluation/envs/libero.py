@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest, needs_extra
-from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
+from paligemma_vla.evaluation.envs import STARTS, Control, EnvSpec, PromptKind, Resets, StepResult
 from paligemma_vla.evaluation.envs.libero_expert import PickAndPlace
 from paligemma_vla.evaluation.envs.offscreen import ensure_backend
 from paligemma_vla.schema import DatasetMetadata, Observation
@@ -143,7 +143,7 @@ class LiberoEnvironment:
         for arm in env.robots:
             arm.gripper.current_action = np.zeros_like(arm.gripper.current_action)  # that of the last episode
         if resets == "protocol":
-            env.set_state(self._states[seed % 1000 % len(self._states)])
+            env.set_state(self._states[seed % STARTS % len(self._states)])
             env.sim.forward()
             env._post_process()
         drift = WAIT.copy()

@@ -88,7 +88,7 @@ class PickAndPlace:
             yield from self._go(self._raised(0.06), turn, 1.0, tolerance=0.02, steps=15)
             if self._position(thing)[2] > height + 0.02:
                 break
-        carried = max(self._top(place) + CLEARANCE + 0.03, self._hand()[2]) + 0.0
+        carried = max(self._top(place) + CLEARANCE + 0.03, self._hand()[2])
         held = self._hand() - self._position(thing)
         below = self._position(thing)[2] - self._vertices(thing)[:, 2].min()
 
