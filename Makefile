@@ -1,4 +1,4 @@
-# make install | demo | test | check | bench: each creates .venv when it is missing and installs only when the lock changed.
+# make install | demo | libero | mt50 | test | check | bench: each creates .venv when it is missing and installs only when the lock changed.
 # What an interrupted installation left, or an environment without pip, is made anew: packages may be there in part.
 PYTHON ?= python3.11
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 BEGAN := .venv.installing
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-long check format bench bench-gpu schema lock clean
+.PHONY: install demo libero mt50 test test-long check format bench bench-gpu schema lock clean
 
 install: $(STAMP)
 
@@ -22,6 +22,14 @@ $(STAMP): constraints.txt pyproject.toml packages/client/pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/paligemma-vla demo --install_seconds $$(cat $(STAMP))
+
+# Hours; each goes on where an interrupted call stopped. SEED=1 is another seed, ARGS=--long adds what takes hours more.
+libero: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[libero]'
+	$(BIN)/paligemma-vla benchmark libero --seed $(or $(SEED),0) $(ARGS)
+
+mt50: $(STAMP)
+	$(BIN)/paligemma-vla benchmark mt50 --seed $(or $(SEED),0) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not long"

@@ -98,7 +98,7 @@ def test_selection_is_written_as_it_is_read_and_tilde_is_the_home_folder(monkeyp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lerobot:", "expected a folder after lerobot:"),
+        ("lerobot:", "expected a path after lerobot:"),
         ("lerobot:someone/pusht", "hf download NAME --repo-type dataset"),
         ("cameras=top", r"cameras: got 'top', expected of front, wrist"),
         ("cameras=front,front", "expected different names"),

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import get_args
 
-from paligemma_vla.cli.arguments import add_simulator_arguments, from_flags, positive
+from paligemma_vla.cli.arguments import add_simulator_arguments, from_flags, positive, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "simulator steps per recorded action (default: %(default)s)"
     parser.add_argument("--action_repeat", type=positive, default=1, metavar="N", help=text)
+    text = "range of the noise's standard deviation, of a full stroke (default: %(default)s)"
+    parser.add_argument("--noise_scale", nargs=2, type=share, default=(0.1, 0.3), metavar=("LOW", "HIGH"), help=text)
+    text = "share of an episode's limit in which the expert has to succeed; slower ones are not kept (default: %(default)s)"
+    parser.add_argument("--within", type=share, default=1.0, metavar="SHARE", help=text)
 
 
 def main(args: argparse.Namespace) -> int:

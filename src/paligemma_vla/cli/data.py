@@ -34,7 +34,7 @@ from paligemma_vla.errors import ConfigError, DataError
 from paligemma_vla.preprocess import ImageSpec, PromptEncoder, load_prompt_and_image_spec
 from paligemma_vla.progress import progress_bar
 
-NATIVE, LEROBOT = "native", "lerobot"
+NATIVE, LEROBOT, HDF5 = "native", "lerobot", "hdf5"
 PREFIX = f"{LEROBOT}:"
 EXCLUSION_LIST = "excluded_episodes.json"
 KEPT_GROUPS = 32  # that data.cache_mb should hold, where it does not hold all
@@ -45,19 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     info = actions.add_parser("info", help="episodes, steps, cameras, dimensions, instructions")
     check = actions.add_parser("check", help="find every fault, and list the episodes to leave out")
-    convert = actions.add_parser("convert", help="episodes from one format to another (LeRobot)")
+    convert = actions.add_parser("convert", help="episodes from one format to another (LeRobot, HDF5)")
     for action in (info, check):
-        action.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER")
+        action.add_argument("path", nargs="+", help="files, folders, globs, URLs, lerobot:FOLDER, hdf5:PATH")
         action.add_argument("--json", action="store_true", help="print JSON, with all there is")
     check.add_argument(
         "--exclusion_list", metavar="FILE", help=f"list to change (default: --config_path's, or {EXCLUSION_LIST})"
     )
     check.add_argument("--config_path", help="also check dimensions, cameras and length of instructions against it")
     check.add_argument("--allow_prompt_changes", action="store_true", help="an instruction may change within an episode")
-    formats: dict[str, Any] = {"choices": (NATIVE, LEROBOT)}
-    convert.add_argument("--from", dest="source", **formats, help="format of the input (default: as its name says)")
-    convert.add_argument("--to", dest="target", default=NATIVE, **formats, help="format of the output (default: native)")
-    convert.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; for native: file, folder or glob")
+    text = "format of the input (default: as its name says)"
+    convert.add_argument("--from", dest="source", choices=(NATIVE, LEROBOT, HDF5), help=text)
+    text = "format of the output (default: native)"
+    convert.add_argument("--to", dest="target", default=NATIVE, choices=(NATIVE, LEROBOT), help=text)
+    convert.add_argument("--input", required=True, metavar="PATH", help="a LeRobot folder; of others a file, folder or glob")
     convert.add_argument("--output_dir", type=Path, required=True, metavar="D", help="repeat a killed call to continue it")
     convert.add_argument("--cameras", nargs="+", metavar="NAME", help="which, in the order image_1, image_2 ... (default: all)")
     convert.add_argument("--exclusion_list", metavar="FILE", help="episodes to leave out, as `data check` lists them")
@@ -264,12 +265,12 @@ def _fault_lines(diagnosis: Diagnosis) -> list[str]:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert, compare with the source, and print what was compared and left behind."""
-    named = LEROBOT if find_format(args.input)[1] is not None else NATIVE
-    if args.source == NATIVE != named:
+    named = find_format(args.input)[0].removesuffix(":") or NATIVE
+    if NATIVE != named != (args.source or named):
         raise ConfigError(f"--from: got {args.source}, expected {named} as --input says ({args.input}); leave it out")
     source = args.source or named
     _check_flags(args, source)
-    name = args.input if source == named else PREFIX + args.input
+    name = args.input if source == named else f"{source}:{args.input}"
     _check_output(args, name)
     index = EpisodeIndex.build(name, "--input", load_exclusions(args.exclusion_list, "--exclusion_list"))
     names = _camera_names(index)
@@ -297,7 +298,7 @@ def convert(args: argparse.Namespace) -> int:
 
 def _check_flags(args: argparse.Namespace, source: str) -> None:
     if (source, args.target) == (NATIVE, NATIVE) and not args.resize and not args.image_format:
-        others = f"--from {LEROBOT}, --to {LEROBOT}, or other images: --resize, --image_format"
+        others = f"--from {LEROBOT} or {HDF5}, --to {LEROBOT}, or other images: --resize, --image_format"
         raise ConfigError(f"data convert: got native to native, expected another format: {others}")
     if args.fps is not None and not 0 < args.fps < 1000:
         raise ConfigError(f"--fps: got {args.fps}, expected more than 0 and less than 1000")
@@ -305,9 +306,10 @@ def _check_flags(args: argparse.Namespace, source: str) -> None:
 
 def _check_output(args: argparse.Namespace, name: str) -> None:
     """Refuse an output within the input: it would be part of the data from then on."""
-    found = [base for base, _ in local_bases(args.input)]
-    if name.startswith(PREFIX):
-        found = [find_root(Selection.parse(name.removeprefix(PREFIX), "--input").path)]
+    form, _, location = find_format(name)
+    found = [base for base, _ in local_bases(location.partition("?")[0] if form == f"{HDF5}:" else location)]
+    if form == PREFIX:
+        found = [find_root(Selection.parse(location, "--input").path)]
     output = Path(os.path.realpath(args.output_dir))
     for folder in filter(os.path.isdir, found):
         if output.is_relative_to(os.path.realpath(folder)):

@@ -24,6 +24,7 @@ from paligemma_vla.errors import OPEN_FILES_REMEDY, Terminated, VLAError, first_
 
 COMMANDS = {
     "demo": "the whole job on a simulator: demonstrations, statistics, training, closed-loop evaluation, report",
+    "benchmark": "the same on a published benchmark, LIBERO or MetaWorld MT50, over hours; go on by repeating the call",
     "stats": "compute normalisation statistics",
     "plan": "count the memory that training needs",
     "train": "train a policy",

@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> int:
     from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 
     if args.protocol is not None:
-        if (simulator := args.env.partition(":")[0]) != PROTOCOLS[args.protocol]:
-            raise ConfigError(f"--protocol {args.protocol}: got --env {simulator}, expected {PROTOCOLS[args.protocol]}")
+        if args.env not in (known := PROTOCOLS[args.protocol]):
+            raise ConfigError(f"--protocol {args.protocol}: got --env {args.env}, expected {' or '.join(known)}")
         args.resets = "protocol"
     options = {"workers": args.workers, "image_size": args.image_size, "weights": args.weights}
     with RolloutPool(args.env, args.checkpoint_path, **options) as pool:

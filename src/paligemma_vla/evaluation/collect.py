@@ -50,6 +50,7 @@ class CollectConfig:
     noise_memory: correlation of the noise from one step to the next.   steps_after_success: recorded beyond it.
     control: what the recorded actions are, `delta`s or `absolute` targets; the robot moves alike.
     action_repeat: simulator steps per recorded action; the numbers of steps here are of the simulator.
+    within: share of an episode's limit in which the expert has to succeed; what takes longer is not kept.
     done_every: one in so many episodes starts done, where the task can (0: none), and lasts at least done_steps.
     """
 
@@ -68,11 +69,12 @@ class CollectConfig:
     done_steps: int = 80
     control: Control = "delta"
     action_repeat: int = 1
+    within: float = 1.0
 
     def settings(self) -> str:
         """Everything that decides what an episode holds, as one line; stored with the episodes."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")}
-        for name, default in (("control", "delta"), ("action_repeat", 1)):
+        for name, default in (("control", "delta"), ("action_repeat", 1), ("within", 1.0)):
             if kept[name] == default:  # so that folders collected before there was a choice can be continued
                 del kept[name]
         return repr({**kept, "revision": REVISION})
@@ -133,7 +135,9 @@ def demonstrate(env: Environment, config: CollectConfig, task: str, index: int) 
         first = start.reset(env)
         prompts = env.prompts(task, "own")
         prompt = prompts[rng.integers(len(prompts))]
-        steps = range(config.done_steps // config.action_repeat if start_done else 0, env.max_steps(task))
+        steps = range(
+            config.done_steps // config.action_repeat if start_done else 0, round(config.within * env.max_steps(task))
+        )
         recorded = _follow_expert(env, config, first, steps, rng)
         if recorded is not None:
             seen, actions, executed = recorded
@@ -177,7 +181,7 @@ def _follow_expert(
             solved_at = step
         if solved_at is not None and step + 1 >= max(solved_at + 1 + beyond, steps.start):
             break
-        if not result.done:
+        if step + 1 < steps.stop and not result.done:
             seen.append(env.observe())
     return None if solved_at is None else (seen, actions, executed)
 

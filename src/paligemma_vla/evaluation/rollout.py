@@ -169,6 +169,17 @@ class RolloutPool:
         log.info("%s: mean success %.3f, %.0f s", label, mean, result["wall_s"])
         return result
 
+    def played(self, config: RolloutConfig) -> dict[str, Any] | None:
+        """The rollout.json in `output_dir`, where it is of this very checkpoint and condition; else None."""
+        path = (config.output_dir or Path()) / "rollout.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            wanted = json.loads(json.dumps(self._settings(config, self._check(config))))
+            same = all(found["settings"].get(name) == value for name, value in wanted.items() if name != "workers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return found if same else None
+
     def _recorded(
         self, config: RolloutConfig, outcomes: Iterable[EpisodeOutcome], files: ExitStack
     ) -> Iterator[EpisodeOutcome]:

@@ -7,6 +7,7 @@ path without a download.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ pick up the red cube and place it in the bowl put the cup on the table
 class TinySpec:
     """Sizes of a tiny PaliGemma. The defaults are the demonstration's: 16 image tokens, 1 M parameters.
 
-    second: of the second generation, whose text model is Gemma 2.
+    second: of the second generation, whose text model is Gemma 2. instructions: what its tokenizer learns besides `CORPUS`.
     """
 
     image_size: int = 64
@@ -54,12 +55,14 @@ class TinySpec:
     vocabulary: int = 512
     seed: int = 0
     second: bool = False
+    instructions: tuple[str, ...] = ()
 
 
-def train_tokenizer(vocabulary: int, size: int = 0) -> GemmaTokenizer:
+def train_tokenizer(vocabulary: int, size: int = 0, instructions: Sequence[str] = ()) -> GemmaTokenizer:
     """Train a byte-fallback BPE with Gemma's special tokens on a small corpus of instructions.
 
-    size: of the table; what is not learned is filled with tokens that occur in no text, as Gemma's own is.
+    size: of the table; what is not learned is filled with tokens that occur in no text, as Gemma's own is. instructions: to
+    learn besides.
     """
     learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     learner.pre_tokenizer = pre_tokenizers.Split(pattern="▁", behavior="merged_with_next")
@@ -69,7 +72,7 @@ def train_tokenizer(vocabulary: int, size: int = 0) -> GemmaTokenizer:
         initial_alphabet=["▁"],
         show_progress=False,
     )
-    lines = [line.replace(" ", "▁") for line in CORPUS.strip().splitlines()]
+    lines = [line.replace(" ", "▁") for line in (*CORPUS.strip().splitlines(), *instructions)]
     learner.train_from_iterator(lines * 4, trainer)
     model = json.loads(learner.to_str())["model"]
     model["vocab"].update((f"<unused{number}>", number) for number in range(len(model["vocab"]), size))
@@ -79,7 +82,7 @@ def train_tokenizer(vocabulary: int, size: int = 0) -> GemmaTokenizer:
 def write_tiny_paligemma(output_dir: str | Path, spec: TinySpec | None = None) -> Path:
     """Write config, random weights and processor into `output_dir`; returns it. The same spec gives the same weights."""
     spec = spec or TinySpec()
-    processor = make_processor(spec.image_size, spec.patch_size, train_tokenizer(spec.vocabulary))
+    processor = make_processor(spec.image_size, spec.patch_size, train_tokenizer(spec.vocabulary, 0, spec.instructions))
     shared = {"hidden_size": spec.width, "intermediate_size": 4 * spec.width, "num_attention_heads": spec.heads}
     text: dict[str, Any] = {
         **shared,

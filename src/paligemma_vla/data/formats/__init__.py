@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from paligemma_vla.data.faults import Fault, FaultError, Kind, Unusable, file_faults, raise_first
 from paligemma_vla.data.video import VideoDecoders
-from paligemma_vla.errors import first_line
+from paligemma_vla.errors import DataError, first_line
 from paligemma_vla.schema import Layout, Pixels, Rows
 from paligemma_vla.storage import is_url, open_source
 
 # What pyarrow raises for damaged files: its own errors, and those of Python for text and sizes that cannot be.
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
-MODULES = {"lerobot": "paligemma_vla.data.formats.lerobot"}
+MODULES = {name: f"paligemma_vla.data.formats.{name}" for name in ("lerobot", "hdf5")}
 MARKS = {"lerobot": "meta/info.json"}  # what a folder of a foreign format is recognised by
 JUDGED_ROWS = 32  # among which a camera's first image is looked for
 TRUSTED_SECONDS = 60.0  # that a file behind a URL is taken to be as it was
@@ -232,6 +232,24 @@ class Format(Protocol):
 
     def selected(self, location: str) -> tuple[str, int | None, int | None]:
         """Path of a data file, and the numbers [first, stop) of the selected episodes, None where the range is open."""
+
+
+def parse_location(text: str, form: str, keys: Sequence[str], expected: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Split `PATH?KEY=VALUE&KEY=VALUE`, of a foreign format, into the path and the values by key. Raises `DataError` that begins
+    with `where`. A leading `~` is the home folder, as in a shell."""
+    text = text if os.path.exists(text) else os.path.expanduser(text)
+    if os.path.exists(text):  # a name may hold a question mark
+        return text, {}
+    path, _, selected = text.rpartition("?") if "?" in text else (text, "", "")
+    if not path:
+        raise DataError(f"{where}: got '{form}:{text}', expected a path after {form}: as in {form}:{expected}")
+    values: dict[str, Any] = {}
+    for part in filter(None, selected.split("&")):
+        key, _, value = part.partition("=")
+        if key not in keys or not value or key in values:
+            raise DataError(f"{where}: {text}: got '{part}', expected {expected}")
+        values[key] = value
+    return path, values
 
 
 @cache

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pyarrow import json as arrow_json
 from pydantic import BaseModel, Field, ValidationError
 
-from paligemma_vla.data.formats import READ_ERRORS
+from paligemma_vla.data.formats import READ_ERRORS, parse_location
 from paligemma_vla.data.formats.parquet import MAX_DIMENSION, is_list, open_table
 from paligemma_vla.data.video import DEEP_GREY, EXACT
 from paligemma_vla.errors import DataError, closest
@@ -40,6 +40,7 @@ CAMERA_PREFIXES = ("observation.images.", "observation.")
 LARGEST = 2**40  # episodes, steps, files
 UNNAMED = "__index_level_0__"  # a table's index without a name, as pandas stores it; in v3.0 the tasks are one
 EXPECTED = "PATH?cameras=NAME,NAME&episodes=FIRST:STOP&state=FEATURE+FEATURE&action=FEATURE&prompt=COLUMN, each if wanted"
+KEYS = ("cameras", "episodes", "state", "action", "prompt")
 TASK, SUBTASK = "task_index", "subtask_index"  # columns of numbers of texts
 STYLES = {"language_events": "interjection"}  # what is taken of a column of texts by style, if it is no subtask
 logger = logging.getLogger(__name__)
@@ -63,19 +64,8 @@ class Selection:
 
     @classmethod
     def parse(cls, text: str, where: str = "lerobot") -> Self:
-        """Raises `DataError` that begins with `where`. A leading `~` is the home folder, as in a shell."""
-        text = text if os.path.exists(text) else os.path.expanduser(text)
-        if os.path.exists(text):  # a name may hold a question mark
-            return cls(text)
-        path, _, selected = text.rpartition("?") if "?" in text else (text, "", "")
-        if not path:
-            raise DataError(f"{where}: got 'lerobot:{text}', expected a folder after lerobot: as in lerobot:{EXPECTED}")
-        values: dict[str, Any] = {}
-        for part in filter(None, selected.split("&")):
-            key, _, value = part.partition("=")
-            if key not in ("cameras", "episodes", "state", "action", "prompt") or not value or key in values:
-                raise DataError(f"{where}: {text}: got '{part}', expected {EXPECTED}")
-            values[key] = value
+        """Raises `DataError` that begins with `where`."""
+        path, values = parse_location(text, "lerobot", KEYS, EXPECTED, where)
         if "episodes" in values:
             values["episodes"] = parse_range(values["episodes"], f"{where}: {text}")
         if "cameras" in values:

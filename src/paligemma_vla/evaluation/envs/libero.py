@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paligemma_vla.data.formats.hdf5 import LIBERO
 from paligemma_vla.errors import SimulatorError, closest, needs_extra
 from paligemma_vla.evaluation.envs import STARTS, Control, EnvSpec, PromptKind, Resets, StepResult
 from paligemma_vla.evaluation.envs.libero_expert import PickAndPlace
-from paligemma_vla.evaluation.envs.offscreen import ensure_backend
-from paligemma_vla.schema import DatasetMetadata, Observation
+from paligemma_vla.evaluation.envs.offscreen import Meshes, ensure_backend
+from paligemma_vla.schema import Observation
 
 # Suite -> tasks, and actions after which an episode is over (the limits of OpenVLA's and openpi's evaluation).
 SUITES = {"libero_spatial": (10, 220), "libero_object": (10, 280), "libero_goal": (10, 300), "libero_10": (10, 520)}
@@ -38,18 +39,7 @@ SETTLING = 10  # actions that only let things come to rest, before an episode be
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 WAIT = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
-METADATA = DatasetMetadata(
-    robot="libero-panda",
-    cameras=("agentview", "wrist"),
-    image_orientation="upright and mirrored: as rendered, turned by 180 degrees ([::-1, ::-1])",
-    state_names=("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"),
-    state_units=("m", "m", "m", "rad", "rad", "rad", "m", "m"),
-    action_names=("delta_x", "delta_y", "delta_z", "delta_axis_angle_x", "delta_axis_angle_y", "delta_axis_angle_z", "gripper"),
-    action_units=("normalised",) * 7,
-    action_convention="OSC pose deltas: 1 is 5 cm, or 0.5 rad, in the frame of the base; gripper +1 = close, -1 = open",
-    action_representation="delta",
-    control_hz=20.0,
-)
+METADATA = LIBERO  # as its own demonstrations are described, with pictures as the published policies see them
 SPEC = EnvSpec(METADATA, image_size=128, action_low=(-1.0,) * 7, action_high=(1.0,) * 7, action_scale=(1.0,) * 7)
 
 
@@ -77,13 +67,16 @@ class LiberoEnvironment:
         self._env: Any = None
         self._states: Any = None
         self._expert: PickAndPlace | None = None
+        self._meshes: Meshes | None = None  # of which those out of view are not drawn
         self._fixtures: dict[int, Any] = {}  # their bodies, and where its file has them
-        self._steps, self._gripper = 0, -1.0
+        self._steps, self._gripper, self._repeat = 0, -1.0, 1
 
     def use_control(self, control: Control, action_repeat: int = 1) -> None:
-        if control != "delta" or action_repeat != 1:
+        if control != "delta" or action_repeat < 1:
             got = f"'{control}' with {action_repeat} simulator steps per action"
-            raise SimulatorError(f"libero control: got {got}, expected 'delta' with 1, as its demonstrations have")
+            raise SimulatorError(f"libero control: got {got}, expected 'delta', with at least 1")
+        metadata = replace(METADATA, control_hz=METADATA.control_hz / action_repeat)
+        self.spec, self._repeat = replace(self.spec, metadata=metadata), action_repeat
 
     def tasks(self) -> tuple[str, ...]:
         return TASKS
@@ -115,10 +108,10 @@ class LiberoEnvironment:
         return (list(self._maps[suite].values())[number].language,)
 
     def max_steps(self, task: str) -> int:
-        return SUITES[_parts(self.canonical(task))[0]][1]
+        return SUITES[_parts(self.canonical(task))[0]][1] // self._repeat
 
     def longest_episode(self, task: str) -> int:
-        return LONGEST
+        return LONGEST // self._repeat
 
     def can_start_done(self, task: str) -> bool:
         return False
@@ -156,10 +149,14 @@ class LiberoEnvironment:
 
     def step(self, action: NDArray[np.floating]) -> StepResult:
         assert self._env is not None, "call reset first"
-        if self._steps >= LONGEST:
-            raise SimulatorError(f"libero task '{self._name}': the episode is over after {LONGEST} steps; call reset")
+        if self._steps >= (limit := self.longest_episode(self._name)):
+            raise SimulatorError(f"libero task '{self._name}': the episode is over after {limit} steps; call reset")
         clipped = np.clip(np.asarray(action, np.float32), self.spec.action_low, self.spec.action_high)
-        _, _, success, _ = self._env.step(clipped)
+        success = False
+        for _ in range(self._repeat):
+            _, _, success, _ = self._env.step(clipped)
+            if success:  # which ends an episode of the benchmark
+                break
         self._steps, self._gripper = self._steps + 1, float(clipped[-1])
         return StepResult(self._state(), success=bool(success), done=self._steps >= self.max_steps(self._name))
 
@@ -175,7 +172,7 @@ class LiberoEnvironment:
         """See `Environment.expert_action`. Raises `SimulatorError` for a task that needs more than picking up and placing."""
         assert self._env is not None, "call reset first"
         if self._expert is None:
-            self._expert = PickAndPlace(self._env.env)
+            self._expert = PickAndPlace(self._env.env, self._repeat)
         return np.clip(self._expert.action(), self.spec.action_low, self.spec.action_high).astype(np.float32)
 
     def render(self, size: int) -> NDArray[np.uint8]:
@@ -197,7 +194,13 @@ class LiberoEnvironment:
         return np.concatenate([position, turn, fingers]).astype(np.float32)
 
     def _draw(self, camera: str, size: int) -> NDArray[np.uint8]:
-        picture = self._env.sim.render(camera_name=camera, width=size, height=size)
+        sim = self._env.sim
+        with contextlib.ExitStack() as hidden:
+            if self._meshes is not None:
+                model, data, number = sim.model._model, sim.data._data, sim.model.camera_name2id(camera)
+                look = data.cam_xpos[number], data.cam_xmat[number].reshape(3, 3), float(model.cam_fovy[number])
+                hidden.enter_context(self._meshes.hidden(data, *look))
+            picture = sim.render(camera_name=camera, width=size, height=size)
         return np.ascontiguousarray(picture[::-1, ::-1])
 
     def _bddl(self, task: str) -> Path:
@@ -237,6 +240,7 @@ class LiberoEnvironment:
         context._set_mujoco_context_and_buffers()
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             context.scn.flags[flag] = 0
+        self._meshes = Meshes(self._env.sim.model._model)
 
 
 def axis_angle(quaternion: NDArray[np.floating]) -> NDArray[np.float64]:

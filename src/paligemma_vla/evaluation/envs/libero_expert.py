@@ -43,10 +43,10 @@ class PickAndPlace:
     Raises `SimulatorError` for a goal that needs anything else than that.
     """
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: Any, repeat: int = 1) -> None:
         import mujoco
 
-        self._env, self._mujoco = env, mujoco
+        self._env, self._mujoco, self._repeat = env, mujoco, repeat
         self._model, self._data = env.sim.model._model, env.sim.data._data
         self._site = env.sim.model.site_name2id("gripper0_grip_site")
         self._base = np.array(env.sim.data.get_body_xpos("robot0_base"))[:2]
@@ -101,7 +101,7 @@ class PickAndPlace:
             return np.array([x, y, low + np.clip(2 * (beside - 0.02), 0, max(carried - low, 0))])
 
         yield from self._go(over, turn, 1.0, tolerance=0.012, steps=100)
-        for _ in range(OPENING_STEPS):
+        for _ in range(OPENING_STEPS // self._repeat):
             yield self._wait(-1.0, turn)
         yield from self._go(self._raised(0.12), turn, -1.0, tolerance=0.02, steps=20)
 
@@ -109,23 +109,23 @@ class PickAndPlace:
 
     def _go(self, target: Callable[[], Vector], turn: Vector, gripper: float, tolerance: float, steps: int) -> Iterator[Vector]:
         before, lasting = self._hand(), np.zeros(3)
-        for _ in range(steps):
+        for _ in range(steps // self._repeat):
             here = self._hand()
             missing, rotation = target() - here, self._rotation(turn)
             if np.linalg.norm(missing) < tolerance and np.linalg.norm(rotation) < 0.2:
                 return
             near = np.abs(missing) < 0.03
-            lasting = np.where(near, np.clip(lasting + 0.1 * missing, -0.02, 0.02), 0.0)
-            strokes = np.clip((missing - AHEAD * (here - before) + lasting) * GAIN, -1, 1)
+            lasting = np.where(near, np.clip(lasting + 0.1 * self._repeat * missing, -0.02, 0.02), 0.0)
+            strokes = np.clip((missing - AHEAD * (here - before) / self._repeat + lasting) * GAIN, -1, 1)
             before = here
             yield np.concatenate([strokes, np.clip(rotation * TURN_GAIN, -1, 1), [gripper]])
 
     def _close(self, turn: Vector) -> Iterator[Vector]:
         """Until the fingers stand still."""
         before = np.inf
-        for step in range(CLOSING[1]):
+        for step in range(CLOSING[1] // self._repeat):
             fingers = float(np.abs(self._data.qpos[self._fingers]).sum())
-            if step >= CLOSING[0] and before - fingers < 1e-3:
+            if step >= CLOSING[0] // self._repeat and before - fingers < 1e-3:
                 return
             before = fingers
             yield self._wait(1.0, turn)

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from paligemma_vla.errors import SimulatorError, closest, needs_extra
 from paligemma_vla.evaluation.envs import Control, EnvSpec, PromptKind, Resets, StepResult
-from paligemma_vla.evaluation.envs.metaworld_tasks import OPPOSITES, SCENES, SWEEPS, TASKS, draw_start, move_hand_away, prompts
+from paligemma_vla.evaluation.envs.metaworld_tasks import (
+    OPPOSITES,
+    SCENES,
+    SUITES,
+    SWEEPS,
+    TASKS,
+    Scene,
+    draw_start,
+    move_hand_away,
+    prompts,
+)
 from paligemma_vla.evaluation.envs.offscreen import OffscreenCamera, View, ensure_backend
 from paligemma_vla.schema import DatasetMetadata, Observation
 
@@ -45,6 +55,9 @@ ABSOLUTE_METADATA = replace(
     action_convention="hand target in x, y, z (metres in the world frame), approached by 1 cm per step; gripper +1 = close",
     action_representation="absolute",
 )
+# As MT50 is published with pictures (LeRobot's environment): a camera of MetaWorld's, moved, its picture turned by 180 degrees.
+PUBLISHED_CAMERA, PUBLISHED_PLACE = "corner2", (0.75, 0.075, 0.7)
+PUBLISHED_ORIENTATION = "turned by 180 degrees ([::-1, ::-1])"
 SPEC = EnvSpec(METADATA, image_size=64, action_low=(-1.0,) * 4, action_high=(1.0,) * 4, action_scale=(1.0,) * 4)
 # Every task's workspace lies in this box; the tasks themselves keep the target in their own.
 ABSOLUTE_SPEC = EnvSpec(
@@ -68,8 +81,8 @@ def _repeated(spec: EnvSpec, repeat: int) -> EnvSpec:
 class _Task:
     """One MetaWorld task in memory: simulator, expert, cameras by size."""
 
-    def __init__(self, name: str, simulator: Any, expert: Any) -> None:
-        self.name, self.simulator, self.expert = name, simulator, expert
+    def __init__(self, name: str, simulator: Any, expert: Any, published: bool) -> None:
+        self.name, self.simulator, self.expert, self.published = name, simulator, expert, published
         self.cameras: dict[int, OffscreenCamera] = {}
         # MetaWorld writes positions of bodies and sites into the model itself; resetting the data leaves them as they are.
         self.pristine = simulator.model.body_pos.copy(), simulator.model.site_pos.copy()
@@ -77,11 +90,15 @@ class _Task:
         simulator._freeze_rand_vec, simulator.seeded_rand_vec = False, True
         simulator._set_task_called, simulator._partially_observable = True, False
         del simulator.sawyer_observation_space  # cached; it would clip the goal that the expert sees to zero
+        if published:
+            simulator.model.camera(PUBLISHED_CAMERA).pos[:] = PUBLISHED_PLACE
 
-    def camera(self, size: int) -> OffscreenCamera:
+    def draw(self, size: int) -> NDArray[np.uint8]:
         if size not in self.cameras:
-            self.cameras[size] = OffscreenCamera(self.simulator.model, size, VIEW)
-        return self.cameras[size]
+            view = PUBLISHED_CAMERA if self.published else VIEW
+            self.cameras[size] = OffscreenCamera(self.simulator.model, size, view, sites=self.published)
+        picture = self.cameras[size].render(self.simulator.data)
+        return np.ascontiguousarray(picture[::-1, ::-1]) if self.published else picture
 
 
 class MetaWorldEnvironment:
@@ -90,11 +107,13 @@ class MetaWorldEnvironment:
     Goals are marked in MetaWorld by sites, which are not drawn. In tasks such as `reach` and `push` nothing else shows the
     goal, so there no policy can do better than guess it.
 
-    image_size: of `observe`, pixels. Raises `SimulatorError` when MetaWorld or graphics are missing.
+    image_size: of `observe`, pixels. published: as the benchmark MT50 is played: with its camera, which shows goals, with
+    MetaWorld's own starts and 500 steps in all tasks. Raises `SimulatorError` when MetaWorld or graphics are missing.
     """
 
-    def __init__(self, image_size: int = 64) -> None:
-        self.spec = replace(SPEC, image_size=image_size)
+    def __init__(self, image_size: int = 64, published: bool = False) -> None:
+        self._published = published
+        self.spec = self._looking(replace(SPEC, image_size=image_size))
         ensure_backend()
         with needs_extra("MetaWorld cannot be imported", "metaworld", SimulatorError):
             import mujoco
@@ -114,14 +133,24 @@ class MetaWorldEnvironment:
             raise SimulatorError(f"metaworld control: got '{control}'{closest(str(control), get_args(Control))}")
         if action_repeat < 1:
             raise SimulatorError(f"metaworld action_repeat: got {action_repeat}, expected at least 1")
-        spec = _repeated(SPEC if control == "delta" else ABSOLUTE_SPEC, action_repeat)
+        spec = self._looking(_repeated(SPEC if control == "delta" else ABSOLUTE_SPEC, action_repeat))
         self.spec, self._repeat = replace(spec, image_size=self.spec.image_size), action_repeat
+
+    def _looking(self, spec: EnvSpec) -> EnvSpec:
+        if not self._published:
+            return spec
+        looks = replace(spec.metadata, cameras=(PUBLISHED_CAMERA,), image_orientation=PUBLISHED_ORIENTATION)
+        return replace(spec, metadata=looks)
+
+    def _scene(self, task: str) -> Scene | None:
+        """How this project's demonstrations of a task start; None: as MetaWorld starts them."""
+        return None if self._published else SCENES.get(self.canonical(task))
 
     def tasks(self) -> tuple[str, ...]:
         return TASKS
 
     def suites(self) -> Mapping[str, tuple[str, ...]]:
-        return {}
+        return SUITES
 
     def canonical(self, task: str) -> str:
         name = task.removesuffix("-v3")
@@ -136,13 +165,13 @@ class MetaWorldEnvironment:
         return prompts(self.canonical(task), kind)
 
     def max_steps(self, task: str) -> int:
-        return (DEMO_MAX_STEPS if self.canonical(task) in SCENES else MAX_STEPS) // self._repeat
+        return (MAX_STEPS if self._scene(task) is None else DEMO_MAX_STEPS) // self._repeat
 
     def longest_episode(self, task: str) -> int:
         return MAX_STEPS // self._repeat
 
     def can_start_done(self, task: str) -> bool:
-        scene = SCENES.get(self.canonical(task))
+        scene = self._scene(task)
         return scene is not None and scene.travel is not None
 
     def reset(
@@ -150,14 +179,12 @@ class MetaWorldEnvironment:
     ) -> Observation:
         """See `Environment.reset`. The tasks without a `demo` distribution start from MetaWorld's own with either value."""
         name = self.canonical(task)
-        if resets == "protocol":
-            raise SimulatorError(
-                "metaworld resets: got protocol, expected demo or stock: there is no published protocol of it here"
-            )
+        if resets == "protocol" and not self._published:
+            raise SimulatorError("metaworld resets: got protocol, expected demo or stock; metaworld:mt50 has a published one")
         if start_done and not (resets == "demo" and self.can_start_done(name)):
             raise SimulatorError(f"metaworld task '{name}' cannot start done with {resets} resets")
         loaded = self._load(name)
-        simulator, scene = loaded.simulator, SCENES.get(name)
+        simulator, scene = loaded.simulator, self._scene(name)
         # MetaWorld leaves the last episode's object in the model, where the hand meets it on its way home.
         simulator.model.body_pos[:], simulator.model.site_pos[:] = loaded.pristine
         self._mujoco.mj_resetData(simulator.model, simulator.data)
@@ -223,8 +250,7 @@ class MetaWorldEnvironment:
         return target
 
     def render(self, size: int) -> NDArray[np.uint8]:
-        task = self._task()
-        return task.camera(size).render(task.simulator.data)
+        return self._task().draw(size)
 
     def close(self) -> None:
         for task in self._loaded.values():
@@ -236,7 +262,7 @@ class MetaWorldEnvironment:
     def _load(self, name: str) -> _Task:
         if name not in self._loaded:
             simulator, expert = self._classes[f"{name}-v3"](), self._experts[f"{name}-v3"]()
-            self._loaded[name] = _Task(name, simulator, expert)
+            self._loaded[name] = _Task(name, simulator, expert, self._published)
         return self._loaded[name]
 
     def _task(self) -> _Task:

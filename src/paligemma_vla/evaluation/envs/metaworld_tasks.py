@@ -108,6 +108,21 @@ SENTENCES: dict[str, str] = {
 
 TASKS: tuple[str, ...] = tuple(sorted([*GRAMMARS, *SENTENCES]))
 
+# How hard they are, as results of MT50 are published (Seo et al. 2022, Masked world models for visual control).
+MEDIUM = (
+    *("basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "hammer", "peg-insert-side", "push-wall"),
+    *("soccer", "sweep", "sweep-into"),
+)
+HARD = ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back")
+VERY_HARD = ("shelf-place", "disassemble", "stick-pull", "stick-push", "pick-place-wall")
+SUITES = {
+    "mt50": TASKS,
+    "mt50_easy": tuple(task for task in TASKS if task not in (*MEDIUM, *HARD, *VERY_HARD)),
+    "mt50_medium": MEDIUM,
+    "mt50_hard": HARD,
+    "mt50_very_hard": VERY_HARD,
+}
+
 
 def prompts(task: str, kind: PromptKind) -> tuple[str, ...]:
     """Instructions of a task by its name in `TASKS`; tasks without a grammar have one of their own and none held out."""

@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,7 @@ def _try_backend(backend: str) -> str | None:
     return lines[-1] if lines else f"exit status {child.returncode}"
 
 
+Vector = NDArray[np.float64]
 HIDDEN_GROUP = 5  # a group of geoms that MuJoCo does not draw unless asked to
 VIEW_MARGIN = 0.05  # widening of the view within which a mesh still counts as seen
 
@@ -76,24 +79,62 @@ class View:
     elevation: float
 
 
+class Meshes:
+    """A model's meshes, by which those out of view are found: leaving them out changes no pixel where there are neither
+    shadows nor reflections, and MuJoCo would draw them all."""
+
+    def __init__(self, model: Any) -> None:
+        import mujoco
+
+        self._model, self._groups = model, model.geom_group.copy()
+        self._numbers = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_MESH)
+        centre, half = model.geom_aabb[self._numbers, None, :3], model.geom_aabb[self._numbers, None, 3:]
+        self._corners = centre + half * np.array(list(itertools.product((-1, 1), repeat=3)))  # (G, 8, 3), geom frame, metres
+
+    @contextmanager
+    def hidden(self, data: Any, eye: Vector, axes: Vector, fovy: float) -> Iterator[None]:
+        """Hide what a camera does not see. eye: where it is (3,). axes: right, up and back as columns (3, 3). fovy: degrees."""
+        self._model.geom_group[self._numbers[self._out_of_view(data, eye, axes, fovy)]] = HIDDEN_GROUP
+        try:
+            yield
+        finally:
+            self._model.geom_group[:] = self._groups
+
+    def _out_of_view(self, data: Any, eye: Vector, axes: Vector, fovy: float) -> NDArray[np.bool_]:
+        """Which meshes (G,) have all corners of their bounding box beyond one side of the picture."""
+        tangent = (1 + VIEW_MARGIN) * np.tan(np.deg2rad(fovy) / 2)
+        rotation = data.geom_xmat[self._numbers].reshape(-1, 3, 3)
+        corners = self._corners @ rotation.transpose(0, 2, 1) + data.geom_xpos[self._numbers, None] - eye  # (G, 8, 3), world
+        right, up, back = np.moveaxis(corners @ axes, -1, 0)
+        out = np.zeros(len(self._numbers), bool)
+        for offset in (right, up):
+            out |= (offset > -tangent * back).all(-1) | (-offset > -tangent * back).all(-1)
+        return out
+
+
 class OffscreenCamera:
-    """Draws one model from one view, upright, at one size.
+    """Draws one model from one view, at one size.
 
     Shadows, reflections and multisampling are off: without a GPU they are 15/16 of the time. Meshes out of view are left
-    out, which changes no pixel and takes two fifths off what is left. Sites are not drawn, because MuJoCo scenes mark the goal
-    with one, and a policy must not see where the goal is.
+    out, which takes two fifths off what is left. view: a free camera, or the name of one of the model's. sites: draw them. MuJoCo
+    scenes mark the goal with one, and a policy must not see where the goal is, unless a benchmark shows it.
     """
 
-    def __init__(self, model: Any, size: int, view: View) -> None:
+    def __init__(self, model: Any, size: int, view: View | str, sites: bool = False) -> None:
         import mujoco
 
         self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-        self._camera.lookat[:] = view.lookat
-        self._camera.distance = view.distance
-        self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
+        if isinstance(view, View):
+            self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+            self._camera.lookat[:] = view.lookat
+            self._camera.distance = view.distance
+            self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
+        else:
+            self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            self._camera.fixedcamid = model.camera(view).id
         self._option = mujoco.MjvOption()
-        self._option.sitegroup[:] = 0
+        if not sites:
+            self._option.sitegroup[:] = 0
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = max(size, model.vis.global_.offwidth)
         model.vis.global_.offheight = max(size, model.vis.global_.offheight)
@@ -109,33 +150,24 @@ class OffscreenCamera:
         flags = self._renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._model = model
-        self._groups = model.geom_group.copy()
-        self._meshes = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_MESH)
-        centre, half = model.geom_aabb[self._meshes, None, :3], model.geom_aabb[self._meshes, None, 3:]
-        self._corners = centre + half * np.array(list(itertools.product((-1, 1), repeat=3)))  # (G, 8, 3), geom frame, metres
+        self._model, self._meshes = model, Meshes(model)
 
     def render(self, data: Any) -> NDArray[np.uint8]:
         """Picture (size, size, 3) uint8 RGB of the bodies in `data`, where the last forward pass has put them."""
-        self._model.geom_group[self._meshes[self._out_of_view(data)]] = HIDDEN_GROUP
-        self._renderer.update_scene(data, self._camera, self._option)
-        self._model.geom_group[:] = self._groups
+        with self._meshes.hidden(data, *self._look(data)):
+            self._renderer.update_scene(data, self._camera, self._option)
         return np.array(self._renderer.render(), dtype=np.uint8)
 
-    def _out_of_view(self, data: Any) -> NDArray[np.bool_]:
-        """Which meshes (G,) have all corners of their bounding box beyond one side of the picture."""
+    def _look(self, data: Any) -> tuple[Vector, Vector, float]:
+        """Eye, axes and field of view."""
+        if (number := self._camera.fixedcamid) >= 0:
+            return data.cam_xpos[number], data.cam_xmat[number].reshape(3, 3), float(self._model.cam_fovy[number])
         pitch, yaw = np.deg2rad(self._camera.elevation), np.deg2rad(self._camera.azimuth)
         forward = np.array([np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)])
         right = np.array([np.sin(yaw), -np.cos(yaw), 0.0])
         eye = self._camera.lookat - self._camera.distance * forward
-        tangent = (1 + VIEW_MARGIN) * np.tan(np.deg2rad(self._model.vis.global_.fovy) / 2)
-        rotation = data.geom_xmat[self._meshes].reshape(-1, 3, 3)
-        corners = self._corners @ rotation.transpose(0, 2, 1) + data.geom_xpos[self._meshes, None] - eye  # (G, 8, 3), world
-        depth = corners @ forward
-        out = np.zeros(len(self._meshes), bool)
-        for offset in (corners @ right, corners @ np.cross(right, forward)):
-            out |= (offset > tangent * depth).all(-1) | (-offset > tangent * depth).all(-1)
-        return out
+        axes = np.stack([right, np.cross(right, forward), -forward], axis=1)
+        return eye, axes, float(self._model.vis.global_.fovy)
 
     def close(self) -> None:
         """Free the graphics context; nothing can be drawn afterwards."""
