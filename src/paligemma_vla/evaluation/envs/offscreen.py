@@ -79,6 +79,15 @@ class View:
     elevation: float
 
 
+@dataclass(frozen=True)
+class Disc:
+    """A flat mark: its middle (x, y, z) and radius in metres, and colour (red, green, blue, opacity)."""
+
+    middle: tuple[float, float, float]
+    radius: float
+    colour: tuple[float, float, float, float]
+
+
 class Meshes:
     """A model's meshes, by which those out of view are found: leaving them out changes no pixel where there are neither
     shadows nor reflections, and MuJoCo would draw them all."""
@@ -152,11 +161,21 @@ class OffscreenCamera:
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._model, self._meshes = model, Meshes(model)
 
-    def render(self, data: Any) -> NDArray[np.uint8]:
-        """Picture (size, size, 3) uint8 RGB of the bodies in `data`, where the last forward pass has put them."""
+    def render(self, data: Any, mark: Disc | None = None) -> NDArray[np.uint8]:
+        """Picture (size, size, 3) uint8 RGB of the bodies in `data`, where the last forward pass has put them, and of a mark."""
         with self._meshes.hidden(data, *self._look(data)):
             self._renderer.update_scene(data, self._camera, self._option)
+        if mark is not None:
+            self._add(mark)
         return np.array(self._renderer.render(), dtype=np.uint8)
+
+    def _add(self, mark: Disc) -> None:
+        import mujoco
+
+        scene, size = self._renderer.scene, (mark.radius, 1e-4, 0.0)
+        kind, turn = mujoco.mjtGeom.mjGEOM_CYLINDER, np.eye(3).ravel()
+        mujoco.mjv_initGeom(scene.geoms[scene.ngeom], kind, size, mark.middle, turn, np.array(mark.colour, np.float32))
+        scene.ngeom += 1
 
     def _look(self, data: Any) -> tuple[Vector, Vector, float]:
         """Eye, axes and field of view."""
