@@ -26,6 +26,8 @@ DEEPER = {"milk": 0.06, "orange_juice": 0.06}  # whose collision boxes wedge a f
 RIM = 0.038  # m below its top that a wall is grasped
 CLEARANCE = 0.07  # m above the grasp from which the hand comes down, and above what it carries things over
 LIFT = 0.06  # m by which a thing is lifted before it is moved aside, unless something is in the way
+STILL, STILL_STEPS = 5e-4, 8  # m in a step that are no movement; steps without one after which it is as near as it gets
+ABOVE = 0.03  # m between what is carried and what it is carried over
 LOST = 0.05  # m that a thing may slip in the hand
 CLOSING, OPENING_STEPS = (5, 14), 4  # actions until the fingers have closed, or let go
 YAWS = np.deg2rad([0, 90, 45, -45, 22.5, -22.5, 67.5, -67.5])
@@ -33,11 +35,13 @@ YAWS = np.deg2rad([0, 90, 45, -45, 22.5, -22.5, 67.5, -67.5])
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the fingers close, relative to the object: offset of the hand from its body's origin (3,), m; yaw, rad."""
+    """Where the fingers close, relative to the object: offset of the hand from its body's origin (3,), m; yaw, rad. slack: how
+    far beside that the hand may come down, m."""
 
     offset: Vector
     yaw: float
     cost: float
+    slack: float = 0.01
 
 
 class PickAndPlace:
@@ -100,8 +104,8 @@ class PickAndPlace:
 
     def _place(self, thing: str, place: str, turn: Vector, held: Vector) -> Iterator[Vector]:
         """held: the hand from the thing, when it was picked up (3,)."""
-        carried = max(self._top(place) + CLEARANCE + 0.03, self._hand()[2])
         below = self._position(thing)[2] - self._vertices(thing)[:, 2].min()
+        carried = max(self._top(place) + below + held[2] + ABOVE, self._hand()[2])
         low = self._rest(place) + below + held[2] + 0.01
 
         def over() -> Vector:
@@ -129,11 +133,14 @@ class PickAndPlace:
         steps: int,
         unless: Callable[[], bool] = lambda: False,
     ) -> Iterator[Vector]:
-        before, lasting = self._hand(), np.zeros(3)
+        before, lasting, still = self._hand(), np.zeros(3), 0
         for _ in range(steps // self._repeat):
             here = self._hand()
             missing, rotation = target() - here, self._rotation(turn)
             if unless() or (np.linalg.norm(missing) < tolerance and np.linalg.norm(rotation) < 0.2):
+                return
+            still = still + 1 if np.linalg.norm(here - before) < STILL * self._repeat and np.linalg.norm(missing) < LOST else 0
+            if still * self._repeat >= STILL_STEPS:
                 return
             near = np.abs(missing) < 0.03
             lasting = np.where(near, np.clip(lasting + 0.1 * self._repeat * missing, -0.02, 0.02), 0.0)
@@ -164,7 +171,7 @@ class PickAndPlace:
         """The grasp; above it, and above the thing, as long as the hand is beside it."""
         x, y, z = self._position(thing) + grasp.offset
         beside = float(np.linalg.norm(self._hand()[:2] - [x, y]))
-        return np.array([x, y, z + np.clip(4 * (beside - 0.01), 0, clear)])
+        return np.array([x, y, z + np.clip(4 * (beside - grasp.slack), 0, clear)])
 
     # ---- what is where
 
@@ -274,7 +281,9 @@ class PickAndPlace:
             width = spread.max() - spread.min()
             if width < OPENING:
                 centre = middle + axis * ((spread.max() + spread.min()) / 2 - middle @ axis)
-                found.append(Grasp(np.array([*centre[:2], height]) - origin, float(yaw), width + 0.01 * abs(yaw)))
+                slack = float(np.clip((OPENING - width) / 2, 0.002, 0.01))
+                offset = np.array([*centre[:2], height]) - origin
+                found.append(Grasp(offset, float(yaw), float(width) + 0.01 * abs(yaw), slack))
         if not found:
             rim = points[points[:, 2] > top - 0.012]
             others = [self._position(other)[:2] for other in self._env.objects_dict if other != thing]
