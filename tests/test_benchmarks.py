@@ -25,6 +25,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_gpu_benchmark_runs_on_the_tiny_model(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     small = ("model.action_head_config.embed_dim=64", "data.batch_size=2")

@@ -25,7 +25,7 @@ def test_its_expert_puts_the_cube_on_the_disc(env: SO101Environment) -> None:
     for seed, away in ((0, False), (1, True)):
         env.reset(TASK, seed, start_away=away)
         took = next(step for step in range(MAX_STEPS) if env.step(env.expert_action()).success)
-        assert took < 80  # noqa: PLR2004
+        assert took < 80
 
 
 def test_an_episode_is_a_function_of_its_start_and_actions(env: SO101Environment) -> None:
@@ -45,7 +45,7 @@ def test_the_picture_shows_where_the_cube_has_to_go(env: SO101Environment) -> No
         env.reset(TASK, seed)
         picture = env.render(128).astype(int)
         green = (picture[..., 1] > picture[..., 0] + 60) & (picture[..., 1] > picture[..., 2] + 30)
-        assert green.sum() > 20  # noqa: PLR2004
+        assert green.sum() > 20
         across = np.nonzero(green)[1].mean()
         seen[seed] = across, env._env.goal_pos[1]
     (first, left), (second, other) = seen.values()
@@ -60,7 +60,7 @@ def test_it_says_what_it_takes(env: SO101Environment) -> None:
     for _ in range(8):  # at first the hand turns downwards
         env.step(env.expert_action())
     held, _, after = (env.step(env.hold_action()).state for _ in range(3))
-    assert np.abs(after[-3:] - held[-3:]).max() < 0.01  # noqa: PLR2004
+    assert np.abs(after[-3:] - held[-3:]).max() < 0.01
     with pytest.raises(SimulatorError, match="got 'absolute' with 1"):
         env.use_control("absolute")
     with pytest.raises(SimulatorError, match="did you mean 'pick-place'"):

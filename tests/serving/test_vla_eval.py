@@ -64,6 +64,16 @@ def test_each_observation_gets_one_action_of_a_chunk_which_ends_with_the_episode
         np.testing.assert_array_equal(reply["payload"]["actions"], first[0])
 
 
+def test_an_action_can_be_given_to_several_observations_in_a_row(serve, policy):
+    seen = draw(policy, 0)
+    first = local(policy, seen, 5)
+    with connect(serve(seed=5, limited=False, execute=2, action_repeat=2).url + "/vla-eval") as connection:
+        send(connection, "episode_start", {"task": {}}, 1)
+        for seq, expected in enumerate((first[0], first[0], first[1], first[1], first[0]), 2):
+            reply = ask(connection, "observation", to_wire(seen), seq)
+            np.testing.assert_array_equal(reply["payload"]["actions"], expected)
+
+
 @pytest.mark.parametrize(
     "kind, payload, said",
     [

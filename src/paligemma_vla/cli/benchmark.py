@@ -10,18 +10,13 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paligemma_vla.cli.arguments import add_config_arguments, add_workers, configured, natural, positive
 from paligemma_vla.cli.pipeline import NamedCondition, play_conditions, stage, train_on_cpu, write_page, write_summary
 
-if TYPE_CHECKING:
-    from paligemma_vla.evaluation.envs import Environment
-
-# Suite and number of tasks that LIBERO's scripted expert does not solve, or not in time.
-UNSOLVED = ("libero_spatial:4",)
 SUITES = ("libero_spatial", "libero_object")
 CHANGES = {
     "lan": "instructions reworded",
@@ -49,12 +44,6 @@ class Benchmark:
     backbone: Mapping[str, Any]
     conditions: tuple[NamedCondition, ...]
     long: tuple[NamedCondition, ...] = ()
-    without: tuple[str, ...] = field(default=())
-
-    def named(self, env: Environment) -> tuple[str, ...]:
-        from paligemma_vla.evaluation.envs import named_tasks
-
-        return tuple(task for task in named_tasks(env, self.tasks) if task not in self.without)
 
 
 def _of_suite(suite: str, label: str, note: str, videos: int = 0, **more: Any) -> NamedCondition:
@@ -87,9 +76,10 @@ BENCHMARKS = {
             *_variants("libero_spatial"),
             *_variants("libero_object"),
             NamedCondition("grey_images", "grey pictures", "low if the cameras are used", {"tasks": SUITES, "image": "grey"}),
-            NamedCondition("fast", "drawn faster", "without reflections and multisampling", {"tasks": SUITES}, env="libero:fast"),
+            NamedCondition(
+                "fast", "drawn faster", "without reflections and multisampling", {"tasks": SUITES}, env="libero:fast"
+            ),
         ),
-        without=UNSOLVED,
     ),
     "mt50": Benchmark(
         title="PaliGemma-VLA on MetaWorld MT50",
@@ -149,15 +139,13 @@ def main(args: argparse.Namespace) -> int:
     wall: dict[str, float] = json.loads(keep.read_text()) if keep.exists() else {}
     with stage(wall, "demonstrations", keep):
         env = make_environment(benchmark.env)
-        tasks = benchmark.named(env) if args.tasks is None else named_tasks(env, args.tasks)
+        tasks = named_tasks(env, args.tasks or benchmark.tasks)
         known = tuple(dict.fromkeys(text for task in tasks for text in env.prompts(task, "own")))
         env.close()
         spec = TinySpec(**benchmark.backbone, instructions=known)
         write_tiny_paligemma(config.model.vlm_config.model_name_or_path, spec)
         count = args.demonstrations or benchmark.demonstrations
-        job = CollectConfig(
-            benchmark.env, tasks, count, data / "episodes", args.seed, args.workers, **benchmark.collection
-        )
+        job = CollectConfig(benchmark.env, tasks, count, data / "episodes", args.seed, args.workers, **benchmark.collection)
         collect(job)
     with stage(wall, "statistics", keep):
         write_statistics(lambda: config, config.data.normalization_stats_path, Distributed(0, 1, choose_device("cpu")))
@@ -172,6 +160,8 @@ def main(args: argparse.Namespace) -> int:
         played = play_conditions(
             config, conditions, benchmark.played, common, workers=args.workers, image_size=size, again=False
         )
-    page = write_page(config, conditions, wall, benchmark.title, f"A small PaliGemma, from scratch on {os.cpu_count()} CPU cores.")
+    page = write_page(
+        config, conditions, wall, benchmark.title, f"A small PaliGemma, from scratch on {os.cpu_count()} CPU cores."
+    )
     write_summary(config.run_dir / f"{args.name}_summary.json", conditions, played, wall, page)
     return 0

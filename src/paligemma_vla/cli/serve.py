@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", nargs="+", default=[], metavar="K", help=text)
     parser.add_argument("--preset", choices=sorted(PRESETS), help="the names of a known robot or benchmark")
     parser.add_argument("--execute", type=positive, metavar="M", help="actions of each chunk that are sent")
+    text = "vla-eval: give each action to N observations in a row, where a benchmark steps N times as fast as the policy's data"
+    parser.add_argument("--action_repeat", type=positive, default=1, metavar="N", help=text)
     parser.add_argument("--seed", type=natural, help="of the noise of every answer (default: drawn afresh)")
     text = "actions are kept within the data's range; other limits: --set control.action_rate=[0.05,0.05,null] (see configs/)"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
@@ -72,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
         certfile=args.certfile,
         keyfile=args.keyfile,
         zmq_port=args.zmq_port,
+        action_repeat=args.action_repeat,
     )
     check_address(settings.host, settings.port)  # both before a checkpoint is loaded for minutes
     tls_context(settings.certfile, settings.keyfile)

@@ -52,7 +52,8 @@ class ServeSettings:
         openssl req -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem \\
             -subj /CN=robot -addext subjectAltName=IP:192.168.0.10
 
-    zmq_port: of GR00T's protocol, None: not spoken, 0: a free one.
+    zmq_port: of GR00T's protocol, None: not spoken, 0: a free one. action_repeat: observations of vla-eval that get the same
+    action.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +67,7 @@ class ServeSettings:
     certfile: Path | None = None
     keyfile: Path | None = None
     zmq_port: int | None = None
+    action_repeat: int = 1
 
 
 class PolicyServer:
@@ -204,6 +206,7 @@ class PolicyServer:
         assert request is not None
         protocol, serve_connection = WIRES[request.path.partition("?")[0]]
         session = self.service.open_session(protocol, str((connection.remote_address or ("?",))[0]))
+        session.action_repeat = self.settings.action_repeat
         try:
             with suppress(ConnectionClosed):
                 await serve_connection(connection, self.service, session, self.settings.execute)

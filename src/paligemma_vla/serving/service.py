@@ -58,7 +58,8 @@ class Session:
     """One connection. observation, actions, seconds: of its last answer. sent: those of the actions that were sent (N, A).
 
     seen_at: when the observation was. chunks: what it has to execute. executes_all: set by a protocol whose clients execute all
-    that is sent before they observe again. events: how many of it there were to record. warned: what was logged of it once.
+    that is sent before they observe again. action_repeat: observations that get the same action, of vla-eval. events: how many
+    of it there were to record. warned: what was logged of it once.
     """
 
     protocol: str
@@ -67,6 +68,7 @@ class Session:
     since: float = field(default_factory=time.time)
     answered: int = 0
     executes_all: bool = False
+    action_repeat: int = 1
     sent: NDArray[np.float32] | None = None
     events: int = 0
     chunks: RobotChunks = field(default_factory=RobotChunks)

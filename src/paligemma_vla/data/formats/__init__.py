@@ -235,8 +235,8 @@ class Format(Protocol):
 
 
 def parse_location(text: str, form: str, keys: Sequence[str], expected: str, where: str) -> tuple[str, dict[str, Any]]:
-    """Split `PATH?KEY=VALUE&KEY=VALUE`, of a foreign format, into the path and the values by key. Raises `DataError` that begins
-    with `where`. A leading `~` is the home folder, as in a shell."""
+    """Split `PATH?KEY=VALUE&KEY=VALUE`, of a foreign format, into the path and the values by key. Raises `DataError` that
+    begins with `where`. A leading `~` is the home folder, as in a shell."""
     text = text if os.path.exists(text) else os.path.expanduser(text)
     if os.path.exists(text):  # a name may hold a question mark
         return text, {}

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NoReturn, Self
@@ -316,10 +317,8 @@ class HDF5File(EpisodeFile):
     def _describe(self, state: int, action: int) -> DatasetMetadata:
         known = self.recorder.metadata
         hz = known.control_hz
-        try:
+        with suppress(KeyError, TypeError, ValueError):
             hz = float(json.loads(self.file["data"].attrs["env_args"])["env_kwargs"]["control_freq"])
-        except (KeyError, TypeError, ValueError):
-            pass
         own_state, own_action = self.selection.state is None, self.selection.action is None
         fits_state, fits_action = (
             own_state and len(known.state_names) == state,
@@ -383,7 +382,7 @@ class HDF5File(EpisodeFile):
         rows, parts = self._rows(episode), []
         for name in names:
             values = np.asarray(self._find(episode, within + name)[()])
-            if values.dtype.kind not in "fiub" or len(values) != rows or values.ndim > 2:  # noqa: PLR2004
+            if values.dtype.kind not in "fiub" or len(values) != rows or values.ndim > 2:
                 got = f"got shape {values.shape} of {values.dtype}, expected {rows} rows of numbers"
                 raise ValueError(f"{episode}/{within}{name}: {got}")
             parts.append(values.reshape(rows, -1).astype(np.float32))
@@ -441,7 +440,7 @@ class StoredPictures(Pictures):
     def decode(self, row: int, side: int = 0) -> Pixels:
         stored = self.file.picture(*self.where[row].tolist())
         pixels = decode(stored.tobytes(), side) if self.file.compressed else stored
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:  # noqa: PLR2004
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             got = f"got shape {pixels.shape} of {pixels.dtype}, expected uint8 (height, width, 3)"
             raise Unusable(Kind.IMAGE, f"{got}; choose other cameras (?cameras=...)")
         return np.ascontiguousarray(pixels[TURNS[self.file.orientation]])

@@ -124,7 +124,7 @@ class PickAndPlace:
 
     # ---- movements
 
-    def _go(  # noqa: PLR0913
+    def _go(
         self,
         target: Callable[[], Vector],
         turn: Vector,

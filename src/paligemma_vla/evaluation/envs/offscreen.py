@@ -125,8 +125,8 @@ class OffscreenCamera:
     """Draws one model from one view, at one size.
 
     Shadows, reflections and multisampling are off: without a GPU they are 15/16 of the time. Meshes out of view are left
-    out, which takes two fifths off what is left. view: a free camera, or the name of one of the model's. sites: draw them. MuJoCo
-    scenes mark the goal with one, and a policy must not see where the goal is, unless a benchmark shows it.
+    out, which takes two fifths off what is left. view: a free camera, or the name of one of the model's. sites: draw them.
+    MuJoCo scenes mark the goal with one, and a policy must not see where the goal is, unless a benchmark shows it.
     """
 
     def __init__(self, model: Any, size: int, view: View | str, sites: bool = False) -> None:
@@ -162,7 +162,7 @@ class OffscreenCamera:
         self._model, self._meshes = model, Meshes(model)
 
     def render(self, data: Any, mark: Disc | None = None) -> NDArray[np.uint8]:
-        """Picture (size, size, 3) uint8 RGB of the bodies in `data`, where the last forward pass has put them, and of a mark."""
+        """Picture (size, size, 3) uint8 RGB of the bodies in `data`, where the last forward pass has put them, and a mark."""
         with self._meshes.hidden(data, *self._look(data)):
             self._renderer.update_scene(data, self._camera, self._option)
         if mark is not None:

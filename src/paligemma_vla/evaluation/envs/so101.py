@@ -1,5 +1,5 @@
-"""SO-101 (a hobby arm of five joints over a table, MuJoCo) behind the `Environment` interface: the third robot, and the example of
-how little another simulator takes.
+"""SO-101 (a hobby arm of five joints over a table, MuJoCo) behind the `Environment` interface: the third robot, and the example
+of how little another simulator takes.
 
 The simulator, its task and its expert are lerobot-env-so101's. It does not draw where the cube has to go, so here a disc lies
 there: a policy can see it.

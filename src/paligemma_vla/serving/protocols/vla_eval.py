@@ -2,8 +2,8 @@
 
 A message is `{type, payload, seq, timestamp}`. `hello` is answered by what the policy gives and needs. Each `observation` is
 answered by one action (A,), because that is what the benchmarks execute: the server plays the first `--execute` actions of a
-chunk, one an observation, and then asks the policy again. `episode_start` begins with a new chunk. Actions are sent as the
-policy's data has them; the benchmark turns and binarises its gripper itself.
+chunk, one an observation (or `--action_repeat` observations), and then asks the policy again. `episode_start` begins with a new
+chunk. Actions are sent as the policy's data has them; the benchmark turns and binarises its gripper itself.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ async def _reply(
     if chunk:
         await service.observe(session, payload)
     else:
-        chunk.extend(await service.answer(session, payload, execute=execute or max(1, service.policy.metadata["horizon"] // 2)))
+        actions = await service.answer(session, payload, execute=execute or max(1, service.policy.metadata["horizon"] // 2))
+        chunk.extend(np.repeat(actions, session.action_repeat, axis=0))
     action = chunk.popleft()
     session.sent = action[None]  # of which all is executed before the next observation
     return {"type": "action", "payload": {"actions": action}}
