@@ -118,6 +118,12 @@ def test_fast_pictures_differ_in_shadows_alone(env: LiberoEnvironment) -> None:
     published = env.reset("libero_goal:1", 0, "protocol")
     with closing(make_environment("libero:fast", 64)) as fast:
         seen = fast.reset("libero_goal:1", 0, "protocol")
+        meshes, left_out = fast._meshes, []
+        found = meshes._out_of_view
+        meshes._out_of_view = lambda *look: left_out.append(found(*look)) or np.zeros(len(meshes._numbers), bool)
+        whole = fast.observe()
+        assert all(np.array_equal(seen[name], whole[name]) for name in ("image_1", "image_2"))
+        assert left_out[1].sum() > 10, "the hand's camera sees little of the robot"
     np.testing.assert_array_equal(seen["state"], published["state"])
     difference = np.abs(seen["image_1"].astype(int) - published["image_1"].astype(int))
     assert 0 < difference.mean() < 20

@@ -303,11 +303,11 @@ def test_meshes_out_of_view_are_left_out_and_no_pixel_changes(env, task, monkeyp
         for _ in range(5):
             for _ in range(12):
                 env.step(env.expert_action())
-            camera, data = env._task().camera(64), simulator(env).data
-            left_out.append(camera._out_of_view(data).sum())
-            picture = env.render(64)
+            picture, camera, data = env.render(64), env._task().cameras[64], simulator(env).data
+            meshes = camera._meshes
+            left_out.append(meshes._out_of_view(data, *camera._look(data)).sum())
             with monkeypatch.context() as patch:
-                patch.setattr(camera, "_out_of_view", lambda data, camera=camera: np.zeros(len(camera._meshes), bool))
+                patch.setattr(meshes, "_out_of_view", lambda *look, meshes=meshes: np.zeros(len(meshes._numbers), bool))
                 np.testing.assert_array_equal(picture, env.render(64))
     assert min(left_out) >= 3
 
