@@ -30,6 +30,7 @@ from paligemma_vla.errors import DataError
 from support import LENGTHS, METADATA, call, make_episode, read_rows
 
 FLAGS_OF_COMMANDS = """
+benchmark: config_path set workers tasks demonstrations episodes long data_dir seed
 demo: config_path tasks demonstrations episodes control_episodes data_dir seed workers install_seconds set
 stats: config_path output_path train_data_override set
 plan: config_path device memory_gb nproc nproc_per_machine model_path_override set
