@@ -199,7 +199,10 @@ def test_config_to_yaml_round_trip_is_the_identity(tmp_path: Path, overrides: di
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_load_and_are_the_real_thing(path: Path) -> None:
     vlm = load_config(path).model.vlm_config
-    assert path.name in ("demo.yaml", "libero.yaml", "mt50.yaml") or (vlm.model_name_or_path, vlm.dtype) == ("google/paligemma-3b-pt-224", "bfloat16")
+    assert path.name in ("demo.yaml", "libero.yaml", "mt50.yaml") or (vlm.model_name_or_path, vlm.dtype) == (
+        "google/paligemma-3b-pt-224",
+        "bfloat16",
+    )
 
 
 def test_vla_config_yaml_shows_every_key_and_the_schema_is_current() -> None:
