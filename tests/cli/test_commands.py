@@ -38,13 +38,13 @@ train: config_path epochs batch_size lr experiment_name train_data_override val_
     resume_checkpoint force use_wandb wandb_project_name wandb_entity device set nproc max_restarts
 consolidate: checkpoint_path output_path
 evaluate: checkpoint_path weights eval_data_path output_dir save_predictions device max_samples batch_size num_steps seed
-collect: env tasks episodes output_dir control action_repeat seed workers image_size
+collect: env tasks episodes output_dir control action_repeat noise_scale within seed workers image_size
 export: checkpoint_path output_dir dtype metrics torch_export push_to_hub private
 replay: env data tasks episodes output_dir column tolerance workers
 rollout: checkpoint_path weights env tasks episodes output_dir seed prompts resets num_steps execute image policy workers
     image_size max_videos record
 serve: checkpoint_path device host port zmq_port api_key_env max_clients max_batch batch_wait_ms keys preset execute seed
-    set no_limits record certfile keyfile
+    action_repeat set no_limits record certfile keyfile
 data info: json
 data check: json exclusion_list config_path allow_prompt_changes
 data convert: from to input output_dir cameras episodes workers image_format jpeg_quality lerobot_version images codec crf

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from paligemma_vla.cli.arguments import add_config_arguments, add_workers, configured, natural, positive
-from paligemma_vla.cli.pipeline import NamedCondition, play_conditions, stage, train_on_cpu, write_page, write_summary
+from paligemma_vla.cli.pipeline import NamedCondition, keys_of, play_conditions, stage, train_on_cpu, write_page, write_summary
 
+STARTS = "the official starts"
 SUITES = ("libero_spatial", "libero_object")
 CHANGES = {
     "lan": "instructions reworded",
@@ -39,15 +40,18 @@ class Benchmark:
     env: str
     played: str
     tasks: tuple[str, ...]
-    demonstrations: int
     collection: Mapping[str, Any]
     backbone: Mapping[str, Any]
     conditions: tuple[NamedCondition, ...]
     long: tuple[NamedCondition, ...] = ()
 
 
-def _of_suite(suite: str, label: str, note: str, videos: int = 0, **more: Any) -> NamedCondition:
-    return NamedCondition(more.pop("key", suite), label, note, {"tasks": (suite,), **more}, videos)
+def _of_suite(suite: str, label: str, note: str, videos: int = 0) -> NamedCondition:
+    return NamedCondition(suite, label, note, {"tasks": (suite,)}, videos)
+
+
+def _all_starts(suite: str, label: str) -> NamedCondition:
+    return NamedCondition(f"{suite}_50", f"{label}, all 50 starts", STARTS, {"tasks": (suite,), "episodes": 50})
 
 
 def _variants(suite: str) -> tuple[NamedCondition, ...]:
@@ -56,14 +60,12 @@ def _variants(suite: str) -> tuple[NamedCondition, ...]:
     return tuple(_of_suite(f"{suite}_{change}", f"{title}, {change}", note) for change, note in CHANGES.items())
 
 
-STARTS = "the official starts"
 BENCHMARKS = {
     "libero": Benchmark(
         title="PaliGemma-VLA on LIBERO",
         env="libero:fast",
         played="libero",
         tasks=SUITES,
-        demonstrations=50,
         collection={"image_size": 128, "action_repeat": 2, "within": 0.8, "noise_scale": (0.05, 0.15)},
         backbone={"image_size": 96, "vocabulary": 768},
         conditions=(
@@ -71,8 +73,8 @@ BENCHMARKS = {
             _of_suite("libero_object", "Object", STARTS, videos=1),
         ),
         long=(
-            _of_suite("libero_spatial", "Spatial, all 50 starts", STARTS, key="spatial_50", episodes=50),
-            _of_suite("libero_object", "Object, all 50 starts", STARTS, key="object_50", episodes=50),
+            _all_starts("libero_spatial", "Spatial"),
+            _all_starts("libero_object", "Object"),
             *_variants("libero_spatial"),
             *_variants("libero_object"),
             NamedCondition("grey_images", "grey pictures", "low if the cameras are used", {"tasks": SUITES, "image": "grey"}),
@@ -86,17 +88,11 @@ BENCHMARKS = {
         env="metaworld:mt50",
         played="metaworld:mt50",
         tasks=("mt50",),
-        demonstrations=50,
         collection={"image_size": 96, "action_repeat": 4},
         backbone={"image_size": 96, "vocabulary": 768},
         conditions=tuple(
-            _of_suite(f"mt50_{group}", label, note, videos=1)
-            for group, label, note in (
-                ("easy", "easy", "28 tasks"),
-                ("medium", "medium", "11 tasks"),
-                ("hard", "hard", "6 tasks"),
-                ("very_hard", "very hard", "5 tasks"),
-            )
+            _of_suite(f"mt50_{group}", group.replace("_", " "), f"{tasks} tasks", videos=1)
+            for group, tasks in (("easy", 28), ("medium", 11), ("hard", 6), ("very_hard", 5))
         ),
     ),
 }
@@ -107,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, "")
     add_workers(parser)
     parser.add_argument("--tasks", nargs="+", metavar="T", help="to learn, instead of the benchmark's")
-    parser.add_argument("--demonstrations", type=positive, metavar="N", help="recorded per task (default: 50)")
+    parser.add_argument("--demonstrations", type=positive, default=50, help="recorded per task (default: %(default)s)")
     parser.add_argument("--episodes", type=positive, default=10, help="evaluation episodes per task (default: %(default)s)")
     parser.add_argument("--long", action="store_true", help="also what takes hours more: all starts, changed suites, controls")
     parser.add_argument("--data_dir", type=Path, metavar="D", help="kept between calls (default: experiments/NAME_data)")
@@ -124,16 +120,7 @@ def main(args: argparse.Namespace) -> int:
     benchmark, suffix = BENCHMARKS[args.name], f"-seed{args.seed}" if args.seed else ""
     data = args.data_dir or Path(f"experiments/{args.name}_data{suffix}")
     args.config_path = args.config_path or f"configs/{args.name}.yaml"
-    config = configured(
-        args,
-        {
-            "data.train_parquet_files": str(data / "episodes"),
-            "data.normalization_stats_path": str(data / "normalization_stats.json"),
-            "model.vlm_config.model_name_or_path": str(data / "tiny-paligemma"),
-            "training.seed": args.seed,
-            "training.experiment_name": f"{args.name}{suffix}",
-        },
-    )
+    config = configured(args, {**keys_of(data, args.seed), "training.experiment_name": f"{args.name}{suffix}"})
     data.mkdir(parents=True, exist_ok=True)
     keep = data / f"{config.training.experiment_name}-seconds.json"
     wall: dict[str, float] = json.loads(keep.read_text()) if keep.exists() else {}
@@ -144,8 +131,9 @@ def main(args: argparse.Namespace) -> int:
         env.close()
         spec = TinySpec(**benchmark.backbone, instructions=known)
         write_tiny_paligemma(config.model.vlm_config.model_name_or_path, spec)
-        count = args.demonstrations or benchmark.demonstrations
-        job = CollectConfig(benchmark.env, tasks, count, data / "episodes", args.seed, args.workers, **benchmark.collection)
+        job = CollectConfig(
+            benchmark.env, tasks, args.demonstrations, data / "episodes", args.seed, args.workers, **benchmark.collection
+        )
         collect(job)
     with stage(wall, "statistics", keep):
         write_statistics(lambda: config, config.data.normalization_stats_path, Distributed(0, 1, choose_device("cpu")))

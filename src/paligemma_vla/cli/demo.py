@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from paligemma_vla.cli.arguments import add_config_arguments, add_workers, configured, natural, positive
-from paligemma_vla.cli.pipeline import NamedCondition, play_conditions, stage, train_on_cpu, write_page, write_summary
+from paligemma_vla.cli.pipeline import NamedCondition, keys_of, play_conditions, stage, train_on_cpu, write_page, write_summary
 
 ENVIRONMENT = "metaworld"
 ACTION_REPEAT = 4  # 20 Hz instead of the simulator's 80: of four pictures in a row, one says as much and costs a quarter
@@ -48,15 +48,7 @@ def main(args: argparse.Namespace) -> int:
     from paligemma_vla.model.tiny import write_tiny_paligemma
     from paligemma_vla.training.distributed import Distributed, choose_device
 
-    config = configured(
-        args,
-        {
-            "data.train_parquet_files": str(args.data_dir / "episodes"),
-            "data.normalization_stats_path": str(args.data_dir / "normalization_stats.json"),
-            "model.vlm_config.model_name_or_path": str(args.data_dir / "tiny-paligemma"),
-            "training.seed": args.seed,
-        },
-    )
+    config = configured(args, keys_of(args.data_dir, args.seed))
     wall: dict[str, float] = {"install": args.install_seconds}
     with stage(wall, "demonstrations"):
         write_tiny_paligemma(config.model.vlm_config.model_name_or_path)

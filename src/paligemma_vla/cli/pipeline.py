@@ -37,6 +37,16 @@ class NamedCondition(NamedTuple):
         return config.run_dir / "rollouts" / self.key.removesuffix("_mean_success")
 
 
+def keys_of(data: Path, seed: int) -> dict[str, Any]:
+    """Configuration keys of a job whose data lie in one folder."""
+    return {
+        "data.train_parquet_files": str(data / "episodes"),
+        "data.normalization_stats_path": str(data / "normalization_stats.json"),
+        "model.vlm_config.model_name_or_path": str(data / "tiny-paligemma"),
+        "training.seed": seed,
+    }
+
+
 @contextmanager
 def stage(wall: dict[str, float], name: str, keep: Path | None = None) -> Iterator[None]:
     """Announce a stage, and put its seconds into `wall`. keep: file of `wall`, where calls that continue a job add theirs."""

@@ -46,7 +46,7 @@ SPEC = EnvSpec(METADATA, image_size=128, action_low=(-1.0,) * 7, action_high=(1.
 class LiberoEnvironment:
     """`Environment` over LIBERO. Use it from one thread. One task is in memory; another one takes seconds to build.
 
-    image_size: of `observe`, pixels. fast: draw without shadows, reflections and multisampling, which is not how published
+    image_size: of `observe`, pixels. fast: draw without reflections and multisampling, which is not how published
     results see. Raises `SimulatorError` when LIBERO or graphics are missing.
     """
 
