@@ -313,7 +313,9 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    type: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit keeps the moments in 8 bits (torchao).")
+    type: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw", description="adamw_8bit keeps the moments in 8 bits (torchao); muon is for models trained from scratch."
+    )
     lr: float = Field(1e-4, gt=0, le=1e30, description="Rate of the action head.")
     vlm_lr: float | None = Field(None, gt=0, le=1e30, description="Rate of the backbone; null: the same.")
     weight_decay: float = Field(0.01, ge=0, le=1e6, description="On matrices; never on norms, biases and embeddings.")
@@ -373,8 +375,9 @@ class VLAConfig(Section):
             yield "training.rtc_max_delay", f"got {delay}, expected less than the horizon, {horizon}; 0 switches it off"
         if self.model.vlm_config.frozen and any(stage.train == "all" for stage in self.training.stages):
             yield "training.stages", "the whole backbone is frozen in model.vlm_config, so no stage can train all"
-        if self.training.parallel != "ddp" and self.optimizer.type == "adamw_8bit":
-            yield "optimizer.type", f"got adamw_8bit with parallel: {self.training.parallel}; take adamw, or parallel: ddp"
+        if self.training.parallel != "ddp" and self.optimizer.type != "adamw":
+            got = f"got {self.optimizer.type} with parallel: {self.training.parallel}"
+            yield "optimizer.type", f"{got}; take adamw, or parallel: ddp"
         numbers = self.model.action_head_config.per_action_dim
         for name, given in self.control:
             if given is not None and len(given) != numbers and not self.data.pad_action_dim:

@@ -99,6 +99,21 @@ def test_demonstrate_executes_noise_and_stores_the_clean_action(env, config):
         assert disturbance[:, 3].max() == 0, "the gripper is not disturbed"
 
 
+def test_slip_lets_the_gripper_do_the_opposite_for_a_moment_and_stores_what_was_meant(env, config):
+    slipped = []
+    for index in range(4):
+        spy = Spy(env)
+        episode = demonstrate(spy, replace(config, noise_share=0.0, slip_share=1.0), "faucet-open", index)[0]
+        clean, executed = np.stack(spy.clean)[-episode.length :], np.stack(spy.executed)[-episode.length :]
+        np.testing.assert_array_equal(episode.action, clean)
+        np.testing.assert_array_equal(executed[:, :3], clean[:, :3])
+        steps = np.flatnonzero(executed[:, 3] != clean[:, 3])
+        np.testing.assert_array_equal(executed[steps, 3], -clean[steps, 3])
+        assert len(steps) <= 12 and np.array_equal(steps, np.arange(len(steps)) + (steps[0] if len(steps) else 0))
+        slipped.append(len(steps))
+    assert max(slipped) >= 4, "a slip after the end of an episode is none"
+
+
 def test_demonstrate_in_absolute_control_is_the_same_demonstration(env, config):
     """The robot moves alike; the recorded targets are where the recorded deltas would have led it."""
     delta = demonstrate(env, replace(config, noise_share=1.0), "drawer-open", 1)[0]

@@ -23,7 +23,7 @@ from paligemma_vla.errors import SimulatorError, WorkerError
 from paligemma_vla.evaluation.compare import wilson_interval
 from paligemma_vla.evaluation.envs import Start, make_environment
 from paligemma_vla.evaluation.envs.metaworld import ABSOLUTE_METADATA, SPEC
-from paligemma_vla.evaluation.episode import Condition, check_compatible, play, split_limit, write_video
+from paligemma_vla.evaluation.episode import Condition, caption, check_compatible, play, split_limit, write_video
 from paligemma_vla.evaluation.rollout import RolloutConfig, RolloutPool
 from paligemma_vla.export.card import read_measurement
 from paligemma_vla.schema import DatasetMetadata
@@ -126,6 +126,19 @@ def test_video_goes_the_way_of_its_episode(env, tmp_path):
     write_video(tmp_path / "videos" / "film.mp4", env, outcome, "demo")
     again = env.observe()
     assert outcome.success and all(np.array_equal(end[key], again[key]) for key in ("state", "image_1"))
+
+
+def test_caption_is_as_many_lines_as_it_needs():
+    picture, strip = np.full((256, 256, 3), 120, np.uint8), 256 // 12
+    for text, lines in (
+        ("open the drawer", 1),
+        ("pick up the black bowl between the plate and the ramekin and place it on the plate", 3),
+    ):
+        drawn = caption(picture, text, success=True)
+        changed = (drawn != picture).any(axis=(1, 2))
+        assert changed.sum() == pytest.approx(lines * strip, abs=1) and changed[-1]
+        white = np.flatnonzero((drawn > 200).all(-1).any(0))
+        assert 0 < white.min() < white.max() < 255, "nothing is cut"
 
 
 def test_play_asks_once_per_executed_chunk(env):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from conftest import ConfigFactory
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
 from paligemma_vla.model import VLAModel
 from paligemma_vla.training.optim import ExponentialMovingAverage, build_optimizer, build_scheduler
+from paligemma_vla.training.optim_muon import Muon
+from support import identical
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,68 @@ def test_optimizer_holds_only_what_some_stage_trains(session_config: ConfigFacto
     held = {names[p] for group in build_optimizer(frozen, OptimizerConfig()).param_groups for p in group["params"]}
     expected = {n for n in names.values() if "vision_tower" not in n and "multi_modal_projector" not in n}
     assert held == expected
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_turns_them_by_orthogonal_steps(model: VLAModel) -> None:
+    config = OptimizerConfig(type="muon", lr=1e-3, vlm_lr=1e-4, weight_decay=0.0)
+    optimizer = build_optimizer(model, config)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {flag: [group for group in optimizer.param_groups if group["orthogonal"] is flag] for flag in (True, False)}
+    chosen = {names[p]: group["lr"] for group in groups[True] for p in group["params"]}
+    assert set(chosen) == {
+        name for name, p in model.named_parameters() if p.ndim == 2 and (".layers." in name or ".blocks." in name)
+    }
+    assert {name.startswith("paligemma_vlm.") for name, rate in chosen.items() if rate == 1e-4} == {True}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+    before = {name: p.detach().clone() for p, name in names.items()}
+    generator = torch.Generator().manual_seed(0)
+    gradients = {p: torch.randn(p.shape, generator=generator) for p in names}
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    optimizer.step()
+    for parameter, name in names.items():
+        step = before[name] - parameter.detach()
+        if name in chosen:  # every direction alike, as large as AdamW's steps are
+            stretched = torch.linalg.svdvals(step) / (chosen[name] * 0.2 * max(step.shape) ** 0.5)
+            assert 0.5 < stretched.quantile(0.1) <= stretched.max() < 1.5, name
+        elif float(gradients[parameter].abs().min()) > 1e-6:
+            rate = 1e-4 if name.startswith("paligemma_vlm.") else 1e-3
+            torch.testing.assert_close(step, rate * gradients[parameter].sign(), rtol=0.02, atol=1e-7)
+    with torch.no_grad():
+        for parameter, name in names.items():
+            parameter.copy_(before[name])
+
+
+def test_muon_goes_on_bit_for_bit_from_what_was_saved(tmp_path: Path) -> None:
+    def made() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        matrices, others = ([p for p in network.parameters() if (p.ndim == 2) is chosen] for chosen in (True, False))
+        common = {"lr": 1e-2, "weight_decay": 0.01}
+        groups = [{"params": matrices, "orthogonal": True, **common}, {"params": others, "orthogonal": False, **common}]
+        return network, Muon(groups, betas=(0.9, 0.95), eps=1e-8)
+
+    def learn(network: nn.Module, optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)  # as a schedule sets it
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (network(x) - x.roll(1, 1)).square().mean().backward()
+            optimizer.step()
+
+    straight, its_optimizer = made()
+    learn(straight, its_optimizer, range(6))
+    first, optimizer = made()
+    learn(first, optimizer, range(3))
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    again, resumed = made()
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    learn(again, resumed, range(3, 6))
+    assert identical(again.state_dict(), straight.state_dict())
+    assert identical(resumed.state_dict(), its_optimizer.state_dict())
 
 
 def rates(

@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--action_repeat", type=positive, default=1, metavar="N", help=text)
     text = "range of the noise's standard deviation, of a full stroke (default: %(default)s)"
     parser.add_argument("--noise_scale", nargs=2, type=share, default=(0.1, 0.3), metavar=("LOW", "HIGH"), help=text)
+    text = "share of episodes in which the gripper does the opposite for a moment (default: %(default)s)"
+    parser.add_argument("--slip_share", type=share, default=0.0, metavar="SHARE", help=text)
     text = "share of an episode's limit in which the expert has to succeed; slower ones are not kept (default: %(default)s)"
     parser.add_argument("--within", type=share, default=1.0, metavar="SHARE", help=text)
 

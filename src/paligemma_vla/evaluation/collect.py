@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 SEED_DOMAIN = 1  # `rollout` has another, so no evaluation starts where a demonstration of the same seed did
 MAX_ATTEMPTS = 20
 JPEG_QUALITY = 90
+SLIP_STEPS = (4, 12)  # of the simulator
 SETTINGS_KEY = "collection"
 REVISION = 2  # raised when the same settings no longer give the same episodes: other experts, starts, lengths
 
@@ -48,6 +49,7 @@ class CollectConfig:
     episodes: kept per task.   workers: processes; 0 is this process.   image_size: pixels.
     noise_share: of episodes that are disturbed.   noise_scale: range of the noise's standard deviation, of a full stroke.
     noise_memory: correlation of the noise from one step to the next.   steps_after_success: recorded beyond it.
+    slip_share: of episodes in which the gripper does the opposite for a moment, so that things are missed, dropped, or pushed.
     control: what the recorded actions are, `delta`s or `absolute` targets; the robot moves alike.
     action_repeat: simulator steps per recorded action; the numbers of steps here are of the simulator.
     within: share of an episode's limit in which the expert has to succeed; what takes longer is not kept.
@@ -64,6 +66,7 @@ class CollectConfig:
     noise_share: float = 0.5
     noise_scale: tuple[float, float] = (0.1, 0.3)
     noise_memory: float = 0.9
+    slip_share: float = 0.0
     steps_after_success: int = 8
     done_every: int = 6
     done_steps: int = 80
@@ -74,7 +77,7 @@ class CollectConfig:
     def settings(self) -> str:
         """Everything that decides what an episode holds, as one line; stored with the episodes."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("tasks", "episodes", "output_dir", "workers")}
-        for name, default in (("control", "delta"), ("action_repeat", 1), ("within", 1.0)):
+        for name, default in (("control", "delta"), ("action_repeat", 1), ("within", 1.0), ("slip_share", 0.0)):
             if kept[name] == default:  # so that folders collected before there was a choice can be continued
                 del kept[name]
         return repr({**kept, "revision": REVISION})
@@ -157,6 +160,15 @@ def correlated_noise(rng: np.random.Generator, config: CollectConfig, dims: int)
         noise = memory * noise + np.sqrt(1 - memory**2) * rng.normal(0.0, scale, dims)
 
 
+def _slip(rng: np.random.Generator, config: CollectConfig, limit: int) -> range:
+    """The steps of an episode of at most `limit` in which the gripper slips: mostly none, since few experts pick up what they
+    have dropped."""
+    if config.slip_share == 0.0 or rng.random() >= config.slip_share:
+        return range(0)
+    begin, lasting = int(rng.integers(limit)), int(rng.integers(SLIP_STEPS[0], SLIP_STEPS[1] + 1))
+    return range(begin, begin + max(1, lasting // config.action_repeat))
+
+
 def _follow_expert(
     env: Environment, config: CollectConfig, first: Observation, steps: range, rng: np.random.Generator
 ) -> tuple[list[Observation], list[NDArray[np.float32]], list[NDArray[np.float32]]] | None:
@@ -167,14 +179,16 @@ def _follow_expert(
     """
     seen, actions, executed = [first], [], []
     noises = correlated_noise(rng, config, env.spec.action_dim - 1)
+    slip = _slip(rng, config, steps.stop)
     beyond = config.steps_after_success // config.action_repeat
     solved_at: int | None = None
     for step in range(steps.stop):
         action = env.expert_action()
         actions.append(action)
         disturbed = action.copy()
-        # The gripper is left alone: opening it by chance would drop things, which no correction recovers.
         disturbed[:-1] += next(noises) * env.spec.action_scale[:-1]
+        if step in slip:
+            disturbed[-1] = env.spec.action_low[-1] + env.spec.action_high[-1] - disturbed[-1]
         executed.append(np.clip(disturbed, env.spec.action_low, env.spec.action_high).astype(np.float32))
         result = env.step(executed[-1])
         if result.success and solved_at is None:

@@ -247,9 +247,16 @@ def caption(image: Picture, text: str, success: bool) -> Picture:
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(10, picture.height // 18))
-    strip = picture.height // 12
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > 0.96 * picture.width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    strip = len(lines) * (picture.height // 12)
     colour = (20, 105, 60) if success else (150, 40, 40)
     draw.rectangle((0, picture.height - strip, picture.width, picture.height), fill=colour)
     middle = (picture.width / 2, picture.height - strip / 2)
-    draw.text(middle, text, font=font, fill=(255, 255, 255), anchor="mm")
+    draw.multiline_text(middle, "\n".join(lines), font=font, fill=(255, 255, 255), anchor="mm", align="center")
     return np.asarray(picture)

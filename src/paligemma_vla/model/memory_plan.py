@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from paligemma_vla.config import VLAConfig, config_from_dict
 from paligemma_vla.errors import ConfigError
-from paligemma_vla.model.vla_model import AUTOCAST, VLAModel, backbone_layers, large_tables
+from paligemma_vla.model.vla_model import AUTOCAST, VLAModel, backbone_layers, large_tables, layer_matrices
 from paligemma_vla.preprocess import ImageSpec
 
 FLOAT32 = 4  # bytes of a number: gradients, moments and averages are float32
@@ -232,6 +232,7 @@ def _check_standing(plan: MemoryPlan, where: str, needed: float, available: floa
 
 def _count_parts(model: VLAModel, config: VLAConfig, shards: int) -> dict[str, Part]:
     parts = {name: Part() for name in PARTS}
+    one_moment = layer_matrices(model) if config.optimizer.type == "muon" else set()
     for name, parameter in model.named_parameters():
         part, count = parts[_part_of(name)], parameter.numel()
         part.parameters += count
@@ -240,7 +241,8 @@ def _count_parts(model: VLAModel, config: VLAConfig, shards: int) -> dict[str, P
             in_8_bits = config.optimizer.type == "adamw_8bit" and count >= SMALLEST_8BIT
             part.learning += count
             part.gradients += FLOAT32 * count / shards
-            part.optimizer += (MOMENTS_8BIT if in_8_bits else MOMENTS) * count / shards
+            moments = MOMENTS_8BIT if in_8_bits else FLOAT32 if parameter in one_moment else MOMENTS
+            part.optimizer += moments * count / shards
             if config.training.ema_decay:  # validation keeps the weights that the average stands in for
                 part.average += 2 * FLOAT32 * count / shards
     return {name: part for name, part in parts.items() if part.parameters}

@@ -202,6 +202,12 @@ def backbone_layers(model: VLAModel) -> list[nn.Module]:
     return [layer for module in model.paligemma_vlm.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
+def layer_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Matrices of the layers, of backbone and head: what the optimiser Muon is for."""
+    layers = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return {parameter for module in layers for parameter in module.parameters() if parameter.ndim == 2}
+
+
 def large_tables(model: VLAModel) -> list[nn.Module]:
     """Token tables, which a sharded model gathers by themselves: they are used once per step."""
     tables = [module for module in model.paligemma_vlm.modules() if isinstance(module, nn.Embedding)]

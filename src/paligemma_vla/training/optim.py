@@ -14,28 +14,35 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
 from paligemma_vla.errors import needs_extra
-from paligemma_vla.model.vla_model import VLAModel
+from paligemma_vla.model.vla_model import VLAModel, layer_matrices
+from paligemma_vla.training.optim_muon import Muon
 from paligemma_vla.training.parallel import copy_local, to_local
 
 
 def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
     """AdamW (S8.2) over everything that learns in some stage: groups for backbone and head, each with and without decay.
 
-    Weight decay is for matrices: norms, biases, embeddings and positions go without.
+    Weight decay is for matrices: norms, biases, embeddings and positions go without. With `muon`, groups of matrices in the
+    layers are apart, which are what it is for.
     """
+    layers = layer_matrices(model) if config.type == "muon" else set()
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     model.set_stage("all")
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "vlm" if name.startswith("paligemma_vlm.") else "head"
             decays = parameter.ndim > 1 and parameter not in embeddings and not name.endswith("action_head.position")
-            groups.setdefault((part, decays), []).append(parameter)
+            orthogonal = decays and parameter in layers
+            groups.setdefault((part, decays, orthogonal), []).append(parameter)
     rates = {"head": config.lr, "vlm": config.vlm_lr if config.vlm_lr is not None else config.lr}
     settings: list[dict[str, Any]] = [
         {"params": params, "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0, "part": part}
-        for (part, decays), params in sorted(groups.items())
+        for (part, decays, _), params in sorted(groups.items())
     ]
+    if config.type == "muon":
+        flags = [{"orthogonal": orthogonal} for _, _, orthogonal in sorted(groups)]
+        return Muon([group | flag for group, flag in zip(settings, flags, strict=True)], betas=config.betas, eps=config.eps)
     if config.type == "adamw_8bit":
         with needs_extra("optimizer.type: adamw_8bit needs torchao", "quantization"):
             from paligemma_vla.training.optim_8bit import AdamW8bit

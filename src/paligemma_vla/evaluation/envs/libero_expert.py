@@ -81,16 +81,17 @@ class PickAndPlace:
             yield self._wait(-1.0)
 
     def _bring(self, goal: tuple[str, ...]) -> Iterator[Vector]:
-        """Until it is there; the next attempt takes the next best grasp."""
+        """Until it is there; what failed twice is tried with the next best grasp."""
         _, thing, place = goal
         for attempt in count():
-            grasps = self._grasps(thing)
-            grasp = grasps[attempt % len(grasps)]
-            turn = self._yawed(grasp.yaw)
-            yield from self._pick(thing, place, grasp, turn)
-            held = self._hand() - self._position(thing)
-            if np.linalg.norm(held - grasp.offset) < LOST:
-                yield from self._place(thing, place, turn, held)
+            turn = self._yawed(self._yaw())
+            if not self._holds(thing):  # as it may where a policy began
+                grasps = self._grasps(thing)
+                grasp = grasps[attempt // 2 % len(grasps)]
+                turn = self._yawed(grasp.yaw)
+                yield from self._pick(thing, place, grasp, turn)
+            if self._holds(thing):
+                yield from self._place(thing, place, turn, self._hand() - self._position(thing))
             if self._env._eval_predicate(goal):
                 return
 
@@ -99,6 +100,8 @@ class PickAndPlace:
         clear = max(CLEARANCE, self._height_on_the_way(goal, self._obstacles(thing)) + 0.03 - goal[2])
         yield from self._go(partial(self._onto, thing, grasp, clear), turn, -1.0, tolerance=0.006, steps=80)
         yield from self._close(turn)
+        if not self._holds(thing):
+            return
         lift = max(LIFT, self._height_ahead(thing, place) + 0.03 - self._vertices(thing)[:, 2].min())
         yield from self._go(self._raised(lift), turn, 1.0, tolerance=0.02, steps=15 if lift == LIFT else 40)
 
@@ -118,6 +121,8 @@ class PickAndPlace:
             return bool(np.linalg.norm(self._hand() - self._position(thing) - held) > LOST)
 
         yield from self._go(over, turn, 1.0, tolerance=0.012, steps=100, unless=lost)
+        if lost():
+            return
         for _ in range(OPENING_STEPS // self._repeat):
             yield self._wait(-1.0, turn)
         yield from self._go(self._raised(0.12), turn, -1.0, tolerance=0.02, steps=20)
@@ -185,12 +190,22 @@ class PickAndPlace:
         cos, sin = np.cos(yaw), np.sin(yaw)
         return np.asarray(np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ self._upright, np.float64)
 
+    def _yaw(self) -> float:
+        """By which the hand is turned about the vertical from how it is at the start, rad."""
+        first, now = self._upright[:, 0], self._turn()[:, 0]
+        return float(np.arctan2(first[0] * now[1] - first[1] * now[0], first[:2] @ now[:2]))
+
     def _rotation(self, turn: Vector) -> Vector:
         """The rotation vector from the hand's orientation to `turn`."""
         quaternion, vector = np.zeros(4), np.zeros(3)
         self._mujoco.mju_mat2Quat(quaternion, (turn @ self._turn().T).reshape(-1))
         self._mujoco.mju_quat2Vel(vector, quaternion, 1.0)
         return vector
+
+    def _holds(self, thing: str) -> bool:
+        """Whether both fingers touch it."""
+        fingers = [self._env.robots[0].gripper.important_geoms[f"{side}_finger"] for side in ("left", "right")]
+        return bool(self._env._check_grasp(gripper=fingers, object_geoms=self._env.objects_dict[thing].contact_geoms))
 
     def _position(self, thing: str) -> Vector:
         return np.array(self._data.xpos[self._env.obj_body_id[thing]])
