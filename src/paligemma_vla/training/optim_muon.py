@@ -19,7 +19,7 @@ class Muon(Optimizer):
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], betas: tuple[float, float], eps: float) -> None:
         of_muon, others = ([dict(group) for group in groups if group["orthogonal"] is chosen] for chosen in (True, False))
-        self._parts = (
+        self._parts: tuple[Any, Any] = (
             torch.optim.Muon(of_muon, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"),
             AdamW(others, betas=betas, eps=eps, fused=True),
         )

@@ -30,6 +30,10 @@ STILL, STILL_STEPS = 5e-4, 8  # m in a step that are no movement; steps without 
 ABOVE = 0.03  # m between what is carried and what it is carried over
 LOST = 0.05  # m that a thing may slip in the hand
 CLOSING, OPENING_STEPS = (5, 14), 4  # actions until the fingers have closed, or let go
+# Where a wall is grasped: the turn of the hand, and the side. Always the first that is free: a policy that has seen the same
+# bowl grasped on two sides grasps it in between.
+SIDES = ((0.0, (0, 1, 0)), (np.pi / 2, (-1, 0, 0)), (0.0, (0, -1, 0)), (np.pi / 2, (1, 0, 0)))
+PAUSE = 4  # steps in place before the fingers close or open: who imitates it may do so a little early
 YAWS = np.deg2rad([0, 90, 45, -45, 22.5, -22.5, 67.5, -67.5])
 
 
@@ -56,7 +60,6 @@ class PickAndPlace:
         self._env, self._mujoco, self._repeat = env, mujoco, repeat
         self._model, self._data = env.sim.model._model, env.sim.data._data
         self._site = env.sim.model.site_name2id("gripper0_grip_site")
-        self._base = np.array(env.sim.data.get_body_xpos("robot0_base"))[:2]
         self._fingers = env.robots[0]._ref_gripper_joint_pos_indexes
         across = self._turn()[:, 0] * [1, 1, 0]
         across /= np.linalg.norm(across)
@@ -98,7 +101,9 @@ class PickAndPlace:
     def _pick(self, thing: str, place: str, grasp: Grasp, turn: Vector) -> Iterator[Vector]:
         goal = self._position(thing) + grasp.offset
         clear = max(CLEARANCE, self._height_on_the_way(goal, self._obstacles(thing)) + 0.03 - goal[2])
-        yield from self._go(partial(self._onto, thing, grasp, clear), turn, -1.0, tolerance=0.006, steps=80)
+        onto = partial(self._onto, thing, grasp, clear)
+        yield from self._go(onto, turn, -1.0, tolerance=0.006, steps=80)
+        yield from self._go(onto, turn, -1.0, tolerance=0.0, steps=PAUSE)
         yield from self._close(turn)
         if not self._holds(thing):
             return
@@ -121,6 +126,7 @@ class PickAndPlace:
             return bool(np.linalg.norm(self._hand() - self._position(thing) - held) > LOST)
 
         yield from self._go(over, turn, 1.0, tolerance=0.012, steps=100, unless=lost)
+        yield from self._go(over, turn, 1.0, tolerance=0.0, steps=PAUSE, unless=lost)
         if lost():
             return
         for _ in range(OPENING_STEPS // self._repeat):
@@ -301,17 +307,13 @@ class PickAndPlace:
                 found.append(Grasp(offset, float(yaw), float(width) + 0.01 * abs(yaw), slack))
         if not found:
             rim = points[points[:, 2] > top - 0.012]
-            others = [self._position(other)[:2] for other in self._env.objects_dict if other != thing]
-            for yaw in (0.0, np.pi / 2):
-                for side in (1, -1):
-                    axis = self._axis(yaw) * side
-                    edge = middle + axis * ((rim @ axis).max() - middle @ axis - 0.006)
-                    free = min([float(np.linalg.norm(other - (edge + axis * 0.03)[:2])) for other in others], default=1.0)
-                    far = float(np.linalg.norm(edge[:2] - self._base))
-                    cost = far - free + (0.05 if yaw else 0)
-                    found.append(Grasp(np.array([*edge[:2], top - RIM]) - origin, yaw, cost))
+            for order, (yaw, side) in enumerate(SIDES):
+                axis = self._axis(yaw)
+                axis *= np.sign(axis @ side)
+                edge = middle + axis * ((rim @ axis).max() - middle @ axis - 0.006)
+                found.append(Grasp(np.array([*edge[:2], top - RIM]) - origin, yaw, float(order)))
         obstacles = self._obstacles(thing)
-        return sorted(found, key=lambda grasp: grasp.cost + 0.1 * self._in_the_way(grasp, origin, obstacles))
+        return sorted(found, key=lambda grasp: grasp.cost + 0.05 * self._in_the_way(grasp, origin, obstacles))
 
     def _axis(self, yaw: float) -> Vector:
         """Along which the fingers close, (3,)."""
