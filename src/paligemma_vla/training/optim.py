@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from paligemma_vla.config import OptimizerConfig, SchedulerConfig
 from paligemma_vla.errors import needs_extra
 from paligemma_vla.model.vla_model import VLAModel, layer_matrices
-from paligemma_vla.training.optim_muon import Muon
 from paligemma_vla.training.parallel import copy_local, to_local
 
 
@@ -41,6 +40,8 @@ def build_optimizer(model: VLAModel, config: OptimizerConfig) -> Optimizer:
         for (part, decays, _), params in sorted(groups.items())
     ]
     if config.type == "muon":
+        from paligemma_vla.training.optim_muon import Muon
+
         flags = [{"orthogonal": orthogonal} for _, _, orthogonal in sorted(groups)]
         return Muon([group | flag for group, flag in zip(settings, flags, strict=True)], betas=config.betas, eps=config.eps)
     if config.type == "adamw_8bit":
