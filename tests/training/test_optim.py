@@ -80,6 +80,7 @@ def test_muon_takes_the_matrices_of_the_layers_and_turns_them_by_orthogonal_step
     with torch.no_grad():
         for parameter, name in names.items():
             parameter.copy_(before[name])
+            parameter.grad = None
 
 
 def test_muon_goes_on_bit_for_bit_from_what_was_saved(tmp_path: Path) -> None:
